@@ -1,0 +1,127 @@
+"""Budgets: how many bytes a memory file may take, header and all."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hmn_replay.errors import BudgetError
+
+__all__ = ["Budget"]
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A number of bytes that a file may take at most.
+
+    Args:
+        num_bytes: The bytes, 1 or more.
+
+    Raises:
+        BudgetError: ``num_bytes`` is not a positive integer.
+    """
+
+    num_bytes: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_bytes, bool) or not isinstance(self.num_bytes, int):
+            raise BudgetError(f"a budget is a whole number of bytes, got {self.num_bytes!r}")
+        if self.num_bytes < 1:
+            raise BudgetError(f"a budget is 1 byte or more, got {self.num_bytes}")
+
+    @property
+    def num_floats(self) -> int:
+        """How many float32 numbers the bytes hold: the paper counts storage in these."""
+        return self.num_bytes // 4
+
+    @classmethod
+    def parse(cls, value: Budget | int | str) -> Budget:
+        """Read a budget from what a person would write.
+
+        Args:
+            value: A budget, a number of bytes, or a text such as ``"120 KiB"``, ``"122880"`` or
+                ``"1.5MB"``. Units are B, kB, MB, GB (powers of 1000) and KiB, MiB, GiB (powers of
+                1024), in upper or lower case. A fraction of a byte is dropped.
+
+        Raises:
+            BudgetError: The text is not a size, or the size is below one byte.
+
+        Example:
+            >>> Budget.parse("120 KiB").num_bytes
+            122880
+        """
+        if isinstance(value, Budget):
+            return value
+        if not isinstance(value, str):
+            return cls(value)
+        match = _SIZE.fullmatch(value)
+        unit = _UNITS.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            raise BudgetError(
+                f"cannot read {value!r} as a budget: write a number and a unit (B, kB, MB, GB, "
+                "KiB, MiB or GiB), such as '120 KiB'"
+            )
+        digits = match[1]
+        return cls(int(digits) * unit if digits.isdigit() else int(float(digits) * unit))
+
+    @classmethod
+    def ipc(cls, images_per_class: int, image_shape: Sequence[int], num_classes: int) -> Budget:
+        """Return the paper's budget, as bytes of float32.
+
+        The paper allows ``IPC x classes x C x H x W`` floats (Zheng et al. 2024, Section 4.1);
+        a float is stored in 4 bytes.
+
+        Args:
+            images_per_class: IPC, 1 or more.
+            image_shape: ``(C, H, W)``.
+            num_classes: How many classes the memory holds.
+
+        Example:
+            >>> Budget.ipc(1, (3, 32, 32), 10).num_bytes
+            122880
+        """
+        _check_positive(images_per_class=images_per_class, num_classes=num_classes)
+        return cls(4 * images_per_class * num_classes * _num_values(image_shape))
+
+    @classmethod
+    def raw_images(cls, num_images: int, image_shape: Sequence[int]) -> Budget:
+        """Return the bytes of ``num_images`` uint8 images of shape ``(C, H, W)``.
+
+        This is what replay papers mean by "a memory of 500 images".
+
+        Example:
+            >>> Budget.raw_images(500, (3, 32, 32)).num_bytes
+            1536000
+        """
+        _check_positive(num_images=num_images)
+        return cls(num_images * _num_values(image_shape))
+
+    def __str__(self) -> str:
+        return f"{self.num_bytes:,} bytes"
+
+
+def _num_values(image_shape: Sequence[int]) -> int:
+    shape = tuple(image_shape)
+    if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
+        raise BudgetError(f"an image shape is (C, H, W), three positive integers, got {shape}")
+    return math.prod(shape)
+
+
+def _check_positive(**counts: int) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise BudgetError(f"{name} is a whole number of 1 or more, got {count!r}")

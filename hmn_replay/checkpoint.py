@@ -1,0 +1,102 @@
+"""Checkpoints of a condensation: everything that the next step reads, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from hmn_replay.errors import CheckpointError
+from hmn_replay.storage import write_atomically
+
+__all__ = ["Checkpoint", "flatten_state", "load_state", "read_checkpoint", "write_checkpoint"]
+
+_KEY = "hmn_replay_checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run stands.
+
+    Attributes:
+        state: JSON values: the phase, the step and the like.
+        tensors: Name to tensor, on the CPU.
+    """
+
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose name begins with ``prefix`` and a slash, without these."""
+        start = f"{prefix}/"
+        return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
+
+
+def write_checkpoint(
+    path: str | Path, fingerprint: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write a checkpoint, all at once or not at all.
+
+    Args:
+        path: The file.
+        fingerprint: What tells this run from every other one.
+        state: JSON values.
+        tensors: Name to tensor, on any device.
+    """
+    content = json.dumps({"fingerprint": fingerprint, "state": state})
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, safetensors.torch.save(stored, {_KEY: content}))
+
+
+def read_checkpoint(path: str | Path, fingerprint: str) -> Checkpoint | None:
+    """Read a checkpoint; None where there is none.
+
+    Raises:
+        CheckpointError: The file is no checkpoint, or belongs to a run with other data or settings.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    advice = f"delete {str(path)!r} to start anew, or give this run another checkpoint"
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read the checkpoint ({error}); {advice}") from error
+    if content["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            "the checkpoint belongs to a run with other data, budget, seed or settings; " + advice
+        )
+    return Checkpoint(content["state"], tensors)
+
+
+def flatten_state(prefix: str, owner: nn.Module | torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the tensors of a module's or an optimizer's state under ``prefix/...`` names."""
+    if isinstance(owner, nn.Module):
+        return {f"{prefix}/{name}": value for name, value in owner.state_dict().items()}
+    return {
+        f"{prefix}/{index}/{name}": value
+        for index, values in owner.state_dict()["state"].items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_state(owner: nn.Module | torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`flatten_state` took, names without their prefix."""
+    if isinstance(owner, nn.Module):
+        owner.load_state_dict(dict(tensors))
+        return
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = value
+    owner.load_state_dict({**owner.state_dict(), "state": state})

@@ -1,0 +1,503 @@
+"""Condensation: from labelled images to a memory under a budget of bytes.
+
+Three phases follow each other. The *warm start* fits the memory to real images, *matching* makes
+networks learn from its images what they learn from real ones, and *pruning* brings it back from
+the over-budget to the budget. Every draw depends on the seed and the step alone, so a run that goes
+on from a checkpoint takes the very steps that it would have taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from hmn_replay.augment import cutmix, draw_augmentation
+from hmn_replay.budget import Budget
+from hmn_replay.checkpoint import (
+    Checkpoint,
+    flatten_state,
+    load_state,
+    read_checkpoint,
+    write_checkpoint,
+)
+from hmn_replay.config import CondenseConfig, make_config
+from hmn_replay.data import ImageSource, LabelledImages, as_labelled_images, channel_stats
+from hmn_replay.errors import ConfigError, TrainingError
+from hmn_replay.formats import check_number_format
+from hmn_replay.layout import Layout
+from hmn_replay.matching import get_objective
+from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.networks import Network, build_network
+from hmn_replay.pruning import aum, double_ended_prune, margins
+from hmn_replay.runtime import derive_seed, make_generator, resolve_device
+from hmn_replay.training import cosine_rate, score, train_network
+
+__all__ = ["condense"]
+
+Stateful = torch.nn.Module | torch.optim.Optimizer | Tensor
+
+log = logging.getLogger(__name__)
+
+# Class and instance memories learn this much faster than what all images share.
+_PRIVATE_RATE = 10
+_PHASES = ("warm_start", "matching", "pruning")
+_CHECKPOINT_SECONDS = 60.0
+
+
+def condense(
+    source: ImageSource,
+    budget: Budget | int | str,
+    *,
+    effort: str = "quick",
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    layout: Layout | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> HierarchicalMemory:
+    """Condense a labelled image set into a memory (Zheng et al. 2024, Algorithm 1).
+
+    Args:
+        source: A map-style data set of ``(image, label)``, a pair of arrays or tensors, or
+            :class:`LabelledImages`; see :func:`hmn_replay.data.as_labelled_images`.
+        budget: Bytes that the saved file may take, header and all: a number, a text such as
+            ``"120 KiB"``, or a :class:`Budget`.
+        effort: ``"quick"``, ``"standard"`` or ``"paper"``: a set of
+            :class:`~hmn_replay.config.CondenseConfig` fields.
+        seed: The same seed gives the same memory, bit for bit, on the same machine with the same
+            number of threads. The caller's random state is not touched.
+        device: Where to compute; ``"auto"`` is the best device present.
+        layout: The shapes of the tiers. Default: :meth:`Layout.choose` for the budget.
+        checkpoint: A file to go on from where it exists, and that is written every minute; None
+            for none. It stays there in the end.
+        progress: Whether to show bars on standard error.
+        **options: Fields of :class:`~hmn_replay.config.CondenseConfig`, to replace the effort's.
+
+    Returns:
+        The memory, on ``device``. ``memory.report`` is a dict with the settings, ``seconds``, and
+        for each phase ``seconds``, ``images`` and ``images_per_second``; ``warm_start_psnr`` in dB;
+        ``beta`` and the accuracies that chose it.
+
+    Raises:
+        BudgetError: The budget does not hold one image a class; the message says what would.
+        ConfigError: An unknown option, or a value outside its range.
+        DataError: Images or labels that cannot be used.
+        CheckpointError: The checkpoint belongs to another run, or cannot be read.
+        TrainingError: The optimisation left the real numbers.
+    """
+    config = make_config(effort, **options)
+    data = as_labelled_images(source)
+    limit = Budget.parse(budget)
+    if layout is None:
+        number_format = check_number_format(config.number_format)
+        layout = Layout.choose(limit, data.image_shape, data.num_classes, number_format)
+    elif layout.image_shape != data.image_shape or layout.number_format != config.number_format:
+        raise ConfigError(
+            f"the layout is for {layout.number_format} images of {layout.image_shape}; the data "
+            f"and options ask for {config.number_format} and {data.image_shape}"
+        )
+    run = _Condensation(data, limit, layout, config, seed, resolve_device(device), progress)
+    if checkpoint is not None:
+        run.resume(Path(checkpoint))
+    memory = run.finish()
+    memory.report = {"effort": effort, "seed": seed, **dataclasses.asdict(config), **run.report()}
+    return memory
+
+
+class _Condensation:
+    """One run: the data, the memory, and how far it is."""
+
+    def __init__(
+        self,
+        data: LabelledImages,
+        budget: Budget,
+        layout: Layout,
+        config: CondenseConfig,
+        seed: int,
+        device: torch.device,
+        progress: bool,
+    ) -> None:
+        self.config, self.seed, self.device, self.progress = config, seed, device, progress
+        self.budget = budget
+        num_classes = data.num_classes
+        num_images = layout.max_images(budget, num_classes)
+        self.num_drop = math.ceil(config.over_budget * num_images / num_classes)
+        fair, extra = divmod(num_images, num_classes)
+        counts = [fair + (c < extra) + self.num_drop for c in range(num_classes)]
+        self.memory = HierarchicalMemory(layout, data.classes, counts, seed=seed).to(device)
+        self.train: LabelledImages = data
+        self.held_out: LabelledImages | None = None
+        # Real images are kept back for the choice of beta only where there is a choice to make.
+        if len(config.beta_grid) > 1 and self.num_drop and len(data) > num_classes:
+            self.train, self.held_out = data.split(config.holdout, derive_seed(seed, "holdout"))
+        self.class_indices = self.train.class_indices
+        # Where each class stands, among the real images and among the decoded ones.
+        self.members = _group(self.class_indices, num_classes)
+        self.positions = list(torch.arange(sum(counts)).split(counts))
+        mean, std = channel_stats(self.train.images)
+        self.mean, self.std = mean, std
+        self.state: dict[str, Any] = {
+            "phase": _PHASES[0],
+            "step": 0,
+            "phases": {name: {"seconds": 0.0, "images": 0} for name in _PHASES},
+            "beta_accuracies": {},
+        }
+        self.resumed: Checkpoint | None = None
+        self.checkpoint: Path | None = None
+        self.fingerprint = _fingerprint(data, budget, layout, config, seed)
+        self.saved_at = self.clock = time.monotonic()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint where there is one, and write to it from now on."""
+        self.checkpoint = checkpoint
+        found = read_checkpoint(checkpoint, self.fingerprint)
+        if found is None:
+            self._save()
+            return
+        self.state, self.resumed = found.state, found
+        load_state(self.memory, found.group("memory"))
+        log.info("going on from %s at %s %d", checkpoint, self.state["phase"], self.state["step"])
+
+    def finish(self) -> HierarchicalMemory:
+        """Take all the steps that are left."""
+        for phase, work in zip(
+            _PHASES, (self._warm_start, self._match, self._prune), strict=True
+        ):
+            if self.state["phase"] == phase:
+                self.clock = time.monotonic()
+                work()
+        return self.memory
+
+    def report(self) -> dict[str, Any]:
+        """Return what was measured."""
+        phases = {
+            name: {
+                **numbers,
+                "images_per_second": numbers["images"] / max(numbers["seconds"], 1e-9),
+            }
+            for name, numbers in self.state["phases"].items()
+        }
+        measured = {k: v for k, v in self.state.items() if k not in ("phase", "step", "phases")}
+        seconds = sum(numbers["seconds"] for numbers in phases.values())
+        return {"seconds": seconds, "phases": phases, **measured}
+
+    def _warm_start(self) -> None:
+        config, memory = self.config, self.memory
+        num_images, num_steps = memory.num_images, config.warm_start_steps
+        batch_size = min(config.warm_start_batch, num_images)
+        steps_per_epoch = math.ceil(num_images / batch_size)
+        targets = self._targets()
+        optimizer = self._optimizer(config.warm_start_learning_rate, (0.9, 0.99))
+        order, order_epoch = torch.empty(0), -1
+        with self._bar("warm start", num_steps, batch_size) as bar:
+            while self.state["step"] < num_steps:
+                epoch, position = divmod(self.state["step"], steps_per_epoch)
+                if epoch != order_epoch:
+                    generator = make_generator(self.seed, "warm start", epoch)
+                    order, order_epoch = torch.randperm(num_images, generator=generator), epoch
+                indices = order[position * batch_size : (position + 1) * batch_size]
+                wanted = self.train.floats(targets[indices]).to(self.device, non_blocking=True)
+                self._set_rate(optimizer, num_steps, config.warm_start_learning_rate)
+                loss = F.mse_loss(memory(indices.to(self.device)), wanted)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                memory.update_scales()
+                bar.update(len(indices))
+                self._stepped(len(indices), optimizer=optimizer)
+        self.state["warm_start_psnr"] = self._psnr(targets) if num_steps else None
+        self._next_phase()
+
+    def _match(self) -> None:
+        config = self.config
+        num_steps = config.outer_steps * config.inner_steps
+        num_classes = min(self.memory.num_classes, config.classes_per_step or 10**9)
+        images_per_step = num_classes * config.decoded_batch
+        optimizer = self._optimizer(config.memory_learning_rate, (0.5, 0.99))
+        network: Network | None = None
+        learner: torch.optim.SGD
+        with self._bar("matching", num_steps, images_per_step) as bar:
+            while self.state["step"] < num_steps:
+                step: int = self.state["step"]
+                if network is None or step % config.inner_steps == 0:
+                    network, learner = self._fresh_network(step // config.inner_steps)
+                self._set_rate(optimizer, num_steps, config.memory_learning_rate)
+                self._match_step(step, network, optimizer)
+                self._train_step(step, network, learner)
+                bar.update(images_per_step)
+                self._stepped(
+                    images_per_step, optimizer=optimizer, network=network, learner=learner
+                )
+        self._next_phase()
+
+    def _match_step(self, step: int, network: Network, optimizer: torch.optim.Optimizer) -> None:
+        config, memory, device = self.config, self.memory, self.device
+        objective = get_objective(config.objective)
+        generator = make_generator(self.seed, "match", step)
+        classes = torch.randperm(memory.num_classes, generator=generator)
+        classes = classes[: config.classes_per_step]
+        drawn = [
+            _sample(self.positions[label], config.decoded_batch, generator)
+            for label in classes.tolist()
+        ]
+        images = memory(torch.cat(drawn).to(device))
+        gradients = []
+        for label, own in zip(classes.tolist(), images.split([len(d) for d in drawn]), strict=True):
+            chosen = _sample(self.members[label], config.real_batch, generator)
+            real = self.train.floats(chosen).to(device, non_blocking=True)
+            augment = draw_augmentation(
+                config.augmentations, memory.image_shape[1:], generator, fill=self.mean, std=self.std
+            )
+            decoded = own.detach().requires_grad_()
+            augmented = augment(decoded)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                _, gradient = objective(
+                    network,
+                    augment(real),
+                    torch.full((len(real),), label, device=device),
+                    augmented,
+                    torch.full((len(decoded),), label, device=device),
+                )
+            gradients.extend(torch.autograd.grad(augmented, decoded, gradient))
+        optimizer.zero_grad()
+        torch.autograd.backward(images, torch.cat(gradients))
+        optimizer.step()
+        memory.update_scales()
+
+    def _train_step(self, step: int, network: Network, learner: torch.optim.Optimizer) -> None:
+        """Let the matching network learn from real images, as IDC does after every step."""
+        config, device = self.config, self.device
+        if not config.network_images:
+            return
+        generator = make_generator(self.seed, "train", step)
+        chosen = torch.randint(len(self.train), (config.network_images,), generator=generator)
+        for indices in chosen.split(config.network_batch):
+            images = self.train.floats(indices).to(device, non_blocking=True)
+            augment = draw_augmentation(
+                config.augmentations,
+                self.memory.image_shape[1:],
+                generator,
+                batch=len(images),
+                fill=self.mean,
+                std=self.std,
+            )
+            labels = self.class_indices[indices].to(device, non_blocking=True)
+            images, labels_a, labels_b, lam = cutmix(
+                augment(images),
+                labels,
+                generator,
+                probability=config.network_cutmix_probability,
+            )
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                logits = network(images)
+            loss = lam * F.cross_entropy(logits.float(), labels_a)
+            if lam < 1:
+                loss = loss + (1 - lam) * F.cross_entropy(logits.float(), labels_b)
+            learner.zero_grad()
+            torch.autograd.backward(loss)
+            learner.step()
+
+    def _prune(self) -> None:
+        if self.num_drop:
+            images, _ = self.memory.decode()
+            scores = self.resumed.tensors.get("scores") if self.resumed else None
+            if scores is None:
+                scores = self._score_images(images)
+                self._stepped(self.config.pruning_passes, save=True, scores=scores)
+            self.memory.keep(self._choose(images, scores))
+        self.memory.budget_bytes = self.budget.num_bytes
+
+    def _score_images(self, images: Tensor) -> Tensor:
+        """Return the AUM of every decoded image, from one training on all of them."""
+        class_index = self.memory.class_index
+        recorded: list[Tensor] = []
+
+        def record(_: int, network: Network) -> None:
+            network.eval()
+            with torch.no_grad():
+                logits = torch.cat([network(chunk) for chunk in images.split(512)])
+            recorded.append(margins(logits.float(), class_index))
+
+        self._train_on(images, class_index, "AUM", on_epoch=record)
+        return aum(recorded).cpu()
+
+    def _choose(self, images: Tensor, scores: Tensor) -> Tensor:
+        """Return the images that stay, for the beta that scores best on held-out real images."""
+        accuracies: dict[str, float] = self.state["beta_accuracies"]
+        class_index = self.memory.class_index
+        grid = self.config.beta_grid
+        kept = {
+            beta: double_ended_prune(scores, class_index.cpu(), self.num_drop, beta)
+            for beta in grid
+        }
+        if self.held_out is not None:
+            wanted = torch.searchsorted(self.train.classes, self.held_out.labels)
+            for beta in grid:
+                if str(beta) in accuracies:
+                    continue
+                stays = kept[beta].to(self.device)
+                network = self._train_on(images[stays], class_index[stays], f"beta {beta:g}")
+                accuracies[str(beta)] = score(network, self.held_out.images, wanted)
+                self._stepped(self.config.pruning_passes, save=True, scores=scores)
+        best = max(grid, key=lambda beta: accuracies.get(str(beta), 0.0))
+        self.state["beta"] = best
+        return kept[best]
+
+    def _train_on(
+        self,
+        images: Tensor,
+        class_index: Tensor,
+        name: str,
+        on_epoch: Callable[[int, Network], None] | None = None,
+    ) -> Network:
+        training = self.config.pruning_training
+        with self._bar(name, 1, training.num_passes) as bar:
+            return train_network(
+                images,
+                class_index,
+                self.memory.num_classes,
+                config=training,
+                seed=derive_seed(self.seed, "pruning"),
+                device=self.device,
+                progress=lambda done, total: bar.update(done - bar.n),
+                on_epoch=on_epoch,
+            )
+
+    def _targets(self) -> Tensor:
+        """Return, for each image of the memory, the real image that it starts from.
+
+        A class with fewer real images than instance memories takes them in turn.
+        """
+        targets = []
+        for index, (members, places) in enumerate(zip(self.members, self.positions, strict=True)):
+            generator = make_generator(self.seed, "targets", index)
+            chosen = members[torch.randperm(len(members), generator=generator)]
+            targets.append(chosen[torch.arange(len(places)) % len(chosen)])
+        return torch.cat(targets)
+
+    def _psnr(self, targets: Tensor) -> float:
+        images, _ = self.memory.decode()
+        errors = torch.cat(
+            [
+                (chunk.cpu() - self.train.floats(wanted)).square().mean(dim=(1, 2, 3))
+                for chunk, wanted in zip(images.split(512), targets.split(512), strict=True)
+            ]
+        )
+        return float(-10 * errors.clamp_min(1e-10).log10().mean())
+
+    def _optimizer(self, rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
+        memory = self.memory
+        private = [memory.instance_memory, memory.class_memory]
+        shared = [p for p in memory.parameters() if all(p is not other for other in private)]
+        optimizer = torch.optim.Adam(
+            [{"params": shared}, {"params": private}], lr=rate, betas=betas
+        )
+        if self.resumed and self.state["step"]:
+            load_state(optimizer, self.resumed.group("optimizer"))
+        return optimizer
+
+    def _set_rate(self, optimizer: torch.optim.Optimizer, num_steps: int, peak: float) -> None:
+        rate = cosine_rate(self.state["step"], num_steps, peak)
+        for group, factor in zip(optimizer.param_groups, (1, _PRIVATE_RATE), strict=True):
+            group["lr"] = rate * factor
+
+    def _fresh_network(self, number: int) -> tuple[Network, torch.optim.SGD]:
+        config = self.config
+        network = build_network(
+            config.network,
+            self.memory.image_shape,
+            self.memory.num_classes,
+            width=config.network_width,
+            mean=self.mean,
+            std=self.std,
+            seed=derive_seed(self.seed, "network", number),
+        ).to(self.device)
+        learner = torch.optim.SGD(
+            network.parameters(),
+            lr=config.network_learning_rate,
+            momentum=0.9,
+            weight_decay=5e-4,
+        )
+        if self.resumed and self.state["step"] % config.inner_steps:
+            load_state(network, self.resumed.group("network"))
+            load_state(learner, self.resumed.group("learner"))
+        return network, learner
+
+    @contextlib.contextmanager
+    def _bar(self, name: str, num_steps: int, images_per_step: int) -> Iterator[Any]:
+        with tqdm(
+            total=num_steps * images_per_step,
+            initial=min(self.state["step"], num_steps) * images_per_step if num_steps > 1 else 0,
+            desc=name,
+            unit="img",
+            unit_scale=True,
+            disable=not self.progress,
+        ) as bar:
+            yield bar
+
+    def _stepped(self, num_images: int, *, save: bool = False, **owners: Stateful) -> None:
+        """Count one step, and write a checkpoint where it is time for one."""
+        self.state["step"] += 1
+        self.resumed = None
+        self._count(num_images)
+        if save or time.monotonic() - self.saved_at >= _CHECKPOINT_SECONDS:
+            self._save(**owners)
+
+    def _count(self, num_images: int) -> None:
+        now = time.monotonic()
+        numbers = self.state["phases"][self.state["phase"]]
+        numbers["seconds"] += now - self.clock
+        numbers["images"] += num_images
+        self.clock = now
+
+    def _next_phase(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.memory.parameters()):
+            raise TrainingError(
+                f"the memory left the real numbers in the {self.state['phase']} phase; lower "
+                "memory_learning_rate or warm_start_learning_rate"
+            )
+        self._count(0)
+        self.state["phase"] = _PHASES[_PHASES.index(self.state["phase"]) + 1]
+        self.state["step"] = 0
+        self._save()
+
+    def _save(self, **owners: Stateful) -> None:
+        if self.checkpoint is None:
+            return
+        tensors = flatten_state("memory", self.memory)
+        for name, owner in owners.items():
+            tensors |= {name: owner} if isinstance(owner, Tensor) else flatten_state(name, owner)
+        write_checkpoint(self.checkpoint, self.fingerprint, self.state, tensors)
+        self.saved_at = time.monotonic()
+
+
+def _group(class_indices: Tensor, num_classes: int) -> list[Tensor]:
+    order = class_indices.argsort(stable=True)
+    return list(order.split(class_indices.bincount(minlength=num_classes).tolist()))
+
+
+def _sample(positions: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return positions[torch.randperm(len(positions), generator=generator)[:count]]
+
+
+def _fingerprint(
+    data: LabelledImages, budget: Budget, layout: Layout, config: CondenseConfig, seed: int
+) -> str:
+    digest = hashlib.blake2b(repr((budget, layout, config, seed)).encode(), digest_size=16)
+    for tensor in (data.labels, data.images):
+        digest.update(repr(tensor.shape).encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,219 @@
+"""The settings of a condensation, and the three efforts that name a whole set of them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hmn_replay.augment import STRATEGIES
+from hmn_replay.errors import ConfigError
+from hmn_replay.formats import NUMBER_FORMATS
+from hmn_replay.matching import OBJECTIVES
+from hmn_replay.networks import NETWORKS
+from hmn_replay.training import TrainingConfig
+
+__all__ = ["EFFORTS", "CondenseConfig", "make_config", "parse_option"]
+
+
+@dataclass(frozen=True)
+class CondenseConfig:
+    """How a memory is condensed; the defaults are those of ``effort="quick"``.
+
+    A *step* draws some classes, matches a batch of each and moves the memory once.
+
+    Attributes:
+        number_format: How values are stored: ``"float32"``, ``"float16"`` or ``"int8"``.
+        objective: ``"gradient"`` or ``"distribution"``; see :mod:`hmn_replay.matching`.
+        warm_start_steps: Steps of fitting the memory to real images before matching; 0 for none.
+        warm_start_batch: Images a step of the warm start.
+        warm_start_learning_rate: Of Adam, for extractors, decoder and dataset memory; class and
+            instance memories take 10 times that.
+        outer_steps: How many random networks are drawn one after another; 0 for no matching.
+        inner_steps: Steps with each of them.
+        classes_per_step: Classes drawn in a step; None for all.
+        real_batch: Real images of each drawn class.
+        decoded_batch: Decoded images of each drawn class, at most.
+        memory_learning_rate: Of Adam, for extractors, decoder and dataset memory while matching;
+            class and instance memories take 10 times that.
+        augmentations: Drawn once a class and step, for real and decoded images alike.
+        network: One of :data:`hmn_replay.networks.NETWORKS`.
+        network_width: Channels of ConvNet's blocks.
+        network_images: Real images that the network learns from after each step; 0 for none.
+        network_batch: Batch size of that training.
+        network_learning_rate: Of its SGD (momentum 0.9, weight decay 5e-4).
+        network_cutmix_probability: That a batch of it is mixed by CutMix.
+        over_budget: Share of instance memories condensed beyond what fits, and pruned in the end.
+        beta_grid: Shares of hard images among the pruned that are tried; one alone is just taken.
+        holdout: Share of the real images kept back to choose beta by.
+        pruning_passes: Images that each network of the pruning is shown in all.
+        pruning_width: Channels of its ConvNet's blocks.
+        precision: ``"float32"``, or ``"bfloat16"`` for autocast in the networks.
+
+    Raises:
+        ConfigError: A value outside its range.
+    """
+
+    number_format: str = "int8"
+    objective: str = "gradient"
+    warm_start_steps: int = 1200
+    warm_start_batch: int = 256
+    warm_start_learning_rate: float = 0.01
+    outer_steps: int = 5
+    inner_steps: int = 20
+    classes_per_step: int | None = 10
+    real_batch: int = 64
+    decoded_batch: int = 32
+    memory_learning_rate: float = 0.001
+    augmentations: tuple[str, ...] = ("color", "crop", "cutout")
+    network: str = "convnet"
+    network_width: int = 32
+    network_images: int = 512
+    network_batch: int = 64
+    network_learning_rate: float = 0.01
+    network_cutmix_probability: float = 0.5
+    over_budget: float = 0.1
+    beta_grid: tuple[float, ...] = (0.0, 0.5, 1.0)
+    holdout: float = 0.1
+    pruning_passes: int = 10_000
+    pruning_width: int = 32
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _convert(field.name, getattr(self, field.name), str(field.type))
+            object.__setattr__(self, field.name, value)
+        requirements = {
+            "number_format": (self.number_format in NUMBER_FORMATS, f"one of {NUMBER_FORMATS}"),
+            "objective": (self.objective in OBJECTIVES, f"one of {tuple(OBJECTIVES)}"),
+            "network": (self.network in NETWORKS, f"one of {NETWORKS}"),
+            "precision": (self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+            "augmentations": (set(self.augmentations) <= set(STRATEGIES), f"among {STRATEGIES}"),
+            "over_budget": (0 <= self.over_budget <= 10, "in [0, 10]"),
+            "holdout": (0 < self.holdout <= 0.5, "in (0, 0.5]"),
+            "network_cutmix_probability": (0 <= self.network_cutmix_probability <= 1, "in [0, 1]"),
+            "beta_grid": (
+                len(self.beta_grid) > 0 and all(0 <= beta <= 1 for beta in self.beta_grid),
+                "one number in [0, 1], or several",
+            ),
+            "classes_per_step": (
+                self.classes_per_step is None or self.classes_per_step >= 1,
+                "None, or 1 or more",
+            ),
+        }
+        for name in ("warm_start_steps", "outer_steps", "inner_steps", "network_images"):
+            requirements[name] = (getattr(self, name) >= 0, "0 or more")
+        for name in ("warm_start_batch", "real_batch", "decoded_batch", "network_width"):
+            requirements[name] = (getattr(self, name) >= 1, "1 or more")
+        for name in ("network_batch", "pruning_passes", "pruning_width"):
+            requirements[name] = (getattr(self, name) >= 1, "1 or more")
+        for name in ("warm_start_learning_rate", "memory_learning_rate", "network_learning_rate"):
+            requirements[name] = (0 < getattr(self, name) < math.inf, "above 0 and finite")
+        for name, (met, wanted) in requirements.items():
+            if not met:
+                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    @property
+    def pruning_training(self) -> TrainingConfig:
+        """The training that AUM and beta come from."""
+        return TrainingConfig(
+            network=self.network,
+            width=self.pruning_width,
+            num_passes=self.pruning_passes,
+            precision=self.precision,
+        )
+
+
+EFFORTS: dict[str, dict[str, Any]] = {
+    "quick": {},
+    "standard": {
+        "warm_start_steps": 6000,
+        "outer_steps": 20,
+        "inner_steps": 50,
+        "decoded_batch": 64,
+        "network_width": 64,
+        "beta_grid": (0.0, 0.25, 0.5, 0.75, 1.0),
+        "pruning_passes": 20_000,
+        "pruning_width": 64,
+    },
+    "paper": {
+        "number_format": "float32",
+        "outer_steps": 2000,
+        "inner_steps": 100,
+        "classes_per_step": None,
+        "decoded_batch": 128,
+        "network_width": 128,
+        "network_images": 2000,
+        "beta_grid": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        "pruning_passes": 100_000,
+        "pruning_width": 128,
+    },
+}
+
+
+def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
+    """Return the settings of an effort, with some of them replaced.
+
+    Args:
+        effort: ``"quick"``, ``"standard"`` or ``"paper"``.
+        **options: Fields of :class:`CondenseConfig` by name.
+
+    Raises:
+        ConfigError: No such effort or field, or a value outside its range.
+    """
+    if effort not in EFFORTS:
+        raise ConfigError(f"effort is one of {', '.join(EFFORTS)}; got {effort!r}")
+    for name in options:
+        _field_type(name)
+    return CondenseConfig(**{**EFFORTS[effort], **options})
+
+
+def parse_option(name: str, text: str) -> Any:
+    """Read the value of a :class:`CondenseConfig` field as a person would type it.
+
+    Args:
+        name: A field's name.
+        text: ``"3"``, ``"0.5"``, ``"none"``, a word, or a list apart by commas.
+
+    Raises:
+        ConfigError: No such field, or a text that is not a value of its type.
+    """
+    kind = _field_type(name)
+    if text.lower() == "none":
+        return _convert(name, None, kind)
+    if kind.startswith("tuple"):
+        return _convert(name, tuple(_literal(word) for word in text.split(",") if word), kind)
+    return _convert(name, text if kind == "str" else _literal(text), kind)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()
+
+
+def _field_type(name: str) -> str:
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(CondenseConfig)}
+    if name not in kinds:
+        raise ConfigError(f"there is no option {name!r}; there are {', '.join(kinds)}")
+    return kinds[name]
+
+
+def _convert(name: str, value: Any, kind: str) -> Any:
+    """Return ``value`` as a field's type, where nothing is lost by that; else raise."""
+    if kind.startswith("tuple["):
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise ConfigError(f"{name} must be a list, got {value!r}")
+        return tuple(_convert(name, entry, kind[6:].split(",")[0]) for entry in value)
+    if value is None and kind.endswith("| None"):
+        return None
+    wanted = {"int": int, "float": float, "str": str}[kind.split(" ")[0]]
+    exact = isinstance(value, wanted) and not isinstance(value, bool)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not exact:
+        raise ConfigError(f"{name} must be {kind}, got {value!r}")
+    return value

@@ -1,0 +1,43 @@
+"""The errors that hmn_replay raises.
+
+Every one of them is an :class:`HMNReplayError` and also the built-in exception that fits, so that
+``except ValueError`` keeps working for those who do not know this package.
+"""
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "HMNReplayError",
+    "MemoryFileError",
+    "TrainingError",
+]
+
+
+class HMNReplayError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class BudgetError(HMNReplayError, ValueError):
+    """A budget that cannot be read, or that is too small for what was asked."""
+
+
+class ConfigError(HMNReplayError, ValueError):
+    """An option with a value outside what it may be."""
+
+
+class DataError(HMNReplayError, ValueError):
+    """Images or labels that this package cannot use."""
+
+
+class MemoryFileError(HMNReplayError, ValueError):
+    """A file that is not a whole, unaltered memory file of a version that this package reads."""
+
+
+class CheckpointError(HMNReplayError, RuntimeError):
+    """A checkpoint that belongs to another run, or that cannot be read."""
+
+
+class TrainingError(HMNReplayError, RuntimeError):
+    """An optimisation that left the real numbers."""

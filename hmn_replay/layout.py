@@ -1,0 +1,279 @@
+"""Layouts: the tensor shapes of the three tiers, and how many images a budget holds.
+
+LAYOUT_DOC_PLACEHOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hmn_replay.budget import Budget
+from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.formats import NumberFormat, check_number_format
+
+__all__ = [
+    "DIGEST_LENGTH",
+    "FILE_VERSION",
+    "MAX_CLASSES",
+    "MAX_SIDE",
+    "METADATA_KEY",
+    "MIN_SIDE",
+    "Layout",
+    "TensorSpec",
+]
+
+FILE_VERSION = 1
+DIGEST_LENGTH = 16
+# One key alone: safetensors writes the keys of several in an order that changes from run to run.
+METADATA_KEY = "hmn_replay"
+MIN_SIDE, MAX_SIDE, MAX_CLASSES = 8, 224, 1000
+_MAX_CHANNELS = 512
+_VALUE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8"}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The shape and the safetensors data type (``"I8"``, ``"F32"``, ...) of a stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's values."""
+        return math.prod(self.shape) * {"I8": 1, "F16": 2, "F32": 4, "I32": 4, "I64": 8}[self.dtype]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of a hierarchical memory's tensors, whatever its number of classes and images.
+
+    The tiers are grids of ``ceil(H / stride) x ceil(W / stride)``; the decoder doubles the grid
+    ``log2(stride)`` times, and what stands over the image's right and lower border is cut off.
+
+    Args:
+        image_shape: ``(C, H, W)`` of a decoded image; C is 1 or 3, H and W are 8 to 224.
+        number_format: ``"float32"``, ``"float16"`` or ``"int8"``.
+        stride: Image pixels a grid cell, along each side: 2, 4, 8, 16 or 32.
+        dataset_channels: Channels of the dataset memory m_D.
+        feature_channels: Channels that a class's extractor f_c makes of m_D.
+        class_channels: Channels of a class memory m_C.
+        instance_channels: Channels of an instance memory m_I.
+        decoder_channels: Output channels of each of the decoder's convolutions but the last,
+            coarsest first: log2(stride) of them.
+
+    Raises:
+        ConfigError: A value outside these ranges.
+    """
+
+    image_shape: tuple[int, int, int]
+    number_format: NumberFormat
+    stride: int
+    dataset_channels: int
+    feature_channels: int
+    class_channels: int
+    instance_channels: int
+    decoder_channels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_image_shape(self.image_shape)
+        check_number_format(self.number_format)
+        if self.stride not in (2, 4, 8, 16, 32):
+            raise ConfigError(f"stride is 2, 4, 8, 16 or 32; got {self.stride!r}")
+        counts = {
+            "dataset_channels": self.dataset_channels,
+            "feature_channels": self.feature_channels,
+            "class_channels": self.class_channels,
+            "instance_channels": self.instance_channels,
+            **{f"decoder_channels[{i}]": c for i, c in enumerate(self.decoder_channels)},
+        }
+        for name, count in counts.items():
+            if not _is_int(count) or not 1 <= count <= _MAX_CHANNELS:
+                raise ConfigError(f"{name} is 1 to {_MAX_CHANNELS}; got {count!r}")
+        if len(self.decoder_channels) != self.num_doublings:
+            raise ConfigError(
+                f"decoder_channels has one entry a doubling, {self.num_doublings} for stride "
+                f"{self.stride}; got {self.decoder_channels!r}"
+            )
+
+    @classmethod
+    def choose(
+        cls,
+        budget: Budget | int | str,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        number_format: NumberFormat = "int8",
+    ) -> Layout:
+        """TEMP."""
+        return cls(image_shape, number_format, 8, 8, 4, 4, 6, (48, 32, 24))
+
+    @property
+    def bias_format(self) -> NumberFormat:
+        """Number format of the few biases: int8 would need as many scales as it has values."""
+        return "float16" if self.number_format == "int8" else self.number_format
+
+    @property
+    def num_doublings(self) -> int:
+        """How many times the decoder doubles the grid: log2(stride)."""
+        return self.stride.bit_length() - 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of every tier's grid."""
+        _, height, width = self.image_shape
+        return math.ceil(height / self.stride), math.ceil(width / self.stride)
+
+    @property
+    def instance_shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)`` of one instance memory."""
+        return (self.instance_channels, *self.grid)
+
+    @property
+    def convolutions(self) -> list[tuple[int, int]]:
+        """``(input, output)`` channels of the decoder's 3 x 3 convolutions, in order.
+
+        The last one makes four values for each colour of a 2 x 2 block of pixels.
+        """
+        widths = [
+            self.feature_channels + self.class_channels + self.instance_channels,
+            *self.decoder_channels,
+            4 * self.image_shape[0],
+        ]
+        return list(zip(widths[:-1], widths[1:], strict=True))
+
+    def tensors(self, num_classes: int, num_images: int) -> dict[str, TensorSpec]:
+        """Return the name, type and shape of every tensor in the file."""
+        values = _SAFETENSORS_DTYPES[self.number_format]
+        num_biases = num_classes * self.feature_channels + sum(o for _, o in self.convolutions)
+        specs = {
+            "labels": TensorSpec("I64", (num_classes,)),
+            "counts": TensorSpec("I32", (num_classes,)),
+            "dataset": TensorSpec(values, (self.dataset_channels, *self.grid)),
+            "classes": TensorSpec(values, (num_classes, self.class_channels, *self.grid)),
+            "instances": TensorSpec(values, (num_images, *self.instance_shape)),
+            "extractors": TensorSpec(
+                values, (num_classes, self.feature_channels, self.dataset_channels)
+            ),
+            "decoder": TensorSpec(values, (sum(9 * i * o for i, o in self.convolutions),)),
+            "biases": TensorSpec(_SAFETENSORS_DTYPES[self.bias_format], (num_biases,)),
+        }
+        if self.number_format == "int8":
+            num_scales = 1 + num_classes * (2 + self.instance_channels) + len(self.convolutions)
+            specs["scales"] = TensorSpec("F32", (num_scales,))
+        return specs
+
+    def metadata(self, budget_bytes: int | None, digest: str = "0" * DIGEST_LENGTH) -> str:
+        """Return the text that the file carries about itself; :meth:`from_metadata` reads it.
+
+        Words apart by spaces: file version, digest, budget, number format, image shape, stride,
+        channels of f_c(m_D)'s input and output, m_C and m_I, decoder channels.
+        """
+        words = (
+            str(FILE_VERSION),
+            digest,
+            "-" if budget_bytes is None else str(budget_bytes),
+            self.number_format,
+            _join(self.image_shape),
+            str(self.stride),
+            _join(
+                (
+                    self.dataset_channels,
+                    self.feature_channels,
+                    self.class_channels,
+                    self.instance_channels,
+                )
+            ),
+            _join(self.decoder_channels),
+        )
+        return " ".join(words)
+
+    @classmethod
+    def from_metadata(cls, text: str) -> tuple[Layout, int | None, str]:
+        """Return the layout, the budget in bytes and the digest that :meth:`metadata` wrote.
+
+        Raises:
+            ValueError: The text is not such a text, or names a layout that cannot be.
+        """
+        _, digest, budget, number_format, shape, stride, channels, decoder = text.split(" ")
+        if len(digest) != DIGEST_LENGTH:
+            raise ValueError(f"a digest has {DIGEST_LENGTH} characters")
+        channel, height, width = _split(shape)
+        layout = cls(
+            (channel, height, width),
+            check_number_format(number_format),
+            int(stride),
+            *_split(channels),
+            decoder_channels=_split(decoder),
+        )
+        return layout, None if budget == "-" else Budget(int(budget)).num_bytes, digest
+
+    def file_bytes(self, num_classes: int, num_images: int, budget_bytes: int | None) -> int:
+        """Return the exact size of the memory file, header and all."""
+        header: dict[str, object] = {"__metadata__": {METADATA_KEY: self.metadata(budget_bytes)}}
+        offset = 0
+        for name, spec in _in_file_order(self.tensors(num_classes, num_images)):
+            end = offset + spec.num_bytes
+            header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (offset, end)}
+            offset = end
+        text = json.dumps(header, separators=(",", ":"))
+        return 8 + 8 * math.ceil(len(text) / 8) + offset
+
+    def max_images(self, budget: Budget | int | str, num_classes: int) -> int:
+        """Return how many instance memories fit: the largest number within the budget.
+
+        Raises:
+            BudgetError: Not even one image a class fits; the message gives the smallest budget
+                that this layout can do with.
+        """
+        limit = Budget.parse(budget).num_bytes
+        smallest = self.file_bytes(num_classes, num_classes, limit)
+        if smallest > limit:
+            raise BudgetError(
+                f"a budget of {limit:,} bytes does not hold one image of each of {num_classes} "
+                f"classes; with this layout the smallest that does is {smallest:,} bytes"
+            )
+        instance_bytes = math.prod(self.instance_shape) * _VALUE_BYTES[self.number_format]
+        # The header grows by a digit now and then, so the quotient is a start, not the answer.
+        num_images = num_classes + (limit - smallest) // instance_bytes
+        while self.file_bytes(num_classes, num_images, limit) > limit:
+            num_images -= 1
+        return num_images
+
+    def num_floats(self, num_classes: int, num_images: int) -> int:
+        """Return the number of learned values: the paper's measure of storage."""
+        learned = ("dataset", "classes", "instances", "extractors", "decoder", "biases")
+        specs = self.tensors(num_classes, num_images)
+        return sum(math.prod(specs[name].shape) for name in learned)
+
+
+def _in_file_order(specs: dict[str, TensorSpec]) -> list[tuple[str, TensorSpec]]:
+    """Sort as safetensors does: the most strictly aligned types first, then by name."""
+    order = {"I64": 0, "F32": 1, "I32": 2, "F16": 3, "I8": 4}
+    return sorted(specs.items(), key=lambda item: (order[item[1].dtype], item[0]))
+
+
+def _check_image_shape(image_shape: Sequence[int]) -> None:
+    valid = len(image_shape) == 3 and all(_is_int(side) for side in image_shape)
+    if not valid or image_shape[0] not in (1, 3) or not all(
+        MIN_SIDE <= side <= MAX_SIDE for side in image_shape[1:]
+    ):
+        raise ConfigError(
+            f"image_shape is (C, H, W) with C 1 or 3 and H, W from {MIN_SIDE} to {MAX_SIDE}; "
+            f"got {tuple(image_shape)}"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _join(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _split(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))

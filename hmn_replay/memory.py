@@ -1,0 +1,426 @@
+"""The hierarchical memory: three tiers of learnable tensors and one decoder.
+
+Zheng et al. 2024, Section 3.1: image i of class c is
+
+    x[c, i] = D(concat(f_c(m_D), m_C[c], m_I[c, i]))
+
+with the dataset memory m_D, the class memories m_C, the instance memories m_I, one feature
+extractor f_c a class and one decoder D. Every one of them counts towards the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from hmn_replay.budget import Budget
+from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.formats import max_abs_scale, round_to_format
+from hmn_replay.layout import MAX_CLASSES, Layout
+from hmn_replay.runtime import make_generator
+
+__all__ = ["DecodedDataset", "HierarchicalMemory"]
+
+# Images decoded at once: 256 of 32 x 32, 5 of 224 x 224.
+_PIXELS_PER_CHUNK = 2**18
+
+
+class HierarchicalMemory(nn.Module):
+    """A condensed labelled image set, decoded on demand.
+
+    Instance memories stand class by class, in the order of :attr:`classes`. The parameters are
+    latent float32 values; :meth:`forward` and :meth:`decode` see them rounded to the layout's
+    number format, so that what is decoded now is what the saved file will give back.
+
+    Args:
+        layout: Shapes and number format.
+        classes: The labels: 1 to 1000 different integers, in any order.
+        images_per_class: Instance memories of each class: one number for all, or one a class; 1 or
+            more.
+        budget: Bytes that the saved file may take, or None for no bound.
+        seed: Seed of the initial values.
+
+    Raises:
+        ConfigError: Repeated classes, too many of them, or counts that are not positive.
+        BudgetError: The memory does not fit the budget.
+
+    Attributes:
+        dataset_memory: m_D, float32 ``(C_D, h, w)``.
+        class_memory: m_C, float32 ``(K, C_C, h, w)``.
+        instance_memory: m_I, float32 ``(N, C_I, h, w)``.
+        extractor_weight: f_c, float32 ``(K, C_F, C_D)``: a 1 x 1 convolution a class.
+        extractor_bias: float32 ``(K, C_F)``.
+        decoder_weights: D, 3 x 3 convolutions, each float32 ``(out, in, 3, 3)``.
+        decoder_biases: each float32 ``(out,)``.
+        classes: int64 ``(K,)``, the label of each class.
+        class_index: int64 ``(N,)``, for each image the position of its class in ``classes``.
+        budget_bytes: The budget, or None.
+        report: How the memory was condensed; see :func:`hmn_replay.condense`. Not in the file.
+    """
+
+    classes: Tensor
+    class_index: Tensor
+    dataset_scale: Tensor
+    class_scale: Tensor
+    instance_scale: Tensor
+    extractor_scale: Tensor
+    decoder_scale: Tensor
+
+    def __init__(
+        self,
+        layout: Layout,
+        classes: Sequence[int] | Tensor,
+        images_per_class: int | Sequence[int],
+        *,
+        budget: Budget | int | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.report: dict[str, object] = {}
+        labels = _check_classes(classes)
+        counts = _check_counts(images_per_class, len(labels))
+        self.budget_bytes = None if budget is None else Budget.parse(budget).num_bytes
+        generator = make_generator(seed, "memory")
+        self.dataset_memory = _noise(generator, 0.5, layout.dataset_channels, *layout.grid)
+        self.class_memory = nn.Parameter(torch.empty(0, layout.class_channels, *layout.grid))
+        self.instance_memory = nn.Parameter(torch.empty(0, *layout.instance_shape))
+        self.extractor_weight = nn.Parameter(
+            torch.empty(0, layout.feature_channels, layout.dataset_channels)
+        )
+        self.extractor_bias = nn.Parameter(torch.empty(0, layout.feature_channels))
+        self.decoder_weights = nn.ParameterList(
+            _noise(generator, math.sqrt(2 / (9 * i)), o, i, 3, 3) for i, o in layout.convolutions
+        )
+        self.decoder_biases = nn.ParameterList(
+            nn.Parameter(torch.zeros(o)) for _, o in layout.convolutions
+        )
+        self.register_buffer("classes", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("class_index", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("dataset_scale", torch.ones(1, 1, 1))
+        self.register_buffer("class_scale", torch.ones(0, 1, 1, 1))
+        self.register_buffer("instance_scale", torch.ones(0, layout.instance_channels, 1, 1))
+        self.register_buffer("extractor_scale", torch.ones(0, 1, 1))
+        self.register_buffer("decoder_scale", torch.ones(len(layout.convolutions)))
+        self.extend(labels, counts, seed=seed)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the memory holds."""
+        return len(self.classes)
+
+    @property
+    def num_images(self) -> int:
+        """How many images the memory decodes to."""
+        return len(self.instance_memory)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of a decoded image."""
+        return self.layout.image_shape
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 ``(N,)``, the label of each image."""
+        return self.classes[self.class_index]
+
+    @property
+    def images_per_class(self) -> list[int]:
+        """How many images each class has, in the order of :attr:`classes`."""
+        counts: list[int] = self.class_index.bincount(minlength=self.num_classes).tolist()
+        return counts
+
+    @property
+    def file_bytes(self) -> int:
+        """The exact size of the file that :meth:`save` writes."""
+        return self.layout.file_bytes(self.num_classes, self.num_images, self.budget_bytes)
+
+    @property
+    def num_floats(self) -> int:
+        """The number of learned values of all tiers, extractors and the decoder (paper's rule)."""
+        return self.layout.num_floats(self.num_classes, self.num_images)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Decode images, with gradients to every tier.
+
+        Args:
+            indices: int64 ``(B,)``, positions of images; repeats are allowed.
+
+        Returns:
+            float32 ``(B, C, H, W)`` in [0, 1].
+        """
+        number_format = self.layout.number_format
+        classes = self.class_index[indices]
+        dataset = round_to_format(self.dataset_memory, number_format, self.dataset_scale)
+        extractors = round_to_format(
+            self.extractor_weight[classes], number_format, self.extractor_scale[classes]
+        )
+        features = torch.einsum("bfd,dhw->bfhw", extractors, dataset)
+        bias = round_to_format(self.extractor_bias[classes], self.layout.bias_format)
+        features = F.silu(features + rearrange(bias, "b f -> b f 1 1"))
+        class_memory = round_to_format(
+            self.class_memory[classes], number_format, self.class_scale[classes]
+        )
+        instance_memory = round_to_format(
+            self.instance_memory[indices], number_format, self.instance_scale[classes]
+        )
+        return self._decoder(torch.cat([features, class_memory, instance_memory], dim=1))
+
+    def _decoder(self, x: Tensor) -> Tensor:
+        layout = self.layout
+        last = len(self.decoder_weights) - 1
+        for i, (weight, bias) in enumerate(
+            zip(self.decoder_weights, self.decoder_biases, strict=True)
+        ):
+            weight = round_to_format(weight, layout.number_format, self.decoder_scale[i])
+            x = F.conv2d(x, weight, round_to_format(bias, layout.bias_format), padding=1)
+            if i < last:
+                x = F.silu(x)
+            if i < last - 1:
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        x = F.pixel_shuffle(x, 2)
+        _, height, width = layout.image_shape
+        return torch.sigmoid(x[..., :height, :width])
+
+    @torch.no_grad()
+    def decode(
+        self, indices: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Decode images, a bounded number at a time.
+
+        An image's bits do not depend on which others are decoded with it: every call of the
+        decoder sees a batch of the same size, the last one filled up with repeats.
+
+        Args:
+            indices: int64 ``(B,)``, positions of the images wanted; all where None.
+            dtype: ``torch.float32``, or ``torch.uint8`` for images rounded to 0 to 255.
+
+        Returns:
+            Images ``(B, C, H, W)``, float32 in [0, 1] or uint8, and their labels, int64 ``(B,)``;
+            both on the memory's device.
+        """
+        if dtype not in (torch.float32, torch.uint8):
+            raise ConfigError(f"dtype is torch.float32 or torch.uint8; got {dtype}")
+        device = self.instance_memory.device
+        if indices is None:
+            indices = torch.arange(self.num_images, device=device)
+        indices = indices.to(device)
+        images = torch.empty((len(indices), *self.image_shape), dtype=dtype, device=device)
+        chunk_size = max(1, _PIXELS_PER_CHUNK // math.prod(self.image_shape[1:]))
+        for start in range(0, len(indices), chunk_size):
+            chunk = indices[start : start + chunk_size]
+            padded = F.pad(chunk, (0, chunk_size - len(chunk)), value=int(chunk[0]))
+            decoded = self(padded)[: len(chunk)]
+            if dtype == torch.uint8:
+                decoded = (decoded * 255).round()
+            images[start : start + len(chunk)] = decoded
+        return images, self.labels[indices]
+
+    def as_dataset(
+        self,
+        transform: Callable[[Tensor], object] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> DecodedDataset:
+        """Decode everything once, into a data set of ``(image, label)`` pairs.
+
+        Args:
+            transform: Applied to an image ``(C, H, W)`` each time that it is read.
+            dtype: As in :meth:`decode`.
+        """
+        images, labels = self.decode(dtype=dtype)
+        return DecodedDataset(images.cpu(), labels.cpu(), transform)
+
+    @torch.no_grad()
+    def update_scales(self) -> None:
+        """Set the int8 scales so that no latent value is clipped.
+
+        To be called after latent values change, before what is decoded is used; training does.
+        The other number formats have no scales.
+        """
+        if self.layout.number_format != "int8":
+            return
+        self.dataset_scale = max_abs_scale(self.dataset_memory, self.dataset_scale)
+        self.class_scale = max_abs_scale(self.class_memory, self.class_scale)
+        self.extractor_scale = max_abs_scale(self.extractor_weight, self.extractor_scale)
+        largest = self.instance_memory.abs().amax(dim=(2, 3), keepdim=True)
+        owner = self.class_index.view(-1, 1, 1, 1).expand_as(largest)
+        largest = torch.zeros_like(self.instance_scale).scatter_reduce_(0, owner, largest, "amax")
+        self.instance_scale = max_abs_scale(largest, largest)
+        self.decoder_scale = torch.cat(
+            [max_abs_scale(weight.flatten(), weight.new_ones(1)) for weight in self.decoder_weights]
+        )
+
+    @torch.no_grad()
+    def extend(
+        self,
+        classes: Sequence[int] | Tensor,
+        images_per_class: int | Sequence[int],
+        *,
+        seed: int = 0,
+    ) -> None:
+        """Add new classes: their class memories, extractors and instance memories.
+
+        The dataset memory, the decoder and everything of the classes already there keep their
+        values, and so do the images that they decode to.
+
+        Args:
+            classes: New labels.
+            images_per_class: Instance memories of each new class: one number, or one a class.
+            seed: Seed of the new initial values.
+
+        Raises:
+            ConfigError: A class is there already or comes twice, or a count is not positive.
+            BudgetError: The longer memory does not fit the budget; nothing is changed.
+        """
+        new = _check_classes(classes)
+        counts = _check_counts(images_per_class, len(new))
+        old = set(self.classes.tolist())
+        if repeated := sorted(old.intersection(new)):
+            raise ConfigError(
+                f"classes {repeated} are in the memory already; extend it with new ones only"
+            )
+        if len(old) + len(new) > MAX_CLASSES:
+            raise ConfigError(
+                f"a memory holds up to {MAX_CLASSES} classes; got {len(old)} + {len(new)}"
+            )
+        self._check_budget(len(old) + len(new), self.num_images + sum(counts))
+        layout, device = self.layout, self.classes.device
+        generator = make_generator(seed, "classes", len(old))
+        position = torch.arange(len(old), len(old) + len(new))
+        self.classes = torch.cat([self.classes, torch.tensor(new, device=device)])
+        self.class_index = torch.cat(
+            [self.class_index, position.repeat_interleave(torch.tensor(counts)).to(device)]
+        )
+        grown = {
+            "class_memory": _noise(generator, 0.1, len(new), layout.class_channels, *layout.grid),
+            "instance_memory": _noise(generator, 0.1, sum(counts), *layout.instance_shape),
+            "extractor_weight": _noise(
+                generator,
+                layout.dataset_channels**-0.5,
+                len(new),
+                layout.feature_channels,
+                layout.dataset_channels,
+            ),
+            "extractor_bias": torch.zeros(len(new), layout.feature_channels),
+        }
+        for name, values in grown.items():
+            old_values: Tensor = getattr(self, name)
+            setattr(self, name, nn.Parameter(torch.cat([old_values, values.to(device)])))
+        new_scales = {
+            "class_scale": max_abs_scale(grown["class_memory"], torch.ones(len(new), 1, 1, 1)),
+            "extractor_scale": max_abs_scale(grown["extractor_weight"], torch.ones(len(new), 1, 1)),
+            "instance_scale": torch.stack(
+                [
+                    max_abs_scale(of_class, torch.ones(1, layout.instance_channels, 1, 1))[0]
+                    for of_class in grown["instance_memory"].split(counts)
+                ]
+            ),
+        }
+        for name, values in new_scales.items():
+            setattr(self, name, torch.cat([getattr(self, name), values.to(device)]))
+        if not old:
+            self.update_scales()
+
+    @torch.no_grad()
+    def keep(self, indices: Tensor | Sequence[int]) -> None:
+        """Drop every instance memory but these; no image that stays changes by one bit.
+
+        Args:
+            indices: Positions of the images that stay, each once, in any order; they are kept in
+                their present order. A class may lose all of its images; its class memory stays.
+
+        Raises:
+            ConfigError: A position outside ``0 .. N - 1``, or one that comes twice.
+        """
+        kept = torch.as_tensor(indices, dtype=torch.int64).flatten().cpu().sort().values
+        if len(kept) and not (0 <= int(kept[0]) and int(kept[-1]) < self.num_images):
+            raise ConfigError(
+                f"indices are positions from 0 to {self.num_images - 1}; got {int(kept[0])} to "
+                f"{int(kept[-1])}"
+            )
+        if len(kept.unique()) != len(kept):
+            raise ConfigError("each index may come once; some come twice or more")
+        kept = kept.to(self.class_index.device)
+        self.instance_memory = nn.Parameter(self.instance_memory[kept])
+        self.class_index = self.class_index[kept]
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to a file, all at once or not at all.
+
+        Raises:
+            BudgetError: The file would be over the budget; nothing is written.
+        """
+        from hmn_replay.storage import save_memory
+
+        save_memory(self, path)
+
+    def _check_budget(self, num_classes: int, num_images: int) -> None:
+        needed = self.layout.file_bytes(num_classes, num_images, self.budget_bytes)
+        if self.budget_bytes is not None and needed > self.budget_bytes:
+            raise BudgetError(
+                f"{num_images} images of {num_classes} classes take {needed:,} bytes, over the "
+                f"budget of {self.budget_bytes:,}; keep fewer images, or raise the budget"
+            )
+
+
+class DecodedDataset(Dataset[tuple[object, int]]):
+    """Decoded images as a map-style data set.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        targets: int64 ``(N,)``.
+        transform: Applied to an image ``(C, H, W)`` each time that it is read, or None.
+
+    Attributes:
+        targets: list of int, the labels, as torchvision's data sets have them.
+    """
+
+    def __init__(
+        self, images: Tensor, targets: Tensor, transform: Callable[[Tensor], object] | None = None
+    ) -> None:
+        self.images = images
+        self.targets: list[int] = targets.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        image = self.images[index]
+        return image if self.transform is None else self.transform(image), self.targets[index]
+
+
+def _noise(generator: torch.Generator, std: float, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=generator) * std)
+
+
+def _check_classes(classes: Sequence[int] | Tensor) -> list[int]:
+    values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise ConfigError(f"classes are integers; got {values[:5]}")
+    if not 1 <= len(values) <= MAX_CLASSES:
+        raise ConfigError(f"a memory holds 1 to {MAX_CLASSES} classes; got {len(values)}")
+    if len(set(values)) != len(values):
+        raise ConfigError("classes come once each; some come twice or more")
+    return values
+
+
+def _check_counts(images_per_class: int | Sequence[int], num_classes: int) -> list[int]:
+    if isinstance(images_per_class, int):
+        counts = [images_per_class] * num_classes
+    else:
+        counts = list(images_per_class)
+    if len(counts) != num_classes or not all(isinstance(c, int) and c > 0 for c in counts):
+        raise ConfigError(
+            f"images_per_class is a positive integer, or {num_classes} of them; "
+            f"got {images_per_class!r}"
+        )
+    return counts

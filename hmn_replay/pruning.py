@@ -1,0 +1,116 @@
+"""Double-ended pruning by the area under the margin (AUM), as pure functions over numbers.
+
+Zheng et al. 2024, Section 3.2: condense more images than fit, then drop both the hardest and the
+easiest of each class until the budget holds. AUM is Pleiss et al. 2020, arXiv 2001.10528.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hmn_replay.errors import ConfigError
+
+__all__ = ["aum", "double_ended_prune", "margins"]
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return by how much each image's own logit beats the largest other one.
+
+        M(x, y) = z_y - max_{j != y} z_j
+
+    Args:
+        logits: float ``(..., N, K)`` with K of 2 or more.
+        labels: int64 ``(N,)`` in ``0 .. K - 1``.
+
+    Returns:
+        float ``(..., N)``: positive where the network is right.
+
+    Raises:
+        ConfigError: The shapes do not fit each other, or there is one class alone.
+    """
+    if logits.ndim < 2 or logits.shape[-1] < 2 or logits.shape[-2] != len(labels):
+        raise ConfigError(
+            f"logits are (..., N, K) with K of 2 or more and N labels; got logits "
+            f"{tuple(logits.shape)} and {len(labels)} labels"
+        )
+    own_class = torch.nn.functional.one_hot(labels, logits.shape[-1]).bool()
+    own = logits[..., own_class]
+    others = logits.masked_fill(own_class, -math.inf).amax(dim=-1)
+    return own - others
+
+
+def aum(margins_per_epoch: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return each image's area under the margin: the mean of its margins over the epochs.
+
+    Args:
+        margins_per_epoch: float ``(T, N)``, or T tensors ``(N,)``: :func:`margins` after each of
+            the T epochs of one training.
+
+    Returns:
+        float ``(N,)``. Low: hard, or badly decoded. High: easy.
+
+    Raises:
+        ConfigError: No epoch at all.
+    """
+    if len(margins_per_epoch) == 0:
+        raise ConfigError("AUM is a mean over epochs; got the margins of none")
+    if isinstance(margins_per_epoch, Tensor):
+        return margins_per_epoch.mean(dim=0)
+    return torch.stack(list(margins_per_epoch)).mean(dim=0)
+
+
+def double_ended_prune(
+    scores: Tensor, labels: Tensor, num_drop: int | Sequence[int], beta: float
+) -> Tensor:
+    """Choose the images that stay when each class drops its hardest and its easiest ones.
+
+    Of a class's k images to drop, floor(beta k) are those of lowest score and the other
+    k - floor(beta k) those of highest score. Where scores tie, the image that comes first counts as
+    the harder one.
+
+    Args:
+        scores: float ``(N,)``, AUM of each image.
+        labels: int64 ``(N,)``, its class.
+        num_drop: k, for every class alike, or one a class in the order of the sorted labels.
+        beta: Share of the hard ones among the dropped, in [0, 1].
+
+    Returns:
+        int64, ascending: positions of the images that stay.
+
+    Raises:
+        ConfigError: beta outside [0, 1], NaN among the scores, lengths that do not fit, or a class
+            that does not have k images.
+
+    Example:
+        >>> scores = torch.tensor([0.1, 0.9, 0.5, 0.4])
+        >>> double_ended_prune(scores, torch.zeros(4, dtype=torch.int64), 2, beta=0.5)
+        tensor([2, 3])
+    """
+    if not 0 <= beta <= 1:
+        raise ConfigError(f"beta is in [0, 1]; got {beta}")
+    if scores.ndim != 1 or scores.shape != labels.shape:
+        raise ConfigError(
+            f"scores and labels are (N,) both; got {tuple(scores.shape)} and {tuple(labels.shape)}"
+        )
+    if bool(scores.isnan().any()):
+        raise ConfigError("scores hold NaN: the training that they come from diverged")
+    classes = labels.unique()
+    drops = [num_drop] * len(classes) if isinstance(num_drop, int) else list(num_drop)
+    if len(drops) != len(classes):
+        raise ConfigError(f"num_drop has one entry a class, {len(classes)}; got {len(drops)}")
+    kept = []
+    for label, drop in zip(classes, drops, strict=True):
+        members = (labels == label).nonzero().flatten()
+        if not 0 <= drop <= len(members):
+            raise ConfigError(
+                f"class {int(label)} has {len(members)} images; it cannot drop {drop} of them"
+            )
+        # 0.29 * 100 is 28.999... in floating point; the little that is added mends that.
+        num_hardest = math.floor(beta * drop + 1e-9)
+        by_difficulty = members[scores[members].argsort(stable=True)]
+        kept.append(by_difficulty[num_hardest : len(members) - (drop - num_hardest)])
+    return torch.cat(kept).sort().values
