@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from hmn_replay.errors import BudgetError
 
@@ -21,7 +22,7 @@ _UNITS = {
     "mib": 2**20,
     "gib": 2**30,
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ class Budget:
                 f"cannot read {value!r} as a budget: write a number and a unit (B, kB, MB, GB, "
                 "KiB, MiB or GiB), such as '120 KiB'"
             )
-        digits = match[1]
-        return cls(int(digits) * unit if digits.isdigit() else int(float(digits) * unit))
+        return cls(int(Fraction(match[1]) * unit))
 
     @classmethod
     def ipc(cls, images_per_class: int, image_shape: Sequence[int], num_classes: int) -> Budget:

@@ -1,0 +1,52 @@
+# Everything runs in .venv, which the first target that needs it makes from pyproject.toml.
+#
+#   PYTHON  the interpreter that makes .venv, 3.10 or newer   (default: python3)
+#   OUT     the folder that the demo writes to                (default: demo)
+#   ARGS    more arguments for pytest, such as ARGS="-k data"
+
+PYTHON ?= python3
+OUT ?= demo
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint typecheck format clean
+
+help:  ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## Make .venv and install the package in it, with the tools of a developer
+
+demo: $(STAMP)  ## Condense the digits, and compare with raw images of as many bytes
+	$(BIN)/python experiments/demo.py --out $(OUT)
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(STAMP)  ## Check the types
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Mend what can be mended of style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove .venv and all that the other targets wrote
+	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Touched last, so that an installation cut short is done again.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	    echo "No virtual environment could be made (on Debian: apt install python3-venv)" >&2; \
+	    exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
