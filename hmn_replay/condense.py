@@ -173,9 +173,7 @@ class _Condensation:
 
     def finish(self) -> HierarchicalMemory:
         """Take all the steps that are left."""
-        for phase, work in zip(
-            _PHASES, (self._warm_start, self._match, self._prune), strict=True
-        ):
+        for phase, work in zip(_PHASES, (self._warm_start, self._match, self._prune), strict=True):
             if self.state["phase"] == phase:
                 self.clock = time.monotonic()
                 work()
@@ -211,7 +209,9 @@ class _Condensation:
                 indices = order[position * batch_size : (position + 1) * batch_size]
                 wanted = self.train.floats(targets[indices]).to(self.device, non_blocking=True)
                 self._set_rate(optimizer, num_steps, config.warm_start_learning_rate)
-                loss = F.mse_loss(memory(indices.to(self.device)), wanted)
+                with self._precision():
+                    images = memory(indices.to(self.device))
+                loss = F.mse_loss(images.float(), wanted)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()
@@ -253,17 +253,22 @@ class _Condensation:
             _sample(self.positions[label], config.decoded_batch, generator)
             for label in classes.tolist()
         ]
-        images = memory(torch.cat(drawn).to(device))
+        with self._precision():
+            images = memory(torch.cat(drawn).to(device)).float()
         gradients = []
         for label, own in zip(classes.tolist(), images.split([len(d) for d in drawn]), strict=True):
             chosen = _sample(self.members[label], config.real_batch, generator)
             real = self.train.floats(chosen).to(device, non_blocking=True)
             augment = draw_augmentation(
-                config.augmentations, memory.image_shape[1:], generator, fill=self.mean, std=self.std
+                config.augmentations,
+                memory.image_shape[1:],
+                generator,
+                fill=self.mean,
+                std=self.std,
             )
             decoded = own.detach().requires_grad_()
             augmented = augment(decoded)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with self._precision():
                 _, gradient = objective(
                     network,
                     augment(real),
@@ -301,7 +306,7 @@ class _Condensation:
                 generator,
                 probability=config.network_cutmix_probability,
             )
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with self._precision():
                 logits = network(images)
             loss = lam * F.cross_entropy(logits.float(), labels_a)
             if lam < 1:
@@ -448,6 +453,11 @@ class _Condensation:
         ) as bar:
             yield bar
 
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
+        )
+
     def _stepped(self, num_images: int, *, save: bool = False, **owners: Stateful) -> None:
         """Count one step, and write a checkpoint where it is time for one."""
         self.state["step"] += 1
@@ -499,5 +509,5 @@ def _fingerprint(
     digest = hashlib.blake2b(repr((budget, layout, config, seed)).encode(), digest_size=16)
     for tensor in (data.labels, data.images):
         digest.update(repr(tensor.shape).encode())
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()

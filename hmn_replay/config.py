@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -188,11 +188,11 @@ def parse_option(name: str, text: str) -> Any:
     return _convert(name, text if kind == "str" else _literal(text), kind)
 
 
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
-        return text.strip()
+def _literal(text: str) -> int | float | str:
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text.strip()
 
 
 def _field_type(name: str) -> str:

@@ -202,14 +202,21 @@ class Layout:
         if len(digest) != DIGEST_LENGTH:
             raise ValueError(f"a digest has {DIGEST_LENGTH} characters")
         channel, height, width = _split(shape)
+        dataset_channels, feature_channels, class_channels, instance_channels = _split(channels)
         layout = cls(
-            (channel, height, width),
-            check_number_format(number_format),
-            int(stride),
-            *_split(channels),
+            image_shape=(channel, height, width),
+            number_format=check_number_format(number_format),
+            stride=int(stride),
+            dataset_channels=dataset_channels,
+            feature_channels=feature_channels,
+            class_channels=class_channels,
+            instance_channels=instance_channels,
             decoder_channels=_split(decoder),
         )
-        return layout, None if budget == "-" else Budget(int(budget)).num_bytes, digest
+        budget_bytes = None if budget == "-" else Budget(int(budget)).num_bytes
+        if layout.metadata(budget_bytes, digest) != text:
+            raise ValueError("its numbers are written in another way than this package writes them")
+        return layout, budget_bytes, digest
 
     def file_bytes(self, num_classes: int, num_images: int, budget_bytes: int | None) -> int:
         """Return the exact size of the memory file, header and all."""
@@ -232,6 +239,9 @@ class Layout:
         limit = Budget.parse(budget).num_bytes
         smallest = self.file_bytes(num_classes, num_classes, limit)
         if smallest > limit:
+            # The budget itself stands in the header: one of more digits may take more bytes.
+            while (needed := self.file_bytes(num_classes, num_classes, smallest)) > smallest:
+                smallest = needed
             raise BudgetError(
                 f"a budget of {limit:,} bytes does not hold one image of each of {num_classes} "
                 f"classes; with this layout the smallest that does is {smallest:,} bytes"
@@ -258,8 +268,10 @@ def _in_file_order(specs: dict[str, TensorSpec]) -> list[tuple[str, TensorSpec]]
 
 def _check_image_shape(image_shape: Sequence[int]) -> None:
     valid = len(image_shape) == 3 and all(_is_int(side) for side in image_shape)
-    if not valid or image_shape[0] not in (1, 3) or not all(
-        MIN_SIDE <= side <= MAX_SIDE for side in image_shape[1:]
+    if (
+        not valid
+        or image_shape[0] not in (1, 3)
+        or not all(MIN_SIDE <= side <= MAX_SIDE for side in image_shape[1:])
     ):
         raise ConfigError(
             f"image_shape is (C, H, W) with C 1 or 3 and H, W from {MIN_SIDE} to {MAX_SIDE}; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -155,9 +155,9 @@ def get_objective(name: str) -> Objective:
     raise ConfigError(f"objective is one of {', '.join(OBJECTIVES)}; got {name!r}")
 
 
-def _convolution_weights(network: nn.Module) -> list[nn.Parameter]:
-    weights = [
-        module.weight
+def _convolution_weights(network: nn.Module) -> list[Tensor]:
+    weights: list[Tensor] = [
+        cast(nn.Parameter, module.weight)
         for module in network.modules()
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     ]
@@ -169,7 +169,7 @@ def _convolution_weights(network: nn.Module) -> list[nn.Parameter]:
 
 
 @contextlib.contextmanager
-def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Let parameters require gradients inside the block, and restore their flags afterwards."""
     flags = [parameter.requires_grad for parameter in parameters]
     try:

@@ -102,7 +102,7 @@ def double_ended_prune(
     drops = [num_drop] * len(classes) if isinstance(num_drop, int) else list(num_drop)
     if len(drops) != len(classes):
         raise ConfigError(f"num_drop has one entry a class, {len(classes)}; got {len(drops)}")
-    kept = []
+    kept = [labels.new_empty(0, dtype=torch.int64)]
     for label, drop in zip(classes, drops, strict=True):
         members = (labels == label).nonzero().flatten()
         if not 0 <= drop <= len(members):

@@ -59,5 +59,5 @@ def seeded(seed: int, *names: int | str) -> Iterator[None]:
     For code that draws from the global generator only, such as module initialisation on the CPU.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(derive_seed(seed, *names))
+        torch.default_generator.manual_seed(derive_seed(seed, *names))
         yield

@@ -1,0 +1,394 @@
+"""Train a fresh network on images, and score it: the evaluation protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hmn_replay.augment import STRATEGIES, cutmix, draw_augmentation
+from hmn_replay.data import ImageSource, as_labelled_images, channel_stats
+from hmn_replay.errors import ConfigError, DataError, TrainingError
+from hmn_replay.networks import NETWORKS, Network, build_network
+from hmn_replay.runtime import make_generator, resolve_device
+
+__all__ = [
+    "Decodable",
+    "TrainingConfig",
+    "cosine_rate",
+    "evaluate",
+    "score",
+    "train_network",
+]
+
+# Of these, IDC's code applies one a batch.
+_MOVING = ("crop", "scale", "rotate")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained; the defaults are IDC's evaluation (Kim et al. 2022).
+
+    Attributes:
+        network: One of :data:`hmn_replay.networks.NETWORKS`.
+        width: Channels of ConvNet's blocks, 1 or more.
+        depth: Number of ConvNet's blocks; None for the field's choice by image size.
+        num_passes: Images that the network is shown in all, 1 or more: rounded to whole epochs, and
+            one epoch at least.
+        batch_size: Images in a step, 2 or more. Batches of an epoch are of equal size, to within
+            one image, and never of one image, which batch normalisation cannot take.
+        learning_rate: Of the first step, above 0; falls to 0 along half a cosine.
+        momentum: Of SGD, in [0, 1).
+        weight_decay: Of SGD, on every parameter, 0 or more.
+        cutmix_probability: That a batch is mixed by CutMix, in [0, 1].
+        augmentations: Some of :data:`hmn_replay.augment.STRATEGIES`, drawn for every image. Of
+            `crop`, `scale` and `rotate`, each batch gets one, as in IDC's code.
+        precision: ``"float32"``, or ``"bfloat16"`` for autocast: faster on a GPU, less exact.
+
+    Raises:
+        ConfigError: A value outside what is said above.
+    """
+
+    network: str = "convnet"
+    width: int = 128
+    depth: int | None = None
+    num_passes: int = 40_000
+    batch_size: int = 64
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    cutmix_probability: float = 0.5
+    augmentations: tuple[str, ...] = ("color", "crop", "flip", "scale", "rotate")
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "augmentations", tuple(self.augmentations))
+        requirements = {
+            "network": (self.network in NETWORKS, f"one of {NETWORKS}"),
+            "width": (self.width >= 1, "1 or more"),
+            "depth": (self.depth is None or self.depth >= 1, "None, or 1 or more"),
+            "num_passes": (self.num_passes >= 1, "1 or more"),
+            "batch_size": (self.batch_size >= 2, "2 or more"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "above 0 and finite"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more and finite"),
+            "cutmix_probability": (0 <= self.cutmix_probability <= 1, "in [0, 1]"),
+            "augmentations": (set(self.augmentations) <= set(STRATEGIES), f"among {STRATEGIES}"),
+            "precision": (self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+        }
+        for name, (met, wanted) in requirements.items():
+            if not met:
+                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+
+@runtime_checkable
+class Decodable(Protocol):
+    """Anything that gives labelled images back, such as a memory."""
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """Return float images ``(N, C, H, W)`` in [0, 1] and int64 labels ``(N,)``."""
+        ...
+
+
+def evaluate(
+    source: Decodable | ImageSource,
+    test_set: Decodable | ImageSource,
+    *,
+    network: str | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    config: TrainingConfig | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> tuple[Network, float]:
+    """Train a fresh network on a memory or a set of images, and score it on a test set.
+
+    The accuracy is that of the last epoch: no choice is made by the test set. Pixels are normalised
+    by the mean and deviation of the source's own images.
+
+    Args:
+        source: What to learn from: a memory (anything with ``decode()``), or anything that
+            :func:`hmn_replay.data.as_labelled_images` takes.
+        test_set: The same. A label that the source does not have counts as an error.
+        network: Name of the architecture. Default: that of ``config``, else ConvNet.
+        seed: The same seed gives the same accuracy, on the same machine and number of threads.
+        device: Where to train. Default: the best device present.
+        config: The training. Default: ``TrainingConfig()``.
+        progress: Whether to show a bar on standard error.
+        **options: Fields of :class:`TrainingConfig` that replace those of ``config``.
+
+    Returns:
+        The network, in evaluation mode on ``device``, whose buffer ``classes`` holds the label of
+        each logit; and its accuracy in [0, 1].
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+        DataError: Images or labels that cannot be used, or of different shapes.
+        TrainingError: The loss left the real numbers.
+    """
+    if network is not None:
+        options["network"] = network
+    config = _replace(config or TrainingConfig(), options)
+    images, labels = _images_and_labels(source)
+    test_images, test_labels = _images_and_labels(test_set)
+    if images.shape[1:] != test_images.shape[1:]:
+        raise DataError(
+            f"the source has images of {tuple(images.shape[1:])} and the test set of "
+            f"{tuple(test_images.shape[1:])}; both must have the same (C, H, W)"
+        )
+    classes, class_indices = torch.unique(labels, return_inverse=True)
+    trained = train_network(
+        images,
+        class_indices,
+        len(classes),
+        config=config,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    trained.classes.copy_(classes)
+    positions = torch.searchsorted(classes, test_labels).clamp(max=len(classes) - 1)
+    known = classes[positions] == test_labels
+    return trained, score(trained, test_images, torch.where(known, positions, -1))
+
+
+def train_network(
+    images: Tensor,
+    class_indices: Tensor,
+    num_classes: int,
+    *,
+    config: TrainingConfig | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    progress: bool | Callable[[int, int], None] = False,
+    on_epoch: Callable[[int, Network], None] | None = None,
+) -> Network:
+    """Train a fresh network by SGD, CutMix and differentiable augmentation.
+
+    The images are normalised by their own mean and deviation, and shuffled anew every epoch. The
+    whole set is held on the device, as it came: a quarter of the memory for uint8.
+
+    Args:
+        images: float in [0, 1] or uint8, ``(N, C, H, W)``, N 1 or more.
+        class_indices: int64 ``(N,)`` in [0, num_classes).
+        num_classes: Number of logits.
+        config: Default: ``TrainingConfig()``.
+        seed: Of weights, order and augmentation; the global random state is not touched.
+        device: Where to train. Default: the best device present.
+        progress: Whether to show a bar on standard error, or a function that is called after every
+            step with the images seen so far and those to see in all.
+        on_epoch: Called after every epoch with its number, from 0, and the network, which it may
+            put into evaluation mode: to record margins, say.
+
+    Returns:
+        The network of the last epoch, in evaluation mode, on the device.
+
+    Raises:
+        DataError: The images or class indices are not as said above.
+        TrainingError: The loss left the real numbers.
+    """
+    config = config or TrainingConfig()
+    _check_labelled(images, class_indices)
+    if not 0 <= int(class_indices.min()) <= int(class_indices.max()) < num_classes:
+        raise DataError(
+            f"expected class indices in [0, {num_classes}), got {int(class_indices.min())} to "
+            f"{int(class_indices.max())}; give positions among the sorted labels, not labels"
+        )
+    device = resolve_device(device)
+    mean, std = (statistic.cpu() for statistic in channel_stats(images))
+    network = build_network(
+        config.network,
+        images.shape[1:],
+        num_classes,
+        width=config.width,
+        depth=config.depth,
+        mean=mean,
+        std=std,
+        seed=seed,
+    ).to(device)
+    images, class_indices = images.to(device), class_indices.to(device)
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    num_epochs = max(1, round(config.num_passes / len(images)))
+    # Batch normalisation needs two values, so a lone image is shown twice.
+    epoch_size = max(2, len(images))
+    num_batches = max(1, min(math.ceil(epoch_size / config.batch_size), epoch_size // 2))
+    num_seen, num_passes = 0, num_epochs * epoch_size
+    total_loss = torch.zeros((), device=device)
+    with (
+        _deterministic_cudnn(),
+        torch.enable_grad(),
+        tqdm(
+            total=num_passes,
+            desc="train",
+            unit="img",
+            unit_scale=True,
+            disable=progress is not True,
+        ) as bar,
+    ):
+        for epoch in range(num_epochs):
+            network.train()
+            generator = make_generator(seed, "epoch", epoch)
+            order = torch.randperm(epoch_size, generator=generator) % len(images)
+            for number, indices in enumerate(order.to(device).tensor_split(num_batches)):
+                rate = cosine_rate(
+                    epoch * num_batches + number, num_epochs * num_batches, config.learning_rate
+                )
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                batch, labels_a, labels_b, lam = _draw_batch(
+                    images[indices], class_indices[indices], mean, std, config, generator
+                )
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
+                ):
+                    logits = network(batch)
+                loss = _mixed_loss(logits.float(), labels_a, labels_b, lam)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                total_loss += loss.detach()
+                num_seen += len(indices)
+                bar.update(len(indices))
+                if callable(progress):
+                    progress(num_seen, num_passes)
+            if on_epoch is not None:
+                on_epoch(epoch, network)
+    if not math.isfinite(float(total_loss)):
+        raise TrainingError(
+            f"the training loss left the real numbers at learning rate {config.learning_rate}; "
+            "lower it, or check that the images are in [0, 1]"
+        )
+    return network.eval()
+
+
+def score(
+    network: nn.Module,
+    images: Tensor,
+    class_indices: Tensor,
+    *,
+    batch_size: int = 512,
+    device: str | torch.device | None = None,
+) -> float:
+    """Return the share of images whose largest logit is that of their class.
+
+    Args:
+        network: From float images in [0, 1] to logits ``(N, K)``; every module's mode, and the
+            device, are as they were afterwards.
+        images: float in [0, 1] or uint8, ``(N, C, H, W)``, N 1 or more, on any device.
+        class_indices: int64 ``(N,)``; a value outside [0, K), such as -1, is never right.
+        batch_size: Images at a time.
+        device: Where to run. Default: where the network is.
+
+    Returns:
+        The accuracy, in [0, 1].
+
+    Raises:
+        DataError: No image, or tensors of other shapes or dtypes.
+    """
+    _check_labelled(images, class_indices)
+    home = next(network.parameters(), torch.empty(0)).device
+    target = home if device is None else resolve_device(device)
+    modes = {module: module.training for module in network.modules()}
+    num_right = torch.zeros((), dtype=torch.int64, device=target)
+    try:
+        network.to(target).eval()
+        with torch.no_grad():
+            for start in range(0, len(images), batch_size):
+                chunk = slice(start, start + batch_size)
+                predicted = network(_floats(images[chunk].to(target))).argmax(dim=1)
+                num_right += (predicted == class_indices[chunk].to(target)).sum()
+    finally:
+        network.to(home)
+        for module, mode in modes.items():
+            module.training = mode
+    return float(num_right) / len(images)
+
+
+def cosine_rate(step: int, num_steps: int, peak: float) -> float:
+    """Return the learning rate of one step, from ``peak`` at step 0 to 0 at ``num_steps``."""
+    return 0.5 * peak * (1.0 + math.cos(math.pi * step / num_steps))
+
+
+def _draw_batch(
+    images: Tensor,
+    labels: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    config: TrainingConfig,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    names = [name for name in config.augmentations if name not in _MOVING]
+    moving = [name for name in config.augmentations if name in _MOVING]
+    if moving:
+        names.append(moving[int(torch.randint(len(moving), (), generator=generator))])
+    height, width = images.shape[2:]
+    augment = draw_augmentation(
+        names, (height, width), generator, batch=len(images), fill=mean, std=std
+    )
+    return cutmix(
+        augment(_floats(images)), labels, generator, probability=config.cutmix_probability
+    )
+
+
+def _mixed_loss(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float) -> Tensor:
+    loss = F.cross_entropy(logits, labels_a)
+    if lam == 1.0:
+        return loss
+    return lam * loss + (1.0 - lam) * F.cross_entropy(logits, labels_b)
+
+
+def _floats(images: Tensor) -> Tensor:
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+
+
+def _images_and_labels(source: Decodable | ImageSource) -> tuple[Tensor, Tensor]:
+    if isinstance(source, Decodable):
+        with torch.no_grad():
+            images, labels = source.decode()
+        return images.detach().cpu(), labels.cpu()
+    labelled = as_labelled_images(source)
+    return labelled.images, labelled.labels
+
+
+def _check_labelled(images: Tensor, class_indices: Tensor) -> None:
+    if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise DataError(
+            f"expected uint8 or float images (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
+        )
+    if not len(images):
+        raise DataError("expected one image or more, got none")
+    if class_indices.dtype != torch.int64 or class_indices.shape != images.shape[:1]:
+        raise DataError(
+            f"expected int64 class indices of shape ({len(images)},), got "
+            f"{class_indices.dtype} {tuple(class_indices.shape)}"
+        )
+
+
+def _replace(config: TrainingConfig, options: dict[str, Any]) -> TrainingConfig:
+    names = [field.name for field in dataclasses.fields(TrainingConfig)]
+    if unknown := sorted(set(options).difference(names)):
+        raise ConfigError(f"unknown option {unknown[0]!r}; choose from {', '.join(names)}")
+    return dataclasses.replace(config, **options)
+
+
+@contextlib.contextmanager
+def _deterministic_cudnn() -> Iterator[None]:
+    flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags
