@@ -1,2 +1,63 @@
+"""Condense a labelled image set into a memory file of a few kilobytes, and train from it.
+
+>>> memory = hmn_replay.condense(train_set, budget="120 KiB", seed=0)  # doctest: +SKIP
+>>> memory.save("cifar10.hmn")  # doctest: +SKIP
+>>> network, accuracy = hmn_replay.evaluate(memory, test_set, seed=0)  # doctest: +SKIP
+"""
+
+from hmn_replay.budget import Budget
 from hmn_replay.condense import condense
+from hmn_replay.config import EFFORTS, CondenseConfig
+from hmn_replay.data import LabelledImages, as_labelled_images
+from hmn_replay.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HMNReplayError,
+    MemoryFileError,
+    TrainingError,
+)
+from hmn_replay.formats import NUMBER_FORMATS
+from hmn_replay.layout import Layout
+from hmn_replay.matching import OBJECTIVES, distribution_matching, gradient_matching
+from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.networks import NETWORKS, build_network
+from hmn_replay.pruning import aum, double_ended_prune, margins
+from hmn_replay.sources import load_dataset
 from hmn_replay.storage import load
+from hmn_replay.training import TrainingConfig, evaluate, train_network
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EFFORTS",
+    "NETWORKS",
+    "NUMBER_FORMATS",
+    "OBJECTIVES",
+    "Budget",
+    "BudgetError",
+    "CheckpointError",
+    "CondenseConfig",
+    "ConfigError",
+    "DataError",
+    "HMNReplayError",
+    "HierarchicalMemory",
+    "LabelledImages",
+    "Layout",
+    "MemoryFileError",
+    "TrainingConfig",
+    "TrainingError",
+    "as_labelled_images",
+    "aum",
+    "build_network",
+    "condense",
+    "distribution_matching",
+    "double_ended_prune",
+    "evaluate",
+    "gradient_matching",
+    "load",
+    "load_dataset",
+    "margins",
+    "train_network",
+]

@@ -134,7 +134,9 @@ class _Condensation:
         self.budget = budget
         num_classes = data.num_classes
         num_images = layout.max_images(budget, num_classes)
-        self.num_drop = math.ceil(config.over_budget * num_images / num_classes)
+        # Without another class there is no margin to prune by.
+        over_budget = config.over_budget if num_classes > 1 else 0
+        self.num_drop = math.ceil(over_budget * num_images / num_classes)
         fair, extra = divmod(num_images, num_classes)
         counts = [fair + (c < extra) + self.num_drop for c in range(num_classes)]
         self.memory = HierarchicalMemory(layout, data.classes, counts, seed=seed).to(device)

@@ -5,6 +5,7 @@ LAYOUT_DOC_PLACEHOLDER
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -143,7 +144,7 @@ class Layout:
             *self.decoder_channels,
             4 * self.image_shape[0],
         ]
-        return list(zip(widths[:-1], widths[1:], strict=True))
+        return list(itertools.pairwise(widths))
 
     def tensors(self, num_classes: int, num_images: int) -> dict[str, TensorSpec]:
         """Return the name, type and shape of every tensor in the file."""

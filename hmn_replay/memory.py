@@ -42,13 +42,13 @@ class HierarchicalMemory(nn.Module):
     Args:
         layout: Shapes and number format.
         classes: The labels: 1 to 1000 different integers, in any order.
-        images_per_class: Instance memories of each class: one number for all, or one a class; 1 or
+        images_per_class: Instance memories of each class: one number for all, or one a class; 0 or
             more.
         budget: Bytes that the saved file may take, or None for no bound.
         seed: Seed of the initial values.
 
     Raises:
-        ConfigError: Repeated classes, too many of them, or counts that are not positive.
+        ConfigError: Repeated classes, too many of them, or counts below 0.
         BudgetError: The memory does not fit the budget.
 
     Attributes:
@@ -252,10 +252,9 @@ class HierarchicalMemory(nn.Module):
         self.dataset_scale = max_abs_scale(self.dataset_memory, self.dataset_scale)
         self.class_scale = max_abs_scale(self.class_memory, self.class_scale)
         self.extractor_scale = max_abs_scale(self.extractor_weight, self.extractor_scale)
-        largest = self.instance_memory.abs().amax(dim=(2, 3), keepdim=True)
-        owner = self.class_index.view(-1, 1, 1, 1).expand_as(largest)
-        largest = torch.zeros_like(self.instance_scale).scatter_reduce_(0, owner, largest, "amax")
-        self.instance_scale = max_abs_scale(largest, largest)
+        self.instance_scale = _class_scales(
+            self.instance_memory, self.class_index, self.num_classes
+        )
         self.decoder_scale = torch.cat(
             [max_abs_scale(weight.flatten(), weight.new_ones(1)) for weight in self.decoder_weights]
         )
@@ -279,7 +278,7 @@ class HierarchicalMemory(nn.Module):
             seed: Seed of the new initial values.
 
         Raises:
-            ConfigError: A class is there already or comes twice, or a count is not positive.
+            ConfigError: A class is there already or comes twice, or a count is below 0.
             BudgetError: The longer memory does not fit the budget; nothing is changed.
         """
         new = _check_classes(classes)
@@ -296,11 +295,9 @@ class HierarchicalMemory(nn.Module):
         self._check_budget(len(old) + len(new), self.num_images + sum(counts))
         layout, device = self.layout, self.classes.device
         generator = make_generator(seed, "classes", len(old))
-        position = torch.arange(len(old), len(old) + len(new))
+        owner = torch.arange(len(new)).repeat_interleave(torch.tensor(counts))
         self.classes = torch.cat([self.classes, torch.tensor(new, device=device)])
-        self.class_index = torch.cat(
-            [self.class_index, position.repeat_interleave(torch.tensor(counts)).to(device)]
-        )
+        self.class_index = torch.cat([self.class_index, (len(old) + owner).to(device)])
         grown = {
             "class_memory": _noise(generator, 0.1, len(new), layout.class_channels, *layout.grid),
             "instance_memory": _noise(generator, 0.1, sum(counts), *layout.instance_shape),
@@ -319,12 +316,7 @@ class HierarchicalMemory(nn.Module):
         new_scales = {
             "class_scale": max_abs_scale(grown["class_memory"], torch.ones(len(new), 1, 1, 1)),
             "extractor_scale": max_abs_scale(grown["extractor_weight"], torch.ones(len(new), 1, 1)),
-            "instance_scale": torch.stack(
-                [
-                    max_abs_scale(of_class, torch.ones(1, layout.instance_channels, 1, 1))[0]
-                    for of_class in grown["instance_memory"].split(counts)
-                ]
-            ),
+            "instance_scale": _class_scales(grown["instance_memory"], owner, len(new)),
         }
         for name, values in new_scales.items():
             setattr(self, name, torch.cat([getattr(self, name), values.to(device)]))
@@ -340,10 +332,13 @@ class HierarchicalMemory(nn.Module):
                 their present order. A class may lose all of its images; its class memory stays.
 
         Raises:
-            ConfigError: A position outside ``0 .. N - 1``, or one that comes twice.
+            ConfigError: A position outside ``0 .. N - 1``, one that comes twice, or a mask.
         """
-        kept = torch.as_tensor(indices, dtype=torch.int64).flatten().cpu().sort().values
-        if len(kept) and not (0 <= int(kept[0]) and int(kept[-1]) < self.num_images):
+        kept = torch.as_tensor(indices).flatten().cpu()
+        if len(kept) and (kept.is_floating_point() or kept.dtype == torch.bool):
+            raise ConfigError(f"indices are integers; got {kept.dtype}: pass mask.nonzero()")
+        kept = kept.long().sort().values
+        if len(kept) and (int(kept[0]) < 0 or int(kept[-1]) >= self.num_images):
             raise ConfigError(
                 f"indices are positions from 0 to {self.num_images - 1}; got {int(kept[0])} to "
                 f"{int(kept[-1])}"
@@ -404,6 +399,15 @@ def _noise(generator: torch.Generator, std: float, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape, generator=generator) * std)
 
 
+def _class_scales(instance_memory: Tensor, class_index: Tensor, num_classes: int) -> Tensor:
+    """Return the int8 scales of the instance memories, one for each class and channel."""
+    largest = instance_memory.detach().abs().amax(dim=(2, 3), keepdim=True)
+    owner = class_index.view(-1, 1, 1, 1).expand_as(largest)
+    shape = (num_classes, *largest.shape[1:])
+    largest = largest.new_zeros(shape).scatter_reduce_(0, owner, largest, "amax")
+    return max_abs_scale(largest, largest)
+
+
 def _check_classes(classes: Sequence[int] | Tensor) -> list[int]:
     values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
@@ -420,9 +424,9 @@ def _check_counts(images_per_class: int | Sequence[int], num_classes: int) -> li
         counts = [images_per_class] * num_classes
     else:
         counts = list(images_per_class)
-    if len(counts) != num_classes or not all(isinstance(c, int) and c > 0 for c in counts):
+    if len(counts) != num_classes or not all(isinstance(c, int) and c >= 0 for c in counts):
         raise ConfigError(
-            f"images_per_class is a positive integer, or {num_classes} of them; "
+            f"images_per_class is an integer of 0 or more, or {num_classes} of them; "
             f"got {images_per_class!r}"
         )
     return counts

@@ -144,11 +144,12 @@ def build_network(
 def default_depth(height: int, width: int) -> int:
     """Return the number of ConvNet's blocks that the field uses for images of a size.
 
-    By the smaller side: 3 up to 48 pixels (CIFAR), 4 up to 96 (Tiny-ImageNet), 5 up to 160, 6 above
+    By the smaller side: 2 below 16 pixels (instances of 2 x 2 pixels normalise badly), 3 up to 48
+    (CIFAR), 4 up to 96 (Tiny-ImageNet), 5 up to 160, 6 above
     (ImageNet at 224); fewer where less than one pixel would be left.
     """
     side = min(height, width)
-    usual = 3 if side <= 48 else 4 if side <= 96 else 5 if side <= 160 else 6
+    usual = 2 if side < 16 else 3 if side <= 48 else 4 if side <= 96 else 5 if side <= 160 else 6
     return max(1, min(usual, _max_depth(side)))
 
 

@@ -110,12 +110,17 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Hierarchica
         OSError: The file is absent or cannot be read.
     """
     target = resolve_device(device)
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         try:
             memory = _read(file)
         except (HMNReplayError, safetensors.SafetensorError, ValueError) as error:
             raise MemoryFileError(f"cannot read {os.fspath(path)!r}: {error}") from error
     return memory.to(target)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # Without the flag, opening a pipe waits for someone to write to it.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _read(file: BinaryIO) -> HierarchicalMemory:
@@ -136,7 +141,7 @@ def _read(file: BinaryIO) -> HierarchicalMemory:
     header = file.read(header_length)
     text = _metadata(header)
     layout, budget_bytes, digest = Layout.from_metadata(text)
-    num_classes, num_images = _check_header(header, layout, status.st_size)
+    num_images = _check_header(header, layout, status.st_size)
     data = file.read(status.st_size - 8 - header_length)
     before, found, after = header.partition(digest.encode())
     if not found or _digest(prefix + before, after + data) != digest:
@@ -144,7 +149,7 @@ def _read(file: BinaryIO) -> HierarchicalMemory:
             "its digest does not fit its content: the file was altered or damaged; write it again"
         )
     tensors = safetensors.torch.load(prefix + header + data)
-    return _restore(layout, budget_bytes, num_classes, num_images, tensors)
+    return _restore(layout, budget_bytes, num_images, tensors)
 
 
 def _metadata(header: bytes) -> str:
@@ -163,12 +168,15 @@ def _metadata(header: bytes) -> str:
     return text
 
 
-def _check_header(header: bytes, layout: Layout, num_bytes: int) -> tuple[int, int]:
-    """Check that the header lists just what the layout has; return the counts it implies."""
+def _check_header(header: bytes, layout: Layout, num_bytes: int) -> int:
+    """Check that the header lists just what the layout has; return the number of images."""
     content = json.loads(header)
     try:
         (num_classes,) = content["labels"]["shape"]
-        num_images = content["instances"]["shape"][0]
+        num_images: int = content["instances"]["shape"][0]
+        for name, count, least in (("labels", num_classes, 1), ("instances", num_images, 0)):
+            if type(count) is not int or count < least:
+                raise MemoryFileError(f"it has {count!r} {name}")
         specs = layout.tensors(num_classes, num_images)
         for name, spec in specs.items():
             entry = content[name]
@@ -185,7 +193,7 @@ def _check_header(header: bytes, layout: Layout, num_bytes: int) -> tuple[int, i
     if num_bytes != expected:
         what = "truncated" if num_bytes < expected else "followed by bytes that are not its own"
         raise MemoryFileError(f"it is {what}: {num_bytes:,} bytes instead of {expected:,}")
-    return num_classes, num_images
+    return num_images
 
 
 def _parameters(memory: HierarchicalMemory) -> dict[str, tuple[Tensor, Tensor]]:
@@ -240,7 +248,6 @@ def _stored_tensors(memory: HierarchicalMemory) -> dict[str, Tensor]:
 def _restore(
     layout: Layout,
     budget_bytes: int | None,
-    num_classes: int,
     num_images: int,
     tensors: dict[str, Tensor],
 ) -> HierarchicalMemory:
@@ -250,11 +257,8 @@ def _restore(
     counts = tensors["counts"].to(torch.int64)
     if int(counts.min()) < 0 or int(counts.sum()) != num_images:
         raise MemoryFileError("its images a class do not add up to its instance memories")
-    # One image a class is the least that a memory can be made with; the counts follow.
-    memory = HierarchicalMemory(layout, tensors["labels"], 1)
+    memory = HierarchicalMemory(layout, tensors["labels"], counts.tolist())
     memory.budget_bytes = budget_bytes
-    memory.class_index = torch.arange(num_classes).repeat_interleave(counts)
-    memory.instance_memory = torch.nn.Parameter(torch.zeros(num_images, *layout.instance_shape))
     if layout.number_format == "int8":
         if float(tensors["scales"].min()) < 1e-9:
             raise MemoryFileError("a scale is not positive")

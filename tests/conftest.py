@@ -1,0 +1,63 @@
+"""Fixtures that several test files share: small data, small layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from hmn_replay.data import LabelledImages
+from hmn_replay.formats import NumberFormat
+from hmn_replay.layout import Layout
+
+
+@pytest.fixture
+def untouched_random_state() -> Iterator[None]:
+    """Fail a test in which anything draws from, or seeds, torch's global generator."""
+    before = torch.get_rng_state()
+    yield
+    assert torch.get_rng_state().equal(before), "the global random state has changed"
+
+
+@pytest.fixture
+def make_layout() -> Callable[..., Layout]:
+    """Return a function that makes a small layout; any field may be given."""
+
+    def make(
+        number_format: NumberFormat = "int8",
+        image_shape: tuple[int, int, int] = (3, 8, 8),
+        **fields: Any,
+    ) -> Layout:
+        usual: dict[str, Any] = {
+            "stride": 4,
+            "dataset_channels": 3,
+            "feature_channels": 2,
+            "class_channels": 2,
+            "instance_channels": 2,
+            "decoder_channels": (5, 4),
+        }
+        return Layout(image_shape, number_format, **{**usual, **fields})
+
+    return make
+
+
+@pytest.fixture
+def make_set() -> Callable[..., LabelledImages]:
+    """Return a function that makes a random labelled set with a brightness of its own a class."""
+
+    def make(
+        num_images: int = 24,
+        image_shape: tuple[int, int, int] = (3, 8, 8),
+        labels: tuple[int, ...] = (0, 1, 2),
+        seed: int = 0,
+    ) -> LabelledImages:
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.arange(num_images) % len(labels)
+        noise = torch.rand(num_images, *image_shape, generator=generator)
+        level = (index + 1) / (len(labels) + 1)
+        images = (0.3 * noise + 0.7 * level.view(-1, 1, 1, 1)).mul(255).to(torch.uint8)
+        return LabelledImages(images, torch.tensor(labels)[index])
+
+    return make

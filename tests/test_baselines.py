@@ -1,0 +1,246 @@
+"""Real images at equal bytes: what is drawn, how full the file is, and what it gives back."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from hmn_replay.baselines import RealImages, jpeg_images, load_real_images, raw_images
+from hmn_replay.data import LabelledImages
+from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
+from hmn_replay.jpeg import decode_jpeg_scans, encode_jpeg_scans
+from hmn_replay.training import evaluate
+
+LABELS = (-3, 7, 1000)
+
+
+def some_data(
+    num_images: int = 90, image_shape: tuple[int, ...] = (3, 16, 16), seed: int = 0
+) -> LabelledImages:
+    """Images that differ from each other, of three classes in turn."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (num_images, image_shape[0], 2, 2))
+    sides = [-(-side // 2) for side in image_shape[1:]]
+    images = coarse.repeat(sides[0], axis=2).repeat(sides[1], axis=3)
+    images = images[:, :, : image_shape[1], : image_shape[2]].astype(np.uint8)
+    labels = torch.tensor(LABELS)[torch.arange(num_images) % len(LABELS)]
+    return LabelledImages(torch.from_numpy(images), labels)
+
+
+def make(kind: str, data: LabelledImages, budget: int | str, seed: int = 0) -> RealImages:
+    if kind == "raw":
+        return raw_images(data, budget, seed=seed)
+    return jpeg_images(data, budget, quality=20, seed=seed)
+
+
+both = pytest.mark.parametrize("kind", ["raw", "jpeg"])
+
+
+@both
+@pytest.mark.parametrize("budget", [1500, 3000, 4096, 7777, 20_000])
+def test_the_file_fills_its_budget_and_never_exceeds_it(kind: str, budget: int) -> None:
+    data = some_data(1500)
+    images = make(kind, data, budget)
+    most = 768 if kind == "raw" else max(map(len, encode_jpeg_scans(data.images, 20)[1])) + 1
+    # Beside the image that did not fit: padding of the header, and a digit more of each size.
+    assert budget - most - 24 < images.file_bytes <= budget
+    assert images.file_bytes == len(images.serialise())
+
+
+@both
+def test_classes_differ_by_one_image_at_most_and_the_first_have_more(kind: str) -> None:
+    data = some_data(300)
+    for budget in range(2000, 6000, 700):
+        counts = make(kind, data, budget).images_per_class
+        assert counts == sorted(counts, reverse=True)
+        assert max(counts) - min(counts) <= 1
+
+
+@both
+def test_a_class_with_fewer_images_gives_what_it_has(kind: str) -> None:
+    data = some_data(90)
+    few = torch.cat([data.of_class(-3), data.of_class(7)[:2], data.of_class(1000)])
+    assert make(kind, data.take(few), 10**6).images_per_class == [30, 2, 30]
+
+
+def test_raw_images_are_images_of_the_data_each_once() -> None:
+    data = some_data(90)
+    images, labels = raw_images(data, 20_000).decode()
+    assert images.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    known = {(x.numpy().tobytes(), int(y)) for x, y in zip(data.images, data.labels, strict=True)}
+    pixels = (images * 255).round().to(torch.uint8)
+    found = [(x.numpy().tobytes(), int(y)) for x, y in zip(pixels, labels, strict=True)]
+    assert len(set(found)) == len(found)
+    assert set(found) <= known
+    assert labels.tolist() == sorted(labels.tolist())
+
+
+def test_jpeg_images_are_those_of_the_raw_draw_through_jpeg() -> None:
+    data = some_data(60)
+    raw, raw_labels = raw_images(data, 10**6).decode(dtype=torch.uint8)
+    images, labels = jpeg_images(data, 10**6, quality=20).decode(dtype=torch.uint8)
+    candidates = [
+        decode_jpeg_scans(*encode_jpeg_scans(raw, 20, subsampling=subsampling))
+        for subsampling in ("4:2:0", "4:4:4")
+    ]
+    assert any(images.equal(candidate) for candidate in candidates)
+    assert labels.equal(raw_labels)
+    floats, _ = jpeg_images(data, 10**6, quality=20).decode()
+    assert floats.equal(images.float() / 255)
+
+
+@both
+def test_a_larger_budget_adds_images_to_those_of_a_smaller_one(kind: str) -> None:
+    data = some_data(90)
+    small, large = (make(kind, data, budget).decode()[0] for budget in (1500, 2500))
+    few, many = ({image.numpy().tobytes() for image in images} for images in (small, large))
+    assert few < many
+
+
+@both
+def test_the_seed_decides_the_draw(kind: str) -> None:
+    data = some_data(90)
+    assert make(kind, data, 4000).serialise() == make(kind, data, 4000).serialise()
+    assert make(kind, data, 4000).serialise() != make(kind, data, 4000, seed=1).serialise()
+
+
+@both
+def test_a_budget_too_small_names_the_smallest_that_does(kind: str) -> None:
+    data = some_data(9)
+    with pytest.raises(BudgetError, match="does not hold one image") as caught:
+        make(kind, data, 100)
+    smallest = int(str(caught.value).rpartition("is ")[2].removesuffix(" bytes").replace(",", ""))
+    assert make(kind, data, smallest).num_images == 1
+    with pytest.raises(BudgetError):
+        make(kind, data, smallest - 1)
+
+
+def test_fewer_images_than_classes_are_drawn_from_the_first_classes() -> None:
+    images = raw_images(some_data(9), 2000)
+    assert images.num_images == 2
+    assert images.classes.tolist() == [-3, 7]
+
+
+@pytest.mark.parametrize("image_shape", [(1, 8, 8), (3, 8, 8), (3, 32, 32), (3, 50, 40)])
+def test_jpeg_takes_the_chroma_that_lets_more_images_fit(image_shape: tuple[int, ...]) -> None:
+    data = some_data(90, image_shape)
+    images = jpeg_images(data, 4000, quality=30)
+    for subsampling in ("4:2:0", "4:4:4"):
+        header, scans = encode_jpeg_scans(data.images, 30, subsampling=subsampling)
+        mean = len(b"".join(scans)) / len(scans) + 1
+        expected = min(90.0, (4000 - len(header) - 400) / mean)
+        assert images.num_images > 0.9 * expected - 2
+
+
+def test_long_scans_have_their_lengths_in_two_bytes() -> None:
+    rng = np.random.default_rng(0)
+    noise = torch.from_numpy(rng.integers(0, 256, (6, 3, 32, 32), np.uint8))
+    data = LabelledImages(noise, torch.arange(6))
+    images = jpeg_images(data, 10**6, quality=90)
+    assert images.arrays["lengths"].dtype == np.uint16
+    assert images.decode()[0].shape == (6, 3, 32, 32)
+    assert jpeg_images(data, 10**6, quality=1).arrays["lengths"].dtype == np.uint8
+
+
+@both
+def test_a_file_gives_back_what_was_saved(kind: str, tmp_path: Path) -> None:
+    images = make(kind, some_data(90), 5000)
+    images.save(tmp_path / "real.hmn")
+    assert (tmp_path / "real.hmn").stat().st_size == images.file_bytes
+    loaded = load_real_images(tmp_path / "real.hmn")
+    assert loaded.kind == kind
+    assert loaded.num_images == images.num_images
+    assert loaded.classes.tolist() == list(LABELS)
+    assert loaded.image_shape == (3, 16, 16)
+    for before, after in zip(images.decode(), loaded.decode(), strict=True):
+        assert after.equal(before)
+    assert loaded.serialise() == images.serialise()
+
+
+@both
+def test_a_damaged_file_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "real.hmn"
+    images = make(kind, some_data(30), 3000)
+    whole = images.serialise()
+    before, _ = images.decode()
+    draw = random.Random(0)
+    for trial in range(1500):
+        damaged = bytearray(whole)
+        if trial % 3 == 0:
+            damaged = damaged[: draw.randrange(len(whole))]
+        else:
+            # Half of the damage goes to the header, which is a small part of the file.
+            end = draw.choice([len(whole), 300])
+            damaged[draw.randrange(end)] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            after, _ = load_real_images(path).decode()
+        except MemoryFileError as error:
+            assert "real.hmn" in str(error)
+        else:
+            assert after.equal(before), "only white space can change without being noticed"
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    arrays = {"x": np.zeros(3)}
+    for content, message in {
+        b"": "cannot read",
+        b"\xff" * 100: "cannot read",
+        safetensors.numpy.save(arrays): "not a file of real images",
+        safetensors.numpy.save(arrays, {"hmn_replay_images": "raw 9 0"}): "version 9; this version",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(MemoryFileError, match=message):
+            load_real_images(path)
+    with pytest.raises(FileNotFoundError):
+        load_real_images(tmp_path / "absent")
+
+
+def test_arrays_that_do_not_fit_each_other_are_refused() -> None:
+    raw = raw_images(some_data(9), 10**6).arrays
+    jpeg = jpeg_images(some_data(9), 10**6, quality=20).arrays
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("gif", raw, "'gif' images have no such arrays"),
+        ("jpeg", raw, "'jpeg' images have no such arrays"),
+        ("raw", {**raw, "images": raw["images"].astype(np.float32)}, "images cannot be float32"),
+        ("raw", {**raw, "images": raw["images"][:, :2]}, "1 or 3 channels, not 2"),
+        ("raw", {**raw, "images": raw["images"][:-1]}, "add up to 9, not to the images"),
+        ("raw", {**raw, "counts": np.array([9, 0, 0])}, "need one positive count each"),
+        ("raw", {**raw, "counts": np.array([2**63 + 9, 2**63])}, "counts cannot be uint64"),
+        ("raw", {**raw, "classes": np.array([7, -3, 1000])}, "classes, sorted"),
+        ("raw", {**raw, "classes": np.array([0.0, 1.0, 2.0])}, "classes cannot be float64"),
+        ("jpeg", {**jpeg, "scans": jpeg["scans"][:-1]}, "lengths of the scans do not fit"),
+        ("jpeg", {**jpeg, "lengths": jpeg["lengths"][:-1]}, "add up to 9, not to the images"),
+        ("jpeg", {**jpeg, "header": jpeg["header"][:-1]}, "not a JPEG header, or a damaged one"),
+    ]
+    for kind, arrays, message in wrong:
+        with pytest.raises(DataError, match=message):
+            RealImages(kind, arrays)  # type: ignore[arg-type]
+
+
+def test_wrong_options_are_refused() -> None:
+    data = some_data(9)
+    with pytest.raises(ConfigError, match="quality is a whole number"):
+        jpeg_images(data, 5000, quality=0)
+    with pytest.raises(BudgetError, match="cannot read 'a lot'"):
+        raw_images(data, "a lot")
+    with pytest.raises(ConfigError, match=r"dtype is torch\.float32 or torch\.uint8"):
+        raw_images(data, 5000).decode(dtype=torch.float64)
+
+
+@both
+def test_a_network_learns_from_them(kind: str) -> None:
+    data = some_data(30)
+    network, accuracy = evaluate(
+        make(kind, data, 5000), data, width=8, num_passes=60, batch_size=16, device="cpu"
+    )
+    assert 0 <= accuracy <= 1
+    assert network.classes.tolist() == list(LABELS)
