@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from hmn_replay.storage import write_atomically
 
 __all__ = ["Checkpoint", "flatten_state", "load_state", "read_checkpoint", "write_checkpoint"]
 
-_KEY = "hmn_replay_checkpoint"
+_KEY, _DIGEST_KEY = "hmn_replay_checkpoint", "digest"
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,18 @@ def write_checkpoint(
         state: JSON values.
         tensors: Name to tensor, on any device.
     """
-    content = json.dumps({"fingerprint": fingerprint, "state": state})
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, safetensors.torch.save(stored, {_KEY: content}))
+    text = json.dumps({"fingerprint": fingerprint, "state": state})
+    metadata = {_KEY: text, _DIGEST_KEY: _digest(text, stored)}
+    write_atomically(path, safetensors.torch.save(stored, metadata))
 
 
 def read_checkpoint(path: str | Path, fingerprint: str) -> Checkpoint | None:
     """Read a checkpoint; None where there is none.
 
     Raises:
-        CheckpointError: The file is no checkpoint, or belongs to a run with other data or settings.
+        CheckpointError: The file is no checkpoint, is damaged, or belongs to a run with other data
+            or settings.
     """
     path = Path(path)
     if not path.exists():
@@ -67,10 +70,14 @@ def read_checkpoint(path: str | Path, fingerprint: str) -> Checkpoint | None:
     advice = f"delete {str(path)!r} to start anew, or give this run another checkpoint"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_KEY])
+            metadata = file.metadata() or {}
+            text, digest = metadata[_KEY], metadata[_DIGEST_KEY]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read the checkpoint ({error}); {advice}") from error
+    if _digest(text, tensors) != digest:
+        raise CheckpointError(f"the checkpoint was altered or damaged; {advice}")
+    content = json.loads(text)
     if content["fingerprint"] != fingerprint:
         raise CheckpointError(
             "the checkpoint belongs to a run with other data, budget, seed or settings; " + advice
@@ -100,3 +107,11 @@ def load_state(owner: nn.Module | torch.optim.Optimizer, tensors: Mapping[str, T
         index, name = key.split("/")
         state.setdefault(int(index), {})[name] = value
     owner.load_state_dict({**owner.state_dict(), "state": state})
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -41,7 +41,7 @@ from hmn_replay.matching import get_objective
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import Network, build_network
 from hmn_replay.pruning import aum, double_ended_prune, margins
-from hmn_replay.runtime import derive_seed, make_generator, resolve_device
+from hmn_replay.runtime import derive_seed, has_native_bfloat16, make_generator, resolve_device
 from hmn_replay.training import cosine_rate, score, train_network
 
 __all__ = ["condense"]
@@ -109,10 +109,15 @@ def condense(
             f"the layout is for {layout.number_format} images of {layout.image_shape}; the data "
             f"and options ask for {config.number_format} and {data.image_shape}"
         )
-    run = _Condensation(data, limit, layout, config, seed, resolve_device(device), progress)
+    target = resolve_device(device)
+    if config.precision == "auto":
+        native = has_native_bfloat16(target)
+        config = dataclasses.replace(config, precision="bfloat16" if native else "float32")
+    run = _Condensation(data, limit, layout, config, seed, target, progress)
     if checkpoint is not None:
         run.resume(Path(checkpoint))
-    memory = run.finish()
+    with torch.enable_grad():
+        memory = run.finish()
     memory.report = {"effort": effort, "seed": seed, **dataclasses.asdict(config), **run.report()}
     return memory
 

@@ -15,6 +15,8 @@ from hmn_replay.matching import OBJECTIVES
 from hmn_replay.networks import NETWORKS
 from hmn_replay.training import TrainingConfig
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
 __all__ = ["EFFORTS", "CondenseConfig", "make_config", "parse_option"]
 
 
@@ -50,7 +52,9 @@ class CondenseConfig:
         holdout: Share of the real images kept back to choose beta by.
         pruning_passes: Images that each network of the pruning is shown in all.
         pruning_width: Channels of its ConvNet's blocks.
-        precision: ``"float32"``, or ``"bfloat16"`` for autocast in the networks.
+        precision: ``"float32"``; ``"bfloat16"`` for autocast in the decoder and the networks, two to
+            three times faster where the processor multiplies it natively; ``"auto"`` for bfloat16
+            just there.
 
     Raises:
         ConfigError: A value outside its range.
@@ -79,7 +83,7 @@ class CondenseConfig:
     holdout: float = 0.1
     pruning_passes: int = 10_000
     pruning_width: int = 32
-    precision: str = "float32"
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -89,7 +93,7 @@ class CondenseConfig:
             "number_format": (self.number_format in NUMBER_FORMATS, f"one of {NUMBER_FORMATS}"),
             "objective": (self.objective in OBJECTIVES, f"one of {tuple(OBJECTIVES)}"),
             "network": (self.network in NETWORKS, f"one of {NETWORKS}"),
-            "precision": (self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+            "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
             "augmentations": (set(self.augmentations) <= set(STRATEGIES), f"among {STRATEGIES}"),
             "over_budget": (0 <= self.over_budget <= 10, "in [0, 10]"),
             "holdout": (0 < self.holdout <= 0.5, "in (0, 0.5]"),

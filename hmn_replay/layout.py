@@ -32,6 +32,10 @@ DIGEST_LENGTH = 16
 METADATA_KEY = "hmn_replay"
 MIN_SIDE, MAX_SIDE, MAX_CLASSES = 8, 224, 1000
 _MAX_CHANNELS = 512
+_PIXELS_PER_VALUE = 32
+_SHARED_SHARE = 0.25
+_MIN_IMAGES_PER_CLASS = 10
+_SHRINKS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 _VALUE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8"}
 
@@ -105,12 +109,54 @@ class Layout:
     def choose(
         cls,
         budget: Budget | int | str,
-        image_shape: tuple[int, int, int],
+        image_shape: Sequence[int],
         num_classes: int,
         number_format: NumberFormat = "int8",
     ) -> Layout:
-        """TEMP."""
-        return cls(image_shape, number_format, 8, 8, 4, 4, 6, (48, 32, 24))
+        """Return the layout for a budget, by the rules at the top of this module.
+
+        Args:
+            budget: Bytes of the file.
+            image_shape: ``(C, H, W)``.
+            num_classes: K, 1 to 1000: how many classes share the budget.
+            number_format: How values are stored.
+
+        Raises:
+            BudgetError: One image a class does not fit even with the smallest tiers; the message
+                gives the smallest budget that does.
+            ConfigError: A shape, a number of classes or a number format outside its range.
+        """
+        _check_image_shape(image_shape)
+        if not _is_int(num_classes) or not 1 <= num_classes <= MAX_CLASSES:
+            raise ConfigError(f"num_classes is 1 to {MAX_CLASSES}; got {num_classes!r}")
+        check_number_format(number_format)
+        channels, height, width = image_shape
+        limit = Budget.parse(budget).num_bytes
+        side = min(height, width)
+        stride = next((s for s in (2, 4, 8, 16) if side / s < 8), 32)
+        num_doublings = stride.bit_length() - 1
+        cells = math.ceil(height / stride) * math.ceil(width / stride)
+        instance_channels = max(1, round(channels * height * width / _PIXELS_PER_VALUE / cells))
+        for shrink in _SHRINKS:
+            layout = cls(
+                (channels, height, width),
+                number_format,
+                stride,
+                dataset_channels=max(1, round(8 * shrink)),
+                feature_channels=max(1, round(4 * shrink)),
+                class_channels=max(1, round(4 * shrink)),
+                instance_channels=max(1, round(instance_channels * min(1, 2 * shrink))),
+                decoder_channels=tuple(
+                    max(4, round(min(64, 16 * 2**level) * shrink))
+                    for level in reversed(range(num_doublings))
+                ),
+            )
+            shared_bytes = layout.file_bytes(num_classes, 0, limit)
+            instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * layout.instance_bytes
+            if shared_bytes <= min(_SHARED_SHARE * limit, limit - instances_bytes):
+                break
+        layout.max_images(limit, num_classes)
+        return layout
 
     @property
     def bias_format(self) -> NumberFormat:
@@ -132,6 +178,11 @@ class Layout:
     def instance_shape(self) -> tuple[int, int, int]:
         """``(channels, height, width)`` of one instance memory."""
         return (self.instance_channels, *self.grid)
+
+    @property
+    def instance_bytes(self) -> int:
+        """Bytes of one instance memory."""
+        return math.prod(self.instance_shape) * _VALUE_BYTES[self.number_format]
 
     @property
     def convolutions(self) -> list[tuple[int, int]]:
@@ -247,9 +298,8 @@ class Layout:
                 f"a budget of {limit:,} bytes does not hold one image of each of {num_classes} "
                 f"classes; with this layout the smallest that does is {smallest:,} bytes"
             )
-        instance_bytes = math.prod(self.instance_shape) * _VALUE_BYTES[self.number_format]
         # The header grows by a digit now and then, so the quotient is a start, not the answer.
-        num_images = num_classes + (limit - smallest) // instance_bytes
+        num_images = num_classes + (limit - smallest) // self.instance_bytes
         while self.file_bytes(num_classes, num_images, limit) > limit:
             num_images -= 1
         return num_images

@@ -28,8 +28,12 @@ from hmn_replay.runtime import make_generator
 
 __all__ = ["DecodedDataset", "HierarchicalMemory"]
 
-# Images decoded at once: 256 of 32 x 32, 5 of 224 x 224.
+# Images decoded at once: 256 up to 32 x 32, 5 of 224 x 224.
 _PIXELS_PER_CHUNK = 2**18
+_IMAGES_PER_CHUNK = 256
+
+
+Activation = Callable[[Tensor], Tensor]
 
 
 class HierarchicalMemory(nn.Module):
@@ -156,6 +160,9 @@ class HierarchicalMemory(nn.Module):
         Returns:
             float32 ``(B, C, H, W)`` in [0, 1].
         """
+        return self._images(indices, F.silu, torch.sigmoid)
+
+    def _images(self, indices: Tensor, silu: Activation, sigmoid: Activation) -> Tensor:
         number_format = self.layout.number_format
         classes = self.class_index[indices]
         dataset = round_to_format(self.dataset_memory, number_format, self.dataset_scale)
@@ -164,16 +171,14 @@ class HierarchicalMemory(nn.Module):
         )
         features = torch.einsum("bfd,dhw->bfhw", extractors, dataset)
         bias = round_to_format(self.extractor_bias[classes], self.layout.bias_format)
-        features = F.silu(features + rearrange(bias, "b f -> b f 1 1"))
+        features = silu(features + rearrange(bias, "b f -> b f 1 1"))
         class_memory = round_to_format(
             self.class_memory[classes], number_format, self.class_scale[classes]
         )
         instance_memory = round_to_format(
             self.instance_memory[indices], number_format, self.instance_scale[classes]
         )
-        return self._decoder(torch.cat([features, class_memory, instance_memory], dim=1))
-
-    def _decoder(self, x: Tensor) -> Tensor:
+        x = torch.cat([features, class_memory, instance_memory], dim=1)
         layout = self.layout
         last = len(self.decoder_weights) - 1
         # On a CPU, the backward pass of such narrow convolutions is a third faster channels-last.
@@ -184,12 +189,12 @@ class HierarchicalMemory(nn.Module):
             weight = round_to_format(weight, layout.number_format, self.decoder_scale[i])
             x = F.conv2d(x, weight, round_to_format(bias, layout.bias_format), padding=1)
             if i < last:
-                x = F.silu(x)
+                x = silu(x)
             if i < last - 1:
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         x = F.pixel_shuffle(x, 2)
         _, height, width = layout.image_shape
-        return torch.sigmoid(x[..., :height, :width]).contiguous()
+        return sigmoid(x[..., :height, :width]).contiguous()
 
     @torch.no_grad()
     def decode(
@@ -197,8 +202,9 @@ class HierarchicalMemory(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Decode images, a bounded number at a time.
 
-        An image's bits do not depend on which others are decoded with it: every call of the
-        decoder sees a batch of the same size, the last one filled up with repeats.
+        An image's bits do not depend on which others are decoded with it, nor on its place among
+        them: every call of the decoder sees a batch of the same size, the last one filled up with
+        repeats, and activations are taken image by image.
 
         Args:
             indices: int64 ``(B,)``, positions of the images wanted; all where None.
@@ -215,11 +221,12 @@ class HierarchicalMemory(nn.Module):
             indices = torch.arange(self.num_images, device=device)
         indices = indices.to(device)
         images = torch.empty((len(indices), *self.image_shape), dtype=dtype, device=device)
-        chunk_size = max(1, _PIXELS_PER_CHUNK // math.prod(self.image_shape[1:]))
+        fitting = _PIXELS_PER_CHUNK // math.prod(self.image_shape[1:])
+        chunk_size = max(1, min(fitting, _IMAGES_PER_CHUNK))
         for start in range(0, len(indices), chunk_size):
             chunk = indices[start : start + chunk_size]
             padded = F.pad(chunk, (0, chunk_size - len(chunk)), value=int(chunk[0]))
-            decoded = self(padded)[: len(chunk)]
+            decoded = self._images(padded, _silu_by_image, _sigmoid_by_image)[: len(chunk)]
             if dtype == torch.uint8:
                 decoded = (decoded * 255).round()
             images[start : start + len(chunk)] = decoded
@@ -366,6 +373,21 @@ class HierarchicalMemory(nn.Module):
                 f"{num_images} images of {num_classes} classes take {needed:,} bytes, over the "
                 f"budget of {self.budget_bytes:,}; keep fewer images, or raise the budget"
             )
+
+
+def _silu_by_image(x: Tensor) -> Tensor:
+    # The last values of a tensor, and of a thread's share of it, do not fill a SIMD register; the
+    # scalar code that takes them has another exp, to the last bit. Alone, an image has always the
+    # same last values.
+    for image in x:
+        F.silu(image, inplace=True)
+    return x
+
+
+def _sigmoid_by_image(x: Tensor) -> Tensor:
+    for image in x:
+        image.sigmoid_()
+    return x
 
 
 class DecodedDataset(Dataset[tuple[object, int]]):

@@ -144,9 +144,9 @@ def build_network(
 def default_depth(height: int, width: int) -> int:
     """Return the number of ConvNet's blocks that the field uses for images of a size.
 
-    By the smaller side: 2 below 16 pixels (instances of 2 x 2 pixels normalise badly), 3 up to 48
-    (CIFAR), 4 up to 96 (Tiny-ImageNet), 5 up to 160, 6 above
-    (ImageNet at 224); fewer where less than one pixel would be left.
+    By the smaller side: 3 up to 48 pixels (CIFAR), 4 up to 96 (Tiny-ImageNet), 5 up to 160, 6 above
+    (ImageNet at 224). Below 16 pixels 2 or fewer, which the field has no custom for: a third block
+    would normalise maps of 2 x 2 pixels.
     """
     side = min(height, width)
     usual = 2 if side < 16 else 3 if side <= 48 else 4 if side <= 96 else 5 if side <= 160 else 6

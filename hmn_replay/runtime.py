@@ -10,7 +10,7 @@ import torch
 
 from hmn_replay.errors import ConfigError
 
-__all__ = ["derive_seed", "make_generator", "resolve_device", "seeded"]
+__all__ = ["derive_seed", "has_native_bfloat16", "make_generator", "resolve_device", "seeded"]
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -35,6 +35,19 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             f"device {str(device)!r} cannot be used ({reason}); pass 'auto', 'cpu' or 'cuda'"
         ) from error
     return resolved
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 in hardware, rather than by way of float32.
+
+    On a CPU whose torch does not tell (before torch 2.9), the answer is no.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
 
 
 def derive_seed(seed: int, *names: int | str) -> int:

@@ -29,8 +29,11 @@ from hmn_replay.runtime import resolve_device
 __all__ = ["load", "save_memory", "serialise", "write_atomically"]
 
 _MAX_HEADER_BYTES = 2**16
-# Beyond this a decoder's sums could leave float32; a trained memory stays below 100.
+# A trained memory stays below 100.
 _MAX_MAGNITUDE = 1e4
+# Near the end of float32; what is saved stays so far below that rounding cannot keep it from being
+# loaded.
+_MAX_SUM_LOADED, _MAX_SUM_SAVED = 1e37, 1e36
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -60,7 +63,8 @@ def serialise(memory: HierarchicalMemory) -> bytes:
     """Return the bytes of the memory's file.
 
     Raises:
-        TrainingError: A value is not finite, or is beyond 10,000.
+        TrainingError: A value is not finite, or is beyond 10,000, or the values together could take
+            an image out of float32.
     """
     layout = memory.layout
     digest = "0" * DIGEST_LENGTH
@@ -71,6 +75,11 @@ def serialise(memory: HierarchicalMemory) -> bytes:
                 f"the memory's {name} hold values that are not finite or beyond "
                 f"{_MAX_MAGNITUDE:,.0f}: its training diverged; lower the learning rate"
             )
+    if not _largest_sum(memory) <= _MAX_SUM_SAVED:
+        raise TrainingError(
+            "the memory's values are so large that decoding could leave float32: its training "
+            "diverged; lower the learning rate"
+        )
     metadata = {METADATA_KEY: layout.metadata(memory.budget_bytes, digest)}
     data = safetensors.torch.save(tensors, metadata)
     position = data.index(digest.encode())
@@ -141,7 +150,7 @@ def _read(file: BinaryIO) -> HierarchicalMemory:
     header = file.read(header_length)
     text = _metadata(header)
     layout, budget_bytes, digest = Layout.from_metadata(text)
-    num_images = _check_header(header, layout, status.st_size)
+    num_images = _check_header(header, layout, budget_bytes, status.st_size)
     data = file.read(status.st_size - 8 - header_length)
     before, found, after = header.partition(digest.encode())
     if not found or _digest(prefix + before, after + data) != digest:
@@ -168,7 +177,7 @@ def _metadata(header: bytes) -> str:
     return text
 
 
-def _check_header(header: bytes, layout: Layout, num_bytes: int) -> int:
+def _check_header(header: bytes, layout: Layout, budget_bytes: int | None, num_bytes: int) -> int:
     """Check that the header lists just what the layout has; return the number of images."""
     content = json.loads(header)
     try:
@@ -189,7 +198,7 @@ def _check_header(header: bytes, layout: Layout, num_bytes: int) -> int:
         raise MemoryFileError(f"its tensors are not those of a memory ({error!r})") from error
     if extra := set(content) - set(specs) - {"__metadata__"}:
         raise MemoryFileError(f"tensors that no memory has: {sorted(extra)[:5]}")
-    expected = 8 + len(header) + sum(spec.num_bytes for spec in specs.values())
+    expected = layout.file_bytes(num_classes, num_images, budget_bytes)
     if num_bytes != expected:
         what = "truncated" if num_bytes < expected else "followed by bytes that are not its own"
         raise MemoryFileError(f"it is {what}: {num_bytes:,} bytes instead of {expected:,}")
@@ -283,12 +292,30 @@ def _restore(
         biases, tensors["biases"].split([b.numel() for b in biases]), strict=True
     ):
         bias.copy_(values.view_as(bias))
+    if not _largest_sum(memory) <= _MAX_SUM_LOADED:
+        raise MemoryFileError("its values are so large that decoding could leave float32")
     return memory
 
 
 def _is_tame(values: Tensor) -> bool:
     # A comparison with NaN is false, so NaN is not tame either.
     return bool((values.abs() <= _MAX_MAGNITUDE).all())
+
+
+@torch.no_grad()
+def _largest_sum(memory: HierarchicalMemory) -> float:
+    """Return what nothing in the decoder can exceed, by the triangle inequality."""
+    dataset = float(memory.dataset_memory.abs().max())
+    rows = memory.extractor_weight.double().abs().sum(dim=2)
+    bound = float((rows * dataset + memory.extractor_bias.abs()).max())
+    for tier in (memory.class_memory, memory.instance_memory):
+        bound = max(bound, float(tier.abs().max())) if len(tier) else bound
+    largest = bound
+    for weight, bias in zip(memory.decoder_weights, memory.decoder_biases, strict=True):
+        rows = weight.double().abs().sum(dim=(1, 2, 3))
+        bound = float((rows * bound + bias.abs()).max())
+        largest = max(largest, bound)
+    return largest
 
 
 def _digest(*parts: bytes) -> str:

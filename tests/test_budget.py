@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from decimal import Decimal
 from typing import Any
@@ -69,16 +70,14 @@ def test_parse_takes_a_number_or_a_budget() -> None:
     ["", " ", "KiB", "12 parsecs", "1,5 MB", "-3", "+3", "1e6", ".5 kB", "5. kB", "1 2", "nan"],
 )
 def test_parse_refuses_other_texts_and_shows_how(text: str) -> None:
-    with pytest.raises(BudgetError, match="cannot read .* as a budget: .* such as '120 KiB'"):
+    with pytest.raises(BudgetError, match=r"cannot read .* as a budget: .* such as '120 KiB'"):
         Budget.parse(text)
 
 
 @given(st.text(max_size=12))
 def test_parse_reads_any_text_or_raises_its_own_error(text: str) -> None:
-    try:
+    with contextlib.suppress(BudgetError):
         assert Budget.parse(text).num_bytes >= 1
-    except BudgetError:
-        pass
 
 
 @pytest.mark.parametrize("text", ["9" * 5000, "9" * 400 + ".5", "1." + "3" * 5000])
@@ -89,7 +88,7 @@ def test_parse_refuses_numbers_of_thousands_of_digits(text: str) -> None:
 
 @pytest.mark.parametrize("value", [0, -5, "0", "0.9 B"])
 def test_a_budget_below_a_byte_is_refused(value: int | str) -> None:
-    with pytest.raises(BudgetError, match="1 byte or more, got (0|-5)"):
+    with pytest.raises(BudgetError, match=r"1 byte or more, got (0|-5)"):
         Budget.parse(value)
 
 
