@@ -44,7 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--download", action="store_true", help="fetch a torchvision set if absent")
     parser.add_argument("--size", type=int, help="side in pixels to resize a folder's images to")
     parser.add_argument("--budget", default="122880", help="such as 122880 or '120 KiB'")
-    parser.add_argument("--rows", default="raw,jpeg,quick", help="raw, jpeg, and any of the efforts")
+    parser.add_argument(
+        "--rows", default="raw,jpeg,quick", help="raw, jpeg, and any of the efforts"
+    )
     parser.add_argument("--qualities", default="5,10,20,30", help="of JPEG")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--network", default="convnet")
@@ -82,7 +84,7 @@ def main() -> None:
         if results["settings"] != settings:
             raise SystemExit(f"{results_path} holds results of other settings; give another --out")
 
-    rows = []
+    rows: list[str] = []
     for row in args.rows.split(","):
         if row == "jpeg":
             rows.extend(f"jpeg q{quality}" for quality in args.qualities.split(","))

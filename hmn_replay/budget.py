@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import SupportsIndex
 
 from hmn_replay.errors import BudgetError
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "as_int"]
 
 _UNITS = {
     "": 1,
@@ -39,10 +41,12 @@ class Budget:
     num_bytes: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_bytes, bool) or not isinstance(self.num_bytes, int):
+        num_bytes = as_int(self.num_bytes)
+        if num_bytes is None:
             raise BudgetError(f"a budget is a whole number of bytes, got {self.num_bytes!r}")
-        if self.num_bytes < 1:
-            raise BudgetError(f"a budget is 1 byte or more, got {self.num_bytes}")
+        if num_bytes < 1:
+            raise BudgetError(f"a budget is 1 byte or more, got {num_bytes}")
+        object.__setattr__(self, "num_bytes", num_bytes)
 
     @property
     def num_floats(self) -> int:
@@ -94,8 +98,9 @@ class Budget:
             >>> Budget.ipc(1, (3, 32, 32), 10).num_bytes
             122880
         """
-        _check_positive(images_per_class=images_per_class, num_classes=num_classes)
-        return cls(4 * images_per_class * num_classes * _num_values(image_shape))
+        num_images = _positive("images_per_class", images_per_class)
+        num_images *= _positive("num_classes", num_classes)
+        return cls(4 * num_images * _num_values(image_shape))
 
     @classmethod
     def raw_images(cls, num_images: int, image_shape: Sequence[int]) -> Budget:
@@ -107,21 +112,37 @@ class Budget:
             >>> Budget.raw_images(500, (3, 32, 32)).num_bytes
             1536000
         """
-        _check_positive(num_images=num_images)
-        return cls(num_images * _num_values(image_shape))
+        return cls(_positive("num_images", num_images) * _num_values(image_shape))
 
     def __str__(self) -> str:
         return f"{self.num_bytes:,} bytes"
 
 
+def as_int(value: object) -> int | None:
+    """Return an integer of any library (Python, numpy, torch) as an ``int``.
+
+    None for everything else, ``True`` and ``3.0`` among it.
+    """
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # arrays and tensors have an index only as long as they hold one integer
+        return None
+
+
 def _num_values(image_shape: Sequence[int]) -> int:
-    shape = tuple(image_shape)
-    if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
-        raise BudgetError(f"an image shape is (C, H, W), three positive integers, got {shape}")
-    return math.prod(shape)
+    sides = [as_int(side) for side in image_shape]
+    positive = [side for side in sides if side is not None and side > 0]
+    if len(sides) != 3 or len(positive) != 3:
+        raise BudgetError(
+            f"an image shape is (C, H, W), three positive integers, got {tuple(image_shape)}"
+        )
+    return math.prod(positive)
 
 
-def _check_positive(**counts: int) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise BudgetError(f"{name} is a whole number of 1 or more, got {count!r}")
+def _positive(name: str, value: int) -> int:
+    count = as_int(value)
+    if count is None or count < 1:
+        raise BudgetError(f"{name} is a whole number of 1 or more, got {value!r}")
+    return count

@@ -16,14 +16,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from hmn_replay.augment import cutmix, draw_augmentation
+from hmn_replay import steps
 from hmn_replay.budget import Budget
 from hmn_replay.checkpoint import (
     Checkpoint,
@@ -33,25 +32,28 @@ from hmn_replay.checkpoint import (
     write_checkpoint,
 )
 from hmn_replay.config import CondenseConfig, make_config
-from hmn_replay.data import ImageSource, LabelledImages, as_labelled_images, channel_stats
+from hmn_replay.data import ImageSource, LabelledImages, as_labelled_images
 from hmn_replay.errors import ConfigError, TrainingError
 from hmn_replay.formats import check_number_format
 from hmn_replay.layout import Layout
-from hmn_replay.matching import get_objective
 from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.networks import Network, build_network
+from hmn_replay.networks import Network
 from hmn_replay.pruning import aum, double_ended_prune, margins
-from hmn_replay.runtime import derive_seed, has_native_bfloat16, make_generator, resolve_device
+from hmn_replay.runtime import (
+    derive_seed,
+    deterministic_cudnn,
+    make_generator,
+    peak_memory_bytes,
+    resolve_device,
+)
 from hmn_replay.training import cosine_rate, score, train_network
 
 __all__ = ["condense"]
 
-Stateful = torch.nn.Module | torch.optim.Optimizer | Tensor
+_Stateful: TypeAlias = "nn.Module | torch.optim.Optimizer | Tensor"
 
 log = logging.getLogger(__name__)
 
-# Class and instance memories learn this much faster than what all images share.
-_PRIVATE_RATE = 10
 _PHASES = ("warm_start", "matching", "pruning")
 _CHECKPOINT_SECONDS = 60.0
 
@@ -80,7 +82,8 @@ def condense(
         seed: The same seed gives the same memory, bit for bit, on the same machine with the same
             number of threads. The caller's random state is not touched.
         device: Where to compute; ``"auto"`` is the best device present.
-        layout: The shapes of the tiers. Default: :meth:`Layout.choose` for the budget.
+        layout: The shapes of the tiers, and the number format. Default: :meth:`Layout.choose` for
+            the budget.
         checkpoint: A file to go on from where it exists, and that is written every minute; None
             for none. It stays there in the end.
         progress: Whether to show bars on standard error.
@@ -88,8 +91,9 @@ def condense(
 
     Returns:
         The memory, on ``device``. ``memory.report`` is a dict with the settings, ``seconds``, and
-        for each phase ``seconds``, ``images`` and ``images_per_second``; ``warm_start_psnr`` in dB;
-        ``beta`` and the accuracies that chose it.
+        for each phase ``seconds``, ``images``, ``images_per_second`` and
+        ``peak_memory_bytes``; ``warm_start_psnr`` in dB (None without a warm start); ``beta`` (None
+        where nothing was pruned) and ``beta_accuracies``, in [0, 1] on held-out real images.
 
     Raises:
         BudgetError: The budget does not hold one image a class; the message says what would.
@@ -98,32 +102,30 @@ def condense(
         CheckpointError: The checkpoint belongs to another run, or cannot be read.
         TrainingError: The optimisation left the real numbers.
     """
+    if layout is not None:
+        options.setdefault("number_format", layout.number_format)
     config = make_config(effort, **options)
     data = as_labelled_images(source)
     limit = Budget.parse(budget)
     if layout is None:
         number_format = check_number_format(config.number_format)
         layout = Layout.choose(limit, data.image_shape, data.num_classes, number_format)
-    elif layout.image_shape != data.image_shape or layout.number_format != config.number_format:
+    elif (layout.image_shape, layout.number_format) != (data.image_shape, config.number_format):
         raise ConfigError(
             f"the layout is for {layout.number_format} images of {layout.image_shape}; the data "
             f"and options ask for {config.number_format} and {data.image_shape}"
         )
-    target = resolve_device(device)
-    if config.precision == "auto":
-        native = has_native_bfloat16(target)
-        config = dataclasses.replace(config, precision="bfloat16" if native else "float32")
-    run = _Condensation(data, limit, layout, config, seed, target, progress)
+    run = _Condensation(data, limit, layout, config, seed, resolve_device(device), progress)
     if checkpoint is not None:
         run.resume(Path(checkpoint))
-    with torch.enable_grad():
+    with torch.enable_grad(), deterministic_cudnn():
         memory = run.finish()
     memory.report = {"effort": effort, "seed": seed, **dataclasses.asdict(config), **run.report()}
     return memory
 
 
 class _Condensation:
-    """One run: the data, the memory, and how far it is."""
+    """One run: the images, the memory, and how far it is."""
 
     def __init__(
         self,
@@ -145,21 +147,20 @@ class _Condensation:
         fair, extra = divmod(num_images, num_classes)
         counts = [fair + (c < extra) + self.num_drop for c in range(num_classes)]
         self.memory = HierarchicalMemory(layout, data.classes, counts, seed=seed).to(device)
-        self.train: LabelledImages = data
+        train = data
         self.held_out: LabelledImages | None = None
         # Real images are kept back for the choice of beta only where there is a choice to make.
         if len(config.beta_grid) > 1 and self.num_drop and len(data) > num_classes:
-            self.train, self.held_out = data.split(config.holdout, derive_seed(seed, "holdout"))
-        self.class_indices = self.train.class_indices
-        # Where each class stands, among the real images and among the decoded ones.
-        self.members = _group(self.class_indices, num_classes)
-        self.positions = list(torch.arange(sum(counts)).split(counts))
-        mean, std = channel_stats(self.train.images)
-        self.mean, self.std = mean, std
+            train, self.held_out = data.split(config.holdout, derive_seed(seed, "holdout"))
+        self.real = steps.RealImages.of(train)
         self.state: dict[str, Any] = {
             "phase": _PHASES[0],
             "step": 0,
-            "phases": {name: {"seconds": 0.0, "images": 0} for name in _PHASES},
+            "phases": {
+                name: {"seconds": 0.0, "images": 0, "peak_memory_bytes": 0} for name in _PHASES
+            },
+            "warm_start_psnr": None,
+            "beta": None,
             "beta_accuracies": {},
         }
         self.resumed: Checkpoint | None = None
@@ -204,8 +205,8 @@ class _Condensation:
         num_images, num_steps = memory.num_images, config.warm_start_steps
         batch_size = min(config.warm_start_batch, num_images)
         steps_per_epoch = math.ceil(num_images / batch_size)
-        targets = self._targets()
-        optimizer = self._optimizer(config.warm_start_learning_rate, (0.9, 0.99))
+        targets = steps.warm_start_targets(memory, self.real, self.seed)
+        optimizer = self._optimizer((0.9, 0.99))
         order, order_epoch = torch.empty(0), -1
         with self._bar("warm start", num_steps, batch_size) as bar:
             while self.state["step"] < num_steps:
@@ -214,113 +215,40 @@ class _Condensation:
                     generator = make_generator(self.seed, "warm start", epoch)
                     order, order_epoch = torch.randperm(num_images, generator=generator), epoch
                 indices = order[position * batch_size : (position + 1) * batch_size]
-                wanted = self.train.floats(targets[indices]).to(self.device, non_blocking=True)
-                self._set_rate(optimizer, num_steps, config.warm_start_learning_rate)
-                with self._precision():
-                    images = memory(indices.to(self.device))
-                loss = F.mse_loss(images.float(), wanted)
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                optimizer.step()
-                memory.update_scales()
-                bar.update(len(indices))
+                wanted = self.real.data.floats(targets[indices])
+                wanted = wanted.to(self.device, non_blocking=True)
+                rate = cosine_rate(self.state["step"], num_steps, config.warm_start_learning_rate)
+                steps.set_rate(optimizer, rate)
+                steps.warm_start_step(memory, optimizer, indices, wanted, config.precision)
+                bar.update(batch_size)
                 self._stepped(len(indices), optimizer=optimizer)
         self.state["warm_start_psnr"] = self._psnr(targets) if num_steps else None
         self._next_phase()
 
     def _match(self) -> None:
-        config = self.config
+        config, memory = self.config, self.memory
         num_steps = config.outer_steps * config.inner_steps
-        num_classes = min(self.memory.num_classes, config.classes_per_step or 10**9)
-        images_per_step = num_classes * config.decoded_batch
-        optimizer = self._optimizer(config.memory_learning_rate, (0.5, 0.99))
+        num_classes = min(memory.num_classes, config.classes_per_step or memory.num_classes)
+        images_per_step = num_classes * min(config.decoded_batch, max(memory.images_per_class))
+        optimizer = self._optimizer((0.5, 0.99))
         network: Network | None = None
         learner: torch.optim.SGD
         with self._bar("matching", num_steps, images_per_step) as bar:
             while self.state["step"] < num_steps:
                 step: int = self.state["step"]
                 if network is None or step % config.inner_steps == 0:
-                    network, learner = self._fresh_network(step // config.inner_steps)
-                self._set_rate(optimizer, num_steps, config.memory_learning_rate)
-                self._match_step(step, network, optimizer)
-                self._train_step(step, network, learner)
+                    network, learner = self._fresh_network(step)
+                steps.set_rate(optimizer, cosine_rate(step, num_steps, config.memory_learning_rate))
+                generator = make_generator(self.seed, "match", step)
+                num_decoded = steps.match_step(
+                    memory, optimizer, network, self.real, config, generator
+                )
+                if config.network_images:
+                    generator = make_generator(self.seed, "train", step)
+                    steps.train_step(network, learner, self.real, config, generator)
                 bar.update(images_per_step)
-                self._stepped(
-                    images_per_step, optimizer=optimizer, network=network, learner=learner
-                )
+                self._stepped(num_decoded, optimizer=optimizer, network=network, learner=learner)
         self._next_phase()
-
-    def _match_step(self, step: int, network: Network, optimizer: torch.optim.Optimizer) -> None:
-        config, memory, device = self.config, self.memory, self.device
-        objective = get_objective(config.objective)
-        generator = make_generator(self.seed, "match", step)
-        classes = torch.randperm(memory.num_classes, generator=generator)
-        classes = classes[: config.classes_per_step]
-        drawn = [
-            _sample(self.positions[label], config.decoded_batch, generator)
-            for label in classes.tolist()
-        ]
-        with self._precision():
-            images = memory(torch.cat(drawn).to(device)).float()
-        gradients = []
-        for label, own in zip(classes.tolist(), images.split([len(d) for d in drawn]), strict=True):
-            chosen = _sample(self.members[label], config.real_batch, generator)
-            real = self.train.floats(chosen).to(device, non_blocking=True)
-            augment = draw_augmentation(
-                config.augmentations,
-                memory.image_shape[1:],
-                generator,
-                fill=self.mean,
-                std=self.std,
-            )
-            decoded = own.detach().requires_grad_()
-            augmented = augment(decoded)
-            with self._precision():
-                _, gradient = objective(
-                    network,
-                    augment(real),
-                    torch.full((len(real),), label, device=device),
-                    augmented,
-                    torch.full((len(decoded),), label, device=device),
-                )
-            gradients.extend(torch.autograd.grad(augmented, decoded, gradient))
-        optimizer.zero_grad()
-        torch.autograd.backward(images, torch.cat(gradients))
-        optimizer.step()
-        memory.update_scales()
-
-    def _train_step(self, step: int, network: Network, learner: torch.optim.Optimizer) -> None:
-        """Let the matching network learn from real images, as IDC does after every step."""
-        config, device = self.config, self.device
-        if not config.network_images:
-            return
-        generator = make_generator(self.seed, "train", step)
-        chosen = torch.randint(len(self.train), (config.network_images,), generator=generator)
-        for indices in chosen.split(config.network_batch):
-            images = self.train.floats(indices).to(device, non_blocking=True)
-            augment = draw_augmentation(
-                config.augmentations,
-                self.memory.image_shape[1:],
-                generator,
-                batch=len(images),
-                fill=self.mean,
-                std=self.std,
-            )
-            labels = self.class_indices[indices].to(device, non_blocking=True)
-            images, labels_a, labels_b, lam = cutmix(
-                augment(images),
-                labels,
-                generator,
-                probability=config.network_cutmix_probability,
-            )
-            with self._precision():
-                logits = network(images)
-            loss = lam * F.cross_entropy(logits.float(), labels_a)
-            if lam < 1:
-                loss = loss + (1 - lam) * F.cross_entropy(logits.float(), labels_b)
-            learner.zero_grad()
-            torch.autograd.backward(loss)
-            learner.step()
 
     def _prune(self) -> None:
         if self.num_drop:
@@ -331,6 +259,7 @@ class _Condensation:
                 self._stepped(self.config.pruning_passes, save=True, scores=scores)
             self.memory.keep(self._choose(images, scores))
         self.memory.budget_bytes = self.budget.num_bytes
+        self._end_phase()
 
     def _score_images(self, images: Tensor) -> Tensor:
         """Return the AUM of every decoded image, from one training on all of them."""
@@ -356,7 +285,7 @@ class _Condensation:
             for beta in grid
         }
         if self.held_out is not None:
-            wanted = torch.searchsorted(self.train.classes, self.held_out.labels)
+            wanted = torch.searchsorted(self.real.data.classes, self.held_out.labels)
             for beta in grid:
                 if str(beta) in accuracies:
                     continue
@@ -388,62 +317,28 @@ class _Condensation:
                 on_epoch=on_epoch,
             )
 
-    def _targets(self) -> Tensor:
-        """Return, for each image of the memory, the real image that it starts from.
-
-        A class with fewer real images than instance memories takes them in turn.
-        """
-        targets = []
-        for index, (members, places) in enumerate(zip(self.members, self.positions, strict=True)):
-            generator = make_generator(self.seed, "targets", index)
-            chosen = members[torch.randperm(len(members), generator=generator)]
-            targets.append(chosen[torch.arange(len(places)) % len(chosen)])
-        return torch.cat(targets)
-
     def _psnr(self, targets: Tensor) -> float:
         images, _ = self.memory.decode()
         errors = torch.cat(
             [
-                (chunk.cpu() - self.train.floats(wanted)).square().mean(dim=(1, 2, 3))
+                (chunk.cpu() - self.real.data.floats(wanted)).square().mean(dim=(1, 2, 3))
                 for chunk, wanted in zip(images.split(512), targets.split(512), strict=True)
             ]
         )
         return float(-10 * errors.clamp_min(1e-10).log10().mean())
 
-    def _optimizer(self, rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
-        memory = self.memory
-        private = [memory.instance_memory, memory.class_memory]
-        shared = [p for p in memory.parameters() if all(p is not other for other in private)]
-        optimizer = torch.optim.Adam(
-            [{"params": shared}, {"params": private}], lr=rate, betas=betas
-        )
+    def _optimizer(self, betas: tuple[float, float]) -> torch.optim.Adam:
+        optimizer = steps.make_optimizer(self.memory, betas)
         if self.resumed and self.state["step"]:
             load_state(optimizer, self.resumed.group("optimizer"))
         return optimizer
 
-    def _set_rate(self, optimizer: torch.optim.Optimizer, num_steps: int, peak: float) -> None:
-        rate = cosine_rate(self.state["step"], num_steps, peak)
-        for group, factor in zip(optimizer.param_groups, (1, _PRIVATE_RATE), strict=True):
-            group["lr"] = rate * factor
-
-    def _fresh_network(self, number: int) -> tuple[Network, torch.optim.SGD]:
-        config = self.config
-        network = build_network(
-            config.network,
-            self.memory.image_shape,
-            self.memory.num_classes,
-            width=config.network_width,
-            mean=self.mean,
-            std=self.std,
-            seed=derive_seed(self.seed, "network", number),
-        ).to(self.device)
-        learner = torch.optim.SGD(
-            network.parameters(),
-            lr=config.network_learning_rate,
-            momentum=0.9,
-            weight_decay=5e-4,
+    def _fresh_network(self, step: int) -> tuple[Network, torch.optim.SGD]:
+        number, done = divmod(step, self.config.inner_steps)
+        network, learner = steps.fresh_network(
+            self.memory, self.real, self.config, derive_seed(self.seed, "network", number)
         )
-        if self.resumed and self.state["step"] % config.inner_steps:
+        if self.resumed and done:
             load_state(network, self.resumed.group("network"))
             load_state(learner, self.resumed.group("learner"))
         return network, learner
@@ -460,17 +355,13 @@ class _Condensation:
         ) as bar:
             yield bar
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
-        )
-
-    def _stepped(self, num_images: int, *, save: bool = False, **owners: Stateful) -> None:
+    def _stepped(self, num_images: int, *, save: bool = False, **owners: _Stateful) -> None:
         """Count one step, and write a checkpoint where it is time for one."""
         self.state["step"] += 1
         self.resumed = None
         self._count(num_images)
         if save or time.monotonic() - self.saved_at >= _CHECKPOINT_SECONDS:
+            self._check_finite()
             self._save(**owners)
 
     def _count(self, num_images: int) -> None:
@@ -481,17 +372,25 @@ class _Condensation:
         self.clock = now
 
     def _next_phase(self) -> None:
+        self._check_finite()
+        self._end_phase()
+        self.state["phase"] = _PHASES[_PHASES.index(self.state["phase"]) + 1]
+        self.state["step"] = 0
+        self._save()
+
+    def _end_phase(self) -> None:
+        self._count(0)
+        numbers = self.state["phases"][self.state["phase"]]
+        numbers["peak_memory_bytes"] = peak_memory_bytes(self.device)
+
+    def _check_finite(self) -> None:
         if not all(bool(p.isfinite().all()) for p in self.memory.parameters()):
             raise TrainingError(
                 f"the memory left the real numbers in the {self.state['phase']} phase; lower "
                 "memory_learning_rate or warm_start_learning_rate"
             )
-        self._count(0)
-        self.state["phase"] = _PHASES[_PHASES.index(self.state["phase"]) + 1]
-        self.state["step"] = 0
-        self._save()
 
-    def _save(self, **owners: Stateful) -> None:
+    def _save(self, **owners: _Stateful) -> None:
         if self.checkpoint is None:
             return
         tensors = flatten_state("memory", self.memory)
@@ -499,15 +398,6 @@ class _Condensation:
             tensors |= {name: owner} if isinstance(owner, Tensor) else flatten_state(name, owner)
         write_checkpoint(self.checkpoint, self.fingerprint, self.state, tensors)
         self.saved_at = time.monotonic()
-
-
-def _group(class_indices: Tensor, num_classes: int) -> list[Tensor]:
-    order = class_indices.argsort(stable=True)
-    return list(order.split(class_indices.bincount(minlength=num_classes).tolist()))
-
-
-def _sample(positions: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    return positions[torch.randperm(len(positions), generator=generator)[:count]]
 
 
 def _fingerprint(

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hmn_replay.augment import STRATEGIES
+from hmn_replay.budget import as_int
 from hmn_replay.errors import ConfigError
 from hmn_replay.formats import NUMBER_FORMATS
 from hmn_replay.matching import OBJECTIVES
 from hmn_replay.networks import NETWORKS
+from hmn_replay.runtime import PRECISIONS
 from hmn_replay.training import TrainingConfig
-
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 __all__ = ["EFFORTS", "CondenseConfig", "make_config", "parse_option"]
 
@@ -52,9 +52,9 @@ class CondenseConfig:
         holdout: Share of the real images kept back to choose beta by.
         pruning_passes: Images that each network of the pruning is shown in all.
         pruning_width: Channels of its ConvNet's blocks.
-        precision: ``"float32"``; ``"bfloat16"`` for autocast in the decoder and the networks, two to
-            three times faster where the processor multiplies it natively; ``"auto"`` for bfloat16
-            just there.
+        precision: ``"float32"``; ``"bfloat16"`` for autocast in the decoder and the networks, two
+            to three times faster where the processor multiplies it natively; ``"auto"`` for
+            bfloat16 just there.
 
     Raises:
         ConfigError: A value outside its range.
@@ -62,14 +62,14 @@ class CondenseConfig:
 
     number_format: str = "int8"
     objective: str = "gradient"
-    warm_start_steps: int = 1200
+    warm_start_steps: int = 1500
     warm_start_batch: int = 256
     warm_start_learning_rate: float = 0.01
-    outer_steps: int = 5
-    inner_steps: int = 20
+    outer_steps: int = 6
+    inner_steps: int = 10
     classes_per_step: int | None = 10
     real_batch: int = 64
-    decoded_batch: int = 32
+    decoded_batch: int = 96
     memory_learning_rate: float = 0.001
     augmentations: tuple[str, ...] = ("color", "crop", "cutout")
     network: str = "convnet"
@@ -134,10 +134,8 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "quick": {},
     "standard": {
         "warm_start_steps": 6000,
-        "outer_steps": 20,
-        "inner_steps": 50,
-        "decoded_batch": 64,
-        "network_width": 64,
+        "outer_steps": 40,
+        "inner_steps": 20,
         "beta_grid": (0.0, 0.25, 0.5, 0.75, 1.0),
         "pruning_passes": 20_000,
         "pruning_width": 64,
@@ -214,10 +212,12 @@ def _convert(name: str, value: Any, kind: str) -> Any:
         return tuple(_convert(name, entry, kind[6:].split(",")[0]) for entry in value)
     if value is None and kind.endswith("| None"):
         return None
-    wanted = {"int": int, "float": float, "str": str}[kind.split(" ")[0]]
-    exact = isinstance(value, wanted) and not isinstance(value, bool)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not exact:
-        raise ConfigError(f"{name} must be {kind}, got {value!r}")
-    return value
+    number = as_int(value)
+    if kind.startswith("int") and number is not None:
+        return number
+    if kind == "float" and (number is not None or isinstance(value, float)):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    if kind == "str" and isinstance(value, str):
+        return value
+    raise ConfigError(f"{name} must be {kind}, got {value!r}")

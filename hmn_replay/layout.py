@@ -33,7 +33,7 @@ METADATA_KEY = "hmn_replay"
 MIN_SIDE, MAX_SIDE, MAX_CLASSES = 8, 224, 1000
 _MAX_CHANNELS = 512
 _PIXELS_PER_VALUE = 32
-_SHARED_SHARE = 0.25
+_SHARED_SHARE = 0.3
 _MIN_IMAGES_PER_CLASS = 10
 _SHRINKS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 _VALUE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
@@ -85,6 +85,8 @@ class Layout:
     decoder_channels: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_shape", tuple(self.image_shape))
+        object.__setattr__(self, "decoder_channels", tuple(self.decoder_channels))
         _check_image_shape(self.image_shape)
         check_number_format(self.number_format)
         if self.stride not in (2, 4, 8, 16, 32):
@@ -142,9 +144,9 @@ class Layout:
                 (channels, height, width),
                 number_format,
                 stride,
-                dataset_channels=max(1, round(8 * shrink)),
-                feature_channels=max(1, round(4 * shrink)),
-                class_channels=max(1, round(4 * shrink)),
+                dataset_channels=max(1, round(4 * shrink)),
+                feature_channels=max(1, round(2 * shrink)),
+                class_channels=max(1, round(2 * shrink)),
                 instance_channels=max(1, round(instance_channels * min(1, 2 * shrink))),
                 decoder_channels=tuple(
                     max(4, round(min(64, 16 * 2**level) * shrink))

@@ -11,7 +11,7 @@ extractor f_c a class and one decoder D. Every one of them counts towards the bu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hmn_replay.budget import Budget
+from hmn_replay.budget import Budget, as_int
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.formats import max_abs_scale, round_to_format
 from hmn_replay.layout import MAX_CLASSES, Layout
@@ -45,7 +45,7 @@ class HierarchicalMemory(nn.Module):
 
     Args:
         layout: Shapes and number format.
-        classes: The labels: 1 to 1000 different integers, in any order.
+        classes: The labels: 1 to 1000 different integers of 64 bits, in any order.
         images_per_class: Instance memories of each class: one number for all, or one a class; 0 or
             more.
         budget: Bytes that the saved file may take, or None for no bound.
@@ -198,7 +198,7 @@ class HierarchicalMemory(nn.Module):
 
     @torch.no_grad()
     def decode(
-        self, indices: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+        self, indices: Tensor | Sequence[int] | None = None, *, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """Decode images, a bounded number at a time.
 
@@ -207,7 +207,7 @@ class HierarchicalMemory(nn.Module):
         repeats, and activations are taken image by image.
 
         Args:
-            indices: int64 ``(B,)``, positions of the images wanted; all where None.
+            indices: Positions of the images wanted, ``(B,)``; all where None.
             dtype: ``torch.float32``, or ``torch.uint8`` for images rounded to 0 to 255.
 
         Returns:
@@ -219,7 +219,7 @@ class HierarchicalMemory(nn.Module):
         device = self.instance_memory.device
         if indices is None:
             indices = torch.arange(self.num_images, device=device)
-        indices = indices.to(device)
+        indices = torch.as_tensor(indices, dtype=torch.int64, device=device)
         images = torch.empty((len(indices), *self.image_shape), dtype=dtype, device=device)
         fitting = _PIXELS_PER_CHUNK // math.prod(self.image_shape[1:])
         chunk_size = max(1, min(fitting, _IMAGES_PER_CHUNK))
@@ -431,9 +431,10 @@ def _class_scales(instance_memory: Tensor, class_index: Tensor, num_classes: int
 
 
 def _check_classes(classes: Sequence[int] | Tensor) -> list[int]:
-    values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise ConfigError(f"classes are integers; got {values[:5]}")
+    given = classes.tolist() if isinstance(classes, Tensor) else list(classes)
+    values = [v for v in map(as_int, given) if v is not None and -(2**63) <= v < 2**63]
+    if len(values) < len(given):
+        raise ConfigError(f"classes are integers of 64 bits; got {given[:5]}")
     if not 1 <= len(values) <= MAX_CLASSES:
         raise ConfigError(f"a memory holds 1 to {MAX_CLASSES} classes; got {len(values)}")
     if len(set(values)) != len(values):
@@ -442,11 +443,12 @@ def _check_classes(classes: Sequence[int] | Tensor) -> list[int]:
 
 
 def _check_counts(images_per_class: int | Sequence[int], num_classes: int) -> list[int]:
-    if isinstance(images_per_class, int):
-        counts = [images_per_class] * num_classes
+    if isinstance(images_per_class, Iterable):
+        given = list(images_per_class)
     else:
-        counts = list(images_per_class)
-    if len(counts) != num_classes or not all(isinstance(c, int) and c >= 0 for c in counts):
+        given = [images_per_class] * num_classes
+    counts = [count for count in map(as_int, given) if count is not None and count >= 0]
+    if not len(counts) == len(given) == num_classes:
         raise ConfigError(
             f"images_per_class is an integer of 0 or more, or {num_classes} of them; "
             f"got {images_per_class!r}"

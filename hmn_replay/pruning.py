@@ -30,14 +30,21 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
         float ``(..., N)``: positive where the network is right.
 
     Raises:
-        ConfigError: The shapes do not fit each other, or there is one class alone.
+        ConfigError: The shapes do not fit each other, there is one class alone, or a label is
+            outside ``0 .. K - 1``.
     """
     if logits.ndim < 2 or logits.shape[-1] < 2 or logits.shape[-2] != len(labels):
         raise ConfigError(
             f"logits are (..., N, K) with K of 2 or more and N labels; got logits "
             f"{tuple(logits.shape)} and {len(labels)} labels"
         )
-    own_class = torch.nn.functional.one_hot(labels, logits.shape[-1]).bool()
+    num_classes = logits.shape[-1]
+    if bool(((labels < 0) | (labels >= num_classes)).any()):
+        raise ConfigError(
+            f"labels are in 0 .. {num_classes - 1}, as many as logits; got {int(labels.min())} to "
+            f"{int(labels.max())}: give positions among the sorted labels, not labels"
+        )
+    own_class = torch.nn.functional.one_hot(labels, num_classes).bool()
     own = logits[..., own_class]
     others = logits.masked_fill(own_class, -math.inf).amax(dim=-1)
     return own - others

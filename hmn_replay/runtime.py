@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import sys
 from collections.abc import Iterator
 
 import torch
 
 from hmn_replay.errors import ConfigError
 
-__all__ = ["derive_seed", "has_native_bfloat16", "make_generator", "resolve_device", "seeded"]
+__all__ = [
+    "PRECISIONS",
+    "autocast",
+    "derive_seed",
+    "deterministic_cudnn",
+    "make_generator",
+    "peak_memory_bytes",
+    "resolve_device",
+    "seeded",
+]
+
+PRECISIONS = ("float32", "bfloat16", "auto")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -37,15 +50,50 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 
-def has_native_bfloat16(device: torch.device) -> bool:
-    """Return whether the device multiplies bfloat16 in hardware, rather than by way of float32.
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which networks and decoders compute.
 
-    On a CPU whose torch does not tell (before torch 2.9), the answer is no.
+    Args:
+        device: Where they are.
+        precision: ``"float32"``; ``"bfloat16"``; or ``"auto"``, bfloat16 where the processor
+            multiplies it natively (on a CPU, as far as torch 2.9 or newer tells).
+    """
+    enabled = precision == "bfloat16" or (precision == "auto" and _has_native_bfloat16(device.type))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@contextlib.contextmanager
+def deterministic_cudnn() -> Iterator[None]:
+    """Let cuDNN take the same algorithm every time inside the block; nothing changes on a CPU."""
+    flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory used so far: CUDA's own count, or the process's resident set.
+
+    0 on a platform that does not tell.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@functools.lru_cache
+def _has_native_bfloat16(device_type: str) -> bool:
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device_type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False
 

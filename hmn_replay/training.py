@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,13 +17,21 @@ from hmn_replay.augment import STRATEGIES, cutmix, draw_augmentation
 from hmn_replay.data import ImageSource, as_labelled_images, channel_stats
 from hmn_replay.errors import ConfigError, DataError, TrainingError
 from hmn_replay.networks import NETWORKS, Network, build_network
-from hmn_replay.runtime import make_generator, resolve_device
+from hmn_replay.runtime import (
+    PRECISIONS,
+    autocast,
+    deterministic_cudnn,
+    make_generator,
+    resolve_device,
+)
 
 __all__ = [
     "Decodable",
     "TrainingConfig",
     "cosine_rate",
+    "draw_batch",
     "evaluate",
+    "mixed_loss",
     "score",
     "train_network",
 ]
@@ -51,7 +58,8 @@ class TrainingConfig:
         cutmix_probability: That a batch is mixed by CutMix, in [0, 1].
         augmentations: Some of :data:`hmn_replay.augment.STRATEGIES`, drawn for every image. Of
             `crop`, `scale` and `rotate`, each batch gets one, as in IDC's code.
-        precision: ``"float32"``, or ``"bfloat16"`` for autocast: faster on a GPU, less exact.
+        precision: ``"float32"``; ``"bfloat16"`` for autocast, which is less exact; ``"auto"`` for
+            bfloat16 where the processor multiplies it natively.
 
     Raises:
         ConfigError: A value outside what is said above.
@@ -82,7 +90,7 @@ class TrainingConfig:
             "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more and finite"),
             "cutmix_probability": (0 <= self.cutmix_probability <= 1, "in [0, 1]"),
             "augmentations": (set(self.augmentations) <= set(STRATEGIES), f"among {STRATEGIES}"),
-            "precision": (self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+            "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
         }
         for name, (met, wanted) in requirements.items():
             if not met:
@@ -228,7 +236,7 @@ def train_network(
     num_seen, num_passes = 0, num_epochs * epoch_size
     total_loss = torch.zeros((), device=device)
     with (
-        _deterministic_cudnn(),
+        deterministic_cudnn(),
         torch.enable_grad(),
         tqdm(
             total=num_passes,
@@ -248,14 +256,18 @@ def train_network(
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                batch, labels_a, labels_b, lam = _draw_batch(
-                    images[indices], class_indices[indices], mean, std, config, generator
+                batch, labels_a, labels_b, lam = draw_batch(
+                    _floats(images[indices]),
+                    class_indices[indices],
+                    mean,
+                    std,
+                    generator,
+                    augmentations=config.augmentations,
+                    cutmix_probability=config.cutmix_probability,
                 )
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
-                ):
+                with autocast(device, config.precision):
                     logits = network(batch)
-                loss = _mixed_loss(logits.float(), labels_a, labels_b, lam)
+                loss = mixed_loss(logits.float(), labels_a, labels_b, lam)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()
@@ -317,37 +329,53 @@ def score(
     return float(num_right) / len(images)
 
 
-def cosine_rate(step: int, num_steps: int, peak: float) -> float:
-    """Return the learning rate of one step, from ``peak`` at step 0 to 0 at ``num_steps``."""
-    return 0.5 * peak * (1.0 + math.cos(math.pi * step / num_steps))
-
-
-def _draw_batch(
+def draw_batch(
     images: Tensor,
     labels: Tensor,
     mean: Tensor,
     std: Tensor,
-    config: TrainingConfig,
     generator: torch.Generator,
+    *,
+    augmentations: Collection[str],
+    cutmix_probability: float,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    names = [name for name in config.augmentations if name not in _MOVING]
-    moving = [name for name in config.augmentations if name in _MOVING]
+    """Augment and mix one training batch.
+
+    Args:
+        images: float ``(N, C, H, W)`` in [0, 1].
+        labels: int64 ``(N,)``.
+        mean: ``(C,)``, what padding and cutout leave behind.
+        std: ``(C,)``, the unit of brightness.
+        generator: Of all draws.
+        augmentations: Some of :data:`hmn_replay.augment.STRATEGIES`, drawn for every image; of
+            `crop`, `scale` and `rotate`, one for the whole batch.
+        cutmix_probability: That the batch is mixed by CutMix, in [0, 1].
+
+    Returns:
+        As :func:`hmn_replay.augment.cutmix`.
+    """
+    names = [name for name in augmentations if name not in _MOVING]
+    moving = [name for name in augmentations if name in _MOVING]
     if moving:
         names.append(moving[int(torch.randint(len(moving), (), generator=generator))])
     height, width = images.shape[2:]
     augment = draw_augmentation(
         names, (height, width), generator, batch=len(images), fill=mean, std=std
     )
-    return cutmix(
-        augment(_floats(images)), labels, generator, probability=config.cutmix_probability
-    )
+    return cutmix(augment(images), labels, generator, probability=cutmix_probability)
 
 
-def _mixed_loss(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float) -> Tensor:
+def mixed_loss(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float) -> Tensor:
+    """Return the cross-entropy of a batch that CutMix mixed: ``lam`` of it with ``labels_a``."""
     loss = F.cross_entropy(logits, labels_a)
     if lam == 1.0:
         return loss
     return lam * loss + (1.0 - lam) * F.cross_entropy(logits, labels_b)
+
+
+def cosine_rate(step: int, num_steps: int, peak: float) -> float:
+    """Return the learning rate of one step, from ``peak`` at step 0 to 0 at ``num_steps``."""
+    return 0.5 * peak * (1.0 + math.cos(math.pi * step / num_steps))
 
 
 def _floats(images: Tensor) -> Tensor:
@@ -382,13 +410,3 @@ def _replace(config: TrainingConfig, options: dict[str, Any]) -> TrainingConfig:
     if unknown := sorted(set(options).difference(names)):
         raise ConfigError(f"unknown option {unknown[0]!r}; choose from {', '.join(names)}")
     return dataclasses.replace(config, **options)
-
-
-@contextlib.contextmanager
-def _deterministic_cudnn() -> Iterator[None]:
-    flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags

@@ -1,0 +1,242 @@
+"""The steps that a condensation is made of, as functions of a memory, real images and a generator.
+
+What a step draws comes from its generator alone, so a step taken again is the same step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hmn_replay.augment import draw_augmentation
+from hmn_replay.config import CondenseConfig
+from hmn_replay.data import LabelledImages, channel_stats
+from hmn_replay.matching import get_objective
+from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.networks import Network, build_network
+from hmn_replay.runtime import autocast, make_generator
+from hmn_replay.training import draw_batch, mixed_loss
+
+__all__ = [
+    "RealImages",
+    "fresh_network",
+    "make_optimizer",
+    "match_step",
+    "set_rate",
+    "train_step",
+    "warm_start_step",
+    "warm_start_targets",
+]
+
+# Class and instance memories learn this much faster than what all images share.
+_PRIVATE_RATE = 10
+# Decoded at once while matching: 512 images of 32 x 32, 10 of 224 x 224, and one class at least.
+_PIXELS_PER_GROUP = 2**19
+
+
+@dataclass(frozen=True, eq=False)
+class RealImages:
+    """The real images that a memory learns from, class by class.
+
+    Attributes:
+        data: The images.
+        class_indices: int64 ``(N,)``, the position of each image's class among the memory's.
+        members: For each class, int64, the positions of its images.
+        mean: ``(C,)`` of the pixels in [0, 1].
+        std: ``(C,)`` of the pixels in [0, 1].
+    """
+
+    data: LabelledImages
+    class_indices: Tensor
+    members: list[Tensor]
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, data: LabelledImages) -> RealImages:
+        """Sort images by class; class indices are positions among their sorted labels."""
+        counts = data.class_indices.bincount(minlength=data.num_classes).tolist()
+        order = data.class_indices.argsort(stable=True)
+        mean, std = channel_stats(data.images)
+        return cls(data, data.class_indices, list(order.split(counts)), mean, std)
+
+
+def make_optimizer(memory: HierarchicalMemory, betas: tuple[float, float]) -> torch.optim.Adam:
+    """Return Adam over all of a memory: what all images share, then class and instance memories."""
+    private = [memory.instance_memory, memory.class_memory]
+    shared = [p for p in memory.parameters() if all(p is not other for other in private)]
+    return torch.optim.Adam([{"params": shared}, {"params": private}], betas=betas)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of what all images share; class and instance memories learn 10 times faster."""
+    for group, factor in zip(optimizer.param_groups, (1, _PRIVATE_RATE), strict=True):
+        group["lr"] = rate * factor
+
+
+def warm_start_targets(memory: HierarchicalMemory, real: RealImages, seed: int) -> Tensor:
+    """Return, for each image of the memory, the real image that it starts from: int64 ``(N,)``.
+
+    Drawn at random within the class. A class with fewer real images than instance memories takes
+    them in turn.
+    """
+    targets = []
+    for index, (members, count) in enumerate(
+        zip(real.members, memory.images_per_class, strict=True)
+    ):
+        generator = make_generator(seed, "targets", index)
+        chosen = members[torch.randperm(len(members), generator=generator)]
+        targets.append(chosen[torch.arange(count) % len(chosen)])
+    return torch.cat(targets)
+
+
+def warm_start_step(
+    memory: HierarchicalMemory,
+    optimizer: torch.optim.Optimizer,
+    indices: Tensor,
+    wanted: Tensor,
+    precision: str = "float32",
+) -> None:
+    """Move the memory so that some of its images come nearer to real ones, by squared error.
+
+    Args:
+        memory: The memory.
+        optimizer: Over its parameters.
+        indices: int64 ``(B,)``, positions of images.
+        wanted: float32 ``(B, C, H, W)`` in [0, 1], on the memory's device.
+        precision: As in :class:`~hmn_replay.config.CondenseConfig`.
+    """
+    with autocast(wanted.device, precision):
+        images = memory(indices.to(wanted.device))
+    loss = F.mse_loss(images.float(), wanted)
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    optimizer.step()
+    memory.update_scales()
+
+
+def match_step(
+    memory: HierarchicalMemory,
+    optimizer: torch.optim.Optimizer,
+    network: Network,
+    real: RealImages,
+    config: CondenseConfig,
+    generator: torch.Generator,
+) -> int:
+    """Match a batch of some classes, each apart, and move the memory once.
+
+    Classes are decoded in groups, so that peak memory grows with the batch of a group and not with
+    the number of classes.
+
+    Args:
+        memory: The memory; classes without an image are passed over.
+        optimizer: Over its parameters.
+        network: Its logits are in the order of the memory's classes.
+        real: Images of the memory's classes.
+        config: ``objective``, ``classes_per_step``, ``real_batch``, ``decoded_batch``,
+            ``augmentations`` and ``precision`` are read.
+        generator: Of classes, images and augmentations.
+
+    Returns:
+        How many images were decoded.
+    """
+    device = memory.class_index.device
+    objective = get_objective(config.objective)
+    counts = memory.images_per_class
+    starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+    classes = torch.randperm(memory.num_classes, generator=generator)[: config.classes_per_step]
+    present = [label for label in classes.tolist() if counts[label]]
+    pixels = config.decoded_batch * math.prod(memory.image_shape[1:])
+    group_size = max(1, _PIXELS_PER_GROUP // pixels)
+    num_decoded = 0
+    optimizer.zero_grad()
+    for first in range(0, len(present), group_size):
+        group = present[first : first + group_size]
+        drawn = [
+            starts[label] + _draw(counts[label], config.decoded_batch, generator) for label in group
+        ]
+        with autocast(device, config.precision):
+            images = memory(torch.cat(drawn).to(device)).float()
+        gradients = []
+        for label, own in zip(group, images.split([len(d) for d in drawn]), strict=True):
+            members = real.members[label]
+            chosen = members[_draw(len(members), config.real_batch, generator)]
+            real_images = real.data.floats(chosen).to(device, non_blocking=True)
+            augment = draw_augmentation(
+                config.augmentations,
+                memory.image_shape[1:],
+                generator,
+                fill=real.mean,
+                std=real.std,
+            )
+            decoded = own.detach().requires_grad_()
+            augmented = augment(decoded)
+            with autocast(device, config.precision):
+                _, gradient = objective(
+                    network,
+                    augment(real_images),
+                    torch.full((len(real_images),), label, device=device),
+                    augmented,
+                    torch.full((len(decoded),), label, device=device),
+                )
+            gradients.extend(torch.autograd.grad(augmented, decoded, gradient))
+        torch.autograd.backward(images, torch.cat(gradients))
+        num_decoded += len(images)
+    optimizer.step()
+    memory.update_scales()
+    return num_decoded
+
+
+def fresh_network(
+    memory: HierarchicalMemory, real: RealImages, config: CondenseConfig, seed: int
+) -> tuple[Network, torch.optim.SGD]:
+    """Return a random network to match with, on the memory's device, and what it learns by."""
+    network = build_network(
+        config.network,
+        memory.image_shape,
+        memory.num_classes,
+        width=config.network_width,
+        mean=real.mean,
+        std=real.std,
+        seed=seed,
+    ).to(memory.class_index.device)
+    learner = torch.optim.SGD(
+        network.parameters(), lr=config.network_learning_rate, momentum=0.9, weight_decay=5e-4
+    )
+    return network, learner
+
+
+def train_step(
+    network: Network,
+    learner: torch.optim.Optimizer,
+    real: RealImages,
+    config: CondenseConfig,
+    generator: torch.Generator,
+) -> None:
+    """Let the network learn from ``network_images`` real images, as IDC does after every step."""
+    device = network.mean.device
+    chosen = torch.randint(len(real.data), (config.network_images,), generator=generator)
+    for indices in chosen.split(config.network_batch):
+        batch, labels_a, labels_b, lam = draw_batch(
+            real.data.floats(indices).to(device, non_blocking=True),
+            real.class_indices[indices].to(device, non_blocking=True),
+            real.mean,
+            real.std,
+            generator,
+            augmentations=config.augmentations,
+            cutmix_probability=config.network_cutmix_probability,
+        )
+        with autocast(device, config.precision):
+            logits = network(batch)
+        loss = mixed_loss(logits.float(), labels_a, labels_b, lam)
+        learner.zero_grad()
+        torch.autograd.backward(loss)
+        learner.step()
+
+
+def _draw(count: int, most: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(count, generator=generator)[:most]
