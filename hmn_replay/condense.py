@@ -381,7 +381,9 @@ class _Condensation:
     def _end_phase(self) -> None:
         self._count(0)
         numbers = self.state["phases"][self.state["phase"]]
-        numbers["peak_memory_bytes"] = peak_memory_bytes(self.device)
+        # A run that went on from a checkpoint may have used more before.
+        peak = max(numbers["peak_memory_bytes"], peak_memory_bytes(self.device))
+        numbers["peak_memory_bytes"] = peak
 
     def _check_finite(self) -> None:
         if not all(bool(p.isfinite().all()) for p in self.memory.parameters()):

@@ -65,7 +65,7 @@ class CondenseConfig:
     warm_start_steps: int = 1500
     warm_start_batch: int = 256
     warm_start_learning_rate: float = 0.01
-    outer_steps: int = 6
+    outer_steps: int = 10
     inner_steps: int = 10
     classes_per_step: int | None = 10
     real_batch: int = 64
@@ -134,7 +134,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "quick": {},
     "standard": {
         "warm_start_steps": 6000,
-        "outer_steps": 40,
+        "outer_steps": 50,
         "inner_steps": 20,
         "beta_grid": (0.0, 0.25, 0.5, 0.75, 1.0),
         "pruning_passes": 20_000,

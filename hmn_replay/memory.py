@@ -89,6 +89,8 @@ class HierarchicalMemory(nn.Module):
         super().__init__()
         self.layout = layout
         self.report: dict[str, object] = {}
+        # Beside class_index, so that nobody has to ask the device for them.
+        self._counts: list[int] = []
         labels = _check_classes(classes)
         counts = _check_counts(images_per_class, len(labels))
         self.budget_bytes = None if budget is None else Budget.parse(budget).num_bytes
@@ -138,8 +140,7 @@ class HierarchicalMemory(nn.Module):
     @property
     def images_per_class(self) -> list[int]:
         """How many images each class has, in the order of :attr:`classes`."""
-        counts: list[int] = self.class_index.bincount(minlength=self.num_classes).tolist()
-        return counts
+        return list(self._counts)
 
     @property
     def file_bytes(self) -> int:
@@ -213,13 +214,16 @@ class HierarchicalMemory(nn.Module):
         Returns:
             Images ``(B, C, H, W)``, float32 in [0, 1] or uint8, and their labels, int64 ``(B,)``;
             both on the memory's device.
+
+        Raises:
+            ConfigError: A position outside ``0 .. N - 1``, a mask, or another dtype.
         """
         if dtype not in (torch.float32, torch.uint8):
             raise ConfigError(f"dtype is torch.float32 or torch.uint8; got {dtype}")
         device = self.instance_memory.device
         if indices is None:
-            indices = torch.arange(self.num_images, device=device)
-        indices = torch.as_tensor(indices, dtype=torch.int64, device=device)
+            indices = torch.arange(self.num_images)
+        indices = _check_indices(indices, self.num_images).to(device)
         images = torch.empty((len(indices), *self.image_shape), dtype=dtype, device=device)
         fitting = _PIXELS_PER_CHUNK // math.prod(self.image_shape[1:])
         chunk_size = max(1, min(fitting, _IMAGES_PER_CHUNK))
@@ -305,6 +309,7 @@ class HierarchicalMemory(nn.Module):
         owner = torch.arange(len(new)).repeat_interleave(torch.tensor(counts))
         self.classes = torch.cat([self.classes, torch.tensor(new, device=device)])
         self.class_index = torch.cat([self.class_index, (len(old) + owner).to(device)])
+        self._counts.extend(counts)
         grown = {
             "class_memory": _noise(generator, 0.1, len(new), layout.class_channels, *layout.grid),
             "instance_memory": _noise(generator, 0.1, sum(counts), *layout.instance_shape),
@@ -341,20 +346,13 @@ class HierarchicalMemory(nn.Module):
         Raises:
             ConfigError: A position outside ``0 .. N - 1``, one that comes twice, or a mask.
         """
-        kept = torch.as_tensor(indices).flatten().cpu()
-        if len(kept) and (kept.is_floating_point() or kept.dtype == torch.bool):
-            raise ConfigError(f"indices are integers; got {kept.dtype}: pass mask.nonzero()")
-        kept = kept.long().sort().values
-        if len(kept) and (int(kept[0]) < 0 or int(kept[-1]) >= self.num_images):
-            raise ConfigError(
-                f"indices are positions from 0 to {self.num_images - 1}; got {int(kept[0])} to "
-                f"{int(kept[-1])}"
-            )
+        kept = _check_indices(indices, self.num_images).sort().values
         if len(kept.unique()) != len(kept):
             raise ConfigError("each index may come once; some come twice or more")
         kept = kept.to(self.class_index.device)
         self.instance_memory = nn.Parameter(self.instance_memory[kept])
         self.class_index = self.class_index[kept]
+        self._counts = self.class_index.bincount(minlength=self.num_classes).tolist()
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a file, all at once or not at all.
@@ -440,6 +438,20 @@ def _check_classes(classes: Sequence[int] | Tensor) -> list[int]:
     if len(set(values)) != len(values):
         raise ConfigError("classes come once each; some come twice or more")
     return values
+
+
+def _check_indices(indices: Tensor | Sequence[int], num_images: int) -> Tensor:
+    checked = torch.as_tensor(indices).flatten().cpu()
+    if not len(checked):
+        return checked.long()
+    if checked.is_floating_point() or checked.dtype == torch.bool:
+        raise ConfigError(f"indices are integers; got {checked.dtype}: pass mask.nonzero()")
+    first, last = int(checked.min()), int(checked.max())
+    if first < 0 or last >= num_images:
+        raise ConfigError(
+            f"indices are positions from 0 to {num_images - 1}; got {first} to {last}"
+        )
+    return checked.long()
 
 
 def _check_counts(images_per_class: int | Sequence[int], num_classes: int) -> list[int]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmn_replay.budget import Budget
+from hmn_replay.budget import Budget, as_int
 from hmn_replay.errors import BudgetError
 
 UNITS = {
@@ -134,6 +137,36 @@ def test_a_budget_reads_well_compares_and_does_not_change() -> None:
     assert len({Budget(5), Budget(5)}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         Budget(5).num_bytes = 6  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, torch.tensor])
+def test_integers_of_other_libraries_are_integers(kind: Callable[[int], Any]) -> None:
+    for budget in (Budget(kind(77)), Budget.parse(kind(77))):
+        assert budget == Budget(77)
+        assert type(budget.num_bytes) is int
+    shape = (kind(3), kind(8), kind(9))
+    assert Budget.ipc(kind(2), shape, kind(5)) == Budget.ipc(2, (3, 8, 9), 5)
+    assert Budget.raw_images(kind(200), shape) == Budget.raw_images(200, (3, 8, 9))
+    assert repr(Budget(kind(77))) == repr(Budget(77))
+    with pytest.raises(BudgetError, match="1 byte or more, got 0"):
+        Budget(kind(0))
+
+
+def test_bytes_do_not_wrap_around_in_small_integers() -> None:
+    num_images: Any = np.int32(30_000)
+    shape: Any = np.array([3, 224, 224], dtype=np.int32)
+    assert Budget.raw_images(num_images, shape).num_bytes == 30_000 * 3 * 224 * 224
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, np.True_, 3.0, np.float64(3), "3", None, np.array([3, 4]), torch.tensor([3.0])],
+    ids=repr,
+)
+def test_what_is_no_integer_is_none(value: object) -> None:
+    assert as_int(value) is None
+    with pytest.raises(BudgetError, match="whole number"):
+        Budget(value)  # type: ignore[arg-type]
 
 
 def test_num_floats_rounds_down() -> None:

@@ -12,11 +12,13 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from hmn_replay import steps
 from hmn_replay.condense import condense
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import (
@@ -29,7 +31,9 @@ from hmn_replay.errors import (
 )
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.layout import Layout
+from hmn_replay.matching import get_objective
 from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.runtime import peak_memory_bytes
 from hmn_replay.storage import load, serialise
 
 MakeLayout = Callable[..., Layout]
@@ -67,8 +71,7 @@ def tiny(data: LabelledImages, layout: Layout, **options: Any) -> HierarchicalMe
     if budget is None:
         num_classes = data.num_classes
         budget = layout.file_bytes(num_classes, 3 * num_classes + 1, 10**4)
-    options = {**TINY, "number_format": layout.number_format, **options}
-    return condense(data, budget, layout=layout, **options)
+    return condense(data, budget, layout=layout, **{**TINY, **options})
 
 
 def check(memory: HierarchicalMemory, data: LabelledImages) -> None:
@@ -84,26 +87,27 @@ def check(memory: HierarchicalMemory, data: LabelledImages) -> None:
     assert labels.unique().equal(data.classes)
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """Count the calls of a function that the module uses."""
-    function, calls = getattr(MODULE, name), [0]
+def count_calls(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[int]:
+    """Count the calls of a function that a module uses."""
+    function, calls = getattr(module, name), [0]
 
     def counted(*args: Any, **options: Any) -> Any:
         calls[0] += 1
         return function(*args, **options)
 
-    monkeypatch.setattr(MODULE, name, counted)
+    monkeypatch.setattr(module, name, counted)
     return calls
 
 
 def interrupt(
     monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
     name: str,
     number: int,
     error: BaseException | None = None,
 ) -> None:
     """Let the call of that number, counted from 0, raise."""
-    function, calls = getattr(MODULE, name), [0]
+    function, calls = getattr(module, name), [0]
 
     def interrupted(*args: Any, **options: Any) -> Any:
         calls[0] += 1
@@ -111,7 +115,7 @@ def interrupt(
             raise error or Interruption
         return function(*args, **options)
 
-    monkeypatch.setattr(MODULE, name, interrupted)
+    monkeypatch.setattr(module, name, interrupted)
 
 
 # What it makes.
@@ -176,7 +180,7 @@ def test_there_may_be_more_classes_than_a_step_draws(
     make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = make_set(num_images=36, labels=tuple(range(12)))
-    original, drawn = MODULE.get_objective, list[int]()
+    original, drawn = get_objective, list[int]()
 
     def watched(name: str) -> Any:
         def record(*batches: Any) -> Any:
@@ -185,14 +189,14 @@ def test_there_may_be_more_classes_than_a_step_draws(
 
         return record
 
-    monkeypatch.setattr(MODULE, "get_objective", watched)
+    monkeypatch.setattr(steps, "get_objective", watched)
     for classes_per_step, expected in ((5, 5), (None, 12), (99, 12)):
         drawn.clear()
         check(tiny(data, make_layout(), classes_per_step=classes_per_step), data)
-        steps = [drawn[i : i + expected] for i in range(0, len(drawn), expected)]
-        assert len(steps) == 2 * 3
-        assert all(len(set(step)) == expected for step in steps)
-        assert len({tuple(step) for step in steps}) > 1  # another draw every step
+        draws = [drawn[i : i + expected] for i in range(0, len(drawn), expected)]
+        assert len(draws) == 2 * 3
+        assert all(len(set(draw)) == expected for draw in draws)
+        assert len({tuple(draw) for draw in draws}) > 1  # another draw every step
 
 
 def test_no_shared_value_is_clipped_in_the_end(make_set: MakeSet, make_layout: MakeLayout) -> None:
@@ -242,6 +246,30 @@ def test_the_layout_is_chosen_where_none_is_given(make_set: MakeSet) -> None:
     assert memory.file_bytes > 0.97 * 60 * 1024
 
 
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+@pytest.mark.parametrize("effort", ["quick", "paper"])
+def test_a_layout_decides_the_number_format(
+    make_set: MakeSet, make_layout: MakeLayout, number_format: NumberFormat, effort: str
+) -> None:
+    layout = make_layout(number_format)
+    options = {**TINY, "warm_start_steps": 1, "outer_steps": 0, "over_budget": 0}
+    budget = layout.file_bytes(3, 10, 10_000)
+    memory = condense(make_set(), budget, effort=effort, layout=layout, **options)
+    assert memory.layout == layout
+    assert memory.report["number_format"] == number_format
+    assert memory.report["effort"] == effort
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_the_precision_may_be_chosen(
+    make_set: MakeSet, make_layout: MakeLayout, precision: str
+) -> None:
+    data = make_set()
+    memory = tiny(data, make_layout(), precision=precision)
+    check(memory, data)
+    assert memory.report["precision"] == precision
+
+
 def test_any_source_of_labelled_images_will_do(make_set: MakeSet, make_layout: MakeLayout) -> None:
     data, layout = make_set(), make_layout()
     budget = layout.file_bytes(3, 10, 10_000)
@@ -269,8 +297,8 @@ def test_the_warm_start_brings_the_images_near_real_ones(
 ) -> None:
     data, layout = make_set(), make_layout()
     few, many = (
-        tiny(data, layout, warm_start_steps=steps, outer_steps=0).report["warm_start_psnr"]
-        for steps in (1, 100)
+        tiny(data, layout, warm_start_steps=number, outer_steps=0).report["warm_start_psnr"]
+        for number in (1, 100)
     )
     assert isinstance(few, float)
     assert isinstance(many, float)
@@ -285,7 +313,7 @@ def test_matching_moves_the_memory_to_a_lower_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     losses: list[float] = []
-    original = MODULE.get_objective
+    original = get_objective
 
     def watched(name: str) -> Any:
         function = original(name)
@@ -297,7 +325,7 @@ def test_matching_moves_the_memory_to_a_lower_loss(
 
         return record
 
-    monkeypatch.setattr(MODULE, "get_objective", watched)
+    monkeypatch.setattr(steps, "get_objective", watched)
     tiny(
         make_set(num_images=60),
         make_layout("float32"),
@@ -334,6 +362,9 @@ def test_the_report_tells_settings_and_measurements(
         assert phase["seconds"] > 0
         assert phase["images"] > 0
         assert phase["images_per_second"] == pytest.approx(phase["images"] / phase["seconds"])
+        assert type(phase["peak_memory_bytes"]) is int
+    peaks = [phase["peak_memory_bytes"] for phase in report["phases"].values()]
+    assert 0 <= peaks[0] <= peaks[1] <= peaks[2] <= peak_memory_bytes(torch.device("cpu"))
     assert report["seconds"] == pytest.approx(
         sum(phase["seconds"] for phase in report["phases"].values())
     )
@@ -342,6 +373,22 @@ def test_the_report_tells_settings_and_measurements(
     assert all(0 <= accuracy <= 1 for accuracy in report["beta_accuracies"].values())
     best = max(report["beta_accuracies"], key=report["beta_accuracies"].__getitem__)
     assert report["beta"] == float(best)
+    json.dumps(report)
+
+
+@pytest.mark.parametrize("options", [{"over_budget": 0}, {"labels": (4,)}], ids=str)
+def test_where_nothing_was_pruned_there_is_no_beta(
+    make_set: MakeSet, make_layout: MakeLayout, options: dict[str, Any]
+) -> None:
+    data = make_set(labels=options.pop("labels", (0, 1, 2)))
+    report = tiny(data, make_layout(), **options).report
+    assert report["beta"] is None
+    assert report["beta_accuracies"] == {}
+
+
+def test_without_a_warm_start_there_is_no_psnr(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    report = tiny(make_set(), make_layout(), warm_start_steps=0).report
+    assert report["warm_start_psnr"] is None
     json.dumps(report)
 
 
@@ -390,7 +437,11 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_checkpoints_change_nothing(
-    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path, every_step: None
+    make_set: MakeSet,
+    make_layout: MakeLayout,
+    tmp_path: Path,
+    every_step: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data, layout = make_set(), make_layout()
     path = tmp_path / "run.checkpoint"
@@ -398,9 +449,18 @@ def test_checkpoints_change_nothing(
     assert serialise(memory) == serialise(tiny(data, layout))
     assert os.listdir(tmp_path) == [path.name]
     # What was done is not done again.
+    for module, name in ((steps, "warm_start_step"), (steps, "match_step"), (MODULE, "score")):
+        interrupt(monkeypatch, module, name, 0)
+    interrupt(monkeypatch, MODULE, "train_network", 0)
     again = tiny(data, layout, checkpoint=str(path))
     assert serialise(again) == serialise(memory)
-    assert again.report == memory.report
+    # What is left, to drop the images that go, is measured anew.
+    before, after = dict[str, Any](memory.report), dict[str, Any](again.report)
+    del before["seconds"], after["seconds"]
+    for name in ("seconds", "images_per_second", "peak_memory_bytes"):
+        before["phases"]["pruning"].pop(name)
+        after["phases"]["pruning"].pop(name)
+    assert after == before
 
 
 def test_interrupted_at_any_checkpoint_it_ends_as_if_it_had_not_been(
@@ -412,14 +472,14 @@ def test_interrupted_at_any_checkpoint_it_ends_as_if_it_had_not_been(
 ) -> None:
     data, layout = make_set(), make_layout()
     with monkeypatch.context() as patch:
-        calls = count_calls(patch, "write_checkpoint")
+        calls = count_calls(patch, MODULE, "write_checkpoint")
         expected = serialise(tiny(data, layout, checkpoint=tmp_path / "whole"))
     num_writes = calls[0]
     assert num_writes > 4 + 2 * 3 + 2
     for number in [*random.Random(0).sample(range(num_writes - 2), 8), num_writes - 2]:
         path = tmp_path / f"interrupted at {number}"
         with monkeypatch.context() as patch:
-            interrupt(patch, "write_checkpoint", number)
+            interrupt(patch, MODULE, "write_checkpoint", number)
             with pytest.raises(Interruption):
                 tiny(data, layout, checkpoint=path)
         assert serialise(tiny(data, layout, checkpoint=path)) == expected, number
@@ -447,10 +507,16 @@ def test_interrupted_again_and_again_between_rare_checkpoints_it_ends_the_same(
 
     monkeypatch.setattr("time.monotonic", monotonic)
     path, num_interruptions = tmp_path / "run.checkpoint", 0
-    places = {"cosine_rate": 3, "cutmix": 3, "draw_augmentation": 7, "margins": 1, "score": 1}
-    for name, latest in list(places.items()) * 2:
+    places = [
+        (MODULE, "cosine_rate", 3),
+        (steps, "draw_batch", 3),
+        (steps, "draw_augmentation", 7),
+        (MODULE, "margins", 1),
+        (MODULE, "score", 1),
+    ]
+    for module, name, latest in places * 2:
         with monkeypatch.context() as patch:
-            interrupt(patch, name, rng.randrange(latest), KeyboardInterrupt())
+            interrupt(patch, module, name, rng.randrange(latest), KeyboardInterrupt())
             try:
                 memory = tiny(data, layout, checkpoint=path, **options)
             except KeyboardInterrupt:

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.filesize import TensorSpec
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
-from hmn_replay.layout import FILE_VERSION, MAX_CLASSES, Layout, TensorSpec
+from hmn_replay.layout import FILE_VERSION, MAX_CLASSES, Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.storage import serialise
 
@@ -66,6 +67,16 @@ def test_the_grid_covers_the_image(make_layout: MakeLayout) -> None:
     assert make_layout(image_shape=(1, 28, 30), stride=8, decoder_channels=(2, 2, 2)).grid == (4, 4)
     assert make_layout(image_shape=(1, 9, 8), stride=2, decoder_channels=(2,)).grid == (5, 4)
     assert make_layout(image_shape=(1, 8, 33), stride=32, decoder_channels=(2,) * 5).grid == (1, 2)
+
+
+def test_a_layout_of_lists_is_one_of_tuples() -> None:
+    fields = dataclasses.asdict(CIFAR)
+    lists: dict[str, Any] = {k: list(v) if type(v) is tuple else v for k, v in fields.items()}
+    layout = Layout(**lists)
+    assert layout == CIFAR
+    assert hash(layout) == hash(CIFAR)
+    assert layout.image_shape == (3, 32, 32)
+    assert layout.decoder_channels == (48, 32, 24)
 
 
 def test_the_decoder_goes_from_the_concatenated_tiers_to_2_x_2_pixels() -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,6 +201,18 @@ def test_no_image_at_all_is_fine(make_layout: MakeLayout) -> None:
     assert labels.shape == (0,)
 
 
+@pytest.mark.parametrize(
+    "indices", [[4, 0, 4], (4, 0, 4), np.array([4, 0, 4], dtype=np.int32), range(4, -1, -2), []]
+)
+def test_images_may_be_named_by_any_sequence(make_layout: MakeLayout, indices: Any) -> None:
+    memory = trained(HierarchicalMemory(make_layout(), [0, 1], [2, 3]))
+    whole, labels = memory.decode()
+    chosen = torch.tensor([int(index) for index in indices], dtype=torch.int64)
+    images, own_labels = memory.decode(indices)
+    assert same_bits(images, whole[chosen])
+    assert own_labels.equal(labels[chosen])
+
+
 def test_decoding_is_done_in_chunks_of_bounded_size(
     make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,10 +342,16 @@ def test_a_memory_holds_a_thousand_classes_and_no_more(make_layout: MakeLayout) 
     [
         ([], 1, "1 to 1000 classes; got 0"),
         ([1, 2, 1], 1, "classes come once each"),
-        ([1.0, 2.0], 1, r"classes are integers; got \[1.0, 2.0\]"),
+        ([1.0, 2.0], 1, r"classes are integers of 64 bits; got \[1.0, 2.0\]"),
         (["cat"], 1, "classes are integers"),
         ([True, False], 1, "classes are integers"),
         (torch.tensor([0.5]), 1, "classes are integers"),
+        ([0, 2**63], 1, r"integers of 64 bits; got \[0, 9223372036854775808\]"),
+        ([-(2**63) - 1], 1, "integers of 64 bits"),
+        (np.array([2**63], dtype=np.uint64), 1, "integers of 64 bits"),
+        ([1, 2], 1.0, "integer of 0 or more, or 2 of them; got 1.0"),
+        ([1, 2], True, "integer of 0 or more, or 2 of them; got True"),
+        ([1, 2], None, "integer of 0 or more, or 2 of them; got None"),
         ([1, 2], -1, "integer of 0 or more, or 2 of them; got -1"),
         ([1, 2], [1], r"or 2 of them; got \[1\]"),
         ([1, 2], [1, -1], r"or 2 of them; got \[1, -1\]"),
@@ -344,6 +363,28 @@ def test_classes_and_counts_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         HierarchicalMemory(make_layout(), classes, counts)
+
+
+def test_labels_may_be_any_integers_of_64_bits(make_layout: MakeLayout) -> None:
+    ends = [2**63 - 1, -(2**63)]
+    memory = HierarchicalMemory(make_layout(), ends, 1)
+    assert memory.classes.tolist() == ends
+    with pytest.raises(ConfigError, match="integers of 64 bits"):
+        memory.extend([2**63], 1)
+    assert memory.decode()[1].tolist() == ends
+
+
+def test_integers_of_numpy_are_integers(make_layout: MakeLayout) -> None:
+    expected = HierarchicalMemory(make_layout(), [7, -3], 2)
+    for classes, counts in (
+        (np.array([7, -3]), np.int64(2)),
+        ([np.int8(7), np.int64(-3)], np.array([2, 2])),
+        (torch.tensor([7, -3]), [np.uint8(2), 2]),
+    ):
+        memory = HierarchicalMemory(make_layout(), classes, counts)  # type: ignore[arg-type]
+        assert memory.classes.equal(expected.classes)
+        assert memory.images_per_class == [2, 2]
+        assert same_bits(memory.decode()[0], expected.decode()[0])
 
 
 def test_a_memory_over_its_budget_is_refused(make_layout: MakeLayout) -> None:
@@ -496,3 +537,10 @@ def test_a_copy_is_independent(make_layout: MakeLayout) -> None:
     other.keep([0])
     other.extend([2], 1)
     assert same_bits(memory.decode()[0], images)
+
+
+@pytest.mark.parametrize("indices", [[-1], [0, 99], [True, False], [0.5]])
+def test_decode_refuses_what_is_no_position(make_layout: MakeLayout, indices: list[int]) -> None:
+    memory = HierarchicalMemory(make_layout(), [3, 5], 2)
+    with pytest.raises(ConfigError, match="indices are"):
+        memory.decode(indices)

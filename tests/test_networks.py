@@ -94,8 +94,11 @@ def test_features_end_in_what_the_head_sees(name: str) -> None:
 @pytest.mark.parametrize(
     ("height", "width", "depth"),
     [
-        (8, 8, 3),
-        (12, 12, 3),
+        (4, 4, 2),
+        (8, 8, 2),
+        (15, 15, 2),
+        (15, 60, 2),
+        (16, 16, 3),
         (20, 20, 3),
         (28, 28, 3),
         (48, 48, 3),

@@ -69,6 +69,17 @@ def test_margins_refuse_shapes_that_do_not_fit(logits: Tensor, labels: Tensor) -
         margins(logits, labels)
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 3, 0], [0, -1, 2, 0], [1000, 5, -3, 0]])
+def test_margins_refuse_labels_that_are_no_class_indices(labels: list[int]) -> None:
+    told = f"labels are in 0 .. 2, .*; got {min(labels)} to {max(labels)}"
+    with pytest.raises(ConfigError, match=told):
+        margins(LOGITS, torch.tensor(labels))
+
+
+def test_margins_of_no_image_are_none() -> None:
+    assert margins(torch.zeros(5, 0, 3), zeros(0)).shape == (5, 0)
+
+
 def test_aum_is_the_mean_over_epochs() -> None:
     epochs = torch.tensor([[1.0, -2.0], [3.0, -4.0], [5.0, 0.0]])
     assert aum(epochs).tolist() == [3.0, -2.0]

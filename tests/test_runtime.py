@@ -1,14 +1,30 @@
-"""Seeds by name, generators of their own, and devices by name."""
+"""Seeds by name, generators of their own, devices by name, and what they are set to."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hmn_replay import runtime
 from hmn_replay.errors import ConfigError
-from hmn_replay.runtime import derive_seed, make_generator, resolve_device, seeded
+from hmn_replay.runtime import (
+    PRECISIONS,
+    autocast,
+    derive_seed,
+    deterministic_cudnn,
+    make_generator,
+    peak_memory_bytes,
+    resolve_device,
+    seeded,
+)
+
+CPU = torch.device("cpu")
 
 Names = st.lists(st.integers() | st.text(max_size=8), max_size=4)
 
@@ -90,3 +106,111 @@ def test_a_device_may_be_named_or_given(device: str | torch.device) -> None:
 def test_a_device_that_is_not_there_is_refused_by_name(device: str) -> None:
     with pytest.raises(ConfigError, match=f"device '{device}' cannot be used .*pass 'auto', 'cpu'"):
         resolve_device(device)
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """Let the processor be asked anew in a test and after it."""
+    runtime._has_native_bfloat16.cache_clear()
+    yield
+    runtime._has_native_bfloat16.cache_clear()
+
+
+def product_dtype(device: torch.device, precision: str) -> torch.dtype:
+    matrix = torch.ones(2, 2, device=device)
+    with autocast(device, precision):
+        return (matrix @ matrix).dtype
+
+
+def test_autocast_computes_in_the_precision_asked_for() -> None:
+    assert product_dtype(CPU, "float32") == torch.float32
+    assert product_dtype(CPU, "bfloat16") == torch.bfloat16
+    assert product_dtype(CPU, "auto") in (torch.float32, torch.bfloat16)
+    assert set(PRECISIONS) == {"float32", "bfloat16", "auto"}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"architecture": "aarch64"}, torch.float32),
+        (None, torch.float32),
+    ],
+    ids=["avx512", "amx", "neither", "not x86", "torch before 2.9"],
+)
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(
+    capabilities: dict[str, Any] | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    forgetful: None,
+) -> None:
+    if capabilities is None:
+        monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
+    assert product_dtype(CPU, "auto") == dtype
+    assert product_dtype(CPU, "float32") == torch.float32
+    assert product_dtype(CPU, "bfloat16") == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_auto_is_bfloat16_on_a_gpu_that_multiplies_it() -> None:
+    native = torch.cuda.get_device_capability() >= (8, 0)
+    expected = torch.bfloat16 if native else torch.float32
+    assert product_dtype(torch.device("cuda"), "auto") == expected
+
+
+@pytest.mark.parametrize("flags", [(False, True), (True, False), (False, False)])
+def test_cudnn_is_deterministic_inside_and_as_it_was_afterwards(
+    flags: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", flags[0])
+    monkeypatch.setattr(cudnn, "benchmark", flags[1])
+    with deterministic_cudnn():
+        assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+    assert (cudnn.deterministic, cudnn.benchmark) == flags
+    with pytest.raises(KeyError), deterministic_cudnn():
+        raise KeyError
+    assert (cudnn.deterministic, cudnn.benchmark) == flags
+
+
+def test_peak_memory_counts_bytes_and_never_falls() -> None:
+    pytest.importorskip("resource")
+    before = peak_memory_bytes(CPU)
+    assert 2**20 < before < 2**40  # a process with torch in it, and not counted in KiB
+    grown = torch.ones(before + 2**24, dtype=torch.uint8)
+    after = peak_memory_bytes(CPU)
+    assert after >= grown.nbytes
+    del grown
+    assert peak_memory_bytes(CPU) >= after
+
+
+def test_peak_memory_is_in_the_systems_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+
+    def usage(who: int) -> Any:
+        assert who == resource.RUSAGE_SELF
+        return type("Usage", (), {"ru_maxrss": 7000})
+
+    monkeypatch.setattr(resource, "getrusage", usage)
+    for platform, expected in (("linux", 7000 * 1024), ("darwin", 7000)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert peak_memory_bytes(CPU) == expected
+
+
+def test_peak_memory_is_0_where_nobody_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory_bytes(CPU) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_of_a_gpu_is_that_of_its_tensors() -> None:
+    device = torch.device("cuda")
+    tensor = torch.ones(2**24, device=device)
+    assert tensor.nbytes <= peak_memory_bytes(device) < 2**40

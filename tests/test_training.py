@@ -10,10 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hmn_replay.augment import draw_augmentation
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import ConfigError, DataError, TrainingError
 from hmn_replay.networks import Network
-from hmn_replay.training import TrainingConfig, cosine_rate, evaluate, score, train_network
+from hmn_replay.runtime import PRECISIONS, make_generator
+from hmn_replay.training import (
+    TrainingConfig,
+    cosine_rate,
+    draw_batch,
+    evaluate,
+    mixed_loss,
+    score,
+    train_network,
+)
 
 TINY = TrainingConfig(width=8, num_passes=1_600, batch_size=16)
 PLAIN = TrainingConfig(
@@ -167,6 +177,64 @@ def test_cosine_schedule_falls_from_the_peak_to_almost_zero() -> None:
     assert cosine_rate(1000, 1000, 0.01) == pytest.approx(0, abs=1e-18)
 
 
+def test_a_batch_is_moved_in_one_way_and_mixed_as_often_as_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, labels = stripes(6)
+    images, labels = images / 255, labels.clamp(0, 2)
+    before, drawn = images.clone(), list[list[str]]()
+    original = draw_augmentation
+
+    def watched(names: list[str], *args: Any, **options: Any) -> Any:
+        drawn.append(names)
+        assert options["batch"] == 6  # a draw for every image
+        return original(names, *args, **options)
+
+    monkeypatch.setattr("hmn_replay.training.draw_augmentation", watched)
+
+    def draw(number: int, names: tuple[str, ...], probability: float) -> Any:
+        generator = make_generator(number)
+        return draw_batch(
+            images,
+            labels,
+            torch.zeros(3),
+            torch.ones(3),
+            generator,
+            augmentations=names,
+            cutmix_probability=probability,
+        )
+
+    all_names = ("color", "crop", "cutout", "flip", "scale", "rotate")
+    batches = [draw(number, all_names, 0.5) for number in range(40)]
+    assert {name for names in drawn for name in names} == set(all_names)
+    for names in drawn:
+        assert len(names) == 4
+        assert {"color", "cutout", "flip"} < set(names)
+    assert 10 <= sum(lam < 1 for *_, lam in batches) <= 30
+    assert images.equal(before)
+    for one, two in zip(draw(7, all_names, 0.5), batches[7], strict=True):
+        assert one == two if isinstance(one, float) else one.equal(two)
+    untouched, labels_a, labels_b, lam = draw(0, (), 0.0)
+    assert untouched.equal(images)
+    assert labels_a.equal(labels)
+    assert labels_b.equal(labels)
+    assert lam == 1.0
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.25, 0.0])
+def test_the_loss_of_a_mixed_batch_is_that_of_soft_labels(lam: float) -> None:
+    logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    labels_a, labels_b = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 2, 1, 1, 1])
+    expected = -sum(
+        lam * math.log(row[a]) + (1 - lam) * math.log(row[b])
+        for row, a, b in zip(
+            logits.softmax(dim=1).tolist(), labels_a.tolist(), labels_b.tolist(), strict=True
+        )
+    )
+    loss = mixed_loss(logits, labels_a, labels_b, lam)
+    assert float(loss) == pytest.approx(expected / 5, rel=1e-5)
+
+
 def test_epochs_are_reported_with_the_network() -> None:
     images, labels = stripes(20)
     epochs: list[int] = []
@@ -315,7 +383,7 @@ def test_a_training_that_leaves_the_real_numbers_says_so() -> None:
         ({"weight_decay": -1.0}, "weight_decay must be 0 or more"),
         ({"cutmix_probability": 1.5}, r"cutmix_probability must be in \[0, 1\], got 1.5"),
         ({"augmentations": ("blur",)}, r"augmentations must be among .*got \('blur',\)"),
-        ({"precision": "float16"}, "precision must be 'float32' or 'bfloat16', got 'float16'"),
+        ({"precision": "float16"}, "precision must be one of .*'bfloat16', 'auto'.*got 'float16'"),
     ],
 )
 def test_configuration_is_checked(options: dict[str, Any], message: str) -> None:
@@ -326,6 +394,11 @@ def test_configuration_is_checked(options: dict[str, Any], message: str) -> None
 def test_unknown_options_are_named() -> None:
     with pytest.raises(ConfigError, match=r"unknown option 'epochs'.*network, width, depth"):
         evaluate(stripes(6), stripes(6), epochs=3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_configuration_takes_every_precision(precision: str) -> None:
+    assert TrainingConfig(precision=precision).precision == precision
 
 
 def test_configuration_takes_a_list_and_hashes() -> None:
