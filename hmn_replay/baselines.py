@@ -10,7 +10,8 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -30,7 +31,7 @@ from hmn_replay.jpeg import SUBSAMPLINGS, decode_jpeg_scans, encode_jpeg_scans, 
 from hmn_replay.runtime import make_generator
 from hmn_replay.storage import write_atomically
 
-__all__ = ["RealImages", "jpeg_images", "load_real_images", "raw_images"]
+__all__ = ["RealImages", "jpeg_images", "load_real_images", "pack_jpeg_images", "raw_images"]
 
 Kind: TypeAlias = Literal["raw", "jpeg"]
 Arrays: TypeAlias = "dict[str, npt.NDArray[Any]]"
@@ -88,6 +89,16 @@ class RealImages:
         _, channels, height, width = self.arrays["images"].shape
         return channels, height, width
 
+    @property
+    def scans(self) -> dict[int, list[bytes]]:
+        """The scans of each label, in the order stored; of JPEG images only."""
+        ends = self.arrays["lengths"].cumsum(dtype=np.int64)
+        scans = iter(np.split(self.arrays["scans"], ends[:-1]))
+        return {
+            label: [next(scans).tobytes() for _ in range(count)]
+            for label, count in zip(self.classes.tolist(), self.images_per_class, strict=True)
+        }
+
     @cached_property
     def file_bytes(self) -> int:
         """The size of the file that :meth:`save` writes."""
@@ -111,10 +122,8 @@ class RealImages:
         if self.kind == "raw":
             images = torch.from_numpy(self.arrays["images"].copy())
         else:
-            ends = self.arrays["lengths"].cumsum(dtype=np.int64)
-            scans = np.split(self.arrays["scans"], ends[:-1])
-            header = self.arrays["header"].tobytes()
-            images = decode_jpeg_scans(header, [scan.tobytes() for scan in scans])
+            scans = [scan for own in self.scans.values() for scan in own]
+            images = decode_jpeg_scans(self.arrays["header"].tobytes(), scans)
         labels = self.classes.repeat_interleave(torch.tensor(self.images_per_class))
         return images if dtype == torch.uint8 else images.float().div_(255), labels
 
@@ -155,28 +164,66 @@ def raw_images(data: LabelledImages, budget: Budget | int | str, *, seed: int = 
 
 
 def jpeg_images(
-    data: LabelledImages, budget: Budget | int | str, *, quality: int, seed: int = 0
+    data: LabelledImages,
+    budget: Budget | int | str,
+    *,
+    quality: int,
+    subsampling: str | None = None,
+    seed: int = 0,
 ) -> RealImages:
     """Draw real images, as many as fit a budget as JPEG under one header.
-
-    Of chroma at half the sides and chroma in full, the one that lets more images fit is taken (for
-    grey images there is no such choice).
 
     Args:
         data: As in :func:`raw_images`, which draws the same images in the same order.
         budget: Bytes of the file, header and labels counted.
         quality: libjpeg's, 1 to 100.
+        subsampling: One of :data:`hmn_replay.jpeg.SUBSAMPLINGS`; not used for grey images.
+            Default: the one that lets more images fit.
         seed: Of the draw.
 
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
-        ConfigError: ``quality`` is not as said above.
+        ConfigError: ``quality`` or ``subsampling`` is not as said above.
     """
     limit = Budget.parse(budget).num_bytes
     order = _draw_order(data, seed)
     subsamplings = SUBSAMPLINGS if data.image_shape[0] == 3 else SUBSAMPLINGS[:1]
+    if subsampling is not None:
+        subsamplings = (subsampling,)
     candidates = [_fill_jpeg(data, order, limit, quality, name) for name in subsamplings]
     return max(candidates, key=lambda images: images.num_images)
+
+
+def pack_jpeg_images(
+    header: bytes, scans: Mapping[int, Sequence[bytes]], budget: Budget | int | str
+) -> RealImages:
+    """Put scans under their header: the first of every label, then the second, while they fit.
+
+    Args:
+        header: What the scans share; see :func:`hmn_replay.jpeg.encode_jpeg_scans`.
+        scans: The scans of each label, the first to stay first.
+        budget: Bytes of the file, header and labels counted.
+
+    Raises:
+        BudgetError: Not one image fits; the message gives the smallest budget that does.
+        DataError: There is no scan, or ``header`` is none.
+    """
+    queue = sorted((i, label, scan) for label, own in scans.items() for i, scan in enumerate(own))
+    if not queue:
+        raise DataError("expected at least one JPEG scan, came none")
+
+    def build(num_images: int) -> RealImages:
+        chosen = sorted(queue[:num_images], key=lambda entry: entry[1])
+        own = [scan for _, _, scan in chosen]
+        arrays = {
+            **_count(torch.tensor([label for _, label, _ in chosen])),
+            "header": np.frombuffer(header, np.uint8),
+            "lengths": _shrink([len(scan) for scan in own]),
+            "scans": np.frombuffer(b"".join(own), np.uint8),
+        }
+        return RealImages("jpeg", arrays)
+
+    return _fill(build, len(queue), Budget.parse(budget).num_bytes)
 
 
 def load_real_images(path: str | Path) -> RealImages:
@@ -210,26 +257,16 @@ def _draw_order(data: LabelledImages, seed: int) -> Tensor:
 def _fill_jpeg(
     data: LabelledImages, order: Tensor, limit: int, quality: int, subsampling: str
 ) -> RealImages:
-    header, scans, num_bytes = b"", list[bytes](), 0
+    header, num_bytes = b"", 0
+    scans: dict[int, list[bytes]] = defaultdict(list)
     for chunk in order.split(_ENCODED_AT_ONCE):
         header, encoded = encode_jpeg_scans(data.images[chunk], quality, subsampling=subsampling)
-        scans += encoded
+        for label, scan in zip(data.labels[chunk].tolist(), encoded, strict=True):
+            scans[label].append(scan)
         num_bytes += sum(map(len, encoded))
         if num_bytes > limit:
             break
-
-    def build(num_images: int) -> RealImages:
-        by_class = data.labels[order[:num_images]].argsort(stable=True)
-        chosen = [scans[position] for position in by_class.tolist()]
-        arrays = {
-            **_count(data.labels[order[:num_images]]),
-            "header": np.frombuffer(header, np.uint8),
-            "lengths": _shrink([len(scan) for scan in chosen]),
-            "scans": np.frombuffer(b"".join(chosen), np.uint8),
-        }
-        return RealImages("jpeg", arrays)
-
-    return _fill(build, len(scans), limit)
+    return pack_jpeg_images(header, scans, limit)
 
 
 def _fill(build: Callable[[int], RealImages], most: int, limit: int) -> RealImages:

@@ -11,7 +11,13 @@ import pytest
 import safetensors.numpy
 import torch
 
-from hmn_replay.baselines import RealImages, jpeg_images, load_real_images, raw_images
+from hmn_replay.baselines import (
+    RealImages,
+    jpeg_images,
+    load_real_images,
+    pack_jpeg_images,
+    raw_images,
+)
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
 from hmn_replay.jpeg import decode_jpeg_scans, encode_jpeg_scans
@@ -80,6 +86,30 @@ def test_raw_images_are_images_of_the_data_each_once() -> None:
     assert len(set(found)) == len(found)
     assert set(found) <= known
     assert labels.tolist() == sorted(labels.tolist())
+
+
+def test_scans_are_packed_again_as_they_are_one_of_every_class_in_turn() -> None:
+    data = some_data(300)
+    images = jpeg_images(data, 6000, quality=30)
+    header = images.arrays["header"].tobytes()
+    assert pack_jpeg_images(header, images.scans, 6000).serialise() == images.serialise()
+    fewer = pack_jpeg_images(header, images.scans, 4000)
+    assert 3900 < fewer.file_bytes <= 4000
+    assert max(fewer.images_per_class) - min(fewer.images_per_class) <= 1
+    for label, scans in fewer.scans.items():
+        assert scans == images.scans[label][: len(scans)]
+    with pytest.raises(BudgetError, match="does not hold one image"):
+        pack_jpeg_images(header, images.scans, 100)
+    with pytest.raises(DataError, match="at least one JPEG scan"):
+        pack_jpeg_images(header, {}, 4000)
+
+
+def test_jpeg_images_of_a_given_subsampling_share_its_header() -> None:
+    data = some_data(30)
+    for subsampling in ("4:2:0", "4:4:4"):
+        images = jpeg_images(data, 10**6, quality=20, subsampling=subsampling)
+        header, _ = encode_jpeg_scans(data.images[:1], 20, subsampling=subsampling)
+        assert images.arrays["header"].tobytes() == header
 
 
 def test_jpeg_images_are_those_of_the_raw_draw_through_jpeg() -> None:
