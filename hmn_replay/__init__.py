@@ -5,6 +5,8 @@
 >>> network, accuracy = hmn_replay.evaluate(memory, test_set, seed=0)  # doctest: +SKIP
 """
 
+from typing import TYPE_CHECKING
+
 from hmn_replay.budget import Budget
 from hmn_replay.condense import condense
 from hmn_replay.config import EFFORTS, CondenseConfig
@@ -28,6 +30,9 @@ from hmn_replay.sources import load_dataset
 from hmn_replay.storage import load
 from hmn_replay.training import TrainingConfig, evaluate, train_network
 
+if TYPE_CHECKING:
+    from hmn_replay.replay import HMNReplay, MemoryReplay, reattach_optim_modules
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -41,11 +46,13 @@ __all__ = [
     "CondenseConfig",
     "ConfigError",
     "DataError",
+    "HMNReplay",
     "HMNReplayError",
     "HierarchicalMemory",
     "LabelledImages",
     "Layout",
     "MemoryFileError",
+    "MemoryReplay",
     "TrainingConfig",
     "TrainingError",
     "as_labelled_images",
@@ -59,5 +66,23 @@ __all__ = [
     "load",
     "load_dataset",
     "margins",
+    "reattach_optim_modules",
     "train_network",
 ]
+
+# Importing Avalanche takes seconds, and a gigabyte.
+_LAZY = ("HMNReplay", "MemoryReplay", "reattach_optim_modules")
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs Avalanche when it is asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hmn_replay import replay
+
+    return getattr(replay, name)
+
+
+def __dir__() -> list[str]:
+    """List the names that are imported when they are asked for, too."""
+    return sorted({*globals(), *_LAZY})

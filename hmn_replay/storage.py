@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import stat
@@ -26,7 +27,7 @@ from hmn_replay.layout import DIGEST_LENGTH, FILE_VERSION, METADATA_KEY, Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.runtime import resolve_device
 
-__all__ = ["load", "save_memory", "serialise", "write_atomically"]
+__all__ = ["deserialise", "load", "save_memory", "serialise", "write_atomically"]
 
 _MAX_HEADER_BYTES = 2**16
 # A trained memory stays below 100.
@@ -121,9 +122,30 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Hierarchica
     target = resolve_device(device)
     with open(path, "rb", opener=_open_at_once) as file:
         try:
-            memory = _read(file)
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise MemoryFileError("not a regular file")
+            memory = _read(file, status.st_size)
         except (HMNReplayError, safetensors.SafetensorError, ValueError) as error:
             raise MemoryFileError(f"cannot read {os.fspath(path)!r}: {error}") from error
+    return memory.to(target)
+
+
+def deserialise(data: bytes, *, device: str | torch.device = "cpu") -> HierarchicalMemory:
+    """Read the bytes of a memory file: the inverse of :func:`serialise`, with every check.
+
+    Args:
+        data: The bytes.
+        device: As in :func:`load`.
+
+    Raises:
+        MemoryFileError: As :func:`load`.
+    """
+    target = resolve_device(device)
+    try:
+        memory = _read(io.BytesIO(data), len(data))
+    except (HMNReplayError, safetensors.SafetensorError, ValueError) as error:
+        raise MemoryFileError(f"cannot read the bytes of a memory: {error}") from error
     return memory.to(target)
 
 
@@ -132,15 +154,12 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _read(file: BinaryIO) -> HierarchicalMemory:
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        raise MemoryFileError("not a regular file")
+def _read(file: BinaryIO, num_bytes: int) -> HierarchicalMemory:
     prefix = file.read(8)
     header_length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or header_length > status.st_size - 8:
+    if len(prefix) < 8 or header_length > num_bytes - 8:
         raise MemoryFileError(
-            f"not a memory file, or a truncated one: {status.st_size} bytes do not hold the header "
+            f"not a memory file, or a truncated one: {num_bytes} bytes do not hold the header "
             "that they announce"
         )
     if header_length > _MAX_HEADER_BYTES:
@@ -150,8 +169,8 @@ def _read(file: BinaryIO) -> HierarchicalMemory:
     header = file.read(header_length)
     text = _metadata(header)
     layout, budget_bytes, digest = Layout.from_metadata(text)
-    num_images = _check_header(header, layout, budget_bytes, status.st_size)
-    data = file.read(status.st_size - 8 - header_length)
+    num_images = _check_header(header, layout, budget_bytes, num_bytes)
+    data = file.read(num_bytes - 8 - header_length)
     before, found, after = header.partition(digest.encode())
     if not found or _digest(prefix + before, after + data) != digest:
         raise MemoryFileError(
