@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hmn_replay.baselines import RealImages, jpeg_images, raw_images
+from hmn_replay.baselines import jpeg_images, raw_images
 from hmn_replay.budget import Budget
 from hmn_replay.condense import condense
 from hmn_replay.config import parse_option
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError
 from hmn_replay.export import contact_sheet, export_images, export_npz
+from hmn_replay.real_images import RealImages
 from hmn_replay.sources import Split, load_dataset
 from hmn_replay.storage import load
 from hmn_replay.training import Decodable, TrainingConfig, evaluate

@@ -30,7 +30,7 @@ _TEXT_RISE = 6
 
 
 class DecodableBytes(Protocol):
-    """What can be exported: a memory, or :class:`hmn_replay.baselines.RealImages`."""
+    """What can be exported: a memory, or :class:`hmn_replay.real_images.RealImages`."""
 
     def decode(self, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return images ``(N, C, H, W)`` of ``dtype``, and int64 labels ``(N,)``."""

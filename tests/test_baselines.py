@@ -1,26 +1,16 @@
-"""Real images at equal bytes: what is drawn, how full the file is, and what it gives back."""
+"""Real images at equal bytes: what is drawn, and how full the file is."""
 
 from __future__ import annotations
 
-import random
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 
-from hmn_replay.baselines import (
-    RealImages,
-    jpeg_images,
-    load_real_images,
-    pack_jpeg_images,
-    raw_images,
-)
+from hmn_replay.baselines import jpeg_images, pack_jpeg_images, raw_images
 from hmn_replay.data import LabelledImages
-from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
+from hmn_replay.errors import BudgetError, ConfigError, DataError
 from hmn_replay.jpeg import decode_jpeg_scans, encode_jpeg_scans
+from hmn_replay.real_images import RealImages
 from hmn_replay.training import evaluate
 
 LABELS = (-3, 7, 1000)
@@ -179,91 +169,12 @@ def test_long_scans_have_their_lengths_in_two_bytes() -> None:
     assert jpeg_images(data, 10**6, quality=1).arrays["lengths"].dtype == np.uint8
 
 
-@both
-def test_a_file_gives_back_what_was_saved(kind: str, tmp_path: Path) -> None:
-    images = make(kind, some_data(90), 5000)
-    images.save(tmp_path / "real.hmn")
-    assert (tmp_path / "real.hmn").stat().st_size == images.file_bytes
-    loaded = load_real_images(tmp_path / "real.hmn")
-    assert loaded.kind == kind
-    assert loaded.num_images == images.num_images
-    assert loaded.classes.tolist() == list(LABELS)
-    assert loaded.image_shape == (3, 16, 16)
-    for before, after in zip(images.decode(), loaded.decode(), strict=True):
-        assert after.equal(before)
-    assert loaded.serialise() == images.serialise()
-
-
-@both
-def test_a_damaged_file_is_refused_by_name(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "real.hmn"
-    images = make(kind, some_data(30), 3000)
-    whole = images.serialise()
-    before, _ = images.decode()
-    draw = random.Random(0)
-    for trial in range(1500):
-        damaged = bytearray(whole)
-        if trial % 3 == 0:
-            damaged = damaged[: draw.randrange(len(whole))]
-        else:
-            # Half of the damage goes to the header, which is a small part of the file.
-            end = draw.choice([len(whole), 300])
-            damaged[draw.randrange(end)] ^= 1 << draw.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            after, _ = load_real_images(path).decode()
-        except MemoryFileError as error:
-            assert "real.hmn" in str(error)
-        else:
-            assert after.equal(before), "only white space can change without being noticed"
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other"
-    arrays = {"x": np.zeros(3)}
-    for content, message in {
-        b"": "cannot read",
-        b"\xff" * 100: "cannot read",
-        safetensors.numpy.save(arrays): "not a file of real images",
-        safetensors.numpy.save(arrays, {"hmn_replay_images": "raw 9 0"}): "version 9; this version",
-    }.items():
-        path.write_bytes(content)
-        with pytest.raises(MemoryFileError, match=message):
-            load_real_images(path)
-    with pytest.raises(FileNotFoundError):
-        load_real_images(tmp_path / "absent")
-
-
-def test_arrays_that_do_not_fit_each_other_are_refused() -> None:
-    raw = raw_images(some_data(9), 10**6).arrays
-    jpeg = jpeg_images(some_data(9), 10**6, quality=20).arrays
-    wrong: list[tuple[str, dict[str, Any], str]] = [
-        ("gif", raw, "'gif' images have no such arrays"),
-        ("jpeg", raw, "'jpeg' images have no such arrays"),
-        ("raw", {**raw, "images": raw["images"].astype(np.float32)}, "images cannot be float32"),
-        ("raw", {**raw, "images": raw["images"][:, :2]}, "1 or 3 channels, not 2"),
-        ("raw", {**raw, "images": raw["images"][:-1]}, "add up to 9, not to the images"),
-        ("raw", {**raw, "counts": np.array([9, 0, 0])}, "need one positive count each"),
-        ("raw", {**raw, "counts": np.array([2**63 + 9, 2**63])}, "counts cannot be uint64"),
-        ("raw", {**raw, "classes": np.array([7, -3, 1000])}, "classes, sorted"),
-        ("raw", {**raw, "classes": np.array([0.0, 1.0, 2.0])}, "classes cannot be float64"),
-        ("jpeg", {**jpeg, "scans": jpeg["scans"][:-1]}, "lengths of the scans do not fit"),
-        ("jpeg", {**jpeg, "lengths": jpeg["lengths"][:-1]}, "add up to 9, not to the images"),
-        ("jpeg", {**jpeg, "header": jpeg["header"][:-1]}, "not a JPEG header, or a damaged one"),
-    ]
-    for kind, arrays, message in wrong:
-        with pytest.raises(DataError, match=message):
-            RealImages(kind, arrays)  # type: ignore[arg-type]
-
-
 def test_wrong_options_are_refused() -> None:
     data = some_data(9)
     with pytest.raises(ConfigError, match="quality is a whole number"):
         jpeg_images(data, 5000, quality=0)
     with pytest.raises(BudgetError, match="cannot read 'a lot'"):
         raw_images(data, "a lot")
-    with pytest.raises(ConfigError, match=r"dtype is torch\.float32 or torch\.uint8"):
-        raw_images(data, 5000).decode(dtype=torch.float64)
 
 
 @both
