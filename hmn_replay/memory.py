@@ -252,23 +252,32 @@ class HierarchicalMemory(nn.Module):
         return DecodedDataset(images.cpu(), labels.cpu(), transform)
 
     @torch.no_grad()
-    def update_scales(self) -> None:
+    def update_scales(self, first_class: int = 0) -> None:
         """Set the int8 scales so that no latent value is clipped.
 
         To be called after latent values change, before what is decoded is used; training does.
         The other number formats have no scales.
+
+        Args:
+            first_class: Position of a class. Where it is not 0, the scales of the classes before it
+                stay as they are, and so do those that all classes share.
         """
         if self.layout.number_format != "int8":
             return
-        self.dataset_scale = max_abs_scale(self.dataset_memory, self.dataset_scale)
-        self.class_scale = max_abs_scale(self.class_memory, self.class_scale)
-        self.extractor_scale = max_abs_scale(self.extractor_weight, self.extractor_scale)
-        self.instance_scale = _class_scales(
-            self.instance_memory, self.class_index, self.num_classes
-        )
-        self.decoder_scale = torch.cat(
-            [max_abs_scale(weight.flatten(), weight.new_ones(1)) for weight in self.decoder_weights]
-        )
+        if not first_class:
+            self.dataset_scale = max_abs_scale(self.dataset_memory, self.dataset_scale)
+            weights = [weight.flatten() for weight in self.decoder_weights]
+            self.decoder_scale = torch.cat([max_abs_scale(w, w.new_ones(1)) for w in weights])
+        new = {
+            "class_scale": max_abs_scale(self.class_memory, self.class_scale),
+            "extractor_scale": max_abs_scale(self.extractor_weight, self.extractor_scale),
+            "instance_scale": _class_scales(
+                self.instance_memory, self.class_index, self.num_classes
+            ),
+        }
+        for name, scales in new.items():
+            kept: Tensor = getattr(self, name)[:first_class]
+            setattr(self, name, torch.cat([kept, scales[first_class:]]))
 
     @torch.no_grad()
     def extend(
@@ -353,6 +362,34 @@ class HierarchicalMemory(nn.Module):
         self.instance_memory = nn.Parameter(self.instance_memory[kept])
         self.class_index = self.class_index[kept]
         self._counts = self.class_index.bincount(minlength=self.num_classes).tolist()
+
+    @torch.no_grad()
+    def remove(self, classes: Sequence[int] | Tensor) -> None:
+        """Remove classes and all of their images; no image of another class changes by one bit.
+
+        Args:
+            classes: Labels that the memory has, each once. One class at least must stay.
+
+        Raises:
+            ConfigError: A label that the memory does not have or that comes twice, or no class
+                would stay.
+        """
+        labels = self.classes.tolist()
+        gone = set(_check_classes(classes))
+        if unknown := sorted(gone.difference(labels)):
+            raise ConfigError(f"classes {unknown} are not in the memory; it has {labels[:5]} ...")
+        stays = [position for position, label in enumerate(labels) if label not in gone]
+        if not stays:
+            raise ConfigError("a memory holds 1 class or more; remove all but one at most")
+        index = self.class_index.cpu()
+        self.keep(torch.isin(index, torch.tensor(stays)).nonzero().flatten())
+        rows = torch.tensor(stays, device=self.classes.device)
+        self.class_index = torch.searchsorted(rows, self.class_index)
+        self._counts = [self._counts[position] for position in stays]
+        for name in ("class_memory", "extractor_weight", "extractor_bias"):
+            setattr(self, name, nn.Parameter(getattr(self, name)[rows]))
+        for name in ("classes", "class_scale", "extractor_scale", "instance_scale"):
+            setattr(self, name, getattr(self, name)[rows])
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a file, all at once or not at all.

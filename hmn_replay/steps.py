@@ -57,37 +57,56 @@ class RealImages:
     std: Tensor
 
     @classmethod
-    def of(cls, data: LabelledImages) -> RealImages:
-        """Sort images by class; class indices are positions among their sorted labels."""
-        counts = data.class_indices.bincount(minlength=data.num_classes).tolist()
-        order = data.class_indices.argsort(stable=True)
+    def of(cls, data: LabelledImages, classes: Tensor | None = None) -> RealImages:
+        """Sort images by class.
+
+        Args:
+            data: The images.
+            classes: int64 ``(K,)``, the memory's classes in their order: all that ``data`` has, and
+                maybe more. Default: the sorted labels of ``data``.
+        """
+        indices, num_classes = data.class_indices, data.num_classes
+        if classes is not None:
+            ascending, positions = classes.cpu().sort()
+            indices = positions[torch.searchsorted(ascending, data.labels)]
+            num_classes = len(classes)
+        counts = indices.bincount(minlength=num_classes).tolist()
+        order = indices.argsort(stable=True)
         mean, std = channel_stats(data.images)
-        return cls(data, data.class_indices, list(order.split(counts)), mean, std)
+        return cls(data, indices, list(order.split(counts)), mean, std)
 
 
 def make_optimizer(memory: HierarchicalMemory, betas: tuple[float, float]) -> torch.optim.Adam:
-    """Return Adam over all of a memory: what all images share, then class and instance memories."""
+    """Return Adam over a memory: what many images share, then class and instance memories.
+
+    Parameters that require no gradient are left out.
+    """
     private = [memory.instance_memory, memory.class_memory]
-    shared = [p for p in memory.parameters() if all(p is not other for other in private)]
+    shared = [
+        p
+        for p in memory.parameters()
+        if p.requires_grad and all(p is not other for other in private)
+    ]
     return torch.optim.Adam([{"params": shared}, {"params": private}], betas=betas)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of what all images share; class and instance memories learn 10 times faster."""
+    """Set the rate of what images share; class and instance memories learn 10 times faster."""
     for group, factor in zip(optimizer.param_groups, (1, _PRIVATE_RATE), strict=True):
         group["lr"] = rate * factor
 
 
-def warm_start_targets(memory: HierarchicalMemory, real: RealImages, seed: int) -> Tensor:
+def warm_start_targets(
+    memory: HierarchicalMemory, real: RealImages, seed: int, first_class: int = 0
+) -> Tensor:
     """Return, for each image of the memory, the real image that it starts from: int64 ``(N,)``.
 
     Drawn at random within the class. A class with fewer real images than instance memories takes
-    them in turn.
+    them in turn. Images of the classes before ``first_class`` are left out.
     """
     targets = []
-    for index, (members, count) in enumerate(
-        zip(real.members, memory.images_per_class, strict=True)
-    ):
+    for index in range(first_class, memory.num_classes):
+        members, count = real.members[index], memory.images_per_class[index]
         generator = make_generator(seed, "targets", index)
         chosen = members[torch.randperm(len(members), generator=generator)]
         targets.append(chosen[torch.arange(count) % len(chosen)])
@@ -100,6 +119,7 @@ def warm_start_step(
     indices: Tensor,
     wanted: Tensor,
     precision: str = "float32",
+    first_class: int = 0,
 ) -> None:
     """Move the memory so that some of its images come nearer to real ones, by squared error.
 
@@ -109,6 +129,8 @@ def warm_start_step(
         indices: int64 ``(B,)``, positions of images.
         wanted: float32 ``(B, C, H, W)`` in [0, 1], on the memory's device.
         precision: As in :class:`~hmn_replay.config.CondenseConfig`.
+        first_class: Scales of the classes before it stay as they are; see
+            :meth:`HierarchicalMemory.update_scales`.
     """
     with autocast(wanted.device, precision):
         images = memory(indices.to(wanted.device))
@@ -116,7 +138,7 @@ def warm_start_step(
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     optimizer.step()
-    memory.update_scales()
+    memory.update_scales(first_class)
 
 
 def match_step(
@@ -126,6 +148,7 @@ def match_step(
     real: RealImages,
     config: CondenseConfig,
     generator: torch.Generator,
+    first_class: int = 0,
 ) -> int:
     """Match a batch of some classes, each apart, and move the memory once.
 
@@ -140,6 +163,7 @@ def match_step(
         config: ``objective``, ``classes_per_step``, ``real_batch``, ``decoded_batch``,
             ``augmentations`` and ``precision`` are read.
         generator: Of classes, images and augmentations.
+        first_class: The classes before it are not matched, and their scales stay as they are.
 
     Returns:
         How many images were decoded.
@@ -148,8 +172,9 @@ def match_step(
     objective = get_objective(config.objective)
     counts = memory.images_per_class
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-    classes = torch.randperm(memory.num_classes, generator=generator)[: config.classes_per_step]
-    present = [label for label in classes.tolist() if counts[label]]
+    num_classes = memory.num_classes - first_class
+    drawn_classes = _draw(num_classes, config.classes_per_step, generator) + first_class
+    present = [label for label in drawn_classes.tolist() if counts[label]]
     pixels = config.decoded_batch * math.prod(memory.image_shape[1:])
     group_size = max(1, _PIXELS_PER_GROUP // pixels)
     num_decoded = 0
@@ -187,7 +212,7 @@ def match_step(
         torch.autograd.backward(images, torch.cat(gradients))
         num_decoded += len(images)
     optimizer.step()
-    memory.update_scales()
+    memory.update_scales(first_class)
     return num_decoded
 
 
@@ -238,5 +263,5 @@ def train_step(
         learner.step()
 
 
-def _draw(count: int, most: int, generator: torch.Generator) -> Tensor:
+def _draw(count: int, most: int | None, generator: torch.Generator) -> Tensor:
     return torch.randperm(count, generator=generator)[:most]

@@ -19,6 +19,7 @@ from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.layout import MAX_CLASSES, Layout
 from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.storage import serialise
 
 MakeLayout = Callable[..., Layout]
 
@@ -544,3 +545,44 @@ def test_decode_refuses_what_is_no_position(make_layout: MakeLayout, indices: li
     memory = HierarchicalMemory(make_layout(), [3, 5], 2)
     with pytest.raises(ConfigError, match="indices are"):
         memory.decode(indices)
+
+
+# remove
+
+
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+def test_removing_classes_changes_no_other_image(
+    make_layout: Callable[..., Layout], number_format: NumberFormat
+) -> None:
+    memory = HierarchicalMemory(make_layout(number_format), [5, -2, 9, 7], [3, 2, 0, 4])
+    before, labels = memory.decode()
+    memory.remove([-2, 9])
+    after, left = memory.decode()
+    assert memory.classes.tolist() == [5, 7]
+    assert memory.images_per_class == [3, 4]
+    assert left.tolist() == [5] * 3 + [7] * 4
+    assert after.equal(before[(labels == 5) | (labels == 7)])
+    assert len(serialise(memory)) == memory.file_bytes
+
+
+def test_what_cannot_be_removed_is_refused(make_layout: Callable[..., Layout]) -> None:
+    memory = HierarchicalMemory(make_layout(), [5, 6], 1)
+    for classes, message in (([7], "not in the memory"), ([5, 6], "1 class or more"), ([], "1 to")):
+        with pytest.raises(ConfigError, match=message):
+            memory.remove(classes)
+    assert memory.classes.tolist() == [5, 6]
+
+
+def test_scales_of_the_classes_before_stay(make_layout: Callable[..., Layout]) -> None:
+    memory = HierarchicalMemory(make_layout("int8"), [0, 1, 2], 2)
+    before = copy.deepcopy(dict(memory.named_buffers()))
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.mul_(3)
+    memory.update_scales(first_class=2)
+    after = dict(memory.named_buffers())
+    for name in ("dataset_scale", "decoder_scale"):
+        assert after[name].equal(before[name])
+    for name in ("class_scale", "extractor_scale", "instance_scale"):
+        assert after[name][:2].equal(before[name][:2])
+        torch.testing.assert_close(after[name][2:], 3 * before[name][2:])

@@ -1,0 +1,121 @@
+"""Room for new classes in a memory whose budget stays: who gets how many images.
+
+All classes share the budget alike. New classes are added with more images than that, as the paper
+condenses more than fit; in the end every class gives up what is over its share, so that old classes
+make room by the same double-ended pruning that new ones go through.
+
+What all images are decoded with, the dataset memory and the decoder, is fitted to the classes of
+the first call and then stays as it is. Old images so keep every bit, however many classes come, and
+the work for new classes does not grow with the old ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hmn_replay.budget import Budget
+from hmn_replay.data import LabelledImages
+from hmn_replay.layout import Layout
+from hmn_replay.memory import HierarchicalMemory
+
+__all__ = ["Growth", "make_room"]
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """A memory with room for new classes, and what it takes to fill and to prune it.
+
+    Attributes:
+        memory: Old classes, then those of the data; more images than the budget holds.
+        first_class: Position of the first class of the data; 0 where the memory is new.
+        num_old: How many images the old classes have; they come first.
+        drops: How many images each class that has any is to give up, in the memory's order.
+        old_images: uint8 ``(M, C, H, W)``, what the old memory decodes to, on the CPU. Images of a
+            class that comes again are repeated until they are about as many as its new ones.
+        old_labels: int64 ``(M,)``, their labels.
+    """
+
+    memory: HierarchicalMemory
+    first_class: int
+    num_old: int
+    drops: list[int]
+    old_images: Tensor
+    old_labels: Tensor
+
+    def pool(self, data: LabelledImages) -> LabelledImages:
+        """Return ``data`` and the old images, to learn from together."""
+        if not len(self.old_labels):
+            return data
+        images = torch.cat([data.images, self.old_images])
+        labels = torch.cat([data.labels, self.old_labels])
+        return LabelledImages(images, labels, data.class_names)
+
+
+def make_room(
+    data: LabelledImages,
+    budget: Budget,
+    over_budget: float,
+    *,
+    layout: Layout,
+    old: HierarchicalMemory | None = None,
+    seed: int = 0,
+    device: torch.device,
+) -> Growth:
+    """Return a memory with instance memories for the classes of ``data``, not fitted to them yet.
+
+    Args:
+        data: Images of the new classes. A class that the old memory has comes as a new one, with
+            its old images beside the real ones to be fitted to.
+        budget: Of the memory in the end.
+        over_budget: Share of instance memories beyond what fits.
+        layout: Of the memory; that of ``old``, where there is one.
+        old: The memory to add to; it is left as it is.
+        seed: Of initial values.
+        device: Where the memory goes.
+
+    Raises:
+        BudgetError: The budget does not hold one image of each class, old and new.
+        ConfigError: More classes than a memory may have.
+    """
+    old_labels = [] if old is None else old.classes.tolist()
+    again = sorted(set(data.classes.tolist()).intersection(old_labels))
+    first_class = len(old_labels) - len(again)
+    num_classes = first_class + data.num_classes
+    num_images = layout.max_images(budget, num_classes)
+    fair, extra = divmod(num_images, num_classes)
+    shares = [fair + (position < extra) for position in range(num_classes)]
+    # Without another class there is no margin to prune by.
+    num_over = math.ceil(over_budget * num_images / num_classes) if num_classes > 1 else 0
+    counts = [share + num_over for share in shares[first_class:]]
+    if old is None or not first_class:
+        memory = HierarchicalMemory(layout, data.classes, counts, seed=seed).to(device)
+    else:
+        memory = copy.deepcopy(old).to(device)
+        memory.budget_bytes, memory.report = None, {}
+        if again:
+            memory.remove(again)
+        memory.extend(data.classes, counts, seed=seed)
+        for shared in (memory.dataset_memory, *memory.decoder_weights, *memory.decoder_biases):
+            shared.requires_grad_(False)
+    held = memory.images_per_class
+    drops = [max(0, count - share) for count, share in zip(held, shares, strict=True) if count]
+    old_images, labels = _old_images(old, data, again)
+    return Growth(memory, first_class, sum(held[:first_class]), drops, old_images, labels)
+
+
+def _old_images(
+    old: HierarchicalMemory | None, data: LabelledImages, again: list[int]
+) -> tuple[Tensor, Tensor]:
+    if old is None:
+        return torch.empty((0, *data.image_shape), dtype=torch.uint8), data.labels[:0]
+    images, labels = (tensor.cpu() for tensor in old.decode(dtype=torch.uint8))
+    repeats = torch.ones_like(labels)
+    for label in again:
+        ours = labels == label
+        repeats[ours] = max(1, len(data.of_class(label)) // max(1, int(ours.sum())))
+    return images.repeat_interleave(repeats, dim=0), labels.repeat_interleave(repeats)
