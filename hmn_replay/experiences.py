@@ -202,25 +202,21 @@ def split_class_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_experience_data(
-    images: Tensor,
-    keys: Tensor,
-    normalization: Normalization | None,
-    *,
-    with_tasks: bool,
+    memory: Any, normalization: Normalization | None, *, with_tasks: bool
 ) -> AvalancheDataset[Any]:
-    """Make an Avalanche data set of decoded images, in the space that training sees.
+    """Decode a memory into an Avalanche data set, in the space that training sees.
 
     Args:
-        images: uint8 ``(N, C, H, W)`` on the CPU.
-        keys: Class keys, int64 ``(N,)`` on the CPU.
+        memory: Its labels are class keys.
         normalization: Applied to each image as it is read, or None.
         with_tasks: Whether items are ``(image, label, task label)`` or ``(image, label)``.
     """
+    images, keys = memory.decode(dtype=torch.uint8)
     labels, tasks = (values.tolist() for values in split_class_keys(keys))
     attributes = [DataAttribute(labels, "targets")]
     if with_tasks:
         attributes.append(DataAttribute(tasks, "targets_task_labels", use_in_getitem=True))
-    decoded = _Decoded(images, labels, normalization)
+    decoded = _Decoded(images.cpu(), labels, normalization)
     return AvalancheDataset([decoded], data_attributes=attributes)
 
 

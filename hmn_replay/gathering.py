@@ -134,7 +134,9 @@ class Gatherer:
             The images of the experience before it, where that has ended; else None.
         """
         if is_first is not None:
-            ended = self.take() if is_first else None
+            ended = self.images() if is_first else None
+            if is_first:
+                self.clear()
             self._gathered.add(piece)
             return ended
         seen = self._gathered.num_seen
@@ -153,13 +155,16 @@ class Gatherer:
         self._gathered, self._waiting = self._waiting, self._empty()
         return ended
 
-    def take(self) -> LabelledImages | None:
-        """Give all that was gathered, and begin anew; None where there is nothing."""
+    def images(self) -> LabelledImages | None:
+        """Return all that was gathered since an experience last ended; None where nothing was."""
         if len(self._waiting):
             self._gathered.add(self._waiting.images())
-        ended = self._gathered.images() if len(self._gathered) else None
+            self._waiting = self._empty()
+        return self._gathered.images() if len(self._gathered) else None
+
+    def clear(self) -> None:
+        """Begin anew."""
         self._gathered, self._waiting = self._empty(), self._empty()
-        return ended
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what was gathered, as tensors."""

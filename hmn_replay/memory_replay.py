@@ -13,7 +13,6 @@ from avalanche.benchmarks import OnlineCLExperience
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
-from hmn_replay.budget import as_int
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayError
 from hmn_replay.experiences import (
@@ -29,51 +28,46 @@ from hmn_replay.minibatch import (
     DecodedImages,
     add_to_minibatch,
     check_loss,
+    check_settings,
     finish_images,
-    weighted_loss,
+    weigh_loss,
 )
+from hmn_replay.replay_state import ReplayState
 from hmn_replay.runtime import make_generator
 
-__all__ = ["MODES", "MemoryReplay", "Strategy"]
+__all__ = ["MemoryReplay", "Strategy"]
 
 Strategy: TypeAlias = Any
 """An Avalanche strategy; its types promise less than it has."""
-
-MODES = ("replay", "memory_only")
-
-_STATE_VERSION = 1
 
 
 class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     """Trains on a memory's images beside the current experience's, and renews the memory after it.
 
-    A subclass says what the memory is: :meth:`update` makes it from an experience's images. What a
-    memory needs are ``decode(dtype=torch.uint8)``, ``num_images``, ``images_per_class`` and
-    ``file_bytes``. Its classes are numbered by :func:`hmn_replay.experiences.class_key`: the label
-    where the task label is 0.
+    A subclass says what the memory is: :meth:`update` makes it from an experience's images. It
+    needs ``decode(dtype=torch.uint8)``, ``num_images``, ``images_per_class`` and ``file_bytes``;
+    its classes are numbered by :func:`hmn_replay.experiences.class_key` (the label, where the task
+    label is 0).
 
-    ``mode="replay"``: each training mini-batch gets decoded images at its end, drawn without
-    repeats, uniformly (so by class, as far as the memory is class-balanced). Plugins and metrics
-    that read the mini-batch see them; :attr:`last_replay_size` and :attr:`replay_mask` tell them
-    apart. ``mode="memory_only"``, the protocol of GDumb and IDC: the first experience trains on its
-    raw images and is condensed afterwards; every later one is condensed *before* training, and
-    then the memory alone is trained on.
+    ``mode="replay"``: each training mini-batch gets decoded images at its end, drawn uniformly and
+    none twice; :attr:`last_replay_size` and :attr:`replay_mask` tell them apart.
+    ``mode="memory_only"``, the protocol of GDumb and IDC: the first experience trains on its
+    raw images and is condensed after that; every later one is condensed *before* training, and then
+    the memory alone is trained on.
 
     An online stream (``split_online_stream``) gives an experience in pieces. They are gathered, and
-    made into the memory when the next experience begins: where ``access_task_boundaries`` shows it,
-    else where only new classes come (see :class:`hmn_replay.gathering.Gatherer`); at the end
-    of a ``strategy.train(...)`` call with several pieces; and when :meth:`finish` is called, which
+    made into the memory when the next experience begins (as ``access_task_boundaries`` shows, else
+    where only new classes come: see :class:`hmn_replay.gathering.Gatherer`); at the end of a
+    ``strategy.train(...)`` call with several pieces; and when :meth:`finish` is called, which
     a loop over single pieces has to do in the end.
 
-    Images are read through the eval transforms. Those of torchvision's ``Normalize`` among them is
-    undone for the memory, and applied again to what is replayed. The training transforms are
-    not applied to replayed images (they are usually for PIL images): ``replay_transform`` is.
+    Images are read through the eval transforms. torchvision's ``Normalize`` among them is undone
+    for the memory, and applied again to what is replayed; of the train transforms nothing is, as
+    they are mostly for PIL images: ``replay_transform`` takes their place.
 
-    The caller's random state, module modes and gradients are left alone; as long as there is
-    no memory, training is bit for bit what it is without the plugin.
-
-    With Avalanche's ``DER``, ``ER_ACE`` and others that have losses of their own, replayed images
-    count as current ones.
+    The caller's random state, module modes and gradients are left alone; as long as there is no
+    memory, training is bit for bit what it is without the plugin. Where a strategy has a loss of
+    its own, as DER and ER_ACE have, replayed images count as current ones.
 
     Args:
         batch_size_mem: Images replayed in a step; fewer where the memory has fewer. Default: the
@@ -118,17 +112,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         seed: int = 0,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        if mode not in MODES:
-            raise ConfigError(f"mode is one of {MODES}; got {mode!r}")
-        for name, value in (("batch_size_mem", batch_size_mem), ("max_raw_images", max_raw_images)):
-            if value is not None and (as_int(value) or 0) < 1:
-                raise ConfigError(f"{name} is a whole number of 1 or more; got {value!r}")
-        if replay_weight is not None and not 0 <= replay_weight <= 1:
-            raise ConfigError(f"replay_weight is in [0, 1]; got {replay_weight!r}")
-        if replay_weight is not None and mode == "memory_only":
-            raise ConfigError(
-                "replay_weight weighs the memory against raw data; memory_only has none"
-            )
+        check_settings(mode, batch_size_mem, max_raw_images, replay_weight)
         self.batch_size_mem, self.mode = batch_size_mem, mode
         self.replay_transform, self.replay_weight = replay_transform, replay_weight
         self.normalization = None if normalization is None else Normalization.of(normalization)
@@ -189,9 +173,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def finish(self) -> bool:
         """Make what an online stream has left into the memory; True where there was something."""
-        images = self._gatherer.take()
+        images = self._gatherer.images()
         if images is not None:
             self._renew(images)
+            self._gatherer.clear()
         return images is not None
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -222,12 +207,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             return
         self._learn(strategy.experience)
         self._is_renewed = True
-        images, keys = self.memory.decode(dtype=torch.uint8)
         strategy.adapted_dataset = as_experience_data(
-            images.cpu(),
-            keys.cpu(),
-            self._found,
-            with_tasks=self._item_length > 2,
+            self.memory, self._found, with_tasks=self._item_length > 2
         )
 
     def before_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -248,14 +229,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         mbatch = strategy.mbatch
         self._batch_size = len(mbatch[0])
         self.last_replay_size = 0
+        if self._is_renewed:
+            self.last_replay_size = self._batch_size
+            if self.replay_transform is not None:
+                images = mbatch[0] if self._found is None else self._found.undo(mbatch[0])
+                mbatch[0] = finish_images(images.clamp(0, 1), self.replay_transform, self._found)
         if self.mode == "memory_only":
-            if self._is_renewed:
-                self.last_replay_size = self._batch_size
-                if self.replay_transform is not None:
-                    images = mbatch[0] if self._found is None else self._found.undo(mbatch[0])
-                    mbatch[0] = finish_images(
-                        images.clamp(0, 1), self.replay_transform, self._found
-                    )
             return
         decoded = self._decode()
         if decoded is None or not len(decoded):
@@ -278,12 +257,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def before_backward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Weigh the loss of replayed images."""
         if self.replay_weight is not None and self.last_replay_size:
-            # Another plugin may have added a term of its own before.
-            strategy.loss = (
-                strategy.loss
-                - strategy.criterion()
-                + weighted_loss(strategy, self.last_replay_size, self.replay_weight)
-            )
+            weigh_loss(strategy, self.last_replay_size, self.replay_weight)
 
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Make the experience into the memory."""
@@ -306,17 +280,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         It holds no settings: :meth:`load_state_dict` is for a plugin made with the same ones.
         ``torch.load(..., weights_only=True)`` reads it from a file.
         """
-        data = b"" if self.memory is None else self.memory_to_bytes(self.memory)
-        return {
-            "version": _STATE_VERSION,
-            "memory": torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            if data
-            else torch.empty(0, dtype=torch.uint8),
-            "num_updates": self._num_updates,
-            "num_steps": self._num_steps,
-            "report": json.dumps(self.report),
-            "pending": self._gatherer.state_dict(),
-        }
+        return ReplayState(
+            b"" if self.memory is None else self.memory_to_bytes(self.memory),
+            self.report,
+            self._num_updates,
+            self._num_steps,
+            self._gatherer.state_dict(),
+        ).to_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; what follows is bit for bit what it would be.
@@ -326,29 +296,20 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """
         gatherer = Gatherer(self.max_raw_images, self.seed)
         try:
-            if state["version"] != _STATE_VERSION:
-                raise CheckpointError(f"it has version {state['version']!r}, not {_STATE_VERSION}")
-            data = state["memory"].numpy().tobytes()
-            memory = self.memory_from_bytes(data) if data else None
-            report = json.loads(state["report"])
-            num_updates, num_steps = int(state["num_updates"]), int(state["num_steps"])
-            gatherer.load_state_dict(state["pending"])
-        except (HMNReplayError, KeyError, TypeError, ValueError, AttributeError) as error:
+            learned = ReplayState.from_dict(state)
+            memory = self.memory_from_bytes(learned.memory) if learned.memory else None
+            gatherer.load_state_dict(learned.pending)
+        except HMNReplayError as error:
             raise CheckpointError(
-                f"not a whole state of {type(self).__name__} ({error}); use the one before it"
+                f"not a whole state of {type(self).__name__}: {error}; take an earlier one"
             ) from error
-        self.memory, self.report, self._gatherer = memory, report, gatherer
-        self._num_updates, self._num_steps = num_updates, num_steps
+        self.memory, self.report, self._gatherer = memory, learned.report, gatherer
+        self._num_updates, self._num_steps = learned.num_updates, learned.num_steps
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no image that can be decoded again."""
-        learned: dict[str, Any] = {
-            "memory": None,
-            "report": [],
-            "_gatherer": None,
-            "_decoded": None,
-        }
-        return {**self.__dict__, **learned, "state": self.state_dict()}
+        left_out = dict.fromkeys(("memory", "report", "_gatherer", "_decoded"))
+        return {**self.__dict__, **left_out, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become what :meth:`__getstate__` described."""
@@ -386,6 +347,6 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         memory, decoded = self.memory, self._decoded
         if memory is None:
             return None
-        if decoded is None or not decoded.is_of(memory, self._device):
+        if decoded is None or decoded.memory is not memory or decoded.device != self._device:
             self._decoded = decoded = DecodedImages.of(memory, self._device)
         return decoded

@@ -11,10 +11,21 @@ from avalanche.core import BasePlugin
 from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import Tensor
 
+from hmn_replay.budget import as_int
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.experiences import Normalization, split_class_keys
 
-__all__ = ["DecodedImages", "add_to_minibatch", "check_loss", "finish_images", "weighted_loss"]
+__all__ = [
+    "MODES",
+    "DecodedImages",
+    "add_to_minibatch",
+    "check_loss",
+    "check_settings",
+    "finish_images",
+    "weigh_loss",
+]
+
+MODES = ("replay", "memory_only")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +34,14 @@ class DecodedImages:
 
     Attributes:
         memory: What they were decoded from.
+        device: Where they are.
         images: uint8 ``(N, C, H, W)``: a quarter of the bytes that floats would take.
         labels: int64 ``(N,)``.
         tasks: int64 ``(N,)``, the task labels.
     """
 
     memory: Any
+    device: torch.device
     images: Tensor
     labels: Tensor
     tasks: Tensor
@@ -38,14 +51,10 @@ class DecodedImages:
         """Decode a memory where it is, and bring its images to a device."""
         images, keys = memory.decode(dtype=torch.uint8)
         labels, tasks = split_class_keys(keys)
-        return cls(memory, images.to(device), labels.to(device), tasks.to(device))
+        return cls(memory, device, images.to(device), labels.to(device), tasks.to(device))
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def is_of(self, memory: Any, device: torch.device) -> bool:
-        """Tell whether these are a memory's images, on a device."""
-        return self.memory is memory and self.images.device == torch.empty(0, device=device).device
 
     def draw(
         self, count: int, dtype: torch.dtype, generator: torch.Generator
@@ -69,7 +78,7 @@ class DecodedImages:
                 "that end in floats"
             )
         indices = torch.randperm(len(self), generator=generator)[:count]
-        indices = indices.to(self.images.device, non_blocking=True)
+        indices = indices.to(self.device, non_blocking=True)
         images = self.images[indices].to(dtype).div_(255)
         return images, self.labels[indices], self.tasks[indices]
 
@@ -113,6 +122,23 @@ def add_to_minibatch(mbatch: list[Tensor], images: Tensor, labels: Tensor, tasks
         mbatch[position] = torch.cat([part, replayed])
 
 
+def check_settings(
+    mode: str, batch_size_mem: int | None, max_raw_images: int, replay_weight: float | None
+) -> None:
+    """Raise a ConfigError for settings of a plugin outside their ranges."""
+    if mode not in MODES:
+        raise ConfigError(f"mode is one of {MODES}; got {mode!r}")
+    for name, value in (("batch_size_mem", batch_size_mem), ("max_raw_images", max_raw_images)):
+        if value is not None and (as_int(value) or 0) < 1:
+            raise ConfigError(f"{name} is a whole number of 1 or more; got {value!r}")
+    if replay_weight is not None and not 0 <= replay_weight <= 1:
+        raise ConfigError(f"replay_weight is in [0, 1]; got {replay_weight!r}")
+    if replay_weight is not None and mode == "memory_only":
+        raise ConfigError(
+            'replay_weight weighs a memory against raw data, which mode="memory_only" has not'
+        )
+
+
 def check_loss(strategy: Any) -> None:
     """Raise a ConfigError unless a strategy's loss is its criterion of output and labels."""
     kind = type(strategy)
@@ -127,9 +153,14 @@ def check_loss(strategy: Any) -> None:
         )
 
 
-def weighted_loss(strategy: Any, num_replayed: int, weight: float) -> Tensor:
-    """Return ``(1 - weight)`` of the loss of current images and ``weight`` of the last ones'."""
+def weigh_loss(strategy: Any, num_replayed: int, weight: float) -> None:
+    """Replace the criterion's part of a strategy's loss by a weighted one.
+
+    It becomes ``(1 - weight)`` of the current images' and ``weight`` of that of the replayed, which
+    are the last ``num_replayed`` of the mini-batch.
+    """
     output, labels, criterion = strategy.mb_output, strategy.mb_y, strategy._criterion
-    current: Tensor = criterion(output[:-num_replayed], labels[:-num_replayed])
-    replayed: Tensor = criterion(output[-num_replayed:], labels[-num_replayed:])
-    return (1 - weight) * current + weight * replayed
+    current = criterion(output[:-num_replayed], labels[:-num_replayed])
+    replayed = criterion(output[-num_replayed:], labels[-num_replayed:])
+    # Another plugin may have added a term of its own before: only the criterion's is taken out.
+    strategy.loss = strategy.loss - strategy.criterion() + torch.lerp(current, replayed, weight)

@@ -23,11 +23,11 @@ from hmn_replay.condense import condense
 from hmn_replay.config import make_config
 from hmn_replay.data import LabelledImages
 from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.memory_replay import MODES, MemoryReplay, Strategy
+from hmn_replay.memory_replay import MemoryReplay, Strategy
 from hmn_replay.runtime import derive_seed, resolve_device
 from hmn_replay.storage import deserialise, serialise
 
-__all__ = ["MODES", "HMNReplay", "MemoryReplay", "reattach_optim_modules"]
+__all__ = ["HMNReplay", "MemoryReplay", "reattach_optim_modules"]
 
 
 class HMNReplay(MemoryReplay):
