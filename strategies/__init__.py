@@ -1,0 +1,128 @@
+"""Ready-made Avalanche strategies: HMN replay, and each rival's memory under as many bytes.
+
+>>> strategy = strategies.build("jpeg", model, 300 * 1024, num_classes=100)  # doctest: +SKIP
+>>> for experience in benchmark.train_stream:  # doctest: +SKIP
+...     strategy.train(experience)
+>>> strategies.memory_use(strategy).num_bytes  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from hmn_replay.budget import Budget
+from hmn_replay.errors import ConfigError
+from strategies import derpp, er_ace, gdumb, herding, hmn, joint, jpeg, naive, raw
+from strategies.memory_use import MemoryUse, memory_images, memory_use
+from strategies.settings import Settings, Strategy
+
+if TYPE_CHECKING:
+    from avalanche.core import SupervisedPlugin
+    from avalanche.training.plugins.evaluation import EvaluationPlugin
+
+__all__ = ["NAMES", "MemoryUse", "Strategy", "build", "memory_images", "memory_use"]
+
+_BUILDERS: dict[str, Callable[[Settings], Strategy]] = {
+    "naive": naive.build,
+    "joint": joint.build,
+    "hmn": hmn.build,
+    "raw": raw.build,
+    "herding": herding.build,
+    "gdumb": gdumb.build,
+    "derpp": derpp.build,
+    "er_ace": er_ace.build,
+    "jpeg": jpeg.build,
+}
+
+NAMES = tuple(_BUILDERS)
+"""The strategies that :func:`build` knows."""
+
+
+def build(
+    name: str,
+    model: nn.Module,
+    budget_bytes: Budget | int | str,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int] = (3, 32, 32),
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    batch_size: int = 64,
+    batch_size_mem: int | None = None,
+    epochs: int = 1,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    mode: Literal["replay", "memory_only"] = "replay",
+    effort: str = "quick",
+    expected_classes: int | None = None,
+    evaluator: EvaluationPlugin | None = None,
+    plugins: Sequence[SupervisedPlugin[Any]] = (),
+    progress: bool = False,
+    **options: Any,
+) -> Strategy:
+    """Build an Avalanche strategy whose memory never takes more than a budget.
+
+    All train by SGD and cross-entropy. Experiences give float images in [0, 1] and labels, and task
+    labels too where DER++ is to learn from them. Avalanche shuffles and draws from the global
+    generators: seed these (``RNGManager.set_random_seeds``) for the same results again.
+
+    Args:
+        name: One of :data:`NAMES`.
+        model: From images to logits ``(N, num_classes)``. Read ``strategy.model`` afterwards: GDumb
+            replaces it.
+        budget_bytes: What the memory may take, as :class:`hmn_replay.Budget` reads it.
+        num_classes: Number of logits.
+        image_shape: ``(C, H, W)``.
+        lr: Learning rate of SGD.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        batch_size: New images in a step.
+        batch_size_mem: Replayed images beside them, fewer where the memory has fewer. Default: as
+            many as new ones.
+        epochs: Times that the images of an experience are shown.
+        seed: Of what the HMN and JPEG memories draw; the others draw from the global generators.
+        device: Where to train; ``"auto"`` is the best device present.
+        mode: ``"replay"``, or ``"memory_only"``: from the second experience on the memory is
+            renewed before training, and trained on alone. DER++ and ER-ACE lack the latter; GDumb
+            is always so; naive and joint training have no memory.
+        effort: Of HMN's condensation: ``"quick"``, ``"standard"`` or ``"paper"``.
+        expected_classes: How many classes will come in all, if that is known; for HMN and JPEG.
+        evaluator: Avalanche's metrics and loggers. Default: none.
+        plugins: More plugins, called after the strategy's own.
+        progress: Whether HMN shows bars on standard error.
+        **options: The strategy's own, named in its module.
+
+    Raises:
+        BudgetError: The budget cannot be read, or does not hold one image. HMN and JPEG tell the
+            latter when they make their first memory.
+        ConfigError: An unknown name or option, or a value outside its range.
+    """
+    if name not in _BUILDERS:
+        raise ConfigError(f"unknown strategy {name!r}; choose from {', '.join(NAMES)}")
+    settings = Settings(
+        model=model,
+        budget_bytes=Budget.parse(budget_bytes).num_bytes,
+        num_classes=num_classes,
+        image_shape=image_shape,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        batch_size_mem=batch_size if batch_size_mem is None else batch_size_mem,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        mode=mode,
+        effort=effort,
+        expected_classes=expected_classes,
+        evaluator=evaluator,
+        plugins=plugins,
+        progress=progress,
+        options=options,
+    )
+    return _BUILDERS[name](settings)

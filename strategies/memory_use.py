@@ -1,0 +1,83 @@
+"""What a strategy's memory takes and looks like, read from the memory itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hmn_replay.data import as_labelled_images
+from hmn_replay.memory_replay import MemoryReplay
+from strategies.buffers import MeasuredBuffer
+from strategies.settings import Strategy
+
+__all__ = ["MemoryUse", "memory_images", "memory_use"]
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What a memory takes at the moment.
+
+    Attributes:
+        num_bytes: Of the whole file, where the memory has one; else of the images in the buffer,
+            a byte a value, and of the float32 numbers beside them. 0 without a memory.
+        num_images: How many images it gives.
+        seconds: Spent on making and renewing it so far.
+    """
+
+    num_bytes: int
+    num_images: int
+    seconds: float
+
+
+def memory_use(strategy: Strategy) -> MemoryUse:
+    """Measure the memory of a strategy that :func:`strategies.build` made."""
+    memory = _find_memory(strategy)
+    if isinstance(memory, MemoryReplay):
+        num_images = 0 if memory.memory is None else memory.memory.num_images
+        seconds = sum(entry["seconds"] for entry in memory.report)
+        return MemoryUse(memory.memory_bytes, num_images, seconds)
+    if memory is None:
+        return MemoryUse(0, 0, 0.0)
+    samples = [memory.buffer[position] for position in range(len(memory.buffer))]
+    num_bytes = sum(_sample_bytes(*sample) for sample in samples)
+    return MemoryUse(num_bytes, len(samples), memory.seconds)
+
+
+def memory_images(strategy: Strategy) -> tuple[Tensor, Tensor]:
+    """Return the images of a strategy's memory as it would replay them.
+
+    Returns:
+        Images, uint8 ``(N, C, H, W)``, and labels, int64 ``(N,)``, by label; none without a memory.
+
+    Raises:
+        DataError: A buffer's images are not in [0, 1]: the benchmark's transforms normalise them.
+    """
+    memory = _find_memory(strategy)
+    if isinstance(memory, MemoryReplay) and memory.memory is not None:
+        images, labels = memory.memory.decode(dtype=torch.uint8)
+    elif isinstance(memory, MeasuredBuffer) and len(memory.buffer):
+        data = as_labelled_images(memory.buffer.eval())
+        images, labels = data.images, data.labels
+    else:
+        return torch.empty(0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    order = labels.argsort(stable=True)
+    return images[order].cpu(), labels[order].cpu()
+
+
+def _find_memory(strategy: Any) -> MemoryReplay | MeasuredBuffer | None:
+    for owner in (strategy, *strategy.plugins):
+        if isinstance(owner, MemoryReplay):
+            return owner
+        buffer = getattr(owner, "storage_policy", None)
+        if isinstance(buffer, MeasuredBuffer):
+            return buffer
+    return None
+
+
+def _sample_bytes(
+    image: Tensor, label: object, task: object = 0, logits: Tensor | None = None
+) -> int:
+    return image.numel() + (0 if logits is None else logits.numel() * logits.element_size())

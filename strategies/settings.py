@@ -1,0 +1,115 @@
+"""What every strategy is built from, so that all are trained alike and hold equal bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from avalanche.logging import BaseLogger
+from avalanche.training.plugins.evaluation import EvaluationPlugin
+from avalanche.training.templates.common_templates import SupervisedTemplate
+from torch import nn
+
+from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.runtime import resolve_device
+
+if TYPE_CHECKING:
+    from avalanche.core import SupervisedPlugin
+
+__all__ = ["Settings", "Strategy"]
+
+Strategy: TypeAlias = "SupervisedTemplate[Any, Any, Any]"
+
+_EVAL_BATCH = 512
+_MODES = ("replay", "memory_only")
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """The arguments of :func:`strategies.build`, which says what each is.
+
+    Raises:
+        ConfigError: ``mode`` is none of the two.
+    """
+
+    model: nn.Module
+    budget_bytes: int
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    lr: float
+    momentum: float
+    weight_decay: float
+    batch_size: int
+    batch_size_mem: int
+    epochs: int
+    seed: int
+    device: str | torch.device
+    mode: Literal["replay", "memory_only"]
+    effort: str
+    expected_classes: int | None
+    evaluator: EvaluationPlugin | None
+    plugins: Sequence[SupervisedPlugin[Any]]
+    progress: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mode not in _MODES:
+            raise ConfigError(f"mode is one of {_MODES}; got {self.mode!r}")
+
+    def common(self, *plugins: SupervisedPlugin[Any]) -> dict[str, Any]:
+        """Return what all of Avalanche's strategies take, the given plugins before the caller's."""
+        optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        return {
+            "model": self.model,
+            "optimizer": optimizer,
+            "criterion": nn.CrossEntropyLoss(),
+            "train_mb_size": self.batch_size,
+            "train_epochs": self.epochs,
+            "eval_mb_size": _EVAL_BATCH,
+            "device": resolve_device(self.device),
+            "plugins": [*plugins, *self.plugins],
+            # A logger that writes nothing: without any, Avalanche warns.
+            "evaluator": self.evaluator or EvaluationPlugin(loggers=BaseLogger()),
+        }
+
+    def num_images(self, extra_bytes: int = 0) -> int:
+        """Return how many images of uint8 pixels the budget holds.
+
+        Args:
+            extra_bytes: What each image takes beside its pixels.
+
+        Raises:
+            BudgetError: Not one.
+        """
+        image_bytes = math.prod(self.image_shape) + extra_bytes
+        if self.budget_bytes < image_bytes:
+            raise BudgetError(
+                f"a budget of {self.budget_bytes:,} bytes does not hold one image, which takes "
+                f"{image_bytes:,}"
+            )
+        return self.budget_bytes // image_bytes
+
+    def refuse_memory_only(self) -> None:
+        """Raise a ConfigError in that mode, for a strategy that needs current data beside it."""
+        if self.mode == "memory_only":
+            raise ConfigError('this strategy has no mode "memory_only"; leave mode="replay"')
+
+    def choose(self, **defaults: Any) -> dict[str, Any]:
+        """Return the options of a strategy: the caller's, else the defaults.
+
+        Raises:
+            ConfigError: The caller gave one that has no default here.
+        """
+        unknown = sorted(set(self.options) - set(defaults))
+        if unknown:
+            known = ", ".join(defaults) or "none"
+            raise ConfigError(f"unknown option {unknown[0]!r}; this strategy's own are: {known}")
+        return {**defaults, **self.options}

@@ -1,0 +1,79 @@
+"""Herding: the greedy choice, and the buffer that keeps its order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import strategies
+from hmn_replay.errors import ConfigError
+from strategies.herding import class_features, herding_order
+from tests.strategies.support import build, easy_set, make_model, make_stream
+
+
+def test_each_choice_brings_the_mean_closest() -> None:
+    features = torch.rand(12, 3, generator=torch.Generator().manual_seed(0))
+    order = herding_order(features, 5)
+    mean = features.mean(dim=0)
+    for count in range(1, 6):
+        chosen = order[:count].tolist()
+        best = (features[chosen].mean(dim=0) - mean).norm()
+        for other in set(range(12)) - set(chosen):
+            swapped = [*chosen[:-1], other]
+            assert best <= (features[swapped].mean(dim=0) - mean).norm()
+
+
+def test_images_are_chosen_once_each_and_no_more_than_there_are() -> None:
+    features = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    assert sorted(herding_order(features, 9).tolist()) == [0, 1, 2, 3]
+    assert sorted(herding_order(torch.zeros(3, 2), 3).tolist()) == [0, 1, 2]
+
+
+def test_features_are_of_unit_length_and_leave_the_model_as_it_was() -> None:
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 9), nn.Dropout(), nn.BatchNorm1d(9), nn.Linear(9, 6)
+    )
+    model[3].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    features = class_features(model, easy_set(4), torch.device("cpu"))
+    assert features.shape == (24, 9)
+    assert torch.allclose(features.norm(dim=1), torch.ones(24))
+    assert [module.training for module in model] == [True, True, True, False, True]
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert torch.get_rng_state().equal(state)
+
+
+def test_old_classes_keep_the_images_that_were_chosen_first() -> None:
+    torch.manual_seed(0)
+    strategy = build("herding")
+    kept: dict[int, list[bytes]] = {}
+    for number, experience in enumerate(make_stream(), 1):
+        strategy.train(experience)
+        assert all(module.training for module in strategy.model.modules())
+        images, labels = strategies.memory_images(strategy)
+        assert labels.bincount().tolist() == [24 // (2 * number)] * (2 * number)
+        now = {
+            label: [image.numpy().tobytes() for image in images[labels == label]]
+            for label in labels.unique().tolist()
+        }
+        for label, before in kept.items():
+            assert now[label] == before[: len(now[label])]
+        kept = now
+
+
+def test_a_class_that_comes_again_is_herded_anew_within_the_budget() -> None:
+    strategy = build("herding")
+    first, second = make_stream(num_per_class=8, num_experiences=2)
+    for experience in (first, second, first):
+        strategy.train(experience)
+        assert strategies.memory_use(strategy).num_images <= 24
+    assert strategies.memory_images(strategy)[1].bincount().tolist() == [6, 6, 6, 6]
+
+
+def test_a_model_without_a_linear_layer_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 8), nn.Flatten())
+    with pytest.raises(ConfigError, match=r"last nn\.Linear; the model has none"):
+        strategies.build("herding", model, 10**4, num_classes=6)
+    assert strategies.build("herding", make_model(), 10**4, num_classes=6, device="cpu")

@@ -1,0 +1,28 @@
+"""HMN replay as a strategy: its options reach the plugin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hmn_replay import HMNReplay
+from hmn_replay.errors import ConfigError
+from tests.strategies.support import BUDGET, build
+
+
+def test_settings_reach_the_plugin() -> None:
+    strategy = build(
+        "hmn", batch_size_mem=5, seed=3, expected_classes=6, mode="memory_only", effort="standard"
+    )
+    replay = strategy.plugins[0]
+    assert isinstance(replay, HMNReplay)
+    assert replay.budget.num_bytes == BUDGET
+    assert (replay.batch_size_mem, replay.seed, replay.mode) == (5, 3, "memory_only")
+    assert (replay.expected_classes, replay.effort) == (6, "standard")
+    assert replay.options["warm_start_steps"] == 20
+    assert torch.device(replay.device or "auto") == torch.device("cpu")
+
+
+def test_a_wrong_value_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match="warm_start_steps"):
+        build("hmn", warm_start_steps=-1)
