@@ -52,6 +52,8 @@ class CondenseConfig:
         holdout: Share of the real images kept back to choose beta by.
         pruning_passes: Images that each network of the pruning is shown in all.
         pruning_width: Channels of its ConvNet's blocks.
+        pruning_augmentations: Of those networks' training, which mixes batches as often as
+            ``network_cutmix_probability`` says.
         precision: ``"float32"``; ``"bfloat16"`` for autocast in the decoder and the networks, two
             to three times faster where the processor multiplies it natively; ``"auto"`` for
             bfloat16 just there.
@@ -83,6 +85,7 @@ class CondenseConfig:
     holdout: float = 0.1
     pruning_passes: int = 10_000
     pruning_width: int = 32
+    pruning_augmentations: tuple[str, ...] = ("color", "crop", "flip", "scale", "rotate")
     precision: str = "auto"
 
     def __post_init__(self) -> None:
@@ -94,7 +97,6 @@ class CondenseConfig:
             "objective": (self.objective in OBJECTIVES, f"one of {tuple(OBJECTIVES)}"),
             "network": (self.network in NETWORKS, f"one of {NETWORKS}"),
             "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
-            "augmentations": (set(self.augmentations) <= set(STRATEGIES), f"among {STRATEGIES}"),
             "over_budget": (0 <= self.over_budget <= 10, "in [0, 10]"),
             "holdout": (0 < self.holdout <= 0.5, "in (0, 0.5]"),
             "network_cutmix_probability": (0 <= self.network_cutmix_probability <= 1, "in [0, 1]"),
@@ -107,6 +109,11 @@ class CondenseConfig:
                 "None, or 1 or more",
             ),
         }
+        for name in ("augmentations", "pruning_augmentations"):
+            requirements[name] = (
+                set(getattr(self, name)) <= set(STRATEGIES),
+                f"among {STRATEGIES}",
+            )
         for name in ("warm_start_steps", "outer_steps", "inner_steps", "network_images"):
             requirements[name] = (getattr(self, name) >= 0, "0 or more")
         for name in ("warm_start_batch", "real_batch", "decoded_batch", "network_width"):
@@ -126,6 +133,8 @@ class CondenseConfig:
             network=self.network,
             width=self.pruning_width,
             num_passes=self.pruning_passes,
+            augmentations=self.pruning_augmentations,
+            cutmix_probability=self.network_cutmix_probability,
             precision=self.precision,
         )
 

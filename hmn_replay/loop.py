@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +38,7 @@ from hmn_replay.layout import Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import Network
 from hmn_replay.pruning import aum, double_ended_prune, margins
-from hmn_replay.runtime import derive_seed, make_generator, peak_memory_bytes
+from hmn_replay.runtime import derive_seed, make_generator, peak_memory_bytes, reset_peak_memory
 from hmn_replay.storage import serialise
 from hmn_replay.training import cosine_rate, score, train_network
 
@@ -48,6 +50,7 @@ log = logging.getLogger(__name__)
 
 _PHASES = ("warm_start", "matching", "pruning")
 _CHECKPOINT_SECONDS = 60.0
+_MAIN_THREAD = threading.main_thread()
 
 
 class Condensation:
@@ -91,6 +94,7 @@ class Condensation:
         }
         self.resumed: Checkpoint | None = None
         self.checkpoint: Path | None = None
+        self.interrupted = False
         self.fingerprint = _fingerprint(data, budget, layout, config, seed, old)
         self.saved_at = self.clock = time.monotonic()
 
@@ -107,11 +111,33 @@ class Condensation:
 
     def finish(self) -> HierarchicalMemory:
         """Take all the steps that are left."""
-        for phase, work in zip(_PHASES, (self._warm_start, self._match, self._prune), strict=True):
-            if self.state["phase"] == phase:
-                self.clock = time.monotonic()
-                work()
+        phases = zip(_PHASES, (self._warm_start, self._match, self._prune), strict=True)
+        with self._interruptible():
+            for phase, work in phases:
+                if self.state["phase"] == phase:
+                    self.clock = time.monotonic()
+                    reset_peak_memory(self.device)
+                    work()
         return self.memory
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C wait for the end of a step, whose state can be kept; a second one does not."""
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self.checkpoint is None or not usual or threading.current_thread() is not _MAIN_THREAD:
+            yield
+            return
+
+        def handle(*_: object) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def report(self) -> dict[str, Any]:
         """Return what was measured."""
@@ -253,6 +279,12 @@ class Condensation:
         on_epoch: Callable[[int, Network], None] | None = None,
     ) -> Network:
         training = self.config.pruning_training
+
+        def advance(num_seen: int, _: int) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt  # what came before this training has been kept
+            bar.update(num_seen - bar.n)
+
         with self._bar(name, 1, training.num_passes) as bar:
             return train_network(
                 images,
@@ -261,7 +293,7 @@ class Condensation:
                 config=training,
                 seed=derive_seed(self.seed, "pruning"),
                 device=self.device,
-                progress=lambda done, total: bar.update(done - bar.n),
+                progress=advance,
                 on_epoch=on_epoch,
             )
 
@@ -308,9 +340,12 @@ class Condensation:
         self.state["step"] += 1
         self.resumed = None
         self._count(num_images)
-        if save or time.monotonic() - self.saved_at >= _CHECKPOINT_SECONDS:
-            self._check_finite()
+        overdue = time.monotonic() - self.saved_at >= _CHECKPOINT_SECONDS
+        if save or overdue or self.interrupted:
+            self._check()
             self._save(**owners)
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     def _count(self, num_images: int) -> None:
         now = time.monotonic()
@@ -320,7 +355,7 @@ class Condensation:
         self.clock = now
 
     def _next_phase(self) -> None:
-        self._check_finite()
+        self._check()
         self._end_phase()
         self.state["phase"] = _PHASES[_PHASES.index(self.state["phase"]) + 1]
         self.state["step"] = 0
@@ -333,12 +368,15 @@ class Condensation:
         peak = max(numbers["peak_memory_bytes"], peak_memory_bytes(self.device))
         numbers["peak_memory_bytes"] = peak
 
-    def _check_finite(self) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.memory.parameters()):
+    def _check(self) -> None:
+        try:
+            serialise(self.memory)
+        except TrainingError as error:
             raise TrainingError(
-                f"the memory left the real numbers in the {self.state['phase']} phase; lower "
-                "memory_learning_rate or warm_start_learning_rate"
-            )
+                f"the memory left the numbers that it can be stored in, in the "
+                f"{self.state['phase']} phase; lower memory_learning_rate or "
+                "warm_start_learning_rate"
+            ) from error
 
     def _save(self, **owners: _Stateful) -> None:
         if self.checkpoint is None:

@@ -25,7 +25,6 @@ from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.layout import Layout
 from hmn_replay.matching import get_objective
 from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.runtime import peak_memory_bytes
 from hmn_replay.storage import load, serialise
 from tests.support import TINY, tiny
 
@@ -293,8 +292,7 @@ def test_the_report_tells_settings_and_measurements(
         assert phase["images"] > 0
         assert phase["images_per_second"] == pytest.approx(phase["images"] / phase["seconds"])
         assert type(phase["peak_memory_bytes"]) is int
-    peaks = [phase["peak_memory_bytes"] for phase in report["phases"].values()]
-    assert 0 <= peaks[0] <= peaks[1] <= peaks[2] <= peak_memory_bytes(torch.device("cpu"))
+        assert phase["peak_memory_bytes"] >= 0
     assert report["seconds"] == pytest.approx(
         sum(phase["seconds"] for phase in report["phases"].values())
     )

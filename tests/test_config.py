@@ -77,8 +77,14 @@ def test_numbers_of_numpy_are_brought_to_the_fields_type() -> None:
 
 def test_the_training_of_the_pruning_has_its_own_size() -> None:
     training = make_config(
-        network="resnet18", pruning_width=5, pruning_passes=77, precision="bfloat16"
+        network="resnet18",
+        pruning_width=5,
+        pruning_passes=77,
+        pruning_augmentations=("crop",),
+        network_cutmix_probability=0.25,
+        precision="bfloat16",
     ).pruning_training
+    assert (training.augmentations, training.cutmix_probability) == (("crop",), 0.25)
     assert (training.network, training.width, training.num_passes) == ("resnet18", 5, 77)
     assert training.precision == "bfloat16"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from hmn_replay import loop, steps
 from hmn_replay.data import LabelledImages
@@ -310,3 +312,133 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_file(tmp_path: Pa
     assert json.loads(result.stdout)["kills"] >= 1
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
     assert load(tmp_path / "killed").num_classes == 3
+
+
+INTERRUPTED = """
+    import os, signal, sys, threading, time
+    import torch
+    from hmn_replay import steps
+    from hmn_replay.condense import condense
+    from hmn_replay.layout import Layout
+
+    torch.set_num_threads(1)
+    path, where = sys.argv[1], sys.argv[2]
+    name = {"warm_start": "warm_start_step", "matching": "train_step"}[where]
+    function, calls = getattr(steps, name), [0]
+
+    def slow(*args):
+        calls[0] += 1
+        if calls[0] == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step
+        return function(*args)
+
+    setattr(steps, name, slow)
+    layout = Layout((3, 8, 8), "int8", 4, 3, 2, 2, 2, (5, 4))
+    images = torch.arange(24 * 192).remainder(251).to(torch.uint8).view(24, 3, 8, 8)
+    options = dict(outer_steps=2, inner_steps=3, warm_start_steps=5, network_width=3, device="cpu")
+    options |= dict(pruning_passes=20, pruning_width=3, network_images=8)
+    whole = sys.argv[3:] == ["whole"]
+    if whole:
+        setattr(steps, name, function)
+    try:
+        memory = condense(
+            (images, torch.arange(24) % 3), 1900, layout=layout, checkpoint=path, **options
+        )
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+    memory.save(path + ".hmn")
+"""
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("phase", ["warm_start", "matching"])
+def test_ctrl_c_keeps_the_work_up_to_the_end_of_the_step(tmp_path: Path, phase: str) -> None:
+    def run(name: str, *whole: str) -> int:
+        return subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                textwrap.dedent(INTERRUPTED),
+                str(tmp_path / name),
+                phase,
+                *whole,
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ).returncode
+
+    assert run("stopped") == 130
+    with safe_open(tmp_path / "stopped", framework="pt") as file:
+        state = json.loads(file.metadata()["hmn_replay_checkpoint"])["state"]
+    assert (state["phase"], state["step"]) == (phase, 3)
+    assert run("stopped", "whole") == run("whole", "whole") == 0
+    assert (tmp_path / "stopped.hmn").read_bytes() == (tmp_path / "whole.hmn").read_bytes()
+
+
+def test_ctrl_c_during_a_training_of_the_pruning_keeps_what_came_before(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, layout, path = make_set(), make_layout(), tmp_path / "run.checkpoint"
+    expected = serialise(tiny(data, layout))
+    train, trainings = loop.train_network, [0]
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        trainings[0] += 1
+        if trainings[0] == 3:  # AUM and the first beta are done
+            signal.raise_signal(signal.SIGINT)
+        return train(*args, **options)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_network", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            tiny(data, layout, checkpoint=path)
+    assert signal.getsignal(signal.SIGINT) is handler
+    calls = count_calls(monkeypatch, loop, "train_network")
+    assert serialise(tiny(data, layout, checkpoint=path)) == expected
+    assert calls[0] == 1
+
+
+def test_a_second_ctrl_c_does_not_wait(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second one was not heard")
+
+    monkeypatch.setattr(steps, "match_step", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        tiny(make_set(), make_layout(), checkpoint=tmp_path / "run.checkpoint")
+
+
+def test_beta_is_the_one_whose_images_teach_most_about_held_out_ones(
+    make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = (0.0, 0.5, 1.0)
+    trained_on: list[Any] = []
+    train = loop.train_network
+
+    def watched(images: Any, labels: Any, *args: Any, **options: Any) -> Any:
+        trained_on.append((images, labels))
+        return train(images, labels, *args, **options)
+
+    pruned: dict[float, Any] = {}
+    prune = loop.double_ended_prune
+
+    def watched_prune(scores: Any, labels: Any, drops: Any, beta: float) -> Any:
+        pruned[beta] = prune(scores, labels, drops, beta)
+        return pruned[beta]
+
+    accuracies = iter([0.2, 0.9, 0.4])
+    monkeypatch.setattr(loop, "train_network", watched)
+    monkeypatch.setattr(loop, "double_ended_prune", watched_prune)
+    monkeypatch.setattr(loop, "score", lambda *_: next(accuracies))
+    memory = tiny(make_set(num_images=60), make_layout(), beta_grid=grid, over_budget=1.0)
+    everything, owners = trained_on[0]
+    for (images, labels), beta in zip(trained_on[1:], grid, strict=True):
+        assert images.equal(everything[pruned[beta]])
+        assert labels.equal(owners[pruned[beta]])
+    assert len({tuple(stays.tolist()) for stays in pruned.values()}) == 3
+    assert memory.report["beta"] == 0.5
+    assert memory.report["beta_accuracies"] == {"0.0": 0.2, "0.5": 0.9, "1.0": 0.4}
+    assert memory.decode()[0].equal(everything[pruned[0.5]])
