@@ -11,6 +11,7 @@ Of this package, only this module and those that it is made of import Avalanche.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -22,6 +23,9 @@ from hmn_replay.budget import Budget
 from hmn_replay.condense import condense
 from hmn_replay.config import make_config
 from hmn_replay.data import LabelledImages
+from hmn_replay.errors import BudgetError
+from hmn_replay.formats import check_number_format
+from hmn_replay.layout import MAX_CLASSES, Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.memory_replay import MemoryReplay, Strategy
 from hmn_replay.runtime import derive_seed, resolve_device
@@ -46,7 +50,9 @@ class HMNReplay(MemoryReplay):
         normalization: See there.
         max_raw_images: See there.
         seed: See there.
-        expected_classes: How many classes the stream will have in all, if that is known.
+        expected_classes: How many classes the stream will have in all, if that is known: the
+            memory's tiers are shaped for so many. Default: None, ten times those of the first
+            experience, or as many of them as the budget can be shaped for.
         effort: ``"quick"``, ``"standard"`` or ``"paper"``.
         device: Where to condense: ``"auto"`` for the best device present, None for the strategy's.
         progress: Whether to show bars on standard error.
@@ -109,7 +115,7 @@ class HMNReplay(MemoryReplay):
             images,
             self.budget,
             memory=old,
-            expected_classes=self.expected_classes,
+            expected_classes=self._expected(images),
             effort=self.effort,
             seed=derive_seed(self.seed, "update", index),
             device=device,
@@ -117,6 +123,17 @@ class HMNReplay(MemoryReplay):
             **self.options,
         )
         return memory, memory.report
+
+    def _expected(self, images: LabelledImages) -> int | None:
+        if self.expected_classes is not None:
+            return self.expected_classes
+        number_format = check_number_format(make_config(self.effort, **self.options).number_format)
+        for factor in (10, 5, 2):
+            expected = min(factor * images.num_classes, MAX_CLASSES)
+            with contextlib.suppress(BudgetError):
+                Layout.choose(self.budget, images.image_shape, expected, number_format)
+                return expected
+        return None
 
     def memory_to_bytes(self, memory: HierarchicalMemory) -> bytes:
         """Return the bytes of the memory's file."""
