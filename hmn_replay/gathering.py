@@ -18,7 +18,7 @@ from hmn_replay.runtime import make_generator
 __all__ = ["Gatherer", "RawBuffer"]
 
 # How improbable it must be that an experience goes on, for it to be taken as ended.
-_DOUBT = 0.01
+_DOUBT = 0.001
 
 
 class RawBuffer:
@@ -104,12 +104,13 @@ class Gatherer:
     """Gathers the pieces of one experience after another.
 
     Where a piece does not say whether it is an experience's first, its classes tell: an experience
-    has ended when images come whose classes are all new, and too many of them for that to be
-    chance. The chance that the next image of an experience is of a class not yet seen in it is
-    about (s + 1) / (n + 1), with s the number of classes seen exactly once and n that of images
-    (Good 1953); the experience has ended when this, to the power of the number of images of new
-    classes, is below 0.01. Until then these images wait. So an experience that brings classes
-    of the one before it is taken as its continuation, and has to be told.
+    has ended when images come whose classes are all new to it, and too many of them for that to be
+    chance. With K classes seen among n images, (K + 1) / (n + 1) is taken for the chance that the
+    next image of the same experience is of a class not yet seen: more than the estimate of Good
+    (1953), who has in K's place the number of classes seen exactly once. When this, to the power of
+    the number of images that came of new classes alone, is below 0.001, the experience has ended.
+    Until then these images wait. So an experience that brings classes of the one before it is taken
+    as its continuation, and has to be told.
 
     Args:
         capacity: Images kept at most of an experience.
@@ -140,8 +141,7 @@ class Gatherer:
             self._gathered.add(piece)
             return ended
         seen = self._gathered.num_seen
-        num_single = sum(count == 1 for count in seen.values())
-        chance = (num_single + 1) / (seen.total() + 1)
+        chance = (len(seen) + 1) / (seen.total() + 1)
         if chance > 0.5 or seen.keys() & set(piece.labels.tolist()):
             if len(self._waiting):
                 self._gathered.add(self._waiting.images())

@@ -118,9 +118,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self.normalization = None if normalization is None else Normalization.of(normalization)
         self.max_raw_images, self.seed = max_raw_images, seed
         self.memory, self.report, self.last_replay_size = None, [], 0
-        self._num_updates = self._num_steps = 0
         self._gatherer = Gatherer(self.max_raw_images, self.seed)
-        self._num_pieces = self._batch_size = self._item_length = 0
+        self._num_updates = self._num_steps = self._num_pieces = 0
+        self._batch_size = self._item_length = 0
         self._device = torch.device("cpu")
         self._found: Normalization | None = None
         self._is_renewed = False
@@ -130,8 +130,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def update(self, images: LabelledImages, *, index: int) -> tuple[Any, dict[str, Any]]:
         """Make the memory that follows :attr:`memory`, and leave that one as it is.
 
-        Torch's, numpy's and Python's global generators are seeded from ``seed`` and ``index``
-        meanwhile, and restored.
+        Torch's, numpy's and Python's global generators are seeded meanwhile, and restored.
 
         Args:
             images: An experience's images; their labels are class keys.
@@ -143,8 +142,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def memory_to_bytes(self, memory: Any) -> bytes:
         """Return a memory as the bytes of its file, for checkpoints: its ``serialise()``."""
-        data: bytes = memory.serialise()
-        return data
+        return bytes(memory.serialise())
 
     def memory_from_bytes(self, data: bytes) -> Any:
         """Return the memory that :meth:`memory_to_bytes` made the bytes of.

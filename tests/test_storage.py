@@ -29,7 +29,7 @@ from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError, Trainin
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.layout import DIGEST_LENGTH, METADATA_KEY, Layout
 from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.storage import load, save_memory, serialise, write_atomically
+from hmn_replay.storage import deserialise, load, save_memory, serialise, write_atomically
 
 MakeLayout = Callable[..., Layout]
 
@@ -739,3 +739,13 @@ def test_nothing_is_unpickled(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("torch.load", refuse)
     path.write_bytes(small_file())
     assert hmn_replay.storage.load(path).num_images == 6
+
+
+@every_format
+def test_bytes_come_back_as_a_memory_with_the_same_bytes(number_format: NumberFormat) -> None:
+    data = small_file(number_format)
+    memory = deserialise(data)
+    assert serialise(memory) == data
+    for damaged in (b"", data[:-1], data + b"0", data[:-3] + b"\7" + data[-2:]):
+        with pytest.raises(MemoryFileError, match="cannot read the bytes of a memory"):
+            deserialise(damaged)

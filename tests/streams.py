@@ -1,0 +1,176 @@
+"""Small benchmarks of Avalanche, a strategy, and a plugin whose memory is made in no time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from avalanche.benchmarks import (
+    benchmark_from_datasets,
+    class_incremental_benchmark,
+    nc_benchmark,
+    split_online_stream,
+)
+from avalanche.benchmarks.utils import as_classification_dataset
+from avalanche.logging import BaseLogger
+from avalanche.training.plugins.evaluation import EvaluationPlugin
+from avalanche.training.supervised import Naive
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from hmn_replay.data import LabelledImages
+from hmn_replay.memory_replay import MemoryReplay
+
+SHAPE = (3, 8, 8)
+
+
+class Images(Dataset[tuple[object, int]]):
+    """Images of noise, brighter from class to class; float tensors in [0, 1]."""
+
+    def __init__(
+        self, labels: Sequence[int] = (0, 1, 2, 3), each: int = 10, transform: Any = None
+    ) -> None:
+        generator = torch.Generator().manual_seed(len(labels))
+        self.targets = [label for _ in range(each) for label in labels]
+        rank = torch.tensor([list(labels).index(label) for label in self.targets])
+        noise = torch.rand(len(rank), *SHAPE, generator=generator)
+        level = (rank + 1) / (len(labels) + 1)
+        self.pixels = (0.3 * noise + 0.7 * level.view(-1, 1, 1, 1)).mul(255).to(torch.uint8)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        image = self.pixels[index].float().div(255)
+        return (image if self.transform is None else self.transform(image)), self.targets[index]
+
+
+class Memory:
+    """Real images, kept as they are."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
+
+    @property
+    def images_per_class(self) -> list[int]:
+        counts: list[int] = self.labels.unique(return_counts=True)[1].tolist()
+        return counts
+
+    @property
+    def file_bytes(self) -> int:
+        return self.images.numel()
+
+    def decode(self, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        assert dtype == torch.uint8
+        return self.images, self.labels
+
+    def serialise(self) -> bytes:
+        values = torch.cat([self.labels, self.images.flatten().long()])
+        return values.numpy().tobytes()
+
+
+class RawReplay(MemoryReplay):
+    """Keeps the first images of each class; a class that comes again is replaced."""
+
+    def __init__(self, per_class: int = 3, **options: Any) -> None:
+        super().__init__(**options)
+        self.per_class = per_class
+        self.given: list[LabelledImages] = []
+
+    def update(self, images: LabelledImages, *, index: int) -> tuple[Memory, dict[str, Any]]:
+        self.given.append(images)
+        kept = [images.of_class(label)[: self.per_class] for label in images.classes.tolist()]
+        pixels, labels = images.images[torch.cat(kept)], images.labels[torch.cat(kept)]
+        if self.memory is not None:
+            stays = ~torch.isin(self.memory.labels, labels)
+            pixels = torch.cat([self.memory.images[stays], pixels])
+            labels = torch.cat([self.memory.labels[stays], labels])
+        return Memory(pixels, labels), {"index": index, "draw": float(torch.rand(()))}
+
+    def memory_from_bytes(self, data: bytes) -> Memory:
+        size = 1 + torch.Size(SHAPE).numel()
+        values = torch.frombuffer(bytearray(data), dtype=torch.int64)
+        num_images = len(values) // size
+        images = values[num_images:].to(torch.uint8).view(num_images, *SHAPE)
+        return Memory(images, values[:num_images])
+
+
+def streams(kind: str = "nc", data: Images | None = None, num_experiences: int = 2) -> Any:
+    """Make a benchmark: ``nc``, ``nc_tasks``, ``ci`` (no task labels) or ``datasets``."""
+    data = data or Images()
+    if kind.startswith("nc"):
+        return nc_benchmark(
+            data,
+            data,
+            n_experiences=num_experiences,
+            task_labels=kind == "nc_tasks",
+            shuffle=False,
+            class_ids_from_zero_in_each_exp=kind == "nc_tasks",
+        )
+    avalanche_data: Any = as_classification_dataset(data)
+    if kind == "ci":
+        return class_incremental_benchmark(
+            {"train": avalanche_data, "test": avalanche_data},
+            num_experiences=num_experiences,
+            class_order=sorted(set(data.targets)),
+        )
+    return benchmark_from_datasets(train=[avalanche_data], test=[avalanche_data])
+
+
+def labelled_streams(*labels: Sequence[int]) -> Any:
+    """Make a benchmark without task labels, with the given labels in each experience."""
+    data: list[Any] = [as_classification_dataset(Images(each)) for each in labels]
+    return benchmark_from_datasets(train=data)
+
+
+def make_model(num_classes: int = 4) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, num_classes)
+        )
+
+
+class Quiet(BaseLogger):
+    """Logs nothing; without a logger Avalanche warns."""
+
+
+def _quiet() -> EvaluationPlugin:
+    return EvaluationPlugin(loggers=[Quiet()])  # type: ignore[no-untyped-call]
+
+
+def make_strategy(plugins: Sequence[Any] = (), kind: type[Any] = Naive, **options: Any) -> Any:
+    """Make a strategy with a small model, SGD with momentum and no output."""
+    model = options.pop("model", None) or make_model()
+    usual: dict[str, Any] = {
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        "criterion": nn.CrossEntropyLoss(),
+        "train_mb_size": 8,
+        "eval_mb_size": 64,
+        "evaluator": _quiet(),
+        "plugins": list(plugins),
+    }
+    return kind(model=model, **{**usual, **options})
+
+
+def in_pieces(stream: Any, size: int, **options: Any) -> Any:
+    """Split a stream's experiences into pieces."""
+    return split_online_stream(stream, size, seed=0, **options)
+
+
+def train(strategy: Any, stream: Any, seed: int = 0, **options: Any) -> None:
+    """Train on every experience of a stream, from a given random state."""
+    torch.manual_seed(seed)
+    for experience in stream:
+        strategy.train(experience, **options)
+
+
+def weights(strategy: Any) -> Tensor:
+    """Return all values of a strategy's model in a row."""
+    return torch.cat([value.flatten().double() for value in strategy.model.state_dict().values()])

@@ -1,0 +1,530 @@
+"""What the plugin does in Avalanche's training loop, with a memory that is made in no time."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.models import IncrementalClassifier
+from avalanche.models.cosine_layer import CosineIncrementalClassifier, CosineLinear
+from avalanche.models.helper_method import as_multitask
+from avalanche.training.plugins.ewc import EWCPlugin
+from avalanche.training.plugins.lwf import LwFPlugin
+from avalanche.training.plugins.replay import ReplayPlugin
+from avalanche.training.supervised import Naive
+from avalanche.training.supervised.der import DER
+from avalanche.training.supervised.er_ace import ER_ACE
+from avalanche.training.supervised.icarl import ICaRL
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from torchvision import transforms
+
+from hmn_replay.errors import CheckpointError, ConfigError, DataError
+from tests.streams import (
+    SHAPE,
+    Images,
+    Memory,
+    RawReplay,
+    in_pieces,
+    labelled_streams,
+    make_model,
+    make_strategy,
+    streams,
+    train,
+    weights,
+)
+
+
+def _numpy_state() -> Any:
+    state: Any = np.random.get_state()
+    return state[1]
+
+
+class Recorder(SupervisedPlugin[Any]):
+    """Notes each training mini-batch as the model sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.batches: list[list[Tensor]] = []
+        self.modes: list[bool] = []
+
+    def before_forward(self, strategy: Any, **kwargs: Any) -> None:
+        self.batches.append([part.clone() for part in strategy.mbatch])
+        self.modes.append(all(module.training for module in strategy.model.modules()))
+
+
+def make_multi_head_model() -> nn.Module:
+    model = nn.Sequential(nn.Flatten())
+    model.classifier = nn.Linear(192, 2)
+    return as_multitask(model, "classifier")
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("nc", 3), ("ci", 2), ("nc_tasks", 3)])
+def test_decoded_images_come_at_the_end_of_each_minibatch(kind: str, parts: int) -> None:
+    replay, recorder = RawReplay(batch_size_mem=5), Recorder()
+    model = make_multi_head_model() if kind == "nc_tasks" else make_model()
+    strategy = make_strategy([replay, recorder], model=model)
+    benchmark = streams(kind)
+    strategy.train(benchmark.train_stream[0])
+    assert {len(batch[0]) for batch in recorder.batches} == {8, 4}
+    memory = replay.memory
+    recorder.batches.clear()
+    strategy.train(benchmark.train_stream[1])
+    for batch in recorder.batches:
+        assert len(batch) == parts
+        assert len(batch[0]) - 5 in (8, 4)
+        images, labels = batch[0][-5:], batch[1][-5:]
+        assert images.dtype == torch.float32 and batch[1].dtype == torch.int64
+        assert set(labels.tolist()) <= {0, 1}
+        known = {
+            (m.numpy().tobytes(), int(y)) for m, y in zip(memory.images, memory.labels, strict=True)
+        }
+        pixels = images.mul(255).round().to(torch.uint8)
+        drawn = {(p.numpy().tobytes(), int(y)) for p, y in zip(pixels, labels, strict=True)}
+        assert len(drawn) == 5 and drawn <= known
+        if parts == 3:
+            assert batch[2].dtype == torch.int64
+            assert batch[2][-5:].tolist() == [0] * 5
+            assert set(batch[2][:-5].tolist()) == {1 if kind == "nc_tasks" else 0}
+    if kind == "nc_tasks":
+        assert replay.memory.labels.unique().tolist() == [0, 1, (1 << 32), (1 << 32) | 1]
+
+
+def test_the_same_images_are_drawn_again_and_others_in_each_step() -> None:
+    drawn = []
+    for _ in range(2):
+        recorder = Recorder()
+        train(make_strategy([RawReplay(batch_size_mem=3), recorder]), streams().train_stream)
+        drawn.append([batch[0][-3:] for batch in recorder.batches[-3:]])
+    assert all(map(torch.equal, *drawn))
+    assert not torch.equal(drawn[0][0], drawn[0][1])
+
+
+def test_counts_and_mask_tell_replayed_images_apart() -> None:
+    seen: list[int] = []
+
+    class Check(SupervisedPlugin[Any]):
+        def after_forward(self, strategy: Any, **kwargs: Any) -> None:
+            mask = replay.replay_mask
+            assert mask.dtype == torch.bool and len(mask) == len(strategy.mb_x)
+            assert int(mask.sum()) == replay.last_replay_size
+            assert mask[len(mask) - replay.last_replay_size :].all()
+            seen.append(replay.last_replay_size)
+
+    replay = RawReplay(per_class=2)
+    train(make_strategy([replay, Check()]), streams().train_stream)  # type: ignore[no-untyped-call]
+    # The memory holds 4 images, fewer than a mini-batch of 8.
+    assert seen == [0, 0, 0, 4, 4, 4]
+    assert replay.last_replay_size == 0 and len(replay.replay_mask) == 0
+
+
+def test_without_a_memory_training_is_bit_identical() -> None:
+    class Forgetful(RawReplay):
+        def update(self, images: Any, *, index: int) -> Any:
+            random.random(), np.random.rand(), torch.rand(1)
+            return Memory(torch.empty(0, *SHAPE, dtype=torch.uint8), torch.empty(0).long()), {}
+
+    trained = []
+    for plugins in ([], [Forgetful()]):
+        model = nn.Sequential(nn.Dropout(0.3), make_model())
+        strategy = make_strategy(plugins, model=model, eval_every=1, train_epochs=2)
+        random.seed(1)
+        np.random.seed(1)
+        train(strategy, streams().train_stream)
+        state = (random.random(), np.random.rand(), float(torch.rand(())))
+        trained.append((weights(strategy), state))
+    (expected, expected_state), (found, found_state) = trained
+    assert torch.equal(found, expected) and found_state == expected_state
+
+
+def test_an_update_leaves_modes_gradients_and_random_states_alone() -> None:
+    found: list[Any] = []
+
+    def snapshot(strategy: Any) -> list[Any]:
+        return [
+            [module.training for module in strategy.model.modules()],
+            [p.requires_grad for p in strategy.model.parameters()],
+            [None if p.grad is None else p.grad.clone() for p in strategy.model.parameters()],
+            torch.is_grad_enabled(),
+            torch.get_rng_state(),
+            _numpy_state(),
+            random.getstate(),
+        ]
+
+    class Around(SupervisedPlugin[Any]):
+        def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+            found.append(snapshot(strategy))
+
+    class Noisy(Images):
+        def __getitem__(self, index: int) -> tuple[object, int]:
+            random.random(), np.random.rand(), torch.rand(1)
+            return super().__getitem__(index)
+
+    model = make_model()
+    assert isinstance(model, nn.Sequential)
+    next(model.parameters()).requires_grad_(False)
+    model[2].eval()
+    around = [Around(), Around()]  # type: ignore[no-untyped-call]
+    strategy = make_strategy([around[0], RawReplay(), around[1]], model=model)
+    strategy.train(streams(data=Noisy()).train_stream[0])
+    before, after = found
+    for old, new in zip(before[2], after[2], strict=True):
+        assert (old is None and new is None) or torch.equal(old, new)
+    assert torch.equal(before[4], after[4]) and (before[5] == after[5]).all()
+    assert [before[i] for i in (0, 1, 3, 6)] == [after[i] for i in (0, 1, 3, 6)]
+
+
+def test_memory_only_trains_on_the_memory_from_the_second_experience_on() -> None:
+    for kind in ("nc", "ci"):
+        recorder, replay = Recorder(), RawReplay(mode="memory_only")
+        strategy = make_strategy([replay, recorder])
+        benchmark = streams(kind)
+        strategy.train(benchmark.train_stream[0])
+        assert sum(len(batch[0]) for batch in recorder.batches) == 20
+        assert len(replay.report) == 1
+        recorder.batches.clear()
+        strategy.train(benchmark.train_stream[1])
+        assert len(replay.report) == 2
+        images, labels = (torch.cat([b[part] for b in recorder.batches]) for part in (0, 1))
+        assert sorted(labels.tolist()) == sorted([0, 1, 2, 3] * 3)
+        order = labels.argsort(stable=True)
+        kept = replay.memory.images.flatten(1).sum(1).sort().values
+        assert images[order].mul(255).round().flatten(1).sum(1).sort().values.equal(kept.float())
+        assert {len(batch) for batch in recorder.batches} == {3 if kind == "nc" else 2}
+
+
+def test_memory_only_keeps_task_labels() -> None:
+    recorder, replay = Recorder(), RawReplay(mode="memory_only")
+    strategy = make_strategy([replay, recorder], model=make_multi_head_model())
+    train(strategy, streams("nc_tasks").train_stream)
+    tasks = torch.cat([batch[2] for batch in recorder.batches[-2:]])
+    labels = torch.cat([batch[1] for batch in recorder.batches[-2:]])
+    assert sorted(zip(tasks.tolist(), labels.tolist(), strict=True)) == sorted(
+        (task, label) for task in (0, 1) for label in (0, 1) for _ in range(3)
+    )
+
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+@pytest.mark.parametrize("mode", ["replay", "memory_only"])
+@pytest.mark.parametrize("given", [False, True])
+def test_normalised_images_are_kept_and_replayed_in_their_own_spaces(
+    mode: Any, given: bool
+) -> None:
+    normalise = transforms.Normalize(MEAN, STD)
+    data = Images(transform=normalise)
+    if given:
+        data.transform = lambda image: normalise(image)
+    seen: list[Tensor] = []
+
+    def transform(images: Tensor) -> Tensor:
+        seen.append(images)
+        return images.flip(3)
+
+    recorder = Recorder()
+    replay = RawReplay(
+        mode=mode, replay_transform=transform, normalization=(MEAN, STD) if given else None
+    )
+    train(make_strategy([replay, recorder]), streams(data=data).train_stream)
+    pixels = {image.numpy().tobytes() for image in data.pixels}
+    assert {image.numpy().tobytes() for image in replay.memory.images} <= pixels
+    assert len(seen) == 3 - (mode == "memory_only")
+    assert all(float(images.min()) >= 0 and float(images.max()) <= 1 for images in seen)
+    replayed = recorder.batches[-1][0][-4:]
+    known = {normalise(image.flip(2).float() / 255) for image in data.pixels}
+    for image in replayed:
+        assert min(float((image - other).abs().max()) for other in known) < 1e-5
+
+
+def test_values_outside_0_1_are_told_before_training() -> None:
+    data = Images(transform=lambda image: image * 4 - 2)
+    strategy = make_strategy([RawReplay()])
+    before = weights(strategy)
+    with pytest.raises(DataError, match=r"came \[.*no torchvision Normalize.*normalization=\(mean"):
+        strategy.train(streams(data=data).train_stream[0])
+    assert torch.equal(weights(strategy), before)
+
+
+def test_replay_weight_is_a_weighted_mean_of_the_two_losses() -> None:
+    losses: list[tuple[float, float]] = []
+
+    class Check(SupervisedPlugin[Any]):
+        def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+            strategy.loss = strategy.loss + 1.0
+
+        def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+            n, criterion = replay.last_replay_size, strategy._criterion
+            expected = criterion(strategy.mb_output, strategy.mb_y)
+            if n:
+                current = criterion(strategy.mb_output[:-n], strategy.mb_y[:-n])
+                replayed = criterion(strategy.mb_output[-n:], strategy.mb_y[-n:])
+                expected = 0.25 * current + 0.75 * replayed
+            losses.append((strategy.loss.item(), expected.item() + 1))
+
+    replay = RawReplay(batch_size_mem=3, replay_weight=0.75)
+    check = Check()  # type: ignore[no-untyped-call]
+    train(make_strategy([check, replay]), streams().train_stream)
+    assert len(losses) == 6
+    for loss, expected in losses:
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_weight_without_a_criterion_to_weigh_is_refused() -> None:
+    strategy = make_strategy([RawReplay(replay_weight=0.5)], ER_ACE, mem_size=8, batch_size_mem=4)
+    with pytest.raises(ConfigError, match="ER_ACE has a loss of its own"):
+        strategy.train(streams().train_stream[0])
+    with pytest.raises(ConfigError, match="memory_only"):
+        RawReplay(mode="memory_only", replay_weight=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "both"}, "mode is one of"),
+        ({"batch_size_mem": 0}, "batch_size_mem is a whole number"),
+        ({"max_raw_images": 1.5}, "max_raw_images is a whole number"),
+        ({"replay_weight": 1.5}, r"replay_weight is in \[0, 1\]"),
+        ({"normalization": ((0.5,), (0.0,))}, "above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RawReplay(**options)
+
+
+@pytest.mark.parametrize("kind", ["nc", "ci", "datasets"])
+def test_it_works_with_every_kind_of_benchmark(kind: str) -> None:
+    replay = RawReplay()
+    strategy = make_strategy([replay], eval_every=1)
+    train(strategy, streams(kind).train_stream, num_workers=0)
+    assert replay.memory.labels.unique().tolist() == [0, 1, 2, 3]
+    assert replay.memory_bytes == replay.memory.file_bytes
+    strategy.eval(streams(kind).test_stream)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Naive, {"plugins": [LwFPlugin()]}),
+        (Naive, {"plugins": [EWCPlugin(ewc_lambda=1.0)]}),
+        (Naive, {"plugins": [ReplayPlugin(mem_size=8)]}),
+        (ER_ACE, {"mem_size": 8, "batch_size_mem": 4}),
+        (DER, {"mem_size": 12, "batch_size_mem": 4}),
+    ],
+    ids=["LwF", "EWC", "ReplayPlugin", "ER_ACE", "DER"],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_it_works_with_other_methods(kind: Any, options: dict[str, Any], first: bool) -> None:
+    options = copy.deepcopy(options)
+    replay, recorder = RawReplay(batch_size_mem=4), Recorder()
+    others = options.pop("plugins", [])
+    plugins = [replay, *others] if first else [*others, replay]
+    strategy = make_strategy([*plugins, recorder], kind, eval_every=1, **options)
+    train(strategy, streams(num_experiences=4).train_stream)
+    assert replay.memory.images_per_class == [3, 3, 3, 3]
+    assert bool(weights(strategy).isfinite().all())
+    assert set(recorder.batches[-1][1][-4:].tolist()) <= {0, 1, 2}
+
+
+def test_the_mask_fits_where_der_puts_images_before_the_minibatch() -> None:
+    sizes: list[tuple[int, int]] = []
+
+    class Check(SupervisedPlugin[Any]):
+        def after_forward(self, strategy: Any, **kwargs: Any) -> None:
+            sizes.append((len(replay.replay_mask), len(strategy.mb_x)))
+
+    replay = RawReplay(batch_size_mem=3)
+    check = Check()  # type: ignore[no-untyped-call]
+    strategy = make_strategy([replay, check], DER, mem_size=8, batch_size_mem=4)
+    train(strategy, streams().train_stream)
+    assert sizes[-1] == (11, 11) and all(a == b for a, b in sizes)
+
+
+def test_it_works_with_icarl() -> None:
+    replay = RawReplay(batch_size_mem=4)
+    extractor = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
+    head = nn.Linear(8, 4)
+    strategy = ICaRL(
+        feature_extractor=extractor,
+        classifier=head,
+        optimizer=torch.optim.SGD([*extractor.parameters(), *head.parameters()], lr=0.05),
+        memory_size=8,
+        buffer_transform=None,
+        fixed_memory=True,
+        train_mb_size=8,
+        eval_mb_size=8,
+        plugins=[replay],
+        evaluator=make_strategy().evaluator,
+    )
+    train(strategy, streams().train_stream)
+    assert replay.memory.images_per_class == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "head", [CosineLinear(16, 4), IncrementalClassifier(16), CosineIncrementalClassifier(16)]
+)
+def test_it_works_with_other_heads(head: nn.Module) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), copy.deepcopy(head))
+    strategy = make_strategy([RawReplay()], model=model)
+    train(strategy, streams().train_stream)
+    strategy.eval(streams().test_stream)
+    assert bool(weights(strategy).isfinite().all())
+
+
+@pytest.mark.parametrize("boundaries", [False, True])
+@pytest.mark.parametrize("size", [5, 1])
+def test_online_pieces_are_condensed_at_a_class_boundary(boundaries: bool, size: int) -> None:
+    benchmark = streams(data=Images(each=20))
+    online = in_pieces(benchmark.train_stream, size, access_task_boundaries=boundaries)
+    replay = RawReplay(batch_size_mem=2)
+    train(make_strategy([replay]), online)
+    # The first 40 images are those of classes 0 and 1, the others come from the second.
+    assert len(replay.given) == 1
+    assert replay.given[0].classes.tolist() == [0, 1] and len(replay.given[0]) == 40
+    assert replay.num_pending == 40
+    assert replay.finish() and not replay.finish()
+    assert replay.num_pending == 0
+    assert replay.given[1].classes.tolist() == [2, 3]
+    assert [entry["images_per_class"] for entry in replay.report] == [[3, 3], [3, 3, 3, 3]]
+
+
+def test_an_online_stream_given_at_once_is_condensed_in_the_end() -> None:
+    benchmark = streams(data=Images(each=20))
+    replay = RawReplay(max_raw_images=10)
+    strategy = make_strategy([replay])
+    for experience in benchmark.train_stream:
+        strategy.train(in_pieces([experience], 8))
+        assert replay.num_pending == 0
+    assert [images.class_indices.bincount().tolist() for images in replay.given] == [[5, 5], [5, 5]]
+
+
+def test_the_last_piece_that_says_so_ends_an_experience() -> None:
+    online = in_pieces(streams().train_stream, 7, access_task_boundaries=True, drop_last=False)
+    replay = RawReplay()
+    train(make_strategy([replay]), online)
+    assert len(replay.given) == 2 and replay.num_pending == 0
+
+
+def test_memory_only_refuses_pieces() -> None:
+    online = in_pieces(streams().train_stream, 5)
+    with pytest.raises(ConfigError, match="online stream gives it in pieces"):
+        train(make_strategy([RawReplay(mode="memory_only")]), online)
+
+
+def test_labels_may_be_any_integers() -> None:
+    class Remap(nn.Module):
+        def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(output, labels.remainder(4))
+
+    replay, recorder = RawReplay(batch_size_mem=6), Recorder()
+    benchmark = labelled_streams((-5, 3), (700, 1_000_002))
+    train(make_strategy([replay, recorder], criterion=Remap()), benchmark.train_stream)
+    assert replay.memory.labels.unique().tolist() == [-5, 3, 700, 1_000_002]
+    assert set(recorder.batches[-1][1][-6:].tolist()) == {-5, 3}
+
+
+def test_images_of_another_size_than_the_minibatch_are_refused() -> None:
+    replay = RawReplay()
+    strategy = make_strategy([replay])
+    strategy.train(streams().train_stream[0])
+    replay.memory = Memory(replay.memory.images[..., :4, :4], replay.memory.labels)
+    with pytest.raises(DataError, match="must give the size that the eval transforms give"):
+        strategy.train(streams().train_stream[1])
+
+
+def test_a_transform_that_changes_the_shape_is_refused() -> None:
+    strategy = make_strategy([RawReplay(replay_transform=lambda images: images[:, :, :4])])
+    with pytest.raises(DataError, match="replay_transform returned"):
+        train(strategy, streams().train_stream)
+
+
+def test_float64_minibatches_get_float64_images() -> None:
+    model = make_model().double()
+    data = Images(transform=lambda image: image.double())
+    train(make_strategy([RawReplay()], model=model), streams(data=data).train_stream)
+
+
+def test_integer_minibatches_are_refused() -> None:
+    class ToFloat(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.float().div(255)
+
+    data = Images(transform=lambda image: image.mul(255).byte())
+    model = nn.Sequential(ToFloat(), make_model())
+    with pytest.raises(DataError, match="expected a mini-batch of floats"):
+        train(make_strategy([RawReplay()], model=model), streams(data=data).train_stream)
+
+
+def test_a_set_memory_is_replayed() -> None:
+    replay, recorder = RawReplay(batch_size_mem=2), Recorder()
+    replay.memory = Memory(torch.zeros(4, *SHAPE, dtype=torch.uint8), torch.zeros(4).long())
+    make_strategy([replay, recorder]).train(streams().train_stream[1])
+    assert all(int(batch[0][-2:].count_nonzero()) == 0 for batch in recorder.batches)
+
+
+def test_the_report_says_what_each_update_did() -> None:
+    replay = RawReplay()
+    train(make_strategy([replay]), streams().train_stream)
+    assert [entry["update"] for entry in replay.report] == [0, 1]
+    first = replay.report[0]
+    assert first["images_per_class"] == [3, 3] and first["num_images"] == 6
+    assert first["file_bytes"] == 6 * 192 and first["seconds"] >= 0
+    assert first["drift_psnr"] is None and first["index"] == 0
+    # Seeded draws inside an update differ from one to the next.
+    assert first["draw"] != replay.report[1]["draw"]
+
+
+def test_a_state_goes_on_with_the_same_bits() -> None:
+    online = list(in_pieces(streams(data=Images(each=15)).train_stream, 5))
+    replay = RawReplay(batch_size_mem=3, max_raw_images=12)
+    # Without momentum: a new strategy of Avalanche's starts its optimizer anew.
+    model = make_model()
+    strategy = make_strategy(
+        [replay], model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)
+    )
+    train(strategy, online[:8])
+    resumed = RawReplay(batch_size_mem=3, max_raw_images=12)
+    resumed.load_state_dict(replay.state_dict())
+    model = copy.deepcopy(strategy.model)
+    other = make_strategy(
+        [resumed], model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)
+    )
+    assert replay.num_pending == resumed.num_pending > 0
+    for going, plugin in ((strategy, replay), (other, resumed)):
+        train(going, online[8:], seed=1)
+        plugin.finish()
+    assert torch.equal(weights(strategy), weights(other))
+    assert torch.equal(replay.memory.images, resumed.memory.images)
+    drop = [{**entry, "seconds": 0} for entry in replay.report]
+    assert drop == [{**entry, "seconds": 0} for entry in resumed.report]
+
+
+def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
+    replay = RawReplay()
+    train(make_strategy([replay]), streams().train_stream)
+    state = replay.state_dict()
+    memory = replay.memory
+    for broken in (
+        {},
+        {**state, "version": 2},
+        {**state, "pending": {}},
+        {**state, "report": "{"},
+        {**state, "num_steps": -1},
+        {**state, "memory": torch.zeros(3)},
+    ):
+        with pytest.raises(CheckpointError, match="not a whole state of RawReplay"):
+            replay.load_state_dict(broken)
+        assert replay.memory is memory and len(replay.report) == 2
+
+
+def test_items_of_another_form_are_refused() -> None:
+    features: Any = TensorDataset(torch.rand(20, 6), torch.arange(20) % 2)
+    features.targets = features.tensors[1].tolist()
+    with pytest.raises(DataError, match="image 0 of the experience"):
+        make_strategy([RawReplay()]).train(streams(data=features).train_stream[0])
