@@ -20,8 +20,10 @@ help:  ## Show the targets
 
 venv: $(STAMP)  ## Make .venv and install the package in it, with the tools of a developer
 
-demo: $(STAMP)  ## Condense the digits, and compare with raw images of as many bytes
-	$(BIN)/python experiments/demo.py --out $(OUT)
+demo: $(STAMP)  ## Learn the digits two by two, with memories of as many bytes: HMN, raw and JPEG
+	rm -f $(OUT)/results.json
+	$(BIN)/python experiments/split_cifar100.py --dataset digits --experiences 5 --budget 2KiB \
+	    --strategies hmn,raw,jpeg,naive,joint --model convnet --width 32 --epochs 10 --out $(OUT)
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,0 +1,126 @@
+"""What `split_cifar100.py` computes of its runs, keeps of earlier ones, and prints."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hmn_replay.errors import ConfigError
+from hmn_replay.runtime import peak_memory_bytes
+
+
+def summarise(matrix: list[list[float | None]], num_test: list[int]) -> dict[str, Any]:
+    """Compute what is reported of an accuracy matrix.
+
+    Args:
+        matrix: Accuracy in [0, 1] after experience i (row) on the test images of experience j
+            (column): measured for j <= i, or None; in rows not measured (yet) None throughout.
+        num_test: Test images of each experience.
+
+    Returns:
+        `accuracy_seen`, for each row the share of right answers over the classes seen so far, or
+        None; `final_accuracy`, its last entry; `average_accuracy`, the mean of those measured;
+        `forgetting`, the mean over all experiences but the last of their best accuracy before the
+        end minus that in the end, None where there is nothing to compare.
+    """
+    seen: list[float | None] = []
+    for i, row in enumerate(matrix):
+        known = [accuracy for accuracy in row[: i + 1] if accuracy is not None]
+        right = sum(a * n for a, n in zip(known, num_test, strict=False))
+        seen.append(right / sum(num_test[: i + 1]) if len(known) == i + 1 else None)
+    measured = [accuracy for accuracy in seen if accuracy is not None]
+    drops = []
+    for j, last in enumerate(matrix[-1][:-1]):
+        before = [row[j] for row in matrix[:-1] if row[j] is not None]
+        if before and last is not None:
+            drops.append(max(a for a in before if a is not None) - last)
+    return {
+        "accuracy_seen": seen,
+        "final_accuracy": seen[-1],
+        "average_accuracy": statistics.fmean(measured) if measured else None,
+        "forgetting": statistics.fmean(drops) if drops else None,
+    }
+
+
+def resumed(report: dict[str, Any], path: Path, *, resume: bool) -> dict[str, Any]:
+    """Return an earlier report in the place of a new one, if it is of the same settings."""
+    if not resume:
+        raise ConfigError(f"{path} exists; pass --resume to keep its runs, or give another --out")
+    earlier: dict[str, Any] = json.loads(path.read_text())
+    for part in ("configuration", "versions"):
+        for name, now in report[part].items():
+            if (then := earlier[part].get(name)) != now:
+                raise ConfigError(
+                    f"{path} is of {name} = {then!r}, and now it is {now!r}; give another --out"
+                )
+    return earlier
+
+
+def finished(results: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the finished runs of each strategy that has any, the best strategy first."""
+    runs = {
+        name: [run for run in by_seed.values() if "error" not in run]
+        for name, by_seed in results.items()
+    }
+    runs = {name: group for name, group in runs.items() if group}
+    return dict(sorted(runs.items(), key=lambda item: -mean_of(item[1], "final_accuracy")))
+
+
+def mean_of(runs: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.fmean(run[key] for run in runs)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Return the sample standard deviation; 0 for one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def make_table(results: dict[str, dict[str, Any]]) -> str:
+    """Return a Markdown table of the strategies, best first; accuracies in percent."""
+    title = "strategy, memory bytes, images, final accuracy %, average accuracy %, forgetting %"
+    rows = [f"{title}, seeds, training s, memory s".split(", ")]
+    for name, runs in finished(results).items():
+        accuracies = [100 * run["final_accuracy"] for run in runs]
+        has_forgetting = all(run["forgetting"] is not None for run in runs)
+        rows.append(
+            [
+                name,
+                f"{mean_of(runs, 'memory_bytes'):,.0f}",
+                f"{mean_of(runs, 'memory_images'):,.0f}",
+                f"{statistics.fmean(accuracies):.1f} ± {deviation(accuracies):.1f}",
+                f"{100 * mean_of(runs, 'average_accuracy'):.1f}",
+                f"{100 * mean_of(runs, 'forgetting'):.1f}" if has_forgetting else "-",
+                str(len(runs)),
+                f"{mean_of(runs, 'train_seconds'):,.0f}",
+                f"{mean_of(runs, 'memory_seconds'):,.0f}",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def reset_peak_rss() -> None:
+    """Let the peak begin anew, where Linux allows it; elsewhere it is that of the whole process."""
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss_bytes() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return peak_memory_bytes(torch.device("cpu"))

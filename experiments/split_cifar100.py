@@ -1,0 +1,350 @@
+"""Split CIFAR-100: which memory forgets least at equal bytes?
+
+    python experiments/split_cifar100.py --download
+    python experiments/split_cifar100.py --dataset cifar10 --experiences 5 --budget 48KiB --seed 0,1
+    python experiments/split_cifar100.py --dataset digits --experiences 5 --budget 2KiB
+    python experiments/split_cifar100.py --smoke
+
+The classes of a data set come in experiences, a few new ones in each, and one network learns them
+one experience after the other (class-incremental: one head, no task label at test time). Every
+strategy gets the same network, epochs, augmentation, class order and budget of bytes for its
+memory, and is scored after each experience on the test images of all classes seen so far.
+
+Written to OUT: results.json, after every finished run; accuracy.png and memory.png; and the memory
+file of each HMN run, memory-hmn-seed0.hmn. With --resume, runs that OUT/results.json holds already
+are kept. The exit code is 1 if a strategy failed; its error is in results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hmn_replay
+from experiments.results import make_table, peak_rss_bytes, reset_peak_rss, resumed, summarise
+from hmn_replay.augment import draw_augmentation
+from hmn_replay.budget import Budget
+from hmn_replay.config import make_config, parse_option
+from hmn_replay.data import LabelledImages, channel_stats
+from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError
+from hmn_replay.runtime import make_generator, resolve_device, seeded
+from hmn_replay.sources import TORCHVISION
+from hmn_replay.storage import write_atomically
+from hmn_replay.training import score
+
+# Digits must not be mirrored, nor recoloured, neither by us nor while HMN condenses them.
+DIGITS = ("digits", "mnist", "svhn")
+DIGITS_OPTIONS = {"augmentations": ("crop", "scale", "rotate"), "network_cutmix_probability": 0.0}
+
+# What --smoke puts in the place of the defaults; options given on the command line still count.
+SMOKE: dict[str, Any] = {
+    "dataset": "digits",
+    "experiences": 2,
+    "budget": "4KiB",
+    "width": 8,
+    "train_images": 8,
+    "test_images": 8,
+    "batch_size": 16,
+}
+SMOKE_OPTIONS = {"warm_start_steps": 5, "outer_steps": 1, "inner_steps": 2, "network_images": 8}
+SMOKE_OPTIONS |= dict.fromkeys(("real_batch", "decoded_batch", "network_width", "network_batch"), 4)
+SMOKE_OPTIONS |= {"pruning_passes": 20, "pruning_width": 4}
+
+# These say where and what to run, not how: they may differ when a run is resumed.
+NOT_COMPARED = ("data_root", "download", "strategies", "seed", "smoke", "set", "resume", "out")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--dataset", default="cifar100", help="cifar100, cifar10, digits, an .npz file, a folder")
+    add("--data-root", default="data", help="folder of torchvision's files (default: data)")
+    add("--download", action="store_true", help="fetch a torchvision data set if absent")
+    add("--size", type=int, help="side in pixels to resize a folder's images to")
+    add("--train-images", type=int, help="use at most so many training images of each class")
+    add("--test-images", type=int, help="use at most so many test images of each class")
+    add("--experiences", type=int, default=10, help="the classes are split into so many, evenly")
+    add("--budget", default="300KiB", help="bytes of every memory: 307200, 300KiB, ...")
+    add("--strategies", default="all", help="some of strategies.NAMES, such as hmn,raw,jpeg")
+    add("--model", choices=("slim_resnet18", "convnet", "resnet18"),
+        help="default: slim_resnet18 for 3 x 32 x 32 images, else convnet")  # fmt: skip
+    add(
+        "--width", type=int, help="channels of convnet's blocks (64), of slim_resnet18's first (20)"
+    )
+    add("--epochs", type=int, default=1, help="of each experience")
+    add("--batch-size", type=int, default=64, help="images of the experience in a step")
+    add("--batch-size-mem", type=int, help="replayed images in a step (default: as --batch-size)")
+    add("--lr", type=float, default=0.01, help="learning rate of SGD with momentum 0.9")
+    add("--mode", choices=("replay", "memory_only"), default="replay",
+        help="memory_only: later experiences train on the memory alone")  # fmt: skip
+    add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
+    add("--expected-classes", type=int, help="tell HMN how many classes will come in all")
+    add("--effort", default="quick", help="of HMN's condensation: quick, standard, paper")
+    add("--set", action="append", default=[], metavar="NAME=VALUE",
+        help="any setting of hmn_replay.CondenseConfig, for HMN; several times")  # fmt: skip
+    add("--device", default="auto", help="cpu, cuda, ... (default: the best present)")
+    add("--smoke", action="store_true", help="everything tiny, to see in seconds that it works")
+    add("--resume", action="store_true", help="keep the runs that OUT/results.json holds")
+    add("--out", type=Path, default=Path("split_cifar100"), help="folder to write to")
+    if parser.parse_args(argv).smoke:
+        parser.set_defaults(**SMOKE)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+
+    # ---------------------------------------------------------------- settings, checked at once
+    args.budget = Budget.parse(args.budget).num_bytes
+    args.device = str(resolve_device(args.device))
+    try:
+        seeds = [int(seed) for seed in args.seed.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seed is a number, or several as 0,1,2; got {args.seed!r}") from None
+    args.options = dict[str, Any](SMOKE_OPTIONS if args.smoke else {})
+    if args.dataset in DIGITS:
+        args.options |= DIGITS_OPTIONS
+    for assignment in args.set:
+        name, _, value = assignment.partition("=")
+        args.options[name] = parse_option(name, value)
+    make_config(args.effort, **args.options)
+    args.jpeg_options = {"num_passes": 100} if args.smoke else {}
+
+    # ---------------------------------------------------------------------------------- the data
+    train, test = load(args, "train"), load(args, "test")
+    num_classes = train.num_classes
+    if num_classes % args.experiences:
+        fitting = [n for n in range(1, num_classes + 1) if num_classes % n == 0]
+        raise ConfigError(
+            f"--experiences {args.experiences} does not divide the {num_classes} classes evenly; "
+            f"choose from {', '.join(map(str, fitting))}"
+        )
+    # The network's outputs, and so the labels from here on, are positions in the sorted classes.
+    if not test.classes.equal(train.classes):
+        raise DataError("the test split must have the same classes as the training split")
+    train = LabelledImages(train.images, train.class_indices, train.class_names)
+    test = LabelledImages(test.images, test.class_indices, test.class_names)
+    if args.model is None:
+        args.model = "slim_resnet18" if train.image_shape == (3, 32, 32) else "convnet"
+    build_model(args, train, seed=0)  # a model that does not fit fails now, not once a strategy
+
+    # ------------------------------------------------------------------------------- the results
+    configuration = {name: v for name, v in vars(args).items() if name not in NOT_COMPARED}
+    configuration |= {"num_classes": num_classes, "num_train": len(train), "num_test": len(test)}
+    versions = {name: version(name) for name in ("torch", "torchvision", "avalanche-lib")}
+    versions |= {"python": platform.python_version(), "hmn_replay": hmn_replay.__version__}
+    report: dict[str, Any] = {"configuration": configuration, "versions": versions}
+    report |= {"threads": torch.get_num_threads(), "seeds": [], "class_order": {}, "results": {}}
+    report = json.loads(json.dumps(report))  # as it would come back from the file
+    args.out.mkdir(parents=True, exist_ok=True)
+    results_path = args.out / "results.json"
+    if results_path.exists():
+        report = resumed(report, results_path, resume=args.resume)
+    results = report["results"]
+
+    # ----------------------------------------------------------- every strategy, once for a seed
+    # What Avalanche's own code warns of, no user of this script can mend.
+    warnings.filterwarnings("ignore", module=r"avalanche|deprecated|qpsolvers")
+    import strategies  # Avalanche takes seconds to import: only once all else is known to be well
+
+    names = strategies.NAMES if args.strategies == "all" else args.strategies.split(",")
+    if unknown := [name for name in names if name not in strategies.NAMES]:
+        raise ConfigError(f"no strategy {unknown[0]!r}; choose from {', '.join(strategies.NAMES)}")
+    for seed in seeds:
+        order = torch.randperm(num_classes, generator=make_generator(seed, "classes")).tolist()
+        report["seeds"] = sorted({*report["seeds"], seed})
+        report["class_order"][str(seed)] = [int(train.classes[index]) for index in order]
+        for name in names:
+            runs = results.setdefault(name, {})
+            if "final_accuracy" in runs.get(str(seed), {}):
+                print(f"{name}, seed {seed}: kept", flush=True)
+                continue
+            try:
+                runs[str(seed)] = run(name, seed, order, train, test, args)
+            except Exception as error:  # one strategy's failure must not cost the others' results
+                traceback.print_exc()
+                runs[str(seed)] = {"error": f"{type(error).__name__}: {error}"}
+            write_atomically(results_path, json.dumps(report, indent=1).encode())
+
+    # ------------------------------------------------------------------------ figures and a table
+    from experiments.figures import draw_accuracy, draw_memories
+
+    draw_accuracy(report, args.out / "accuracy.png")
+    draw_memories(report, args.out, args.out / "memory.png")
+    print("\n" + make_table(results))
+    print(f"\nIn {args.out}: " + ", ".join(sorted(path.name for path in args.out.glob("[!.]*"))))
+    failed = [name for name in names for seed in seeds if "error" in results[name][str(seed)]]
+    if failed:
+        print(f"failed: {', '.join(dict.fromkeys(failed))}; see {results_path}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run(
+    name: str,
+    seed: int,
+    order: list[int],
+    train: LabelledImages,
+    test: LabelledImages,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Train one strategy on the whole stream; return what results.json holds of it."""
+    from avalanche.benchmarks import nc_benchmark
+    from avalanche.training.determinism.rng_manager import RNGManager
+
+    import strategies
+    from experiments.figures import save_samples
+
+    reset_peak_rss()
+    RNGManager.set_random_seeds(seed)  # Avalanche draws the order of the images from torch's state
+    sets: dict[str, Any] = {"train_dataset": train, "test_dataset": test}
+    benchmark = nc_benchmark(
+        **sets, n_experiences=args.experiences, task_labels=False, fixed_class_order=order
+    )
+    per_experience = len(order) // args.experiences
+    tests = [
+        test.take(torch.isin(test.labels, torch.tensor(order[start : start + per_experience])))
+        for start in range(0, len(order), per_experience)
+    ]
+    model = build_model(args, train, seed=seed)
+    augment_training(model, ("crop",) if args.dataset in DIGITS else ("crop", "flip"), seed)
+    strategy = strategies.build(
+        name,
+        model,
+        args.budget,
+        num_classes=len(order),
+        image_shape=train.image_shape,
+        lr=args.lr,
+        batch_size=args.batch_size,
+        batch_size_mem=args.batch_size_mem,
+        epochs=args.epochs,
+        seed=seed,
+        device=args.device,
+        mode=args.mode,
+        effort=args.effort,
+        expected_classes=args.expected_classes,
+        progress=sys.stderr.isatty(),
+        **{"hmn": args.options, "jpeg": args.jpeg_options}.get(name, {}),
+    )
+
+    # Joint training sees all experiences at once, and is measured once.
+    stream = list(benchmark.train_stream)
+    steps = [stream] if name == "joint" else [[experience] for experience in stream]
+    matrix: list[list[float | None]] = [[None] * len(tests) for _ in tests]
+    seconds = 0.0
+    for step, experiences in enumerate(steps, 1 + len(stream) - len(steps)):
+        started = time.perf_counter()
+        strategy.train(experiences if name == "joint" else experiences[0])
+        seconds += time.perf_counter() - started
+        use = strategies.memory_use(strategy)
+        if use.num_bytes > args.budget:
+            raise BudgetError(f"{name} stores {use.num_bytes} bytes; the budget is {args.budget}")
+        # Classes not seen yet have never been a target: nothing to learn from their score.
+        for column, seen in enumerate(tests[:step]):
+            matrix[step - 1][column] = score(strategy.model, seen.images, seen.labels)
+        summary = summarise(matrix, [len(images) for images in tests])
+        print(
+            f"{name}, seed {seed}: experience {step}/{len(tests)}, accuracy "
+            f"{100 * summary['accuracy_seen'][step - 1]:.1f} %, memory {use.num_images} images in "
+            f"{use.num_bytes:,} bytes, {seconds:.0f} s",
+            flush=True,
+        )
+
+    images, labels = strategies.memory_images(strategy)
+    if len(images):
+        save_samples(images, labels, args.out / f"memory-{name}-seed{seed}.png")
+    for plugin in strategy.plugins:
+        memory = getattr(plugin, "memory", None)
+        if isinstance(memory, hmn_replay.HierarchicalMemory):
+            memory.save(args.out / f"memory-{name}-seed{seed}.hmn")
+    return {
+        "memory_bytes": use.num_bytes,
+        "memory_images": use.num_images,
+        "accuracy_matrix": matrix,
+        **summary,
+        "train_seconds": seconds - use.seconds,
+        "memory_seconds": use.seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def load(args: argparse.Namespace, split: hmn_replay.sources.Split) -> LabelledImages:
+    """Load a split, of each class at most as many images as are wanted."""
+    try:
+        data = hmn_replay.load_dataset(
+            args.dataset, split, data_root=args.data_root, download=args.download, size=args.size
+        )
+    except DataError as error:
+        if args.dataset not in TORCHVISION:
+            raise
+        raise DataError(
+            f"{error}. Or give its images as --dataset FILE.npz; --dataset digits needs no file"
+        ) from error
+    limit = args.train_images if split == "train" else args.test_images
+    if limit is None:
+        return data
+    if limit < 1:
+        raise ConfigError(f"--{split}-images must be 1 or more, got {limit}")
+    return data.take(torch.cat([data.of_class(c)[:limit] for c in data.classes.tolist()]))
+
+
+def build_model(args: argparse.Namespace, train: LabelledImages, *, seed: int) -> nn.Module:
+    """Build the network, which normalises its images in [0, 1] by the training set's statistics."""
+    mean, std = channel_stats(train.images)
+    if args.model != "slim_resnet18":
+        if args.model == "resnet18" and args.width is not None:
+            raise ConfigError("resnet18 has a width of its own; leave --width out")
+        shape, width = train.image_shape, args.width or 64
+        return hmn_replay.build_network(
+            args.model, shape, train.num_classes, width=width, mean=mean, std=std, seed=seed
+        )
+    if train.image_shape != (3, 32, 32):
+        raise ConfigError(
+            f"slim_resnet18 takes images of 3 x 32 x 32, not {train.image_shape}; --model convnet"
+        )
+    from avalanche.models.slim_resnet18 import SlimResNet18
+    from torchvision.transforms import Normalize
+
+    with seeded(seed, "network", args.model):
+        network = SlimResNet18(train.num_classes, nf=args.width or 20)
+    return nn.Sequential(Normalize(mean.tolist(), std.tolist()), network)
+
+
+def augment_training(model: nn.Module, names: Sequence[str], seed: int) -> None:
+    """Augment every batch that the model is trained on, each image by a draw of its own.
+
+    At the model's door rather than in a plugin's `before_forward`: DER++ adds its buffer's images
+    to the batch after that, and ER-ACE shows them to the model in a second batch.
+    """
+    generator = make_generator(seed, "augment")
+
+    def augment(module: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+        (images,) = inputs
+        if not module.training:
+            return None
+        height, width = images.shape[2:]
+        draw = draw_augmentation(names, (height, width), generator, batch=len(images), fill=0.0)
+        return draw(images)
+
+    model.register_forward_pre_hook(augment)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except HMNReplayError as error:
+        sys.exit(f"split_cifar100.py: error: {error}")

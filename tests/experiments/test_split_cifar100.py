@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from experiments import split_cifar100
+from experiments.split_cifar100 import augment_training, main
+from hmn_replay.errors import ConfigError, DataError
+
+MemoryUse = namedtuple("MemoryUse", "num_bytes, num_images, seconds")
+
+
+@pytest.fixture
+def fake_strategies(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Put strategies in the place of ours: each is naive, and `broken` fails in experience 2."""
+    calls: dict[str, Any] = {"built": [], "trained": []}
+
+    class Fake:
+        plugins: tuple[Any, ...] = ()
+
+        def __init__(self, name: str, model: nn.Module) -> None:
+            self.name, self.model, self.steps = name, model, 0
+
+        def train(self, experiences: Any) -> None:
+            self.steps += 1
+            several = isinstance(experiences, list)
+            calls["trained"].append((self.name, len(experiences) if several else 1))
+            if self.name == "broken" and self.steps == 2:
+                raise RuntimeError("this one breaks")
+
+    def build(name: str, model: nn.Module, budget_bytes: int, **settings: Any) -> Fake:
+        calls["built"].append((name, settings))
+        return Fake(name, model)
+
+    def memory_images(strategy: Fake) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10)
+
+    def memory_use(strategy: Fake) -> MemoryUse:
+        return MemoryUse(10**6 if strategy.name == "greedy" else 640, 10, 0.0)
+
+    fake = SimpleNamespace(
+        NAMES=("naive", "joint", "broken", "greedy"),
+        build=build,
+        memory_use=memory_use,
+        memory_images=memory_images,
+    )
+    monkeypatch.setitem(sys.modules, "strategies", fake)
+    return calls
+
+
+def results_in(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return report
+
+
+def test_failures_leave_the_others_their_results(
+    tmp_path: Path, fake_strategies: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["--smoke", "--seed", "0,1", "--out", str(out)]) == 1
+    report = results_in(out)
+    assert report["seeds"] == [0, 1]
+    assert sorted(report["class_order"]["0"]) == list(range(10))
+    assert report["class_order"]["0"] != report["class_order"]["1"]
+    results = report["results"]
+    assert results["broken"]["0"] == {"error": "RuntimeError: this one breaks"}
+    assert results["greedy"]["1"]["error"].startswith("BudgetError: greedy stores 1000000 bytes")
+    for seed in ("0", "1"):
+        (first, unseen), last = results["naive"][seed]["accuracy_matrix"]
+        assert 0 <= first <= 1 and unseen is None and None not in last
+        assert results["joint"][seed]["accuracy_matrix"][0] == [None, None]
+        assert results["joint"][seed]["forgetting"] is None
+    assert ("joint", 2) in fake_strategies["trained"]
+    printed = capsys.readouterr()
+    assert "this one breaks" in printed.err and "failed: broken, greedy" in printed.err
+    assert "| naive |" in printed.out.replace("   ", "")
+    assert (out / "accuracy.png").exists() and (out / "memory.png").exists()
+
+
+def test_resume_runs_only_what_is_missing(tmp_path: Path, fake_strategies: dict[str, Any]) -> None:
+    common = ["--smoke", "--out", str(tmp_path)]
+    assert main([*common, "--strategies", "naive,broken"]) == 1
+    before = results_in(tmp_path)
+    with pytest.raises(ConfigError, match="--resume"):
+        main([*common, "--strategies", "naive"])
+    fake_strategies["built"].clear()
+    assert main([*common, "--strategies", "naive", "--seed", "0,1", "--resume"]) == 0
+    assert [name for name, _ in fake_strategies["built"]] == ["naive"]
+    assert fake_strategies["built"][0][1]["seed"] == 1
+    after = results_in(tmp_path)
+    assert after["seeds"] == [0, 1]
+    assert after["results"]["naive"]["0"] == before["results"]["naive"]["0"]
+    assert after["results"]["broken"] == before["results"]["broken"]
+    # A failed run is tried again.
+    assert main([*common, "--strategies", "broken", "--resume"]) == 1
+    assert fake_strategies["built"][-1][0] == "broken"
+    with pytest.raises(ConfigError, match=r"lr = 0\.01, and now it is 0\.5"):
+        main([*common, "--strategies", "naive", "--resume", "--lr", "0.5"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--experiences", "4"], ConfigError, "choose from 1, 2, 5, 10"),
+        (["--strategies", "naive,magic"], ConfigError, "no strategy 'magic'"),
+        (["--seed", "one"], ConfigError, "--seed"),
+        (["--model", "slim_resnet18"], ConfigError, "--model convnet"),
+        (["--set", "outer_stepz=1"], ConfigError, "outer_stepz"),
+        (["--effort", "heroic"], ConfigError, "effort"),
+        (["--train-images", "0"], ConfigError, "--train-images"),
+        (["--dataset", "cifar100", "--data-root", "nowhere"], DataError,
+         r"--download.*--data-root.*FILE.npz; --dataset digits"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_at_once(
+    arguments: list[str],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    fake_strategies: dict[str, Any],
+) -> None:
+    with pytest.raises(error, match=message):
+        main(["--smoke", "--out", str(tmp_path / "out"), *arguments])
+    assert not fake_strategies["built"]
+
+
+def test_settings_reach_the_strategies(tmp_path: Path, fake_strategies: dict[str, Any]) -> None:
+    arguments = ["--smoke", "--strategies", "naive", "--lr", "0.2", "--mode", "memory_only"]
+    arguments += ["--batch-size-mem", "7", "--expected-classes", "10", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    ((_, settings),) = fake_strategies["built"]
+    expected = {"lr": 0.2, "mode": "memory_only", "batch_size_mem": 7, "expected_classes": 10}
+    assert settings.items() >= {**expected, "image_shape": (1, 8, 8), "num_classes": 10}.items()
+    assert "outer_steps" not in settings
+
+
+def test_augmentation_meets_every_training_batch_and_no_other() -> None:
+    model = nn.Flatten()
+    augment_training(model, ("crop", "flip"), seed=0)
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    assert model(images).equal(images.flatten(1))
+    model.train()
+    first, second = model(images), model(images)
+    assert not first.equal(images.flatten(1)) and not first.equal(second)
+    again = nn.Flatten()
+    augment_training(again, ("crop", "flip"), seed=0)
+    assert again(images).equal(first)
+
+
+def test_slim_resnet18_normalises_and_depends_on_the_seed(make_set: Any) -> None:
+    args = split_cifar100.parse_arguments(["--model", "slim_resnet18", "--width", "2"])
+    train = make_set(image_shape=(3, 32, 32))
+    state = torch.get_rng_state()
+    models = [split_cifar100.build_model(args, train, seed=seed) for seed in (0, 0, 1)]
+    assert torch.get_rng_state().equal(state)
+    outputs = [model.eval()(train.floats()) for model in models]
+    assert outputs[0].shape == (24, 3)
+    assert outputs[0].equal(outputs[1]) and not outputs[0].equal(outputs[2])
+
+
+def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
+    import strategies
+
+    assert main(["--smoke", "--out", str(tmp_path)]) == 0
+    report = results_in(tmp_path)
+    assert set(report["results"]) == set(strategies.NAMES)
+    for name, runs in report["results"].items():
+        run = runs["0"]
+        assert 0 <= run["memory_bytes"] <= 4096, name
+        assert 0 <= run["final_accuracy"] <= 1 and 0 <= run["average_accuracy"] <= 1
+        assert run["train_seconds"] > 0 and run["memory_seconds"] >= 0
+        assert run["peak_rss_bytes"] > 2**20 and math.isfinite(run["peak_rss_bytes"])
+    hmn = tmp_path / "memory-hmn-seed0.hmn"
+    assert hmn.stat().st_size == report["results"]["hmn"]["0"]["memory_bytes"]
+    assert (tmp_path / "accuracy.png").exists() and (tmp_path / "memory.png").exists()
