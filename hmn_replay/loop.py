@@ -1,4 +1,4 @@
-"""The loop behind :func:`hmn_replay.condense`: three phases, progress, checkpoints.
+"""The loop behind :func:`hmn_replay.condense`: warm start, matching, pruning.
 
 Every draw depends on the seed and the step alone, so a run that goes on from a checkpoint takes the
 very steps that it would have taken.
@@ -6,54 +6,33 @@ very steps that it would have taken.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from hmn_replay import steps
 from hmn_replay.budget import Budget
-from hmn_replay.checkpoint import (
-    Checkpoint,
-    flatten_state,
-    load_state,
-    read_checkpoint,
-    write_checkpoint,
-)
+from hmn_replay.checkpoint import load_state
 from hmn_replay.config import CondenseConfig
 from hmn_replay.data import LabelledImages
-from hmn_replay.errors import TrainingError
 from hmn_replay.growth import make_room
 from hmn_replay.layout import Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import Network
 from hmn_replay.pruning import aum, double_ended_prune, margins
-from hmn_replay.runtime import derive_seed, make_generator, peak_memory_bytes, reset_peak_memory
+from hmn_replay.run import Run
+from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.storage import serialise
 from hmn_replay.training import cosine_rate, score, train_network
 
 __all__ = ["Condensation"]
 
-_Stateful: TypeAlias = "nn.Module | torch.optim.Optimizer | Tensor"
 
-log = logging.getLogger(__name__)
-
-_PHASES = ("warm_start", "matching", "pruning")
-_CHECKPOINT_SECONDS = 60.0
-_MAIN_THREAD = threading.main_thread()
-
-
-class Condensation:
+class Condensation(Run):
     """One run: the images, the memory, and how far it is; arguments as for ``condense``."""
 
     def __init__(
@@ -68,95 +47,30 @@ class Condensation:
         device: torch.device,
         progress: bool,
     ) -> None:
-        self.config, self.seed, self.device, self.progress = config, seed, device, progress
-        self.budget = budget
+        self.config, self.seed, self.budget = config, seed, budget
         self.growth = make_room(
             data, budget, config.over_budget, layout=layout, old=old, seed=seed, device=device
         )
-        self.memory = self.growth.memory
         self.first_class = self.growth.first_class
         train = data
         self.held_out: LabelledImages | None = None
         # Real images are kept back for the choice of beta only where there is a choice to make.
         if len(config.beta_grid) > 1 and any(self.growth.drops) and len(data) > data.num_classes:
             train, self.held_out = data.split(config.holdout, derive_seed(seed, "holdout"))
-        self.real = steps.RealImages.of(self.growth.pool(train), self.memory.classes)
-        self.state: dict[str, Any] = {
-            "phase": _PHASES[0],
-            "step": 0,
-            "phases": {
-                name: {"seconds": 0.0, "images": 0, "peak_memory_bytes": 0} for name in _PHASES
-            },
+        self.real = steps.RealImages.of(self.growth.pool(train), self.growth.memory.classes)
+        measured: dict[str, Any] = {
             "warm_start_psnr": None,
             "beta": None,
             "beta_accuracies": {},
             "drift_psnr": None,
         }
-        self.resumed: Checkpoint | None = None
-        self.checkpoint: Path | None = None
-        self.interrupted = False
-        self.fingerprint = _fingerprint(data, budget, layout, config, seed, old)
-        self.saved_at = self.clock = time.monotonic()
-
-    def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint where there is one, and write to it from now on."""
-        self.checkpoint = checkpoint
-        found = read_checkpoint(checkpoint, self.fingerprint)
-        if found is None:
-            self._save()
-            return
-        self.state, self.resumed = found.state, found
-        load_state(self.memory, found.group("memory"))
-        log.info("going on from %s at %s %d", checkpoint, self.state["phase"], self.state["step"])
+        fingerprint = _fingerprint(data, budget, layout, config, seed, old)
+        super().__init__(self.growth.memory, fingerprint, measured, device, progress)
 
     def finish(self) -> HierarchicalMemory:
         """Take all the steps that are left."""
-        phases = zip(_PHASES, (self._warm_start, self._match, self._prune), strict=True)
-        with self._interruptible():
-            for phase, work in phases:
-                if self.state["phase"] == phase:
-                    self.clock = time.monotonic()
-                    reset_peak_memory(self.device)
-                    work()
+        self.work({"warm_start": self._warm_start, "matching": self._match, "pruning": self._prune})
         return self.memory
-
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Let Ctrl-C wait for the end of a step, whose state can be kept; a second one does not."""
-        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if self.checkpoint is None or not usual or threading.current_thread() is not _MAIN_THREAD:
-            yield
-            return
-
-        def handle(*_: object) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-
-        signal.signal(signal.SIGINT, handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def report(self) -> dict[str, Any]:
-        """Return what was measured."""
-        phases = {
-            name: {
-                **numbers,
-                "images_per_second": numbers["images"] / max(numbers["seconds"], 1e-9),
-            }
-            for name, numbers in self.state["phases"].items()
-        }
-        measured = {k: v for k, v in self.state.items() if k not in ("phase", "step", "phases")}
-        seconds = sum(numbers["seconds"] for numbers in phases.values())
-        return {
-            "seconds": seconds,
-            "phases": phases,
-            **measured,
-            "images_per_class": self.memory.images_per_class,
-            "file_bytes": self.memory.file_bytes,
-        }
 
     def _warm_start(self) -> None:
         config, memory, num_old = self.config, self.memory, self.growth.num_old
@@ -322,70 +236,6 @@ class Condensation:
             load_state(network, self.resumed.group("network"))
             load_state(learner, self.resumed.group("learner"))
         return network, learner
-
-    @contextlib.contextmanager
-    def _bar(self, name: str, num_steps: int, images_per_step: int) -> Iterator[Any]:
-        with tqdm(
-            total=num_steps * images_per_step,
-            initial=min(self.state["step"], num_steps) * images_per_step if num_steps > 1 else 0,
-            desc=name,
-            unit="img",
-            unit_scale=True,
-            disable=not self.progress,
-        ) as bar:
-            yield bar
-
-    def _stepped(self, num_images: int, *, save: bool = False, **owners: _Stateful) -> None:
-        """Count one step, and write a checkpoint where it is time for one."""
-        self.state["step"] += 1
-        self.resumed = None
-        self._count(num_images)
-        overdue = time.monotonic() - self.saved_at >= _CHECKPOINT_SECONDS
-        if save or overdue or self.interrupted:
-            self._check()
-            self._save(**owners)
-        if self.interrupted:
-            raise KeyboardInterrupt
-
-    def _count(self, num_images: int) -> None:
-        now = time.monotonic()
-        numbers = self.state["phases"][self.state["phase"]]
-        numbers["seconds"] += now - self.clock
-        numbers["images"] += num_images
-        self.clock = now
-
-    def _next_phase(self) -> None:
-        self._check()
-        self._end_phase()
-        self.state["phase"] = _PHASES[_PHASES.index(self.state["phase"]) + 1]
-        self.state["step"] = 0
-        self._save()
-
-    def _end_phase(self) -> None:
-        self._count(0)
-        numbers = self.state["phases"][self.state["phase"]]
-        # A run that went on from a checkpoint may have used more before.
-        peak = max(numbers["peak_memory_bytes"], peak_memory_bytes(self.device))
-        numbers["peak_memory_bytes"] = peak
-
-    def _check(self) -> None:
-        try:
-            serialise(self.memory)
-        except TrainingError as error:
-            raise TrainingError(
-                f"the memory left the numbers that it can be stored in, in the "
-                f"{self.state['phase']} phase; lower memory_learning_rate or "
-                "warm_start_learning_rate"
-            ) from error
-
-    def _save(self, **owners: _Stateful) -> None:
-        if self.checkpoint is None:
-            return
-        tensors = flatten_state("memory", self.memory)
-        for name, owner in owners.items():
-            tensors |= {name: owner} if isinstance(owner, Tensor) else flatten_state(name, owner)
-        write_checkpoint(self.checkpoint, self.fingerprint, self.state, tensors)
-        self.saved_at = time.monotonic()
 
 
 def _fingerprint(

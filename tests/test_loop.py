@@ -1,414 +1,58 @@
-"""The loop goes on where it was stopped, and ends with the same bits."""
+"""What the loop does between its steps: which images it scores, and which it keeps."""
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import textwrap
+import importlib
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from safetensors import safe_open
 
-from hmn_replay import loop, steps
 from hmn_replay.data import LabelledImages
-from hmn_replay.errors import CheckpointError
-from hmn_replay.formats import NumberFormat
 from hmn_replay.layout import Layout
-from hmn_replay.storage import load, serialise
-from tests.support import TINY, tiny
+from tests.support import tiny
 
 MakeLayout = Callable[..., Layout]
 MakeSet = Callable[..., LabelledImages]
 
+# Any: what this module imports is replaced in tests.
+loop: Any = importlib.import_module("hmn_replay.loop")
+
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
 
 
-class Interruption(Exception):
-    pass
-
-
-def count_calls(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[int]:
-    """Count the calls of a function that a module uses."""
-    function, calls = getattr(module, name), [0]
-
-    def counted(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        return function(*args, **options)
-
-    monkeypatch.setattr(module, name, counted)
-    return calls
-
-
-def interrupt(
-    monkeypatch: pytest.MonkeyPatch,
-    module: ModuleType,
-    name: str,
-    number: int,
-    error: BaseException | None = None,
+def test_old_and_new_images_are_scored_by_one_network(
+    make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Let the call of that number, counted from 0, raise."""
-    function, calls = getattr(module, name), [0]
+    layout = make_layout()
+    budget = layout.file_bytes(4, 16, 9999)
+    memory = tiny(make_set(labels=(0, 1)), layout, budget=budget)
+    trained_on: list[Any] = []
+    train = loop.train_network
 
-    def interrupted(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] > number:
-            raise error or Interruption
-        return function(*args, **options)
+    def watched(images: Any, labels: Any, num_classes: int, **options: Any) -> Any:
+        trained_on.append((len(images), labels.unique().tolist(), num_classes))
+        return train(images, labels, num_classes, **options)
 
-    monkeypatch.setattr(module, name, interrupted)
-
-
-@pytest.fixture
-def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "train_network", watched)
+    tiny(make_set(labels=(2, 3)), layout, budget=budget, memory=memory, beta_grid=(0.5,))
+    # All the old images, and the new ones with two a class that are over the budget.
+    assert trained_on == [(memory.num_images + 2 * (4 + 2), [0, 1, 2, 3], 4)]
 
 
-def test_checkpoints_change_nothing(
-    make_set: MakeSet,
-    make_layout: MakeLayout,
-    tmp_path: Path,
-    every_step: None,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_few_new_images_are_warmed_up_as_often_as_many(
+    make_set: MakeSet, make_layout: MakeLayout
 ) -> None:
-    data, layout = make_set(), make_layout()
-    path = tmp_path / "run.checkpoint"
-    memory = tiny(data, layout, checkpoint=path)
-    assert serialise(memory) == serialise(tiny(data, layout))
-    assert os.listdir(tmp_path) == [path.name]
-    # What was done is not done again.
-    for module, name in ((steps, "warm_start_step"), (steps, "match_step"), (loop, "score")):
-        interrupt(monkeypatch, module, name, 0)
-    interrupt(monkeypatch, loop, "train_network", 0)
-    again = tiny(data, layout, checkpoint=str(path))
-    assert serialise(again) == serialise(memory)
-    # What is left, to drop the images that go, is measured anew.
-    before, after = dict[str, Any](memory.report), dict[str, Any](again.report)
-    del before["seconds"], after["seconds"]
-    for name in ("seconds", "images_per_second", "peak_memory_bytes"):
-        before["phases"]["pruning"].pop(name)
-        after["phases"]["pruning"].pop(name)
-    assert after == before
-
-
-def test_interrupted_at_any_checkpoint_it_ends_as_if_it_had_not_been(
-    make_set: MakeSet,
-    make_layout: MakeLayout,
-    tmp_path: Path,
-    every_step: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    data, layout = make_set(), make_layout()
-    with monkeypatch.context() as patch:
-        calls = count_calls(patch, loop, "write_checkpoint")
-        expected = serialise(tiny(data, layout, checkpoint=tmp_path / "whole"))
-    num_writes = calls[0]
-    assert num_writes > 4 + 2 * 3 + 2
-    for number in [*random.Random(0).sample(range(num_writes - 2), 8), num_writes - 2]:
-        path = tmp_path / f"interrupted at {number}"
-        with monkeypatch.context() as patch:
-            interrupt(patch, loop, "write_checkpoint", number)
-            with pytest.raises(Interruption):
-                tiny(data, layout, checkpoint=path)
-        assert serialise(tiny(data, layout, checkpoint=path)) == expected, number
-
-
-@pytest.mark.parametrize("number_format", ["float32", "int8"])
-@pytest.mark.parametrize("objective", ["gradient", "distribution"])
-def test_interrupted_again_and_again_between_rare_checkpoints_it_ends_the_same(
-    make_set: MakeSet,
-    make_layout: MakeLayout,
-    tmp_path: Path,
-    number_format: NumberFormat,
-    objective: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    data, layout = make_set(), make_layout(number_format)
-    options: dict[str, Any] = {"objective": objective, "network_images": 4, "seed": 3}
-    expected = serialise(tiny(data, layout, **options))
-    rng = random.Random(0)
-    ticks = [0.0]
-
-    def monotonic() -> float:
-        ticks[0] += rng.choice((0.0, 30.0))
-        return ticks[0]
-
-    monkeypatch.setattr("time.monotonic", monotonic)
-    path, num_interruptions = tmp_path / "run.checkpoint", 0
-    places = [
-        (loop, "cosine_rate", 3),
-        (steps, "draw_batch", 3),
-        (steps, "draw_augmentation", 7),
-        (loop, "margins", 1),
-        (loop, "score", 1),
+    layout = make_layout()
+    budget = layout.file_bytes(6, 60, 9999)
+    options: dict[str, Any] = {"warm_start_steps": 60, "outer_steps": 0, "over_budget": 0}
+    memory = tiny(make_set(labels=(0, 1, 2, 3, 4)), layout, budget=budget, **options)
+    grown = tiny(make_set(labels=(5,)), layout, budget=budget, memory=memory, **options)
+    shown = [
+        mem.report["phases"]["warm_start"]["images"] / num_new  # type: ignore[index]
+        for mem, num_new in ((memory, memory.num_images), (grown, grown.images_per_class[-1]))
     ]
-    for module, name, latest in places * 2:
-        with monkeypatch.context() as patch:
-            interrupt(patch, module, name, rng.randrange(latest), KeyboardInterrupt())
-            try:
-                memory = tiny(data, layout, checkpoint=path, **options)
-            except KeyboardInterrupt:
-                num_interruptions += 1
-                continue
-        assert serialise(memory) == expected
-    assert num_interruptions >= 5
-    assert serialise(tiny(data, layout, checkpoint=path, **options)) == expected
-
-
-def test_an_error_while_writing_leaves_the_checkpoint_before(
-    make_set: MakeSet,
-    make_layout: MakeLayout,
-    tmp_path: Path,
-    every_step: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    data, layout, path = make_set(), make_layout(), tmp_path / "run.checkpoint"
-    replace, calls = os.replace, [0]
-
-    def full(*args: Any) -> None:
-        calls[0] += 1
-        if calls[0] == 5:
-            raise OSError(28, "No space left on device")
-        replace(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", full)
-        with pytest.raises(OSError, match="No space left"):
-            tiny(data, layout, checkpoint=path)
-    assert os.listdir(tmp_path) == [path.name]
-    memory = tiny(data, layout, checkpoint=path)
-    assert serialise(memory) == serialise(tiny(data, layout))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 1},
-        {"budget": 2222},
-        {"real_batch": 4},
-        {"beta_grid": (0.0, 0.5)},
-        {"objective": "distribution"},
-    ],
-    ids=str,
-)
-def test_the_checkpoint_of_another_run_is_refused(
-    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path, change: dict[str, Any]
-) -> None:
-    data, layout, path = make_set(), make_layout(), tmp_path / "run.checkpoint"
-    tiny(data, layout, checkpoint=path, outer_steps=0)
-    before = path.read_bytes()
-    with pytest.raises(CheckpointError, match="belongs to a run with other data, budget, seed or"):
-        tiny(data, layout, checkpoint=path, outer_steps=0, **change)
-    assert path.read_bytes() == before
-
-
-def test_the_checkpoint_of_other_data_or_shapes_is_refused(
-    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
-) -> None:
-    data, path = make_set(), tmp_path / "run.checkpoint"
-    options: dict[str, Any] = {"checkpoint": path, "outer_steps": 0, "budget": 3000}
-    tiny(data, make_layout(), **options)
-    images = data.images.clone()
-    images[-1, -1, -1, -1] ^= 1
-    others = [
-        LabelledImages(images, data.labels),
-        LabelledImages(data.images, data.labels.flip(0)),
-    ]
-    for other in others:
-        with pytest.raises(CheckpointError, match="other data"):
-            tiny(other, make_layout(), **options)
-    with pytest.raises(CheckpointError, match="other data"):
-        tiny(data, make_layout(class_channels=1), **options)
-
-
-def test_a_damaged_checkpoint_is_refused(
-    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
-) -> None:
-    data, layout, path = make_set(), make_layout(), tmp_path / "run.checkpoint"
-    tiny(data, layout, checkpoint=path, outer_steps=0)
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[-9] ^= 1
-    for damaged in (b"", whole[:50], whole[:-1], bytes(flipped), b"\0" * 999):
-        path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"delete '.*' to start anew"):
-            tiny(data, layout, checkpoint=path, outer_steps=0)
-        assert path.read_bytes() == damaged
-
-
-KILLED = """
-    import json, os, random, signal, sys, time
-    import torch, torch._dynamo
-    from hmn_replay import loop
-    from hmn_replay.condense import condense
-    from hmn_replay.layout import Layout
-
-    torch.set_num_threads(1)
-    loop._CHECKPOINT_SECONDS = 0.0
-    folder, options = sys.argv[1], json.loads(sys.argv[2])
-    layout = Layout((3, 8, 8), "int8", 4, 3, 2, 2, 2, (5, 4))
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (24, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(24) % 3
-
-    def start(name):
-        # Torch is imported once: each run is a process of its own all the same.
-        child = os.fork()
-        if child:
-            return child
-        try:
-            path = os.path.join(folder, name)
-            memory = condense(
-                (images, labels), 1900, layout=layout, checkpoint=path + ".checkpoint", **options
-            )
-            memory.save(path)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-
-    def wait(child):
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    begun = time.monotonic()
-    assert wait(start("whole")) == 0
-    seconds = time.monotonic() - begun
-    rng, kills = random.Random(int(sys.argv[3])), 0
-    for _ in range(7):
-        child = start("killed")
-        time.sleep(rng.uniform(0.05, 0.5) * seconds)
-        os.kill(child, signal.SIGKILL)
-        code = wait(child)
-        assert code in (0, -signal.SIGKILL), code
-        if code == 0:
-            break
-        kills += 1
-        assert not os.path.exists(os.path.join(folder, "killed"))
-    else:
-        assert wait(start("killed")) == 0
-    print(json.dumps({"kills": kills, "seconds": seconds}))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.timeout(120)
-def test_a_process_killed_at_random_moments_ends_with_the_same_file(tmp_path: Path) -> None:
-    options = json.dumps({**TINY, "inner_steps": 6})
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), options, "0"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["kills"] >= 1
-    assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert load(tmp_path / "killed").num_classes == 3
-
-
-INTERRUPTED = """
-    import os, signal, sys, threading, time
-    import torch
-    from hmn_replay import steps
-    from hmn_replay.condense import condense
-    from hmn_replay.layout import Layout
-
-    torch.set_num_threads(1)
-    path, where = sys.argv[1], sys.argv[2]
-    name = {"warm_start": "warm_start_step", "matching": "train_step"}[where]
-    function, calls = getattr(steps, name), [0]
-
-    def slow(*args):
-        calls[0] += 1
-        if calls[0] == 3:
-            os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step
-        return function(*args)
-
-    setattr(steps, name, slow)
-    layout = Layout((3, 8, 8), "int8", 4, 3, 2, 2, 2, (5, 4))
-    images = torch.arange(24 * 192).remainder(251).to(torch.uint8).view(24, 3, 8, 8)
-    options = dict(outer_steps=2, inner_steps=3, warm_start_steps=5, network_width=3, device="cpu")
-    options |= dict(pruning_passes=20, pruning_width=3, network_images=8)
-    whole = sys.argv[3:] == ["whole"]
-    if whole:
-        setattr(steps, name, function)
-    try:
-        memory = condense(
-            (images, torch.arange(24) % 3), 1900, layout=layout, checkpoint=path, **options
-        )
-    except KeyboardInterrupt:
-        raise SystemExit(130)
-    memory.save(path + ".hmn")
-"""
-
-
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("phase", ["warm_start", "matching"])
-def test_ctrl_c_keeps_the_work_up_to_the_end_of_the_step(tmp_path: Path, phase: str) -> None:
-    def run(name: str, *whole: str) -> int:
-        return subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                textwrap.dedent(INTERRUPTED),
-                str(tmp_path / name),
-                phase,
-                *whole,
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ).returncode
-
-    assert run("stopped") == 130
-    with safe_open(tmp_path / "stopped", framework="pt") as file:
-        state = json.loads(file.metadata()["hmn_replay_checkpoint"])["state"]
-    assert (state["phase"], state["step"]) == (phase, 3)
-    assert run("stopped", "whole") == run("whole", "whole") == 0
-    assert (tmp_path / "stopped.hmn").read_bytes() == (tmp_path / "whole.hmn").read_bytes()
-
-
-def test_ctrl_c_during_a_training_of_the_pruning_keeps_what_came_before(
-    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, layout, path = make_set(), make_layout(), tmp_path / "run.checkpoint"
-    expected = serialise(tiny(data, layout))
-    train, trainings = loop.train_network, [0]
-
-    def stopped(*args: Any, **options: Any) -> Any:
-        trainings[0] += 1
-        if trainings[0] == 3:  # AUM and the first beta are done
-            signal.raise_signal(signal.SIGINT)
-        return train(*args, **options)
-
-    handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_network", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            tiny(data, layout, checkpoint=path)
-    assert signal.getsignal(signal.SIGINT) is handler
-    calls = count_calls(monkeypatch, loop, "train_network")
-    assert serialise(tiny(data, layout, checkpoint=path)) == expected
-    assert calls[0] == 1
-
-
-def test_a_second_ctrl_c_does_not_wait(
-    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def impatient(*_: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        raise AssertionError("the second one was not heard")
-
-    monkeypatch.setattr(steps, "match_step", impatient)
-    with pytest.raises(KeyboardInterrupt):
-        tiny(make_set(), make_layout(), checkpoint=tmp_path / "run.checkpoint")
+    assert shown[1] == pytest.approx(shown[0], rel=0.15)
 
 
 def test_beta_is_the_one_whose_images_teach_most_about_held_out_ones(
