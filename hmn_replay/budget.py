@@ -132,11 +132,14 @@ def as_int(value: object) -> int | None:
 
 
 def _num_values(image_shape: Sequence[int]) -> int:
-    sides = [as_int(side) for side in image_shape]
+    try:
+        sides = [as_int(side) for side in image_shape]
+    except TypeError:
+        sides = []
     positive = [side for side in sides if side is not None and side > 0]
     if len(sides) != 3 or len(positive) != 3:
         raise BudgetError(
-            f"an image shape is (C, H, W), three positive integers, got {tuple(image_shape)}"
+            f"an image shape is (C, H, W), three positive integers, got {image_shape!r}"
         )
     return math.prod(positive)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
-from hmn_replay.runtime import seeded
+from hmn_replay.runtime import default_float32, seeded
 
 __all__ = ["NETWORKS", "Network", "build_network", "default_depth"]
 
@@ -88,7 +88,7 @@ def build_network(
     std: Tensor | Sequence[float] | None = None,
     seed: int = 0,
 ) -> Network:
-    """Build a network with random weights on the CPU.
+    """Build a network with random float32 weights on the CPU.
 
     `convnet` is the ConvNet-3 of dataset condensation (Gidaris and Komodakis 2018): blocks of
     3 x 3 convolution, instance normalisation with learned scale and shift, ReLU, average pooling by
@@ -132,7 +132,7 @@ def build_network(
     std = _statistic("std", std, channels, 1.0)
     if not bool((std > 0).all()):
         raise ConfigError(f"std must be above 0, got {std.tolist()}")
-    with seeded(seed, "network", name):
+    with default_float32(), seeded(seed, "network", name):
         if name == "convnet":
             blocks = default_depth(height, wide) if depth is None else depth
             stages, head = _convnet(channels, height, wide, num_classes, width, blocks)
@@ -161,7 +161,7 @@ def _statistic(
     name: str, value: Tensor | Sequence[float] | None, channels: int, default: float
 ) -> Tensor:
     if value is None:
-        return torch.full((channels,), default)
+        return torch.full((channels,), default, dtype=torch.float32)
     tensor = torch.as_tensor(value).detach().to("cpu", torch.float32).clone().reshape(-1)
     if len(tensor) != channels or not bool(tensor.isfinite().all()):
         raise ConfigError(

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from hmn_replay.budget import as_int
 from hmn_replay.errors import ConfigError
 
 __all__ = [
     "PRECISIONS",
     "autocast",
+    "default_float32",
     "derive_seed",
     "deterministic_cudnn",
     "make_generator",
@@ -35,7 +37,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         device: ``"auto"`` (CUDA, then MPS, then CPU), or anything :class:`torch.device` takes.
 
     Raises:
-        ConfigError: The name is unknown, or the device is not present.
+        ConfigError: The name is unknown, or the device is not present or does not compute.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -43,7 +45,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
+        torch.zeros((), device=resolved).item()  # the meta device has tensors, but no values
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
@@ -119,14 +121,31 @@ def derive_seed(seed: int, *names: int | str) -> int:
 
     A draw that depends only on the run's seed and on its own name (say ``"match", step``) needs no
     generator state in a checkpoint, and does not move when another draw is added beside it.
+
+    Raises:
+        ConfigError: The seed is not an integer.
     """
-    digest = hashlib.blake2b(repr((int(seed), *names)).encode(), digest_size=8).digest()
+    number = as_int(seed)
+    if number is None:
+        raise ConfigError(f"seed must be an integer, got {seed!r}")
+    digest = hashlib.blake2b(repr((number, *names)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def make_generator(seed: int, *names: int | str) -> torch.Generator:
     """Return a CPU generator for one named draw; see :func:`derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *names))
+
+
+@contextlib.contextmanager
+def default_float32() -> Iterator[None]:
+    """Make float32 torch's default inside the block, for code that names no dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

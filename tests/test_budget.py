@@ -171,3 +171,9 @@ def test_what_is_no_integer_is_none(value: object) -> None:
 
 def test_num_floats_rounds_down() -> None:
     assert [Budget(n).num_floats for n in (3, 4, 7, 8)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("shape", [None, 3, (3, None, 8)])
+def test_what_is_no_shape_is_refused(shape: Any) -> None:
+    with pytest.raises(BudgetError, match=r"an image shape is \(C, H, W\)"):
+        Budget.ipc(1, shape, 10)

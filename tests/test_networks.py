@@ -183,3 +183,17 @@ def test_refuses(
 def test_importing_does_not_import_torchvision() -> None:
     code = "import sys, hmn_replay.networks; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_weights_do_not_depend_on_the_default_dtype() -> None:
+    wanted = build_network("convnet", (3, 8, 8), 2, width=3, seed=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        network = build_network("convnet", (3, 8, 8), 2, width=3, seed=1)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found, value in zip(
+        network.state_dict().values(), wanted.state_dict().values(), strict=True
+    ):
+        assert found.equal(value)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -103,7 +104,7 @@ def test_a_device_may_be_named_or_given(device: str | torch.device) -> None:
     assert resolve_device(device) == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cuda:999", "cpu:x"])
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:999", "cpu:x", "meta"])
 def test_a_device_that_is_not_there_is_refused_by_name(device: str) -> None:
     with pytest.raises(ConfigError, match=f"device '{device}' cannot be used .*pass 'auto', 'cpu'"):
         resolve_device(device)
@@ -224,3 +225,14 @@ def test_peak_memory_of_a_gpu_is_that_of_its_tensors() -> None:
     device = torch.device("cuda")
     tensor = torch.ones(2**24, device=device)
     assert tensor.nbytes <= peak_memory_bytes(device) < 2**40
+
+
+@pytest.mark.parametrize("seed", [None, "a", 0.7, True])
+def test_a_seed_that_is_no_integer_is_refused(seed: Any) -> None:
+    with pytest.raises(ConfigError, match="seed must be an integer, got"):
+        derive_seed(seed)
+
+
+def test_a_seed_may_be_numpys() -> None:
+    seed: Any = np.int64(3)
+    assert derive_seed(seed, "x") == derive_seed(3, "x")
