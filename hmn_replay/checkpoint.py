@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.errors import CheckpointError
-from hmn_replay.storage import write_atomically
+from hmn_replay.files import write_atomically
 
 __all__ = ["Checkpoint", "flatten_state", "load_state", "read_checkpoint", "write_checkpoint"]
 

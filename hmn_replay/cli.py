@@ -18,6 +18,8 @@ from hmn_replay.errors import HMNReplayError
 
 __all__ = ["main", "make_parser"]
 
+# What torch says on CUDA, and on the CPU.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 _NETWORKS = ("convnet", "vgg16", "resnet18", "densenet121")
 
 
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except RuntimeError as error:
         # Torch's own class for it came with torch 2.5.
-        if "out of memory" not in str(error):
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
         _complain(f"error: {_describe(error)}; pass --device cpu, or smaller batches")
         return 1

@@ -6,6 +6,7 @@ Each takes the parsed arguments, and returns its result as JSON values and as a 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -20,8 +21,9 @@ from hmn_replay.config import parse_option
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError
 from hmn_replay.export import contact_sheet, export_images, export_npz
+from hmn_replay.files import check_target
 from hmn_replay.real_images import RealImages
-from hmn_replay.sources import Split, load_dataset
+from hmn_replay.sources import DATASETS, Split, load_dataset
 from hmn_replay.storage import load
 from hmn_replay.training import Decodable, TrainingConfig, evaluate
 
@@ -40,8 +42,7 @@ Result: TypeAlias = tuple[dict[str, Any], str]
 def run_condense(args: argparse.Namespace) -> Result:
     """Make a memory file; see ``hmn-replay condense --help``."""
     out: Path = args.out
-    if out.is_dir() or not out.parent.is_dir():
-        raise ConfigError(f"--out: {str(out)!r} must be a file, in a folder that exists")
+    _check_out(args)
     options = {name: parse_option(name, text) for name, text in args.set}
     chosen = {"number_format": args.number_format, "objective": args.objective}
     options |= {name: value for name, value in chosen.items() if value is not None}
@@ -217,6 +218,17 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "baseline": run_baseline,
 }
 """The sub-commands by name."""
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Refuse what could not be written, or what is read, before minutes are spent."""
+    out: Path = args.out
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"--out: {str(out)!r} must be a file, in a folder that exists")
+    target = check_target(out)
+    is_name = args.data.lower().replace("-", "_") in DATASETS
+    if not is_name and target == Path(os.path.realpath(os.path.expanduser(args.data))):
+        raise ConfigError(f"--out: {str(out)!r} is the data set itself; name another file")
 
 
 def _load_data(args: argparse.Namespace, split: Split) -> LabelledImages:

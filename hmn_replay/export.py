@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.storage import write_atomically
+from hmn_replay.files import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image

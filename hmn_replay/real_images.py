@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hmn_replay.convert import CHANNELS
 from hmn_replay.errors import ConfigError, DataError, MemoryFileError
+from hmn_replay.files import open_at_once, write_atomically
 from hmn_replay.jpeg import decode_jpeg_scans, read_jpeg_shape
-from hmn_replay.storage import write_atomically
 
 __all__ = ["Arrays", "RealImages", "load_real_images", "parse_real_images"]
 
@@ -133,7 +133,7 @@ def load_real_images(path: str | Path) -> RealImages:
         MemoryFileError: The file is not one, is truncated or altered, or of another version.
         OSError: The file is absent or cannot be read.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise MemoryFileError(f"cannot read {os.fspath(path)!r}: not a regular file")
         data = file.read()
@@ -159,6 +159,8 @@ def parse_real_images(data: bytes) -> RealImages:
         return RealImages(kind, arrays)
     except (safetensors.SafetensorError, ValueError) as error:
         raise MemoryFileError(str(error)) from error
+    except KeyError as error:  # safetensors, of a type that numpy does not have
+        raise MemoryFileError(f"its tensors are of type {error}, not integers") from error
 
 
 def _checksum(arrays: Arrays) -> str:

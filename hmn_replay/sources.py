@@ -88,7 +88,7 @@ def load_dataset(
             else _load_torchvision(TORCHVISION[name], split, Path(data_root), download)
         )
         return as_labelled_images(loaded, size=size)
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))  # an unknown user is no error of its own
     if path.is_dir():
         return _load_folder(path, split, size)
     if path.is_file():

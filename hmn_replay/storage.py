@@ -7,13 +7,11 @@ then the digest. Only then are tensors read.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
 import stat
-import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hmn_replay.errors import BudgetError, HMNReplayError, MemoryFileError, TrainingError
+from hmn_replay.files import open_at_once, write_atomically
 from hmn_replay.formats import NumberFormat, dequantise, quantise
 from hmn_replay.layout import DIGEST_LENGTH, FILE_VERSION, METADATA_KEY, Layout
 from hmn_replay.memory import HierarchicalMemory
@@ -35,29 +34,6 @@ _MAX_MAGNITUDE = 1e4
 # Near the end of float32; what is saved stays so far below that rounding cannot keep it from being
 # loaded.
 _MAX_SUM_LOADED, _MAX_SUM_SAVED = 1e37, 1e36
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader finds the old file or the new one, never less.
-
-    Raises:
-        OSError: The folder is absent or cannot be written to.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def serialise(memory: HierarchicalMemory) -> bytes:
@@ -120,7 +96,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Hierarchica
         OSError: The file is absent or cannot be read.
     """
     target = resolve_device(device)
-    with open(path, "rb", opener=_open_at_once) as file:
+    with open(path, "rb", opener=open_at_once) as file:
         try:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -147,11 +123,6 @@ def deserialise(data: bytes, *, device: str | torch.device = "cpu") -> Hierarchi
     except (HMNReplayError, safetensors.SafetensorError, ValueError) as error:
         raise MemoryFileError(f"cannot read the bytes of a memory: {error}") from error
     return memory.to(target)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    # Without the flag, opening a pipe waits for someone to write to it.
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _read(file: BinaryIO, num_bytes: int) -> HierarchicalMemory:

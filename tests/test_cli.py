@@ -358,6 +358,7 @@ def test_memory_that_runs_out_is_an_error_and_a_bug_is_not_hidden(
         DataError("two\n  lines"),
         MemoryError(),
         RuntimeError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
         RuntimeError("a bug"),
     ]
 
@@ -365,7 +366,7 @@ def test_memory_that_runs_out_is_an_error_and_a_bug_is_not_hidden(
         raise errors.pop(0)
 
     monkeypatch.setattr(commands, "evaluate", fail)
-    for message in ("error: two lines\n", "error: MemoryError\n", "pass --device cpu"):
+    for message in ("error: two lines\n", "error: MemoryError\n", *["pass --device cpu"] * 2):
         run("evaluate", memory_file, code=1)
         assert message in run.err
     with pytest.raises(RuntimeError, match="a bug"):
@@ -417,3 +418,37 @@ def test_a_reader_who_has_had_enough_is_no_error_to_tell(memory_file: Path) -> N
     os.close(writer)
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+def test_an_out_that_cannot_be_written_is_told_before_the_work(
+    run: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("condensed")
+
+    monkeypatch.setattr(commands, "condense", fail)
+    data, link, pipe = tmp_path / "data.npz", tmp_path / "link", tmp_path / "pipe"
+    data.write_bytes(b"")
+    link.symlink_to(data)
+    os.mkfifo(pipe)
+    common = ["condense", "--budget", BUDGET, "--data", data, "--out"]
+    for out, message in (
+        (data, "is the data set itself"),
+        (link, "is the data set itself"),
+        (pipe, "Not a regular file"),
+    ):
+        run(*common, out, code=1)
+        assert message in run.err
+    assert data.read_bytes() == b""
+
+
+def test_the_folder_of_an_unknown_user_is_no_data_set(run: Console, tmp_path: Path) -> None:
+    run(
+        "condense", "--data", "~no_such_user/x", "--budget", BUDGET, "--out", tmp_path / "m", code=1
+    )
+    assert "no data set is called '~no_such_user/x'" in run.err
+
+
+def test_a_device_without_values_is_refused(run: Console, memory_file: Path) -> None:
+    run("evaluate", memory_file, "--device", "meta", code=1)
+    assert "device 'meta' cannot be used" in run.err

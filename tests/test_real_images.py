@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -126,3 +128,22 @@ def test_arrays_that_do_not_fit_each_other_are_refused() -> None:
     for kind, arrays, message in wrong:
         with pytest.raises(DataError, match=message):
             RealImages(kind, arrays)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E8M0"])
+def test_a_type_that_numpy_lacks_is_refused(dtype: str) -> None:
+    header = json.dumps({"x": {"dtype": dtype, "shape": [2], "data_offsets": [0, 4]}})
+    if dtype == "F8_E8M0":
+        header = header.replace("[0, 4]", "[0, 2]")
+    body = bytes(4 if dtype == "BF16" else 2)
+    data = len(header).to_bytes(8, "little") + header.encode() + body
+    with pytest.raises(MemoryFileError, match=r"."):
+        parse_real_images(data)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.timeout(10)
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MemoryFileError, match="not a regular file"):
+        load_real_images(tmp_path / "pipe")

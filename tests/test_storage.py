@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import stat
 import subprocess
 import sys
 import textwrap
@@ -29,7 +28,7 @@ from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError, Trainin
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.layout import DIGEST_LENGTH, METADATA_KEY, Layout
 from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.storage import deserialise, load, save_memory, serialise, write_atomically
+from hmn_replay.storage import deserialise, load, save_memory, serialise
 
 MakeLayout = Callable[..., Layout]
 
@@ -277,41 +276,6 @@ def test_a_memory_that_diverged_is_not_saved(
         with pytest.raises(TrainingError, match="not finite or beyond 10,000: its training div"):
             memory.save(path)
         assert not path.exists()
-
-
-@pytest.mark.parametrize("broken", ["os.fsync", "os.replace", "os.chmod"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    broken: str, error: BaseException, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise error
-
-    path.write_bytes(b"old")
-    with monkeypatch.context() as patch:
-        patch.setattr(broken, fail)
-        with pytest.raises(type(error)):
-            write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(path.parent) == [path.name]
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert os.listdir(path.parent) == [path.name]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
-def test_a_file_is_readable_by_those_whom_the_umask_lets(path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        write_atomically(path, b"new")
-    finally:
-        assert os.umask(old) == 0o027
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
-
-
-def test_a_folder_that_is_not_there_is_the_systems_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        write_atomically(tmp_path / "absent" / "memory.hmn", b"new")
 
 
 # Files that are no files.

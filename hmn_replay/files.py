@@ -1,0 +1,63 @@
+"""Files: written all at once or not at all, and opened without waiting for anyone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+__all__ = ["check_target", "open_at_once", "write_atomically"]
+
+
+def check_target(path: str | Path) -> Path:
+    """Return where a write to ``path`` goes: the path itself, or what it links to in the end.
+
+    Raises:
+        OSError: A folder, a device or a pipe stands there; or the folder around it is absent, or
+            cannot be written to.
+    """
+    target = Path(os.path.realpath(path))
+    with contextlib.suppress(FileNotFoundError):
+        mode = target.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "Not a regular file, which alone is replaced", str(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such folder", str(target.parent))
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "Folder cannot be written to", str(target.parent))
+    return target
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader finds the old file or the new one, never less.
+
+    A link stays one: what it links to is written.
+
+    Raises:
+        OSError: As :func:`check_target`, or the system refuses. What stood there stays.
+    """
+    path = check_target(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """Open a file, for :func:`open`: a pipe is not waited for until someone writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

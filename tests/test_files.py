@@ -1,0 +1,84 @@
+"""Files that are written whole or not at all, and only where a file may stand."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from hmn_replay.files import check_target, write_atomically
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "memory.hmn"
+
+
+@pytest.mark.parametrize("broken", ["os.fsync", "os.replace", "os.chmod"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    broken: str, error: BaseException, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    path.write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, fail)
+        with pytest.raises(type(error)):
+            write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(path.parent) == [path.name]
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_file_is_readable_by_those_whom_the_umask_lets(path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write_atomically(path, b"new")
+    finally:
+        assert os.umask(old) == 0o027
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_folder_that_is_not_there_is_the_systems_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "absent" / "memory.hmn", b"new")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
+def test_a_link_is_written_through(path: Path) -> None:
+    (path.parent / "folder").mkdir()
+    target = path.parent / "folder" / "target"
+    path.symlink_to("folder/target")
+    for data in (b"first", b"second"):
+        write_atomically(path, data)
+        assert path.is_symlink()
+        assert target.read_bytes() == data
+    assert os.listdir(target.parent) == ["target"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.timeout(10)
+def test_what_is_no_regular_file_is_left_alone(path: Path) -> None:
+    os.mkfifo(path)
+    for target in (path, Path(os.devnull)):
+        mode = target.stat().st_mode
+        with pytest.raises(OSError, match="Not a regular file"):
+            write_atomically(target, b"new")
+        assert target.stat().st_mode == mode
+    with pytest.raises(IsADirectoryError):
+        write_atomically(path.parent, b"new")
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_target_is_checked_without_a_write(path: Path) -> None:
+    assert check_target(path) == Path(os.path.realpath(path))
+    with pytest.raises(FileNotFoundError, match="No such folder"):
+        check_target(path / "memory.hmn")
+    assert not path.exists()
