@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hmn_replay.augment import STRATEGIES
-from hmn_replay.budget import as_int
 from hmn_replay.errors import ConfigError
 from hmn_replay.formats import NUMBER_FORMATS
 from hmn_replay.matching import OBJECTIVES
 from hmn_replay.networks import NETWORKS
+from hmn_replay.options import convert, convert_fields
 from hmn_replay.runtime import PRECISIONS
 from hmn_replay.training import TrainingConfig
 
@@ -89,9 +89,7 @@ class CondenseConfig:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = _convert(field.name, getattr(self, field.name), str(field.type))
-            object.__setattr__(self, field.name, value)
+        convert_fields(self)
         requirements = {
             "number_format": (self.number_format in NUMBER_FORMATS, f"one of {NUMBER_FORMATS}"),
             "objective": (self.objective in OBJECTIVES, f"one of {tuple(OBJECTIVES)}"),
@@ -174,7 +172,7 @@ def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
     Raises:
         ConfigError: No such effort or field, or a value outside its range.
     """
-    if effort not in EFFORTS:
+    if not isinstance(effort, str) or effort not in EFFORTS:
         raise ConfigError(f"effort is one of {', '.join(EFFORTS)}; got {effort!r}")
     for name in options:
         _field_type(name)
@@ -193,10 +191,10 @@ def parse_option(name: str, text: str) -> Any:
     """
     kind = _field_type(name)
     if text.lower() == "none":
-        return _convert(name, None, kind)
+        return convert(name, None, kind)
     if kind.startswith("tuple"):
-        return _convert(name, tuple(_literal(word) for word in text.split(",") if word), kind)
-    return _convert(name, text if kind == "str" else _literal(text), kind)
+        return convert(name, tuple(_literal(word) for word in text.split(",") if word), kind)
+    return convert(name, text if kind == "str" else _literal(text), kind)
 
 
 def _literal(text: str) -> int | float | str:
@@ -211,22 +209,3 @@ def _field_type(name: str) -> str:
     if name not in kinds:
         raise ConfigError(f"there is no option {name!r}; there are {', '.join(kinds)}")
     return kinds[name]
-
-
-def _convert(name: str, value: Any, kind: str) -> Any:
-    """Return ``value`` as a field's type, where nothing is lost by that; else raise."""
-    if kind.startswith("tuple["):
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise ConfigError(f"{name} must be a list, got {value!r}")
-        return tuple(_convert(name, entry, kind[6:].split(",")[0]) for entry in value)
-    if value is None and kind.endswith("| None"):
-        return None
-    number = as_int(value)
-    if kind.startswith("int") and number is not None:
-        return number
-    if kind == "float" and (number is not None or isinstance(value, float)):
-        with contextlib.suppress(OverflowError):
-            return float(value)
-    if kind == "str" and isinstance(value, str):
-        return value
-    raise ConfigError(f"{name} must be {kind}, got {value!r}")

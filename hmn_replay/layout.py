@@ -32,15 +32,17 @@ bytes an image, decoder and all, images are too few.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hmn_replay.budget import Budget
+from hmn_replay.budget import Budget, as_int
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.filesize import TensorSpec, file_size
 from hmn_replay.formats import NumberFormat, check_number_format
+from hmn_replay.options import convert, convert_fields
 
 __all__ = [
     "DIGEST_LENGTH",
@@ -98,9 +100,8 @@ class Layout:
     decoder_channels: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image_shape", tuple(self.image_shape))
-        object.__setattr__(self, "decoder_channels", tuple(self.decoder_channels))
         _check_image_shape(self.image_shape)
+        convert_fields(self)
         check_number_format(self.number_format)
         if self.stride not in (2, 4, 8, 16, 32):
             raise ConfigError(f"stride is 2, 4, 8, 16 or 32; got {self.stride!r}")
@@ -112,7 +113,7 @@ class Layout:
             **{f"decoder_channels[{i}]": c for i, c in enumerate(self.decoder_channels)},
         }
         for name, count in counts.items():
-            if not _is_int(count) or not 1 <= count <= _MAX_CHANNELS:
+            if not 1 <= count <= _MAX_CHANNELS:
                 raise ConfigError(f"{name} is 1 to {_MAX_CHANNELS}; got {count!r}")
         if len(self.decoder_channels) != self.num_doublings:
             raise ConfigError(
@@ -141,11 +142,12 @@ class Layout:
                 gives the smallest budget that does.
             ConfigError: A shape, a number of classes or a number format outside its range.
         """
-        _check_image_shape(image_shape)
-        if not _is_int(num_classes) or not 1 <= num_classes <= MAX_CLASSES:
+        channels, height, width = _check_image_shape(image_shape)
+        count = as_int(num_classes)
+        if count is None or not 1 <= count <= MAX_CLASSES:
             raise ConfigError(f"num_classes is 1 to {MAX_CLASSES}; got {num_classes!r}")
+        num_classes = count
         check_number_format(number_format)
-        channels, height, width = image_shape
         limit = Budget.parse(budget).num_bytes
         side = min(height, width)
         stride = next((s for s in (2, 4, 8, 16) if side / s < 8), 32)
@@ -320,21 +322,19 @@ class Layout:
         return sum(math.prod(specs[name].shape) for name in learned)
 
 
-def _check_image_shape(image_shape: Sequence[int]) -> None:
-    valid = len(image_shape) == 3 and all(_is_int(side) for side in image_shape)
-    if (
-        not valid
-        or image_shape[0] not in (1, 3)
-        or not all(MIN_SIDE <= side <= MAX_SIDE for side in image_shape[1:])
-    ):
-        raise ConfigError(
-            f"image_shape is (C, H, W) with C 1 or 3 and H, W from {MIN_SIDE} to {MAX_SIDE}; "
-            f"got {tuple(image_shape)}"
-        )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    with contextlib.suppress(ConfigError):
+        channels, *sides = convert("image_shape", image_shape, "tuple[int, ...]") or (0,)
+        if (
+            channels in (1, 3)
+            and len(sides) == 2
+            and MIN_SIDE <= min(sides) <= max(sides) <= MAX_SIDE
+        ):
+            return channels, sides[0], sides[1]
+    raise ConfigError(
+        f"image_shape is (C, H, W) with C 1 or 3 and H, W from {MIN_SIDE} to {MAX_SIDE}; "
+        f"got {image_shape!r}"
+    )
 
 
 def _join(numbers: Sequence[int]) -> str:

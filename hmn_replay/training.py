@@ -17,6 +17,7 @@ from hmn_replay.augment import STRATEGIES, cutmix, draw_augmentation
 from hmn_replay.data import ImageSource, as_labelled_images, channel_stats
 from hmn_replay.errors import ConfigError, DataError, TrainingError
 from hmn_replay.networks import NETWORKS, Network, build_network
+from hmn_replay.options import convert_fields
 from hmn_replay.runtime import (
     PRECISIONS,
     autocast,
@@ -62,7 +63,7 @@ class TrainingConfig:
             bfloat16 where the processor multiplies it natively.
 
     Raises:
-        ConfigError: A value outside what is said above.
+        ConfigError: A value of another type, or outside what is said above.
     """
 
     network: str = "convnet"
@@ -78,7 +79,7 @@ class TrainingConfig:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "augmentations", tuple(self.augmentations))
+        convert_fields(self)
         requirements = {
             "network": (self.network in NETWORKS, f"one of {NETWORKS}"),
             "width": (self.width >= 1, "1 or more"),
@@ -168,6 +169,7 @@ def evaluate(
     return trained, score(trained, test_images, torch.where(known, positions, -1))
 
 
+@torch.inference_mode(False)
 def train_network(
     images: Tensor,
     class_indices: Tensor,

@@ -227,3 +227,9 @@ def test_any_text_is_read_or_refused(name: str, text: str) -> None:
 def test_an_option_that_is_not_there_cannot_be_read() -> None:
     with pytest.raises(ConfigError, match="no option 'depth'; there are number_format"):
         parse_option("depth", "3")
+
+
+@pytest.mark.parametrize("effort", [["quick"], None, 1])
+def test_an_effort_that_is_no_name_is_refused(effort: Any) -> None:
+    with pytest.raises(ConfigError, match="effort is one of quick, standard, paper"):
+        make_config(effort)

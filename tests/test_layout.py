@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -228,7 +229,8 @@ def test_other_texts_are_value_errors(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 8, 8), (3, 7, 8), (3, 8, 225), (3, 8), (3, 8, 8, 8), (True, 8, 8), (3, 8.0, 8)]
+    "shape",
+    [(2, 8, 8), (3, 7, 8), (3, 8, 225), (3, 8), (3, 8, 8, 8), (True, 8, 8), (3, 8.0, 8), (), None],
 )
 def test_an_image_shape_out_of_range_is_refused(make_layout: MakeLayout, shape: Any) -> None:
     with pytest.raises(ConfigError, match=r"\(C, H, W\) with C 1 or 3 and H, W from 8 to 224; got"):
@@ -242,8 +244,9 @@ def test_an_image_shape_out_of_range_is_refused(make_layout: MakeLayout, shape: 
         ("stride", 12, "stride is 2, 4, 8, 16 or 32; got 12"),
         ("dataset_channels", 0, "dataset_channels is 1 to 512; got 0"),
         ("feature_channels", 513, "feature_channels is 1 to 512; got 513"),
-        ("class_channels", 1.0, "class_channels is 1 to 512; got 1.0"),
-        ("instance_channels", True, "instance_channels is 1 to 512; got True"),
+        ("class_channels", 1.0, "class_channels must be int, got 1.0"),
+        ("instance_channels", True, "instance_channels must be int, got True"),
+        ("decoder_channels", 5, "decoder_channels must be a list, got 5"),
         ("decoder_channels", (5, 0), r"decoder_channels\[1\] is 1 to 512; got 0"),
         ("decoder_channels", (5,), r"one entry a doubling, 2 for stride 4; got \(5,\)"),
         ("decoder_channels", (5, 5, 5), r"one entry a doubling, 2 for stride 4"),
@@ -334,3 +337,18 @@ def test_a_memory_of_the_largest_image_decodes() -> None:
     images, _ = HierarchicalMemory(layout, [0], 1).decode()
     assert images.shape == (1, 3, 224, 224)
     assert bool(torch.isfinite(images).all())
+
+
+def test_integers_of_numpy_are_integers(make_layout: MakeLayout) -> None:
+    four: Any = np.int64(4)
+    shape: Any = np.array([3, 8, 8])
+    layout = make_layout(image_shape=shape, stride=four, decoder_channels=np.array([5, 4]))
+    assert layout == make_layout()
+    assert all(type(side) is int for side in (*layout.image_shape, *layout.decoder_channels))
+    assert Layout.choose(20_000, shape, four) == Layout.choose(20_000, (3, 8, 8), 4)
+
+
+@pytest.mark.parametrize("num_classes", [None, "4", 4.0])
+def test_a_number_of_classes_that_is_no_integer_is_refused(num_classes: Any) -> None:
+    with pytest.raises(ConfigError, match="num_classes is 1 to"):
+        Layout.choose(20_000, (3, 8, 8), num_classes)

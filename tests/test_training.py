@@ -384,6 +384,12 @@ def test_a_training_that_leaves_the_real_numbers_says_so() -> None:
         ({"cutmix_probability": 1.5}, r"cutmix_probability must be in \[0, 1\], got 1.5"),
         ({"augmentations": ("blur",)}, r"augmentations must be among .*got \('blur',\)"),
         ({"precision": "float16"}, "precision must be one of .*'bfloat16', 'auto'.*got 'float16'"),
+        ({"width": "64"}, "width must be int, got '64'"),
+        ({"width": 8.5}, "width must be int, got 8.5"),
+        ({"depth": 2.0}, r"depth must be int \| None, got 2.0"),
+        ({"learning_rate": "a"}, "learning_rate must be float, got 'a'"),
+        ({"augmentations": None}, "augmentations must be a list, got None"),
+        ({"network": ["convnet"]}, "network must be str"),
     ],
 )
 def test_configuration_is_checked(options: dict[str, Any], message: str) -> None:
@@ -405,3 +411,21 @@ def test_configuration_takes_a_list_and_hashes() -> None:
     config = TrainingConfig(augmentations=["flip"])  # type: ignore[arg-type]
     assert config == TrainingConfig(augmentations=("flip",))
     assert hash(config) == hash(TrainingConfig(augmentations=("flip",)))
+
+
+def test_training_is_the_same_inside_other_modes() -> None:
+    train, test = stripes(12), stripes(6, seed=1)
+    options: dict[str, Any] = {"num_passes": 36, "width": 4, "device": "cpu"}
+    network, accuracy = evaluate(train, test, **options)
+    with torch.inference_mode():
+        inside, same = evaluate(stripes(12), stripes(6, seed=1), **options)
+    assert same == accuracy
+    torch.set_default_dtype(torch.float64)
+    try:
+        other, same = evaluate(train, test, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same == accuracy
+    for name, value in network.state_dict().items():
+        assert inside.state_dict()[name].equal(value)
+        assert other.state_dict()[name].equal(value)
