@@ -14,6 +14,7 @@ from typing import Literal, Protocol, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hmn_replay.errors import ConfigError
 
@@ -63,7 +64,7 @@ def gradient_matching(
 
     Args:
         network: Maps images to logits ``(N, K)``. Its parameters' ``.grad`` and ``requires_grad``
-            and its mode are left as they are.
+            and its mode are left as they are, and so are batch normalisation's statistics.
         real_images: float ``(R, C, H, W)``, augmented as the decoded ones are.
         real_labels: int64 ``(R,)``, class indices.
         decoded_images: float ``(B, C, H, W)``.
@@ -77,7 +78,7 @@ def gradient_matching(
     """
     weights = _convolution_weights(network)
     decoded_images = decoded_images.detach().requires_grad_()
-    with _requiring_grad(weights), torch.enable_grad():
+    with _keeping_statistics(network), _requiring_grad(weights), torch.enable_grad():
         real_loss = F.cross_entropy(network(real_images.detach()), real_labels)
         real_gradients = torch.autograd.grad(real_loss, weights)
         decoded_loss = F.cross_entropy(network(decoded_images), decoded_labels)
@@ -127,9 +128,9 @@ def distribution_matching(
             f"{type(network).__name__} has none"
         )
     decoded_images = decoded_images.detach().requires_grad_()
-    with torch.no_grad():
-        real_means = [layer.mean(dim=0) for layer in features(real_images)]
-    with torch.enable_grad():
+    with _keeping_statistics(network), torch.enable_grad():
+        with torch.no_grad():
+            real_means = [layer.mean(dim=0) for layer in features(real_images)]
         decoded_means = [layer.mean(dim=0) for layer in features(decoded_images)]
         loss = torch.stack(
             [
@@ -179,3 +180,23 @@ def _requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for parameter, flag in zip(parameters, flags, strict=True):
             parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _keeping_statistics(network: nn.Module) -> Iterator[None]:
+    """Let batch normalisation not record what it sees inside the block; what it gives is the same.
+
+    In training mode it normalises by the batch, whether or not it tracks running statistics.
+    """
+    tracking = [
+        module
+        for module in network.modules()
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+    ]
+    try:
+        for module in tracking:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True

@@ -7,11 +7,12 @@ easiest of each class until the budget holds. AUM is Pleiss et al. 2020, arXiv 2
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from hmn_replay.budget import as_int
 from hmn_replay.errors import ConfigError
 
 __all__ = ["aum", "double_ended_prune", "margins"]
@@ -24,21 +25,23 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: float ``(..., N, K)`` with K of 2 or more.
-        labels: int64 ``(N,)`` in ``0 .. K - 1``.
+        labels: integers ``(N,)`` in ``0 .. K - 1``.
 
     Returns:
         float ``(..., N)``: positive where the network is right.
 
     Raises:
-        ConfigError: The shapes do not fit each other, there is one class alone, or a label is
-            outside ``0 .. K - 1``.
+        ConfigError: The shapes do not fit each other, there is one class alone, or a label is no
+            integer or outside ``0 .. K - 1``.
     """
     if logits.ndim < 2 or logits.shape[-1] < 2 or logits.shape[-2] != len(labels):
         raise ConfigError(
             f"logits are (..., N, K) with K of 2 or more and N labels; got logits "
             f"{tuple(logits.shape)} and {len(labels)} labels"
         )
-    num_classes = logits.shape[-1]
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ConfigError(f"labels are integers; got {labels.dtype}")
+    labels, num_classes = labels.long(), logits.shape[-1]
     if bool(((labels < 0) | (labels >= num_classes)).any()):
         raise ConfigError(
             f"labels are in 0 .. {num_classes - 1}, as many as logits; got {int(labels.min())} to "
@@ -61,12 +64,14 @@ def aum(margins_per_epoch: Tensor | Sequence[Tensor]) -> Tensor:
         float ``(N,)``. Low: hard, or badly decoded. High: easy.
 
     Raises:
-        ConfigError: No epoch at all.
+        ConfigError: No epoch at all, or epochs of different lengths.
     """
     if len(margins_per_epoch) == 0:
         raise ConfigError("AUM is a mean over epochs; got the margins of none")
     if isinstance(margins_per_epoch, Tensor):
         return margins_per_epoch.mean(dim=0)
+    if len(shapes := {tuple(margins.shape) for margins in margins_per_epoch}) > 1:
+        raise ConfigError(f"every epoch has a margin for each image; got shapes {sorted(shapes)}")
     return torch.stack(list(margins_per_epoch)).mean(dim=0)
 
 
@@ -106,9 +111,12 @@ def double_ended_prune(
     if bool(scores.isnan().any()):
         raise ConfigError("scores hold NaN: the training that they come from diverged")
     classes = labels.unique()
-    drops = [num_drop] * len(classes) if isinstance(num_drop, int) else list(num_drop)
+    given = num_drop if isinstance(num_drop, Iterable) else [num_drop] * len(classes)
+    drops = [drop for drop in map(as_int, given) if drop is not None]
     if len(drops) != len(classes):
-        raise ConfigError(f"num_drop has one entry a class, {len(classes)}; got {len(drops)}")
+        raise ConfigError(
+            f"num_drop is an integer, or {len(classes)} of them, one a class; got {num_drop!r}"
+        )
     kept = [labels.new_empty(0, dtype=torch.int64)]
     for label, drop in zip(classes, drops, strict=True):
         members = (labels == label).nonzero().flatten()

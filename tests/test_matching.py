@@ -266,3 +266,13 @@ def test_a_network_without_features_is_refused() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
     with pytest.raises(ConfigError, match=r"needs a network with features\(images\); Sequential"):
         distribution_matching(network, *some_batches())
+
+
+@objectives
+def test_running_statistics_are_left_as_they_are(objective: Objective) -> None:
+    network = build_network("vgg16", (3, 8, 8), 3).double()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    objective(network, *some_batches())
+    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+    network(some_batches()[0])
+    assert int(network.get_buffer("stages.0.1.num_batches_tracked")) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -202,5 +203,31 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
         double_ended_prune(torch.zeros(3), zeros(2), 1, 0.5)
     with pytest.raises(ConfigError, match=r"\(N,\) both; got \(3, 1\) and \(3, 1\)"):
         double_ended_prune(torch.zeros(3, 1), zeros(3)[:, None], 1, 0.5)
-    with pytest.raises(ConfigError, match="one entry a class, 2; got 3"):
+    with pytest.raises(ConfigError, match=r"or 2 of them, one a class; got \[1, 1, 1\]"):
         double_ended_prune(torch.zeros(3), torch.tensor([0, 1, 1]), [1, 1, 1], 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_of_any_integer_type_will_do(dtype: torch.dtype) -> None:
+    assert margins(LOGITS, LABELS.to(dtype)).equal(margins(LOGITS, LABELS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_labels_that_are_no_integers_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ConfigError, match="labels are integers; got"):
+        margins(LOGITS, LABELS.clamp(max=1).to(dtype))
+
+
+def test_epochs_of_unequal_length_are_refused() -> None:
+    with pytest.raises(ConfigError, match="a margin for each image"):
+        aum([torch.zeros(3), torch.zeros(2)])
+
+
+def test_the_number_to_drop_may_be_numpys() -> None:
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.4])
+    num_drops: list[Any] = [np.int64(2), np.array([2])]
+    for num_drop in num_drops:
+        assert double_ended_prune(scores, zeros(4), num_drop, beta=0.5).tolist() == [2, 3]
+    for wrong in (None, 1.0, [1.0]):
+        with pytest.raises(ConfigError, match="num_drop is an integer"):
+            double_ended_prune(scores, zeros(4), wrong, beta=0.5)  # type: ignore[arg-type]
