@@ -26,6 +26,7 @@ from hmn_replay.runtime import deterministic_cudnn, resolve_device
 __all__ = ["condense"]
 
 
+@torch.inference_mode(False)
 def condense(
     source: ImageSource,
     budget: Budget | int | str,

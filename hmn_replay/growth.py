@@ -6,7 +6,21 @@ make room by the same double-ended pruning that new ones go through.
 
 What all images are decoded with, the dataset memory and the decoder, is fitted to the classes of
 the first call and then stays as it is. Old images so keep every bit, however many classes come, and
-the work for new classes does not grow with the old ones.
+the work for new classes does not grow with the old ones. The other way, to let it learn on with
+half of each batch from the old decoded images, gave no better images, and old ones drifted. Warm
+start of 1,480 images of ten classes of CIFAR-100 after ten others (300 KiB, int8):
+
+==================  =====  ============  =============
+shared tensors      steps  new images    old images to
+                           to real ones  what they were
+==================  =====  ============  =============
+stay as they are      300  22.2 dB       the same bits
+stay as they are    1,500  23.2 dB       the same bits
+learn on              300  21.8 dB       34.5 dB
+learn on            1,500  23.1 dB       36.7 dB
+==================  =====  ============  =============
+
+The first ten classes came to 23.9 dB in 1,500 steps.
 """
 
 from __future__ import annotations
@@ -95,7 +109,7 @@ def make_room(
     if old is None or not first_class:
         memory = HierarchicalMemory(layout, data.classes, counts, seed=seed).to(device)
     else:
-        memory = copy.deepcopy(old).to(device)
+        memory = copy.deepcopy(old).to(device).requires_grad_(True)
         memory.budget_bytes, memory.report = None, {}
         if again:
             memory.remove(again)

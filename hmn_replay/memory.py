@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from hmn_replay.budget import Budget, as_int
+from hmn_replay.decoded import DecodedDataset
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.formats import max_abs_scale, round_to_format
 from hmn_replay.layout import MAX_CLASSES, Layout
 from hmn_replay.runtime import make_generator
 
-__all__ = ["DecodedDataset", "HierarchicalMemory"]
+__all__ = ["HierarchicalMemory"]
 
 # Images decoded at once: 256 up to 32 x 32, 5 of 224 x 224.
 _PIXELS_PER_CHUNK = 2**18
@@ -96,25 +96,21 @@ class HierarchicalMemory(nn.Module):
         self.budget_bytes = None if budget is None else Budget.parse(budget).num_bytes
         generator = make_generator(seed, "memory")
         self.dataset_memory = _noise(generator, 0.5, layout.dataset_channels, *layout.grid)
-        self.class_memory = nn.Parameter(torch.empty(0, layout.class_channels, *layout.grid))
-        self.instance_memory = nn.Parameter(torch.empty(0, *layout.instance_shape))
-        self.extractor_weight = nn.Parameter(
-            torch.empty(0, layout.feature_channels, layout.dataset_channels)
-        )
-        self.extractor_bias = nn.Parameter(torch.empty(0, layout.feature_channels))
+        self.class_memory = _zeros(0, layout.class_channels, *layout.grid)
+        self.instance_memory = _zeros(0, *layout.instance_shape)
+        self.extractor_weight = _zeros(0, layout.feature_channels, layout.dataset_channels)
+        self.extractor_bias = _zeros(0, layout.feature_channels)
         self.decoder_weights = nn.ParameterList(
             _noise(generator, math.sqrt(2 / (9 * i)), o, i, 3, 3) for i, o in layout.convolutions
         )
-        self.decoder_biases = nn.ParameterList(
-            nn.Parameter(torch.zeros(o)) for _, o in layout.convolutions
-        )
+        self.decoder_biases = nn.ParameterList(_zeros(o) for _, o in layout.convolutions)
         self.register_buffer("classes", torch.empty(0, dtype=torch.int64))
         self.register_buffer("class_index", torch.empty(0, dtype=torch.int64))
-        self.register_buffer("dataset_scale", torch.ones(1, 1, 1))
-        self.register_buffer("class_scale", torch.ones(0, 1, 1, 1))
-        self.register_buffer("instance_scale", torch.ones(0, layout.instance_channels, 1, 1))
-        self.register_buffer("extractor_scale", torch.ones(0, 1, 1))
-        self.register_buffer("decoder_scale", torch.ones(len(layout.convolutions)))
+        self.register_buffer("dataset_scale", _ones(1, 1, 1))
+        self.register_buffer("class_scale", _ones(0, 1, 1, 1))
+        self.register_buffer("instance_scale", _ones(0, layout.instance_channels, 1, 1))
+        self.register_buffer("extractor_scale", _ones(0, 1, 1))
+        self.register_buffer("decoder_scale", _ones(len(layout.convolutions)))
         self.extend(labels, counts, seed=seed)
 
     @property
@@ -204,8 +200,9 @@ class HierarchicalMemory(nn.Module):
         """Decode images, a bounded number at a time.
 
         An image's bits do not depend on which others are decoded with it, nor on its place among
-        them: every call of the decoder sees a batch of the same size, the last one filled up with
-        repeats, and activations are taken image by image.
+        them, nor on a surrounding ``torch.autocast``: every call of the decoder sees a batch of the
+        same size, the last one filled up with repeats, and on a CPU activations are taken image by
+        image. So one image takes as long as a batch, 256 of 32 x 32: ask for all at once.
 
         Args:
             indices: Positions of the images wanted, ``(B,)``; all where None.
@@ -223,18 +220,21 @@ class HierarchicalMemory(nn.Module):
         device = self.instance_memory.device
         if indices is None:
             indices = torch.arange(self.num_images)
-        indices = _check_indices(indices, self.num_images).to(device)
-        images = torch.empty((len(indices), *self.image_shape), dtype=dtype, device=device)
+        indices = _check_indices(indices, self.num_images)
         fitting = _PIXELS_PER_CHUNK // math.prod(self.image_shape[1:])
         chunk_size = max(1, min(fitting, _IMAGES_PER_CHUNK))
-        for start in range(0, len(indices), chunk_size):
-            chunk = indices[start : start + chunk_size]
-            padded = F.pad(chunk, (0, chunk_size - len(chunk)), value=int(chunk[0]))
-            decoded = self._images(padded, _silu_by_image, _sigmoid_by_image)[: len(chunk)]
-            if dtype == torch.uint8:
-                decoded = (decoded * 255).round()
-            images[start : start + len(chunk)] = decoded
-        return images, self.labels[indices]
+        num_images, num_repeats = len(indices), -len(indices) % chunk_size
+        padded = torch.cat([indices, indices[-1:].expand(num_repeats)]).to(device)
+        images = torch.empty((num_images, *self.image_shape), dtype=dtype, device=device)
+        on_cpu = device.type == "cpu"
+        activations = (_silu_by_image, _sigmoid_by_image) if on_cpu else (F.silu, torch.sigmoid)
+        with torch.autocast(device.type, enabled=False):
+            for start in range(0, num_images, chunk_size):
+                decoded = self._images(padded[start : start + chunk_size], *activations)
+                if dtype == torch.uint8:
+                    decoded = (decoded * 255).round()
+                images[start : start + chunk_size] = decoded[: num_images - start]
+        return images, self.labels[padded[:num_images]]
 
     def as_dataset(
         self,
@@ -329,18 +329,17 @@ class HierarchicalMemory(nn.Module):
                 layout.feature_channels,
                 layout.dataset_channels,
             ),
-            "extractor_bias": torch.zeros(len(new), layout.feature_channels),
+            "extractor_bias": _zeros(len(new), layout.feature_channels),
         }
         for name, values in grown.items():
-            old_values: Tensor = getattr(self, name)
-            setattr(self, name, nn.Parameter(torch.cat([old_values, values.to(device)])))
+            self._replace(name, torch.cat([getattr(self, name), values.to(device)]))
         new_scales = {
-            "class_scale": max_abs_scale(grown["class_memory"], torch.ones(len(new), 1, 1, 1)),
-            "extractor_scale": max_abs_scale(grown["extractor_weight"], torch.ones(len(new), 1, 1)),
+            "class_scale": max_abs_scale(grown["class_memory"], _ones(len(new), 1, 1, 1)),
+            "extractor_scale": max_abs_scale(grown["extractor_weight"], _ones(len(new), 1, 1)),
             "instance_scale": _class_scales(grown["instance_memory"], owner, len(new)),
         }
-        for name, values in new_scales.items():
-            setattr(self, name, torch.cat([getattr(self, name), values.to(device)]))
+        for name, scales in new_scales.items():
+            setattr(self, name, torch.cat([getattr(self, name), scales.to(device)]))
         if not old:
             self.update_scales()
 
@@ -359,7 +358,7 @@ class HierarchicalMemory(nn.Module):
         if len(kept.unique()) != len(kept):
             raise ConfigError("each index may come once; some come twice or more")
         kept = kept.to(self.class_index.device)
-        self.instance_memory = nn.Parameter(self.instance_memory[kept])
+        self._replace("instance_memory", self.instance_memory[kept])
         self.class_index = self.class_index[kept]
         self._counts = self.class_index.bincount(minlength=self.num_classes).tolist()
 
@@ -387,7 +386,7 @@ class HierarchicalMemory(nn.Module):
         self.class_index = torch.searchsorted(rows, self.class_index)
         self._counts = [self._counts[position] for position in stays]
         for name in ("class_memory", "extractor_weight", "extractor_bias"):
-            setattr(self, name, nn.Parameter(getattr(self, name)[rows]))
+            self._replace(name, getattr(self, name)[rows])
         for name in ("classes", "class_scale", "extractor_scale", "instance_scale"):
             setattr(self, name, getattr(self, name)[rows])
 
@@ -401,6 +400,11 @@ class HierarchicalMemory(nn.Module):
 
         save_memory(self, path)
 
+    def _replace(self, name: str, values: Tensor) -> None:
+        """Give a parameter other values, of another shape; it is trained or frozen as before."""
+        requires_grad = self.get_parameter(name).requires_grad
+        setattr(self, name, nn.Parameter(values, requires_grad))
+
     def _check_budget(self, num_classes: int, num_images: int) -> None:
         needed = self.layout.file_bytes(num_classes, num_images, self.budget_bytes)
         if self.budget_bytes is not None and needed > self.budget_bytes:
@@ -411,9 +415,9 @@ class HierarchicalMemory(nn.Module):
 
 
 def _silu_by_image(x: Tensor) -> Tensor:
-    # The last values of a tensor, and of a thread's share of it, do not fill a SIMD register; the
-    # scalar code that takes them has another exp, to the last bit. Alone, an image has always the
-    # same last values.
+    # On a CPU, the last values of a tensor, and of a thread's share of it, do not fill a SIMD
+    # register; the scalar code that takes them has another exp, to the last bit. Alone, an image
+    # has always the same last values.
     for image in x:
         F.silu(image, inplace=True)
     return x
@@ -425,35 +429,17 @@ def _sigmoid_by_image(x: Tensor) -> Tensor:
     return x
 
 
-class DecodedDataset(Dataset[tuple[object, int]]):
-    """Decoded images as a map-style data set.
-
-    Args:
-        images: ``(N, C, H, W)``.
-        targets: int64 ``(N,)``.
-        transform: Applied to an image ``(C, H, W)`` each time that it is read, or None.
-
-    Attributes:
-        targets: list of int, the labels, as torchvision's data sets have them.
-    """
-
-    def __init__(
-        self, images: Tensor, targets: Tensor, transform: Callable[[Tensor], object] | None = None
-    ) -> None:
-        self.images = images
-        self.targets: list[int] = targets.tolist()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[object, int]:
-        image = self.images[index]
-        return image if self.transform is None else self.transform(image), self.targets[index]
-
-
 def _noise(generator: torch.Generator, std: float, *shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape, generator=generator) * std)
+    values = torch.randn(shape, generator=generator, dtype=torch.float32)
+    return nn.Parameter(values * std)
+
+
+def _zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+
+
+def _ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.float32)
 
 
 def _class_scales(instance_memory: Tensor, class_index: Tensor, num_classes: int) -> Tensor:
@@ -466,7 +452,10 @@ def _class_scales(instance_memory: Tensor, class_index: Tensor, num_classes: int
 
 
 def _check_classes(classes: Sequence[int] | Tensor) -> list[int]:
-    given = classes.tolist() if isinstance(classes, Tensor) else list(classes)
+    given = classes.tolist() if isinstance(classes, Tensor) else classes
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"classes are a sequence of integers; got {classes!r}")
+    given = list(given)
     values = [v for v in map(as_int, given) if v is not None and -(2**63) <= v < 2**63]
     if len(values) < len(given):
         raise ConfigError(f"classes are integers of 64 bits; got {given[:5]}")
@@ -478,7 +467,10 @@ def _check_classes(classes: Sequence[int] | Tensor) -> list[int]:
 
 
 def _check_indices(indices: Tensor | Sequence[int], num_images: int) -> Tensor:
-    checked = torch.as_tensor(indices).flatten().cpu()
+    try:
+        checked = torch.as_tensor(indices).flatten().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"indices are integers; got {indices!r}") from error
     if not len(checked):
         return checked.long()
     if checked.is_floating_point() or checked.dtype == torch.bool:
@@ -492,9 +484,10 @@ def _check_indices(indices: Tensor | Sequence[int], num_images: int) -> Tensor:
 
 
 def _check_counts(images_per_class: int | Sequence[int], num_classes: int) -> list[int]:
-    if isinstance(images_per_class, Iterable):
-        given = list(images_per_class)
-    else:
+    given: list[object]
+    try:
+        given = list(images_per_class)  # type: ignore[arg-type]
+    except TypeError:  # a number, be it a tensor without axes
         given = [images_per_class] * num_classes
     counts = [count for count in map(as_int, given) if count is not None and count >= 0]
     if not len(counts) == len(given) == num_classes:

@@ -423,3 +423,25 @@ def test_data_that_cannot_be_is_refused(make_set: MakeSet, make_layout: MakeLayo
         condense(make_set(image_shape=(3, 6, 6)), "1 MiB", **TINY)
     with pytest.raises(DataError):
         condense((torch.full((4, 3, 8, 8), float("nan")), torch.zeros(4)), "1 MiB", **TINY)
+
+
+def test_condensation_is_the_same_inside_other_modes(
+    make_layout: MakeLayout, make_set: MakeSet
+) -> None:
+    data = make_set()
+    wanted = tiny(data, make_layout())
+    with torch.inference_mode():
+        memory = tiny(make_set(), make_layout())
+        grown = tiny(make_set(labels=(7, 8)), memory.layout, memory=memory, budget=10**4)
+    assert serialise(memory) == serialise(wanted)
+    assert grown.num_classes == 5
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert serialise(tiny(data, make_layout())) == serialise(wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_seed_that_is_no_integer_is_refused(make_layout: MakeLayout, make_set: MakeSet) -> None:
+    with pytest.raises(ConfigError, match="seed must be an integer, got None"):
+        tiny(make_set(), make_layout(), seed=None)

@@ -229,3 +229,14 @@ def test_a_memory_keeps_its_layout(make_set: MakeSet, make_layout: MakeLayout) -
         tiny(more, make_layout(), memory=memory, number_format="float32")
     with pytest.raises(ConfigError, match="options ask for"):
         tiny(make_set(image_shape=(3, 9, 9), labels=(7,)), memory.layout, memory=memory)
+
+
+def test_a_frozen_memory_can_grow(
+    make_layout: Callable[..., Layout], make_set: Callable[..., LabelledImages]
+) -> None:
+    old = HierarchicalMemory(make_layout(), [7, 8], 3, seed=1).requires_grad_(False)
+    growth = make_room(
+        make_set(), Budget(10**4), 0.1, layout=old.layout, old=old, device=torch.device("cpu")
+    )
+    assert growth.memory.class_memory.requires_grad
+    assert not old.class_memory.requires_grad

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -502,35 +501,6 @@ def test_counts_and_sizes_are_told(make_layout: MakeLayout) -> None:
     assert HierarchicalMemory(make_layout(), [0], 1, budget="1 MiB").budget_bytes == 2**20
 
 
-def test_a_data_set_has_images_labels_and_targets(make_layout: MakeLayout) -> None:
-    memory = trained(HierarchicalMemory(make_layout(), [5, 3], [2, 1]))
-    images, _ = memory.decode()
-    dataset = memory.as_dataset()
-    assert len(dataset) == 3
-    assert dataset.targets == [5, 5, 3]
-    for index in range(3):
-        image, label = dataset[index]
-        assert isinstance(image, Tensor)
-        assert image.equal(images[index])
-        assert label == dataset.targets[index]
-
-
-def test_a_data_set_transforms_an_image_each_time_that_it_is_read(make_layout: MakeLayout) -> None:
-    calls = itertools.count()
-    memory = HierarchicalMemory(make_layout(), [5], 2)
-    dataset = memory.as_dataset(lambda image: (image.dtype, next(calls)), dtype=torch.uint8)
-    assert dataset[1] == ((torch.uint8, 0), 5)
-    assert dataset[1] == ((torch.uint8, 1), 5)
-
-
-def test_a_data_set_feeds_a_loader(make_layout: MakeLayout) -> None:
-    dataset = HierarchicalMemory(make_layout(), [5, 3], 4).as_dataset()
-    loader = torch.utils.data.DataLoader(dataset, batch_size=3, generator=torch.Generator())
-    batches = list(loader)
-    assert torch.cat([labels for _, labels in batches]).tolist() == [5] * 4 + [3] * 4
-    assert math.prod(batches[0][0].shape) == 3 * 3 * 8 * 8
-
-
 def test_a_copy_is_independent(make_layout: MakeLayout) -> None:
     memory = HierarchicalMemory(make_layout(), [0, 1], 3)
     images, _ = memory.decode()
@@ -586,3 +556,46 @@ def test_scales_of_the_classes_before_stay(make_layout: Callable[..., Layout]) -
     for name in ("class_scale", "extractor_scale", "instance_scale"):
         assert after[name][:2].equal(before[name][:2])
         torch.testing.assert_close(after[name][2:], 3 * before[name][2:])
+
+
+def test_what_are_no_classes_or_positions_is_refused(make_layout: MakeLayout) -> None:
+    for classes in (5, None, torch.tensor(5)):
+        with pytest.raises(ConfigError, match="classes are a sequence of integers"):
+            HierarchicalMemory(make_layout(), classes, 1)  # type: ignore[arg-type]
+    assert HierarchicalMemory(make_layout(), [5, 6], torch.tensor(2)).num_images == 4  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="indices are integers; got None"):
+        HierarchicalMemory(make_layout(), [5], 1).keep(None)  # type: ignore[arg-type]
+
+
+@every_format
+def test_decoding_does_not_depend_on_autocast(
+    make_layout: MakeLayout, number_format: NumberFormat
+) -> None:
+    memory = trained(HierarchicalMemory(make_layout(number_format), [5, 3], 2))
+    images, _ = memory.decode()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert memory.decode()[0].equal(images)
+
+
+def test_changes_of_shape_leave_the_flags(make_layout: MakeLayout) -> None:
+    memory = HierarchicalMemory(make_layout(), [5, 3, 4], 2)
+    frozen = {"class_memory", "instance_memory", "extractor_bias"}
+    for name in frozen:
+        memory.get_parameter(name).requires_grad_(False)
+    memory.keep([0, 2, 4, 5])
+    memory.extend([9], 1)
+    memory.remove([5])
+    assert {name for name, p in memory.named_parameters() if not p.requires_grad} == frozen
+
+
+def test_values_do_not_depend_on_the_default_dtype(make_layout: MakeLayout) -> None:
+    wanted = HierarchicalMemory(make_layout(), [5, 3], 2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        memory = HierarchicalMemory(make_layout(), [5, 3], 2)
+        assert memory.decode()[0].equal(wanted.decode()[0])
+        assert serialise(memory) == serialise(wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in memory.state_dict().items():
+        assert value.dtype == wanted.state_dict()[name].dtype
