@@ -199,14 +199,14 @@ def match_step(
                 std=real.std,
             )
             decoded = own.detach().requires_grad_()
-            augmented = augment(decoded)
+            real_images, augmented = _not_alone(augment(real_images)), _not_alone(augment(decoded))
             with autocast(device, config.precision):
                 _, gradient = objective(
                     network,
-                    augment(real_images),
+                    real_images,
                     torch.full((len(real_images),), label, device=device),
                     augmented,
-                    torch.full((len(decoded),), label, device=device),
+                    torch.full((len(augmented),), label, device=device),
                 )
             gradients.extend(torch.autograd.grad(augmented, decoded, gradient))
         torch.autograd.backward(images, torch.cat(gradients))
@@ -245,7 +245,7 @@ def train_step(
     """Let the network learn from ``network_images`` real images, as IDC does after every step."""
     device = network.mean.device
     chosen = torch.randint(len(real.data), (config.network_images,), generator=generator)
-    for indices in chosen.split(config.network_batch):
+    for indices in map(_not_alone, chosen.split(config.network_batch)):
         batch, labels_a, labels_b, lam = draw_batch(
             real.data.floats(indices).to(device, non_blocking=True),
             real.class_indices[indices].to(device, non_blocking=True),
@@ -261,6 +261,11 @@ def train_step(
         learner.zero_grad()
         torch.autograd.backward(loss)
         learner.step()
+
+
+def _not_alone(batch: Tensor) -> Tensor:
+    # Batch normalisation needs two values, so a lone image is shown twice.
+    return torch.cat([batch, batch]) if len(batch) == 1 else batch
 
 
 def _draw(count: int, most: int | None, generator: torch.Generator) -> Tensor:

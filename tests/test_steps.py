@@ -529,3 +529,24 @@ def test_training_steps_teach_the_network_the_classes(make_scene: Callable[..., 
     with torch.no_grad():
         answers = scene.network(data.floats()).argmax(dim=1)
     assert float((data.classes[answers] == data.labels).float().mean()) > 0.9
+
+
+@both_objectives
+def test_a_lone_image_is_enough_for_batch_normalisation(
+    objective: str, make_layout: MakeLayout, make_set: MakeSet
+) -> None:
+    scene = Scene(
+        make_set(3),
+        make_layout(),
+        [1, 1, 1],
+        network="vgg16",
+        objective=objective,
+        real_batch=1,
+        network_images=3,
+        network_batch=1,
+    )
+    assert scene.match() == 3
+    scene.train()
+    gradient = scene.memory.instance_memory.grad
+    assert gradient is not None
+    assert bool(gradient.isfinite().all())
