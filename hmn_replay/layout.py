@@ -216,6 +216,8 @@ class Layout:
 
     def tensors(self, num_classes: int, num_images: int) -> dict[str, TensorSpec]:
         """Return the name, type and shape of every tensor in the file."""
+        num_classes = convert("num_classes", num_classes, "int")
+        num_images = convert("num_images", num_images, "int")
         values = _SAFETENSORS_DTYPES[self.number_format]
         num_biases = num_classes * self.feature_channels + sum(o for _, o in self.convolutions)
         specs = {
@@ -300,6 +302,7 @@ class Layout:
                 that this layout can do with.
         """
         limit = Budget.parse(budget).num_bytes
+        num_classes = convert("num_classes", num_classes, "int")
         smallest = self.file_bytes(num_classes, num_classes, limit)
         if smallest > limit:
             # The budget itself stands in the header: one of more digits may take more bytes.

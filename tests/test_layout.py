@@ -345,6 +345,10 @@ def test_integers_of_numpy_are_integers(make_layout: MakeLayout) -> None:
     layout = make_layout(image_shape=shape, stride=four, decoder_channels=np.array([5, 4]))
     assert layout == make_layout()
     assert all(type(side) is int for side in (*layout.image_shape, *layout.decoder_channels))
+    assert type(layout.max_images(20_000, four)) is int
+    assert layout.file_bytes(four, four, None) == layout.file_bytes(4, 4, None)
+    with pytest.raises(ConfigError, match="num_classes must be int, got None"):
+        layout.max_images(20_000, None)  # type: ignore[arg-type]
     assert Layout.choose(20_000, shape, four) == Layout.choose(20_000, (3, 8, 8), 4)
 
 
