@@ -46,7 +46,9 @@ from hmn_replay.training import score
 
 # Digits must not be mirrored, nor recoloured, neither by us nor while HMN condenses them.
 DIGITS = ("digits", "mnist", "svhn")
-DIGITS_OPTIONS = {"augmentations": ("crop", "scale", "rotate"), "network_cutmix_probability": 0.0}
+DIGITS_AUGMENTATIONS = ("crop", "scale", "rotate")
+DIGITS_OPTIONS = {"augmentations": DIGITS_AUGMENTATIONS, "network_cutmix_probability": 0.0}
+DIGITS_OPTIONS["pruning_augmentations"] = DIGITS_AUGMENTATIONS
 
 # What --smoke puts in the place of the defaults; options given on the command line still count.
 SMOKE: dict[str, Any] = {
@@ -123,7 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, _, value = assignment.partition("=")
         args.options[name] = parse_option(name, value)
     make_config(args.effort, **args.options)
-    args.jpeg_options = {"num_passes": 100} if args.smoke else {}
+    training: dict[str, Any] = {"width": 4, "num_passes": 100} if args.smoke else {"width": 32}
+    if args.dataset in DIGITS:
+        training |= {"augmentations": DIGITS_AUGMENTATIONS, "cutmix_probability": 0.0}
+    args.jpeg_training = {"num_passes": 6000, **training}
 
     # ---------------------------------------------------------------------------------- the data
     train, test = load(args, "train"), load(args, "test")
@@ -222,6 +227,8 @@ def run(
     ]
     model = build_model(args, train, seed=seed)
     augment_training(model, ("crop",) if args.dataset in DIGITS else ("crop", "flip"), seed)
+    jpeg_training = hmn_replay.TrainingConfig(**args.jpeg_training)
+    options: dict[str, Any] = {"hmn": args.options, "jpeg": {"training": jpeg_training}}
     strategy = strategies.build(
         name,
         model,
@@ -238,7 +245,7 @@ def run(
         effort=args.effort,
         expected_classes=args.expected_classes,
         progress=sys.stderr.isatty(),
-        **{"hmn": args.options, "jpeg": args.jpeg_options}.get(name, {}),
+        **options.get(name, {}),
     )
 
     # Joint training sees all experiences at once, and is measured once.

@@ -19,16 +19,19 @@ from hmn_replay.jpeg import SUBSAMPLINGS, encode_jpeg_scans
 from hmn_replay.memory_replay import MemoryReplay
 from hmn_replay.real_images import RealImages, parse_real_images
 from hmn_replay.runtime import derive_seed
-from hmn_replay.training import evaluate
+from hmn_replay.training import TrainingConfig, evaluate
 from strategies.settings import Settings, Strategy
 
-__all__ = ["QUALITIES", "JPEGReplay", "build", "choose_quality", "extend_jpeg"]
+__all__ = ["QUALITIES", "TRAINING", "JPEGReplay", "build", "choose_quality", "extend_jpeg"]
 
 QUALITIES = (5, 10, 20, 35, 50, 75)
 """The qualities that are tried."""
 
+TRAINING = TrainingConfig(width=32, num_passes=6000)
+"""How a network is trained on each of them, where nobody says otherwise."""
+
 _USUAL_QUALITY = 20
-_USUAL_EXPERIENCES = 5
+_USUAL_EXPERIENCES = 10
 _HOLDOUT = 0.2
 
 
@@ -36,8 +39,7 @@ def build(settings: Settings) -> Strategy:
     """Build it.
 
     Options are ``quality``, 1 to 100, or None to choose it on the first experience (the default);
-    and what :func:`choose_quality` trains with, ``network_width`` (default: 32) and ``num_passes``
-    (default: 6000).
+    and ``training``, the :class:`hmn_replay.TrainingConfig` of that choice.
 
     Raises:
         ConfigError: ``quality`` is none, or the option is unknown.
@@ -49,7 +51,7 @@ def build(settings: Settings) -> Strategy:
         expected_classes=settings.expected_classes,
         seed=settings.seed,
         device=settings.device,
-        **settings.choose(quality=None, network_width=32, num_passes=6000),
+        **settings.choose(quality=None, training=TRAINING),
     )
     return Naive(**settings.common(replay))
 
@@ -69,15 +71,13 @@ class JPEGReplay(MemoryReplay):
         seed: int = 0,
         device: str | torch.device = "auto",
         quality: int | None = None,
-        network_width: int = 32,
-        num_passes: int = 6000,
+        training: TrainingConfig = TRAINING,
     ) -> None:
         super().__init__(batch_size_mem=batch_size_mem, mode=mode, seed=seed)
         if quality is not None and not 1 <= (as_int(quality) or 0) <= 100:
             raise ConfigError(f"quality is None or a whole number from 1 to 100; got {quality!r}")
         self.budget_bytes, self.expected_classes = budget_bytes, expected_classes
-        self.device, self.quality = device, quality
-        self.network_width, self.num_passes = network_width, num_passes
+        self.device, self.quality, self.training = device, quality, training
 
     def update(self, images: LabelledImages, *, index: int) -> tuple[RealImages, dict[str, Any]]:
         """Add an experience's images, after choosing the quality where it is the first."""
@@ -92,8 +92,7 @@ class JPEGReplay(MemoryReplay):
                 expected_classes=self.expected_classes,
                 seed=self.seed,
                 device=self.device,
-                network_width=self.network_width,
-                num_passes=self.num_passes,
+                training=self.training,
             )
         seed = derive_seed(self.seed, "jpeg", index)
         memory = extend_jpeg(self.memory, images, self.budget_bytes, quality=quality, seed=seed)
@@ -149,22 +148,20 @@ def choose_quality(
     expected_classes: int | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
-    network_width: int = 32,
-    num_passes: int = 6000,
+    training: TrainingConfig = TRAINING,
 ) -> tuple[int, dict[str, float]]:
     """Choose the quality that a small network learns best from, on held-out real images.
 
-    Each of :data:`QUALITIES` is given the bytes that these classes will have in the end. A ConvNet
+    Each of :data:`QUALITIES` is given the bytes that these classes will have in the end. A network
     is trained on what fits, and scored on a fifth of the images, which are kept back.
 
     Args:
         images: Of the first experience.
         budget_bytes: Of the whole memory.
-        expected_classes: How many classes will come in all. Default: 5 times those of ``images``.
+        expected_classes: How many classes will come in all. Default: 10 times those of ``images``.
         seed: Of the split, the draw and the training.
         device: Where to train.
-        network_width: Channels of the ConvNet.
-        num_passes: Images that it is shown in all, for each quality.
+        training: Of the network.
 
     Returns:
         The quality, the lower one of two as good, and the accuracy of each that fits, in [0, 1].
@@ -184,12 +181,7 @@ def choose_quality(
         except BudgetError:
             break
         _, accuracies[quality] = evaluate(
-            memory,
-            held_out,
-            width=network_width,
-            num_passes=num_passes,
-            seed=seed,
-            device=device,
+            memory, held_out, seed=seed, device=device, config=training
         )
     best = max(accuracies, key=lambda quality: accuracies[quality], default=_USUAL_QUALITY)
     return best, {str(quality): accuracy for quality, accuracy in accuracies.items()}

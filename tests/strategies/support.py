@@ -11,7 +11,7 @@ from torch import nn
 
 import strategies
 from hmn_replay import LabelledImages, build_network
-from hmn_replay.training import score
+from hmn_replay.training import TrainingConfig, score
 
 IMAGE_BYTES = 3 * 8 * 8
 BUDGET = 24 * IMAGE_BYTES
@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "pruning_width": 4,
         "beta_grid": (0.5,),
     },
-    "jpeg": {"network_width": 4, "num_passes": 40},
+    "jpeg": {"training": TrainingConfig(width=4, num_passes=40)},
 }
 
 

@@ -12,6 +12,7 @@ from hmn_replay.data import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.jpeg import encode_jpeg_scans
 from hmn_replay.real_images import RealImages
+from hmn_replay.training import TrainingConfig
 from strategies import jpeg
 from strategies.jpeg import QUALITIES, JPEGReplay, choose_quality, extend_jpeg
 from tests.strategies.support import BUDGET, build, easy_set, make_stream
@@ -77,7 +78,7 @@ def test_the_quality_is_chosen_at_the_share_that_the_classes_will_have(
         return None, next(scores)
 
     monkeypatch.setattr(jpeg, "evaluate", fake_evaluate)
-    for expected_classes, share in ((None, 2400), (4, 6000), (1, 12_000)):
+    for expected_classes, share in ((None, 1200), (4, 6000), (1, 12_000)):
         sizes.clear()
         quality, accuracies = choose_quality(
             classes_of(0, 1), 12_000, expected_classes=expected_classes
@@ -89,7 +90,8 @@ def test_the_quality_is_chosen_at_the_share_that_the_classes_will_have(
 
 
 def test_the_quality_is_chosen_by_real_trainings() -> None:
-    options: dict[str, Any] = {"network_width": 4, "num_passes": 40, "device": "cpu"}
+    training = TrainingConfig(width=4, num_passes=40)
+    options: dict[str, Any] = {"training": training, "device": "cpu"}
     quality, accuracies = choose_quality(classes_of(0, 1, 2), 4000, **options)
     assert quality in QUALITIES
     assert all(0 <= accuracy <= 1 for accuracy in accuracies.values())
