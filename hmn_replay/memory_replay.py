@@ -30,7 +30,7 @@ from hmn_replay.minibatch import (
     check_loss,
     check_settings,
     finish_images,
-    weigh_loss,
+    part_loss,
 )
 from hmn_replay.replay_state import ReplayState
 from hmn_replay.runtime import make_generator
@@ -79,6 +79,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         replay_weight: w in [0, 1]: the loss is ``(1 - w) * criterion(current) + w *
             criterion(replayed)``, whatever the batch sizes; what other plugins add to the loss
             stays as it is. Default: ``None``, the criterion of the whole mini-batch.
+        loss: ``"plain"``, or ``"asymmetric"``, that of ER-ACE (Caccia et al. 2022): classes of the
+            memory that the experience does not have are left out of the current images' softmax, so
+            that these are told apart from each other alone; the replayed ones from all. Decoded
+            images do not look quite as real ones do, and a network that learns to tell old classes
+            by that has learned nothing.
         normalization: ``(mean, std)`` that the benchmark's transforms apply. Default: ``None``,
             that of torchvision's ``Normalize`` in the eval transforms, or none.
         max_raw_images: Bound on the raw images gathered of an online experience. They do not count
@@ -107,14 +112,16 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         mode: Literal["replay", "memory_only"] = "replay",
         replay_transform: Callable[[Tensor], Tensor] | None = None,
         replay_weight: float | None = None,
+        loss: Literal["plain", "asymmetric"] = "plain",
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        check_settings(mode, batch_size_mem, max_raw_images, replay_weight)
+        check_settings(mode, batch_size_mem, max_raw_images, replay_weight, loss)
         self.batch_size_mem, self.mode = batch_size_mem, mode
-        self.replay_transform, self.replay_weight = replay_transform, replay_weight
+        self.replay_transform = replay_transform
+        self.replay_weight, self.loss = replay_weight, loss
         self.normalization = None if normalization is None else Normalization.of(normalization)
         self.max_raw_images, self.seed = max_raw_images, seed
         self.memory, self.report, self.last_replay_size = None, [], 0
@@ -181,7 +188,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Note the device, and check that the loss is one that can be weighted."""
         self._device = torch.device(strategy.device)
         self._num_pieces = 0
-        if self.replay_weight is not None:
+        if self.replay_weight is not None or self.loss != "plain":
             check_loss(strategy)
 
     def before_train_dataset_adaptation(
@@ -253,9 +260,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._batch_size = len(strategy.mbatch[0])
 
     def before_backward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
-        """Weigh the loss of replayed images."""
-        if self.replay_weight is not None and self.last_replay_size:
-            weigh_loss(strategy, self.last_replay_size, self.replay_weight)
+        """Part the loss into that of the current images and that of the replayed."""
+        decoded, weight = self._decoded, self.replay_weight
+        if self.last_replay_size and decoded and (weight is not None or self.loss != "plain"):
+            known = None if self.loss == "plain" else decoded.known
+            part_loss(strategy, self.last_replay_size, weight, known)
 
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Make the experience into the memory."""

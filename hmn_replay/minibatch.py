@@ -16,16 +16,18 @@ from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.experiences import Normalization, split_class_keys
 
 __all__ = [
+    "LOSSES",
     "MODES",
     "DecodedImages",
     "add_to_minibatch",
     "check_loss",
     "check_settings",
     "finish_images",
-    "weigh_loss",
+    "part_loss",
 ]
 
 MODES = ("replay", "memory_only")
+LOSSES = ("plain", "asymmetric")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class DecodedImages:
         images: uint8 ``(N, C, H, W)``: a quarter of the bytes that floats would take.
         labels: int64 ``(N,)``.
         tasks: int64 ``(N,)``, the task labels.
+        known: int64, the labels that occur.
     """
 
     memory: Any
@@ -45,13 +48,15 @@ class DecodedImages:
     images: Tensor
     labels: Tensor
     tasks: Tensor
+    known: Tensor
 
     @classmethod
     def of(cls, memory: Any, device: torch.device) -> DecodedImages:
         """Decode a memory where it is, and bring its images to a device."""
         images, keys = memory.decode(dtype=torch.uint8)
         labels, tasks = split_class_keys(keys)
-        return cls(memory, device, images.to(device), labels.to(device), tasks.to(device))
+        on_device = (tensor.to(device) for tensor in (images, labels, tasks, labels.unique()))
+        return cls(memory, device, *on_device)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -123,19 +128,25 @@ def add_to_minibatch(mbatch: list[Tensor], images: Tensor, labels: Tensor, tasks
 
 
 def check_settings(
-    mode: str, batch_size_mem: int | None, max_raw_images: int, replay_weight: float | None
+    mode: str,
+    batch_size_mem: int | None,
+    max_raw_images: int,
+    replay_weight: float | None,
+    loss: str,
 ) -> None:
     """Raise a ConfigError for settings of a plugin outside their ranges."""
-    if mode not in MODES:
-        raise ConfigError(f"mode is one of {MODES}; got {mode!r}")
-    for name, value in (("batch_size_mem", batch_size_mem), ("max_raw_images", max_raw_images)):
-        if value is not None and (as_int(value) or 0) < 1:
-            raise ConfigError(f"{name} is a whole number of 1 or more; got {value!r}")
+    for name, value, known in (("mode", mode, MODES), ("loss", loss, LOSSES)):
+        if value not in known:
+            raise ConfigError(f"{name} is one of {known}; got {value!r}")
+    for name, size in (("batch_size_mem", batch_size_mem), ("max_raw_images", max_raw_images)):
+        if size is not None and (as_int(size) or 0) < 1:
+            raise ConfigError(f"{name} is a whole number of 1 or more; got {size!r}")
     if replay_weight is not None and not 0 <= replay_weight <= 1:
         raise ConfigError(f"replay_weight is in [0, 1]; got {replay_weight!r}")
-    if replay_weight is not None and mode == "memory_only":
+    if mode == "memory_only" and (replay_weight is not None or loss != "plain"):
         raise ConfigError(
-            'replay_weight weighs a memory against raw data, which mode="memory_only" has not'
+            "replay_weight and loss tell a memory from raw data, which "
+            'mode="memory_only" does not train on; leave them out'
         )
 
 
@@ -148,19 +159,33 @@ def check_loss(strategy: Any) -> None:
         or isinstance(strategy._criterion, BasePlugin)
     ):
         raise ConfigError(
-            f"replay_weight weighs the parts of strategy.criterion(), but {kind.__name__} has a "
-            "loss of its own; leave replay_weight out, and choose batch_size_mem instead"
+            f"replay_weight and loss change the parts of strategy.criterion(), but {kind.__name__} "
+            "has a loss of its own; leave them out, and choose batch_size_mem instead"
         )
 
 
-def weigh_loss(strategy: Any, num_replayed: int, weight: float) -> None:
-    """Replace the criterion's part of a strategy's loss by a weighted one.
+def part_loss(strategy: Any, num_replayed: int, weight: float | None, known: Tensor | None) -> None:
+    """Replace the criterion's part of a strategy's loss by one of current and of replayed images.
 
-    It becomes ``(1 - weight)`` of the current images' and ``weight`` of that of the replayed, which
-    are the last ``num_replayed`` of the mini-batch.
+    Args:
+        strategy: After its forward pass; the replayed images are the last of the mini-batch.
+        num_replayed: How many they are, 1 or more.
+        weight: The replayed images' share of the loss; None for their share of the mini-batch.
+        known: int64, labels that the current images are not to be told apart from, but for those
+            that are theirs; None for none.
     """
     output, labels, criterion = strategy.mb_output, strategy.mb_y, strategy._criterion
-    current = criterion(output[:-num_replayed], labels[:-num_replayed])
-    replayed = criterion(output[-num_replayed:], labels[-num_replayed:])
+    current, replayed = output[:-num_replayed], output[-num_replayed:]
+    own, replayed_labels = labels[:-num_replayed], labels[-num_replayed:]
+    if known is not None:
+        left_out = torch.zeros(current.shape[1], dtype=torch.bool, device=current.device)
+        left_out = left_out.index_fill(0, known, True).index_fill(0, own, False)
+        # The lowest number rather than -inf, which a criterion may multiply by zero.
+        current = current.masked_fill(left_out, torch.finfo(current.dtype).min)
+    loss = torch.lerp(
+        criterion(current, own),
+        criterion(replayed, replayed_labels),
+        num_replayed / len(labels) if weight is None else weight,
+    )
     # Another plugin may have added a term of its own before: only the criterion's is taken out.
-    strategy.loss = strategy.loss - strategy.criterion() + torch.lerp(current, replayed, weight)
+    strategy.loss = strategy.loss - strategy.criterion() + loss

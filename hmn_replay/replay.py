@@ -43,10 +43,11 @@ class HMNReplay(MemoryReplay):
 
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        batch_size_mem: As in :class:`MemoryReplay`, and so are the next six.
+        batch_size_mem: As in :class:`MemoryReplay`, and so are the next seven.
         mode: See there.
         replay_transform: See there.
         replay_weight: See there.
+        loss: See there.
         normalization: See there.
         max_raw_images: See there.
         seed: See there.
@@ -73,6 +74,7 @@ class HMNReplay(MemoryReplay):
         mode: Literal["replay", "memory_only"] = "replay",
         replay_transform: Callable[[Tensor], Tensor] | None = None,
         replay_weight: float | None = None,
+        loss: Literal["plain", "asymmetric"] = "plain",
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -87,6 +89,7 @@ class HMNReplay(MemoryReplay):
             mode=mode,
             replay_transform=replay_transform,
             replay_weight=replay_weight,
+            loss=loss,
             normalization=normalization,
             max_raw_images=max_raw_images,
             seed=seed,

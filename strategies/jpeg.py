@@ -38,8 +38,9 @@ _HOLDOUT = 0.2
 def build(settings: Settings) -> Strategy:
     """Build it.
 
-    Options are ``quality``, 1 to 100, or None to choose it on the first experience (the default);
-    and ``training``, the :class:`hmn_replay.TrainingConfig` of that choice.
+    Options are ``loss``, as of :class:`hmn_replay.MemoryReplay`; ``quality``, 1 to 100, or None to
+    choose it on the first experience (the default); and ``training``, the
+    :class:`hmn_replay.TrainingConfig` of that choice.
 
     Raises:
         ConfigError: ``quality`` is none, or the option is unknown.
@@ -51,7 +52,7 @@ def build(settings: Settings) -> Strategy:
         expected_classes=settings.expected_classes,
         seed=settings.seed,
         device=settings.device,
-        **settings.choose(quality=None, training=TRAINING),
+        **settings.choose(loss="plain", quality=None, training=TRAINING),
     )
     return Naive(**settings.common(replay))
 
@@ -70,10 +71,11 @@ class JPEGReplay(MemoryReplay):
         expected_classes: int | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
+        loss: Literal["plain", "asymmetric"] = "plain",
         quality: int | None = None,
         training: TrainingConfig = TRAINING,
     ) -> None:
-        super().__init__(batch_size_mem=batch_size_mem, mode=mode, seed=seed)
+        super().__init__(batch_size_mem=batch_size_mem, mode=mode, loss=loss, seed=seed)
         if quality is not None and not 1 <= (as_int(quality) or 0) <= 100:
             raise ConfigError(f"quality is None or a whole number from 1 to 100; got {quality!r}")
         self.budget_bytes, self.expected_classes = budget_bytes, expected_classes

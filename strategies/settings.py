@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
+from avalanche.core import SupervisedPlugin
 from avalanche.logging import BaseLogger
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from avalanche.training.templates.common_templates import SupervisedTemplate
@@ -16,10 +17,7 @@ from torch import nn
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.runtime import resolve_device
 
-if TYPE_CHECKING:
-    from avalanche.core import SupervisedPlugin
-
-__all__ = ["Settings", "Strategy"]
+__all__ = ["EqualPasses", "Settings", "Strategy"]
 
 Strategy: TypeAlias = "SupervisedTemplate[Any, Any, Any]"
 
@@ -67,6 +65,8 @@ class Settings:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
+        if self.mode == "memory_only":
+            plugins = (*plugins, EqualPasses(self))
         return {
             "model": self.model,
             "optimizer": optimizer,
@@ -113,3 +113,27 @@ class Settings:
             known = ", ".join(defaults) or "none"
             raise ConfigError(f"unknown option {unknown[0]!r}; this strategy's own are: {known}")
         return {**defaults, **self.options}
+
+
+class EqualPasses(SupervisedPlugin[Any], supports_distributed=False):
+    """Lets a strategy that trains on a memory alone see as many images as a replaying rival.
+
+    ``epochs`` over a small memory would be next to nothing. So it is trained on for as many epochs
+    as make up ``epochs`` over the experience, and from the second experience on over as many
+    replayed images beside them as ``batch_size_mem`` brings. It comes after the plugin that puts
+    the memory in the place of the data.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.epochs = settings.epochs
+        self.replayed = settings.batch_size_mem / settings.batch_size
+        self.is_first = True
+
+    def after_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Set the strategy's epochs."""
+        passes = self.epochs * len(strategy.experience.dataset)
+        if not self.is_first:
+            passes = round(passes * (1 + self.replayed))
+        self.is_first = False
+        strategy.train_epochs = max(1, round(passes / len(strategy.adapted_dataset)))

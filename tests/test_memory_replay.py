@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from typing import Any
 
@@ -275,18 +276,53 @@ def test_replay_weight_is_a_weighted_mean_of_the_two_losses() -> None:
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("weight", [None, 0.75])
+def test_the_asymmetric_loss_leaves_old_classes_out_of_the_current_images(
+    weight: float | None,
+) -> None:
+    losses: list[tuple[float, float]] = []
+
+    class Check(SupervisedPlugin[Any]):
+        def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+            n, outputs, labels = replay.last_replay_size, strategy.mb_output, strategy.mb_y
+            expected = strategy._criterion(outputs, labels).item()
+            if n:
+                known = set(replay.memory.decode(dtype=torch.uint8)[1].tolist())
+                parts: list[list[float]] = [[], []]
+                for i, (row, label) in enumerate(zip(outputs, labels, strict=True)):
+                    is_current = i < len(labels) - n
+                    left_out = known - set(labels[:-n].tolist()) if is_current else set()
+                    logits = [z.exp().item() for c, z in enumerate(row) if c not in left_out]
+                    probability = row[label].exp().item() / sum(logits)
+                    parts[int(not is_current)].append(-math.log(probability))
+                current, replayed = (sum(part) / len(part) for part in parts)
+                share = n / len(labels) if weight is None else weight
+                expected = (1 - share) * current + share * replayed
+            losses.append((strategy.loss.item(), expected))
+
+    replay = RawReplay(batch_size_mem=3, replay_weight=weight, loss="asymmetric")
+    check = Check()  # type: ignore[no-untyped-call]
+    train(make_strategy([check, replay]), streams().train_stream)
+    assert len(losses) == 6
+    for loss, expected in losses:
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_weight_without_a_criterion_to_weigh_is_refused() -> None:
     strategy = make_strategy([RawReplay(replay_weight=0.5)], ER_ACE, mem_size=8, batch_size_mem=4)
     with pytest.raises(ConfigError, match="ER_ACE has a loss of its own"):
         strategy.train(streams().train_stream[0])
     with pytest.raises(ConfigError, match="memory_only"):
         RawReplay(mode="memory_only", replay_weight=0.5)
+    with pytest.raises(ConfigError, match="memory_only"):
+        RawReplay(mode="memory_only", loss="asymmetric")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"mode": "both"}, "mode is one of"),
+        ({"loss": "both"}, "loss is one of"),
         ({"batch_size_mem": 0}, "batch_size_mem is a whole number"),
         ({"max_raw_images": 1.5}, "max_raw_images is a whole number"),
         ({"replay_weight": 1.5}, r"replay_weight is in \[0, 1\]"),

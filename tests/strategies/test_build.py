@@ -98,7 +98,10 @@ def test_memory_only_shows_later_experiences_through_the_memory_alone(name: str)
         strategy.train(experience)
         use = strategies.memory_use(strategy)
         assert use.num_bytes <= BUDGET
-        assert count.seen == 3 * (80 if number == 1 else use.num_images)
+        # From the second experience on for as many passes as with replay, in whole epochs.
+        passes = 240 if number == 1 else 480
+        assert abs(count.seen - passes) <= use.num_images / 2
+        assert number == 1 or count.seen % use.num_images == 0
         assert strategies.memory_images(strategy)[1].unique().tolist() == list(range(2 * number))
 
 
