@@ -36,7 +36,9 @@ def test_what_is_stored_is_within_the_budget_after_every_experience(name: str) -
     for number, experience in enumerate(make_stream(), 1):
         strategy.train(experience)
         use = strategies.memory_use(strategy)
-        assert 0.8 * BUDGET < use.num_bytes <= BUDGET
+        assert use.num_bytes <= BUDGET
+        # Full, but where every image there was is stored.
+        assert use.num_bytes > 0.8 * BUDGET or use.num_images == 80 * number
         assert use.seconds > seconds
         seconds = use.seconds
         images, labels = strategies.memory_images(strategy)
