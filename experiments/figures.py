@@ -69,7 +69,7 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("classes seen")
     axes.set_ylabel("test accuracy over the classes seen (%)")
     axes.set_title(
-        f"{report['configuration']['dataset']}, {experiences} experiences, memories of "
+        f"{Path(report['configuration']['dataset']).name}, {experiences} experiences, memories of "
         f"{report['configuration']['budget']:,} bytes"
     )
     axes.grid(alpha=0.3)
