@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -26,10 +25,12 @@ from typing import Any
 import torch
 
 import hmn_replay
+from experiments.results import reset_peak_memory
 from hmn_replay.baselines import jpeg_images, raw_images
 from hmn_replay.budget import Budget
 from hmn_replay.config import EFFORTS
 from hmn_replay.data import LabelledImages
+from hmn_replay.runtime import peak_memory_bytes
 from hmn_replay.sources import load_dataset
 from hmn_replay.storage import write_atomically
 
@@ -114,6 +115,7 @@ def measure(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Make one memory, train on it, and return what came out."""
+    reset_peak_memory()
     started = time.monotonic()
     result: dict[str, Any] = {}
     if row == "raw":
@@ -148,7 +150,7 @@ def measure(
         "file_bytes": memory.file_bytes,
         "num_images": memory.num_images,
         "seconds": seconds,
-        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_rss_bytes": peak_memory_bytes(torch.device("cpu")),
     }
 
 

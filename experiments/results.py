@@ -10,10 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hmn_replay.errors import ConfigError
-from hmn_replay.runtime import peak_memory_bytes
 
 
 def summarise(matrix: list[list[float | None]], num_test: list[int]) -> dict[str, Any]:
@@ -111,16 +108,8 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def reset_peak_rss() -> None:
-    """Let the peak begin anew, where Linux allows it; elsewhere it is that of the whole process."""
+def reset_peak_memory() -> None:
+    """Let the process's peak begin anew, where Linux allows it; else it is that of all it did."""
     gc.collect()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_rss_bytes() -> int:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    return peak_memory_bytes(torch.device("cpu"))

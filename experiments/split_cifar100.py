@@ -33,13 +33,13 @@ import torch
 from torch import Tensor, nn
 
 import hmn_replay
-from experiments.results import make_table, peak_rss_bytes, reset_peak_rss, resumed, summarise
+from experiments.results import make_table, reset_peak_memory, resumed, summarise
 from hmn_replay.augment import draw_augmentation
 from hmn_replay.budget import Budget
 from hmn_replay.config import make_config, parse_option
 from hmn_replay.data import LabelledImages, channel_stats
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError
-from hmn_replay.runtime import make_generator, resolve_device, seeded
+from hmn_replay.runtime import make_generator, peak_memory_bytes, resolve_device, seeded
 from hmn_replay.sources import TORCHVISION
 from hmn_replay.storage import write_atomically
 from hmn_replay.training import score
@@ -216,7 +216,7 @@ def run(
     import strategies
     from experiments.figures import save_samples
 
-    reset_peak_rss()
+    reset_peak_memory()
     RNGManager.set_random_seeds(seed)  # Avalanche draws the order of the images from torch's state
     sets: dict[str, Any] = {"train_dataset": train, "test_dataset": test}
     benchmark = nc_benchmark(
@@ -290,7 +290,7 @@ def run(
         **summary,
         "train_seconds": seconds - use.seconds,
         "memory_seconds": use.seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": peak_memory_bytes(torch.device("cpu")),
     }
 
 

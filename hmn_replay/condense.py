@@ -72,8 +72,9 @@ def condense(
     Returns:
         The memory, on ``device``. ``memory.report`` is a dict with the settings, ``seconds``, and
         for each phase ``seconds``, ``images``, ``images_per_second`` and
-        ``peak_memory_bytes``; ``warm_start_psnr`` in dB (None without a warm start); ``beta`` (None
-        where nothing was pruned) and ``beta_accuracies``, in [0, 1] on held-out real images;
+        ``peak_memory_bytes`` (so far); ``warm_start_psnr`` in dB (None without a warm start);
+        ``beta`` (None where nothing was pruned) and ``beta_accuracies``, in [0, 1] on held-out real
+        images;
         ``drift_psnr``, dB of the old images to what they were (None where no bit changed);
         ``images_per_class`` and ``file_bytes``.
 

@@ -24,7 +24,7 @@ from hmn_replay.checkpoint import (
 )
 from hmn_replay.errors import TrainingError
 from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.runtime import peak_memory_bytes, reset_peak_memory
+from hmn_replay.runtime import peak_memory_bytes
 from hmn_replay.storage import serialise
 
 __all__ = ["PHASES", "Run"]
@@ -89,7 +89,6 @@ class Run:
             for phase in PHASES:
                 if self.state["phase"] == phase:
                     self.clock = time.monotonic()
-                    reset_peak_memory(self.device)
                     phases[phase]()
 
     def report(self) -> dict[str, Any]:

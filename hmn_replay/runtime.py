@@ -22,7 +22,6 @@ __all__ = [
     "deterministic_cudnn",
     "make_generator",
     "peak_memory_bytes",
-    "reset_peak_memory",
     "resolve_device",
     "seeded",
 ]
@@ -77,20 +76,11 @@ def deterministic_cudnn() -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Let :func:`peak_memory_bytes` count from now on, where the platform can: CUDA and Linux."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory used so far: CUDA's own count, or the process's resident set.
 
-    On another platform than Linux :func:`reset_peak_memory` does not reset the resident set's peak;
-    0 where the platform does not tell.
+    So far is since the process began, or since the count was reset (on Linux, by writing 5 to
+    ``/proc/self/clear_refs``). 0 where the platform does not tell.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

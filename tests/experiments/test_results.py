@@ -11,12 +11,12 @@ from experiments.results import (
     deviation,
     finished,
     make_table,
-    peak_rss_bytes,
-    reset_peak_rss,
+    reset_peak_memory,
     resumed,
     summarise,
 )
 from hmn_replay.errors import ConfigError
+from hmn_replay.runtime import peak_memory_bytes
 
 Matrix = list[list[float | None]]
 
@@ -102,10 +102,12 @@ def test_resuming_wants_the_flag_and_the_same_settings(tmp_path: Path) -> None:
         resumed({**earlier, "versions": {"torch": "3"}}, path, resume=True)
 
 
-def test_peak_counts_what_was_freed() -> None:
-    reset_peak_rss()
-    before = peak_rss_bytes()
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_peak_counts_what_was_freed_until_it_is_reset() -> None:
+    cpu = torch.device("cpu")
     block = torch.ones(64 * 2**20 // 4)
+    assert peak_memory_bytes(cpu) > block.nbytes
     del block
-    assert peak_rss_bytes() >= before
-    assert peak_rss_bytes() > 16 * 2**20
+    before = peak_memory_bytes(cpu)
+    reset_peak_memory()
+    assert peak_memory_bytes(cpu) < before - 32 * 2**20
