@@ -30,6 +30,7 @@ from hmn_replay.minibatch import (
     check_loss,
     check_settings,
     finish_images,
+    is_plain_cross_entropy,
     part_loss,
 )
 from hmn_replay.replay_state import ReplayState
@@ -83,7 +84,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             memory that the experience does not have are left out of the current images' softmax, so
             that these are told apart from each other alone; the replayed ones from all. Decoded
             images do not look quite as real ones do, and a network that learns to tell old classes
-            by that has learned nothing.
+            by that has learned nothing. With task labels above 0 nothing is left out. ``"auto"``:
+            ``"asymmetric"`` where the strategy's loss is a cross-entropy, else ``"plain"``.
         normalization: ``(mean, std)`` that the benchmark's transforms apply. Default: ``None``,
             that of torchvision's ``Normalize`` in the eval transforms, or none.
         max_raw_images: Bound on the raw images gathered of an online experience. They do not count
@@ -112,7 +114,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         mode: Literal["replay", "memory_only"] = "replay",
         replay_transform: Callable[[Tensor], Tensor] | None = None,
         replay_weight: float | None = None,
-        loss: Literal["plain", "asymmetric"] = "plain",
+        loss: Literal["plain", "asymmetric", "auto"] = "plain",
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -130,7 +132,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._batch_size = self._item_length = 0
         self._device = torch.device("cpu")
         self._found: Normalization | None = None
-        self._is_renewed = False
+        self._is_renewed = self._is_asymmetric = False
         self._decoded: DecodedImages | None = None
 
     @abstractmethod
@@ -188,8 +190,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Note the device, and check that the loss is one that can be weighted."""
         self._device = torch.device(strategy.device)
         self._num_pieces = 0
-        if self.replay_weight is not None or self.loss != "plain":
-            check_loss(strategy)
+        if self.replay_weight is not None or self.loss == "asymmetric":
+            check_loss(strategy, self.loss)
 
     def before_train_dataset_adaptation(
         self, strategy: Strategy, *args: Any, **kwargs: Any
@@ -219,6 +221,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def before_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Gather a piece of an online stream; decode the memory."""
         experience = strategy.experience
+        has_tasks = any(getattr(experience, "task_labels", ()))
+        wanted = self.loss == "asymmetric" or (
+            self.loss == "auto" and is_plain_cross_entropy(strategy)
+        )
+        self._is_asymmetric = wanted and not has_tasks
         if isinstance(experience, OnlineCLExperience):
             self._num_pieces += 1
             is_first = experience.is_first_subexp if experience.access_task_boundaries else None
@@ -262,8 +269,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def before_backward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Part the loss into that of the current images and that of the replayed."""
         decoded, weight = self._decoded, self.replay_weight
-        if self.last_replay_size and decoded and (weight is not None or self.loss != "plain"):
-            known = None if self.loss == "plain" else decoded.known
+        if self.mode == "memory_only" or not (self.last_replay_size and decoded):
+            return
+        if weight is not None or self._is_asymmetric:
+            known = decoded.known if self._is_asymmetric else None
             part_loss(strategy, self.last_replay_size, weight, known)
 
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:

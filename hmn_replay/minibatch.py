@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from avalanche.core import BasePlugin
 from avalanche.training.templates.common_templates import SupervisedTemplate
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn_replay.budget import as_int
 from hmn_replay.errors import ConfigError, DataError
@@ -20,14 +20,16 @@ __all__ = [
     "MODES",
     "DecodedImages",
     "add_to_minibatch",
+    "can_be_parted",
     "check_loss",
     "check_settings",
     "finish_images",
+    "is_plain_cross_entropy",
     "part_loss",
 ]
 
 MODES = ("replay", "memory_only")
-LOSSES = ("plain", "asymmetric")
+LOSSES = ("plain", "asymmetric", "auto")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ class DecodedImages:
         images: uint8 ``(N, C, H, W)``: a quarter of the bytes that floats would take.
         labels: int64 ``(N,)``.
         tasks: int64 ``(N,)``, the task labels.
-        known: int64, the labels that occur.
+        known: int64, the labels that occur; none where task labels tell classes apart.
     """
 
     memory: Any
@@ -55,7 +57,8 @@ class DecodedImages:
         """Decode a memory where it is, and bring its images to a device."""
         images, keys = memory.decode(dtype=torch.uint8)
         labels, tasks = split_class_keys(keys)
-        on_device = (tensor.to(device) for tensor in (images, labels, tasks, labels.unique()))
+        known = labels.unique() if not bool(tasks.any()) else labels[:0]
+        on_device = (tensor.to(device) for tensor in (images, labels, tasks, known))
         return cls(memory, device, *on_device)
 
     def __len__(self) -> int:
@@ -143,21 +146,42 @@ def check_settings(
             raise ConfigError(f"{name} is a whole number of 1 or more; got {size!r}")
     if replay_weight is not None and not 0 <= replay_weight <= 1:
         raise ConfigError(f"replay_weight is in [0, 1]; got {replay_weight!r}")
-    if mode == "memory_only" and (replay_weight is not None or loss != "plain"):
+    if mode == "memory_only" and (replay_weight is not None or loss == "asymmetric"):
         raise ConfigError(
             "replay_weight and loss tell a memory from raw data, which "
             'mode="memory_only" does not train on; leave them out'
         )
 
 
-def check_loss(strategy: Any) -> None:
-    """Raise a ConfigError unless a strategy's loss is its criterion of output and labels."""
+def can_be_parted(strategy: Any) -> bool:
+    """Return whether a strategy's loss is its criterion of output and labels."""
     kind = type(strategy)
-    if (
-        kind.training_epoch is not SupervisedTemplate.training_epoch
-        or kind.criterion is not SupervisedTemplate.criterion
-        or isinstance(strategy._criterion, BasePlugin)
-    ):
+    return (
+        kind.training_epoch is SupervisedTemplate.training_epoch
+        and kind.criterion is SupervisedTemplate.criterion
+        and not isinstance(strategy._criterion, BasePlugin)
+    )
+
+
+def is_plain_cross_entropy(strategy: Any) -> bool:
+    """Return whether a strategy's loss can leave classes out of the softmax."""
+    criterion = strategy._criterion
+    return (
+        can_be_parted(strategy)
+        and isinstance(criterion, nn.CrossEntropyLoss)
+        and not criterion.label_smoothing
+    )
+
+
+def check_loss(strategy: Any, loss: str) -> None:
+    """Raise a ConfigError unless a strategy's loss can be parted as is asked for."""
+    if loss == "asymmetric" and can_be_parted(strategy) and not is_plain_cross_entropy(strategy):
+        raise ConfigError(
+            'loss="asymmetric" leaves classes out of a softmax: the criterion must be '
+            f"nn.CrossEntropyLoss without label smoothing; got {strategy._criterion}"
+        )
+    if not can_be_parted(strategy):
+        kind = type(strategy)
         raise ConfigError(
             f"replay_weight and loss change the parts of strategy.criterion(), but {kind.__name__} "
             "has a loss of its own; leave them out, and choose batch_size_mem instead"

@@ -71,7 +71,7 @@ class JPEGReplay(MemoryReplay):
         expected_classes: int | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
-        loss: Literal["plain", "asymmetric"] = "plain",
+        loss: Literal["plain", "asymmetric", "auto"] = "plain",
         quality: int | None = None,
         training: TrainingConfig = TRAINING,
     ) -> None:

@@ -276,9 +276,9 @@ def test_replay_weight_is_a_weighted_mean_of_the_two_losses() -> None:
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("weight", [None, 0.75])
+@pytest.mark.parametrize(("loss", "weight"), [("asymmetric", None), ("auto", 0.75)])
 def test_the_asymmetric_loss_leaves_old_classes_out_of_the_current_images(
-    weight: float | None,
+    loss: Any, weight: float | None
 ) -> None:
     losses: list[tuple[float, float]] = []
 
@@ -300,12 +300,28 @@ def test_the_asymmetric_loss_leaves_old_classes_out_of_the_current_images(
                 expected = (1 - share) * current + share * replayed
             losses.append((strategy.loss.item(), expected))
 
-    replay = RawReplay(batch_size_mem=3, replay_weight=weight, loss="asymmetric")
+    replay = RawReplay(batch_size_mem=3, replay_weight=weight, loss=loss)
     check = Check()  # type: ignore[no-untyped-call]
     train(make_strategy([check, replay]), streams().train_stream)
     assert len(losses) == 6
-    for loss, expected in losses:
-        assert loss == pytest.approx(expected, rel=1e-4)
+    for value, expected in losses:
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_auto_leaves_other_losses_and_task_labels_alone() -> None:
+    def trained(loss: Any, kind: str = "nc", **options: Any) -> Any:
+        torch.manual_seed(0)
+        strategy = make_strategy([RawReplay(batch_size_mem=3, loss=loss)], **options)
+        train(strategy, streams(kind).train_stream)
+        return weights(strategy)
+
+    smooth = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    options: dict[str, Any]
+    for options in ({"criterion": smooth}, {"kind": "nc_tasks"}):
+        assert torch.equal(trained("auto", **options), trained("plain", **options))
+    assert not torch.equal(trained("auto"), trained("plain"))
+    with pytest.raises(ConfigError, match="without label smoothing"):
+        trained("asymmetric", criterion=smooth)
 
 
 def test_a_weight_without_a_criterion_to_weigh_is_refused() -> None:
