@@ -82,9 +82,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             stays as it is. Default: ``None``, the criterion of the whole mini-batch.
         loss: ``"plain"``, or ``"asymmetric"``, that of ER-ACE (Caccia et al. 2022): classes of the
             memory that the experience does not have are left out of the current images' softmax, so
-            that these are told apart from each other alone; the replayed ones from all. Decoded
-            images do not look quite as real ones do, and a network that learns to tell old classes
-            by that has learned nothing. With task labels above 0 nothing is left out. ``"auto"``:
+            that these are told apart from each other alone; the replayed ones from all. So the many
+            images of a few new classes do not push the old classes down, which the few images of
+            each cannot make up for. With task labels above 0 nothing is left out. ``"auto"``:
             ``"asymmetric"`` where the strategy's loss is a cross-entropy, else ``"plain"``.
         normalization: ``(mean, std)`` that the benchmark's transforms apply. Default: ``None``,
             that of torchvision's ``Normalize`` in the eval transforms, or none.

@@ -47,7 +47,7 @@ class HMNReplay(MemoryReplay):
         mode: See there.
         replay_transform: See there.
         replay_weight: See there.
-        loss: See there.
+        loss: See there; but the default is ``"auto"``.
         normalization: See there.
         max_raw_images: See there.
         seed: See there.
@@ -74,7 +74,7 @@ class HMNReplay(MemoryReplay):
         mode: Literal["replay", "memory_only"] = "replay",
         replay_transform: Callable[[Tensor], Tensor] | None = None,
         replay_weight: float | None = None,
-        loss: Literal["plain", "asymmetric", "auto"] = "plain",
+        loss: Literal["plain", "asymmetric", "auto"] = "auto",
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,

@@ -52,7 +52,7 @@ def build(settings: Settings) -> Strategy:
         expected_classes=settings.expected_classes,
         seed=settings.seed,
         device=settings.device,
-        **settings.choose(loss="plain", quality=None, training=TRAINING),
+        **settings.choose(loss="auto", quality=None, training=TRAINING),
     )
     return Naive(**settings.common(replay))
 
@@ -71,7 +71,7 @@ class JPEGReplay(MemoryReplay):
         expected_classes: int | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
-        loss: Literal["plain", "asymmetric", "auto"] = "plain",
+        loss: Literal["plain", "asymmetric", "auto"] = "auto",
         quality: int | None = None,
         training: TrainingConfig = TRAINING,
     ) -> None:
