@@ -30,9 +30,9 @@ from hmn_replay.baselines import jpeg_images, raw_images
 from hmn_replay.budget import Budget
 from hmn_replay.config import EFFORTS
 from hmn_replay.data import LabelledImages
+from hmn_replay.files import write_atomically
 from hmn_replay.runtime import peak_memory_bytes
 from hmn_replay.sources import load_dataset
-from hmn_replay.storage import write_atomically
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from experiments.results import deviation, finished
-from hmn_replay.storage import write_atomically
+from hmn_replay.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

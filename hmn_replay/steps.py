@@ -65,12 +65,10 @@ class RealImages:
             classes: int64 ``(K,)``, the memory's classes in their order: all that ``data`` has, and
                 maybe more. Default: the sorted labels of ``data``.
         """
-        indices, num_classes = data.class_indices, data.num_classes
-        if classes is not None:
-            ascending, positions = classes.cpu().sort()
-            indices = positions[torch.searchsorted(ascending, data.labels)]
-            num_classes = len(classes)
-        counts = indices.bincount(minlength=num_classes).tolist()
+        classes = data.classes if classes is None else classes.cpu()
+        ascending, positions = classes.sort()
+        indices = positions[torch.searchsorted(ascending, data.labels)]
+        counts = indices.bincount(minlength=len(classes)).tolist()
         order = indices.argsort(stable=True)
         mean, std = channel_stats(data.images)
         return cls(data, indices, list(order.split(counts)), mean, std)

@@ -26,7 +26,7 @@ from hmn_replay.layout import DIGEST_LENGTH, FILE_VERSION, METADATA_KEY, Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.runtime import resolve_device
 
-__all__ = ["deserialise", "load", "save_memory", "serialise", "write_atomically"]
+__all__ = ["deserialise", "load", "save_memory", "serialise"]
 
 _MAX_HEADER_BYTES = 2**16
 # A trained memory stays below 100.
