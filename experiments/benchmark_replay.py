@@ -34,8 +34,8 @@ from torch.utils.data import TensorDataset
 
 import hmn_replay
 from hmn_replay.config import EFFORTS, parse_option
+from hmn_replay.container import Container
 from hmn_replay.data import LabelledImages
-from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.runtime import resolve_device
 
 
@@ -88,9 +88,7 @@ class Quiet(BaseLogger):
 class CondenseOnce(hmn_replay.HMNReplay):
     """Keeps its first memory: to condense in every round would take long, and is not timed."""
 
-    def update(
-        self, images: LabelledImages, *, index: int
-    ) -> tuple[HierarchicalMemory, dict[str, Any]]:
+    def update(self, images: LabelledImages, *, index: int) -> tuple[Container, dict[str, Any]]:
         """Condense the first experience alone."""
         if self.memory is not None:
             return self.memory, {}

@@ -114,6 +114,13 @@ def _add_condense(commands: _Commands) -> None:
         help="how values are stored (default: that of the effort)",
     )
     parser.add_argument(
+        "--container",
+        choices=("hmn", "raw", "idc", "haba", "linba"),
+        default="hmn",
+        help="what holds the images: the hierarchical memory, or one that it is compared with "
+        "(default: hmn)",
+    )
+    parser.add_argument(
         "--objective",
         choices=("gradient", "distribution"),
         help="what is matched (default: that of the effort)",

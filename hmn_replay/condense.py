@@ -15,12 +15,13 @@ import torch
 
 from hmn_replay.budget import Budget, as_int
 from hmn_replay.config import make_config
+from hmn_replay.container import Container
+from hmn_replay.container_layout import MAX_CLASSES, ContainerLayout
+from hmn_replay.containers import get_layout_type
 from hmn_replay.data import ImageSource, as_labelled_images
 from hmn_replay.errors import ConfigError
 from hmn_replay.formats import check_number_format
-from hmn_replay.layout import MAX_CLASSES, Layout
 from hmn_replay.loop import Condensation
-from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.runtime import deterministic_cudnn, resolve_device
 
 __all__ = ["condense"]
@@ -34,13 +35,14 @@ def condense(
     effort: str = "quick",
     seed: int = 0,
     device: str | torch.device = "auto",
-    layout: Layout | None = None,
-    memory: HierarchicalMemory | None = None,
+    container: str = "hmn",
+    layout: ContainerLayout | None = None,
+    memory: Container | None = None,
     expected_classes: int | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = False,
     **options: Any,
-) -> HierarchicalMemory:
+) -> Container:
     """Condense a labelled image set into a memory (Zheng et al. 2024, Algorithm 1).
 
     Args:
@@ -53,8 +55,12 @@ def condense(
         seed: The same seed gives the same memory, bit for bit, on the same machine with the same
             number of threads. The caller's random state is not touched.
         device: Where to compute; ``"auto"`` is the best device present.
-        layout: The shapes of the tiers, and the number format. Default: :meth:`Layout.choose` for
-            the budget.
+        container: What holds the images: ``"hmn"``, the hierarchical memory, or one that it is
+            compared with: ``"raw"``, ``"idc"``, ``"haba"`` or ``"linba"``; see
+            :mod:`hmn_replay.containers`. With ``layout`` or ``memory``, which have one, it is not
+            read.
+        layout: The shapes of the container's tensors, and the number format. Default: what the
+            container chooses for the budget, such as :meth:`Layout.choose`.
         memory: A memory to add to. Its classes stay and make room: each gives up images by
             double-ended pruning until all classes, old and new, share the budget alike; no image
             that stays changes by one bit. What all images are decoded with stays too, and only the
@@ -97,7 +103,9 @@ def condense(
     if layout is None:
         number_format = check_number_format(config.number_format)
         num_classes = max(data.num_classes, _check_expected(expected_classes))
-        layout = Layout.choose(limit, data.image_shape, num_classes, number_format)
+        layout = get_layout_type(container).choose(
+            limit, data.image_shape, num_classes, number_format
+        )
     elif (layout.image_shape, layout.number_format) != (data.image_shape, config.number_format):
         raise ConfigError(
             f"the layout is for {layout.number_format} images of {layout.image_shape}; the data "

@@ -41,7 +41,11 @@ class CondenseConfig:
         memory_learning_rate: Of Adam, for extractors, decoder and dataset memory while matching;
             class and instance memories take 10 times that.
         augmentations: Drawn once a class and step, for real and decoded images alike.
-        network: One of :data:`hmn_replay.networks.NETWORKS`.
+        max_seconds: Seconds after which matching ends, those of the warm start counted; the
+            learning rate has then come down to 0. ``outer_steps`` still bounds it. The result then
+            depends on the machine's speed. Default: None, no bound.
+        network: One of :data:`hmn_replay.networks.NETWORKS`, or several to be drawn in turn, one an
+            outer step; pruning trains the first.
         network_width: Channels of ConvNet's blocks.
         network_images: Real images that the network learns from after each step; 0 for none.
         network_batch: Batch size of that training.
@@ -74,7 +78,8 @@ class CondenseConfig:
     decoded_batch: int = 96
     memory_learning_rate: float = 0.001
     augmentations: tuple[str, ...] = ("color", "crop", "cutout")
-    network: str = "convnet"
+    max_seconds: float | None = None
+    network: tuple[str, ...] = ("convnet",)
     network_width: int = 32
     network_images: int = 512
     network_batch: int = 64
@@ -89,11 +94,20 @@ class CondenseConfig:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.network, str):
+            object.__setattr__(self, "network", (self.network,))
         convert_fields(self)
         requirements = {
             "number_format": (self.number_format in NUMBER_FORMATS, f"one of {NUMBER_FORMATS}"),
             "objective": (self.objective in OBJECTIVES, f"one of {tuple(OBJECTIVES)}"),
-            "network": (self.network in NETWORKS, f"one of {NETWORKS}"),
+            "network": (
+                len(self.network) > 0 and set(self.network) <= set(NETWORKS),
+                f"one of {NETWORKS}, or several",
+            ),
+            "max_seconds": (
+                self.max_seconds is None or 0 < self.max_seconds < math.inf,
+                "None, or above 0 and finite",
+            ),
             "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
             "over_budget": (0 <= self.over_budget <= 10, "in [0, 10]"),
             "holdout": (0 < self.holdout <= 0.5, "in (0, 0.5]"),
@@ -128,7 +142,7 @@ class CondenseConfig:
     def pruning_training(self) -> TrainingConfig:
         """The training that AUM and beta come from."""
         return TrainingConfig(
-            network=self.network,
+            network=self.network[0],
             width=self.pruning_width,
             num_passes=self.pruning_passes,
             augmentations=self.pruning_augmentations,

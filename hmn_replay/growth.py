@@ -33,9 +33,10 @@ import torch
 from torch import Tensor
 
 from hmn_replay.budget import Budget
+from hmn_replay.container import Container
+from hmn_replay.container_layout import ContainerLayout
+from hmn_replay.containers import make_container
 from hmn_replay.data import LabelledImages
-from hmn_replay.layout import Layout
-from hmn_replay.memory import HierarchicalMemory
 
 __all__ = ["Growth", "make_room"]
 
@@ -54,7 +55,7 @@ class Growth:
         old_labels: int64 ``(M,)``, their labels.
     """
 
-    memory: HierarchicalMemory
+    memory: Container
     first_class: int
     num_old: int
     drops: list[int]
@@ -75,18 +76,18 @@ def make_room(
     budget: Budget,
     over_budget: float,
     *,
-    layout: Layout,
-    old: HierarchicalMemory | None = None,
+    layout: ContainerLayout,
+    old: Container | None = None,
     seed: int = 0,
     device: torch.device,
 ) -> Growth:
-    """Return a memory with instance memories for the classes of ``data``, not fitted to them yet.
+    """Return a memory with images for the classes of ``data``, not fitted to them yet.
 
     Args:
         data: Images of the new classes. A class that the old memory has comes as a new one, with
             its old images beside the real ones to be fitted to.
         budget: Of the memory in the end.
-        over_budget: Share of instance memories beyond what fits.
+        over_budget: Share of images beyond what fits.
         layout: Of the memory; that of ``old``, where there is one.
         old: The memory to add to; it is left as it is.
         seed: Of initial values.
@@ -100,22 +101,22 @@ def make_room(
     again = sorted(set(data.classes.tolist()).intersection(old_labels))
     first_class = len(old_labels) - len(again)
     num_classes = first_class + data.num_classes
-    num_images = layout.max_images(budget, num_classes)
-    fair, extra = divmod(num_images, num_classes)
-    shares = [fair + (position < extra) for position in range(num_classes)]
+    size = layout.group_size
+    num_groups = layout.max_images(budget, num_classes) // size
+    fair, extra = divmod(num_groups, num_classes)
+    shares = [size * (fair + (position < extra)) for position in range(num_classes)]
     # Without another class there is no margin to prune by.
-    num_over = math.ceil(over_budget * num_images / num_classes) if num_classes > 1 else 0
+    num_over = size * math.ceil(over_budget * num_groups / num_classes) if num_classes > 1 else 0
     counts = [share + num_over for share in shares[first_class:]]
     if old is None or not first_class:
-        memory = HierarchicalMemory(layout, data.classes, counts, seed=seed).to(device)
+        memory = make_container(layout, data.classes, counts, seed=seed).to(device)
     else:
         memory = copy.deepcopy(old).to(device).requires_grad_(True)
         memory.budget_bytes, memory.report = None, {}
         if again:
             memory.remove(again)
         memory.extend(data.classes, counts, seed=seed)
-        for shared in (memory.dataset_memory, *memory.decoder_weights, *memory.decoder_biases):
-            shared.requires_grad_(False)
+        memory.freeze_shared()
     held = memory.images_per_class
     drops = [max(0, count - share) for count, share in zip(held, shares, strict=True) if count]
     old_images, labels = _old_images(old, data, again)
@@ -123,7 +124,7 @@ def make_room(
 
 
 def _old_images(
-    old: HierarchicalMemory | None, data: LabelledImages, again: list[int]
+    old: Container | None, data: LabelledImages, again: list[int]
 ) -> tuple[Tensor, Tensor]:
     if old is None:
         return torch.empty((0, *data.image_shape), dtype=torch.uint8), data.labels[:0]

@@ -32,44 +32,29 @@ bytes an image, decoder and all, images are too few.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hmn_replay.budget import Budget, as_int
-from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.filesize import TensorSpec, file_size
+from hmn_replay.container_layout import MAX_CLASSES, ContainerLayout, check_image_shape
+from hmn_replay.errors import ConfigError
+from hmn_replay.filesize import TensorSpec
 from hmn_replay.formats import NumberFormat, check_number_format
 from hmn_replay.options import convert, convert_fields
 
-__all__ = [
-    "DIGEST_LENGTH",
-    "FILE_VERSION",
-    "MAX_CLASSES",
-    "MAX_SIDE",
-    "METADATA_KEY",
-    "MIN_SIDE",
-    "Layout",
-]
+__all__ = ["Layout"]
 
-FILE_VERSION = 1
-DIGEST_LENGTH = 16
-# One key alone: safetensors writes the keys of several in an order that changes from run to run.
-METADATA_KEY = "hmn_replay"
-MIN_SIDE, MAX_SIDE, MAX_CLASSES = 8, 224, 1000
 _MAX_CHANNELS = 512
 _PIXELS_PER_VALUE = 32
 _SHARED_SHARE = 0.3
 _MIN_IMAGES_PER_CLASS = 10
 _SHRINKS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
-_VALUE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8"}
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(ContainerLayout):
     """Shapes of a hierarchical memory's tensors, whatever its number of classes and images.
 
     The tiers are grids of ``ceil(H / stride) x ceil(W / stride)``; the decoder doubles the grid
@@ -90,6 +75,10 @@ class Layout:
         ConfigError: A value outside these ranges.
     """
 
+    container = "hmn"
+    learned = ("dataset", "classes", "instances", "extractors", "decoder", "biases")
+    per_image = "instances"
+
     image_shape: tuple[int, int, int]
     number_format: NumberFormat
     stride: int
@@ -100,7 +89,7 @@ class Layout:
     decoder_channels: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _check_image_shape(self.image_shape)
+        check_image_shape(self.image_shape)
         convert_fields(self)
         check_number_format(self.number_format)
         if self.stride not in (2, 4, 8, 16, 32):
@@ -142,7 +131,7 @@ class Layout:
                 gives the smallest budget that does.
             ConfigError: A shape, a number of classes or a number format outside its range.
         """
-        channels, height, width = _check_image_shape(image_shape)
+        channels, height, width = check_image_shape(image_shape)
         count = as_int(num_classes)
         if count is None or not 1 <= count <= MAX_CLASSES:
             raise ConfigError(f"num_classes is 1 to {MAX_CLASSES}; got {num_classes!r}")
@@ -169,16 +158,11 @@ class Layout:
                 ),
             )
             shared_bytes = layout.file_bytes(num_classes, 0, limit)
-            instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * layout.instance_bytes
+            instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * layout.group_bytes
             if shared_bytes <= min(_SHARED_SHARE * limit, limit - instances_bytes):
                 break
         layout.max_images(limit, num_classes)
         return layout
-
-    @property
-    def bias_format(self) -> NumberFormat:
-        """Number format of the few biases: int8 would need as many scales as it has values."""
-        return "float16" if self.number_format == "int8" else self.number_format
 
     @property
     def num_doublings(self) -> int:
@@ -197,11 +181,6 @@ class Layout:
         return (self.instance_channels, *self.grid)
 
     @property
-    def instance_bytes(self) -> int:
-        """Bytes of one instance memory."""
-        return math.prod(self.instance_shape) * _VALUE_BYTES[self.number_format]
-
-    @property
     def convolutions(self) -> list[tuple[int, int]]:
         """``(input, output)`` channels of the decoder's 3 x 3 convolutions, in order.
 
@@ -218,11 +197,10 @@ class Layout:
         """Return the name, type and shape of every tensor in the file."""
         num_classes = convert("num_classes", num_classes, "int")
         num_images = convert("num_images", num_images, "int")
-        values = _SAFETENSORS_DTYPES[self.number_format]
+        values = self.values_dtype
         num_biases = num_classes * self.feature_channels + sum(o for _, o in self.convolutions)
         specs = {
-            "labels": TensorSpec("I64", (num_classes,)),
-            "counts": TensorSpec("I32", (num_classes,)),
+            **self._labels(num_classes),
             "dataset": TensorSpec(values, (self.dataset_channels, *self.grid)),
             "classes": TensorSpec(values, (num_classes, self.class_channels, *self.grid)),
             "instances": TensorSpec(values, (num_images, *self.instance_shape)),
@@ -230,53 +208,34 @@ class Layout:
                 values, (num_classes, self.feature_channels, self.dataset_channels)
             ),
             "decoder": TensorSpec(values, (sum(9 * i * o for i, o in self.convolutions),)),
-            "biases": TensorSpec(_SAFETENSORS_DTYPES[self.bias_format], (num_biases,)),
+            "biases": TensorSpec(self.bias_dtype, (num_biases,)),
         }
         if self.number_format == "int8":
             num_scales = 1 + num_classes * (2 + self.instance_channels) + len(self.convolutions)
             specs["scales"] = TensorSpec("F32", (num_scales,))
         return specs
 
-    def metadata(self, budget_bytes: int | None, digest: str = "0" * DIGEST_LENGTH) -> str:
-        """Return the text that the file carries about itself; :meth:`from_metadata` reads it.
-
-        Words apart by spaces: file version, digest, budget, number format, image shape, stride,
-        channels of f_c(m_D)'s input and output, m_C and m_I, decoder channels.
-        """
-        words = (
-            str(FILE_VERSION),
-            digest,
-            "-" if budget_bytes is None else str(budget_bytes),
-            self.number_format,
-            _join(self.image_shape),
-            str(self.stride),
-            _join(
-                (
-                    self.dataset_channels,
-                    self.feature_channels,
-                    self.class_channels,
-                    self.instance_channels,
-                )
-            ),
-            _join(self.decoder_channels),
+    def _words(self) -> tuple[str, ...]:
+        tiers = (
+            self.dataset_channels,
+            self.feature_channels,
+            self.class_channels,
+            self.instance_channels,
         )
-        return " ".join(words)
+        return str(self.stride), _join(tiers), _join(self.decoder_channels)
 
     @classmethod
-    def from_metadata(cls, text: str) -> tuple[Layout, int | None, str]:
-        """Return the layout, the budget in bytes and the digest that :meth:`metadata` wrote.
-
-        Raises:
-            ValueError: The text is not such a text, or names a layout that cannot be.
-        """
-        _, digest, budget, number_format, shape, stride, channels, decoder = text.split(" ")
-        if len(digest) != DIGEST_LENGTH:
-            raise ValueError(f"a digest has {DIGEST_LENGTH} characters")
-        channel, height, width = _split(shape)
+    def _from_words(
+        cls,
+        image_shape: tuple[int, int, int],
+        number_format: NumberFormat,
+        words: Sequence[str],
+    ) -> Layout:
+        stride, channels, decoder = words
         dataset_channels, feature_channels, class_channels, instance_channels = _split(channels)
-        layout = cls(
-            image_shape=(channel, height, width),
-            number_format=check_number_format(number_format),
+        return cls(
+            image_shape=image_shape,
+            number_format=number_format,
             stride=int(stride),
             dataset_channels=dataset_channels,
             feature_channels=feature_channels,
@@ -284,60 +243,6 @@ class Layout:
             instance_channels=instance_channels,
             decoder_channels=_split(decoder),
         )
-        budget_bytes = None if budget == "-" else Budget(int(budget)).num_bytes
-        if layout.metadata(budget_bytes, digest) != text:
-            raise ValueError("its numbers are written in another way than this package writes them")
-        return layout, budget_bytes, digest
-
-    def file_bytes(self, num_classes: int, num_images: int, budget_bytes: int | None) -> int:
-        """Return the exact size of the memory file, header and all."""
-        metadata = {METADATA_KEY: self.metadata(budget_bytes)}
-        return file_size(self.tensors(num_classes, num_images), metadata)
-
-    def max_images(self, budget: Budget | int | str, num_classes: int) -> int:
-        """Return how many instance memories fit: the largest number within the budget.
-
-        Raises:
-            BudgetError: Not even one image a class fits; the message gives the smallest budget
-                that this layout can do with.
-        """
-        limit = Budget.parse(budget).num_bytes
-        num_classes = convert("num_classes", num_classes, "int")
-        smallest = self.file_bytes(num_classes, num_classes, limit)
-        if smallest > limit:
-            # The budget itself stands in the header: one of more digits may take more bytes.
-            while (needed := self.file_bytes(num_classes, num_classes, smallest)) > smallest:
-                smallest = needed
-            raise BudgetError(
-                f"a budget of {limit:,} bytes does not hold one image of each of {num_classes} "
-                f"classes; with this layout the smallest that does is {smallest:,} bytes"
-            )
-        # The header grows by a digit now and then, so the quotient is a start, not the answer.
-        num_images = num_classes + (limit - smallest) // self.instance_bytes
-        while self.file_bytes(num_classes, num_images, limit) > limit:
-            num_images -= 1
-        return num_images
-
-    def num_floats(self, num_classes: int, num_images: int) -> int:
-        """Return the number of learned values: the paper's measure of storage."""
-        learned = ("dataset", "classes", "instances", "extractors", "decoder", "biases")
-        specs = self.tensors(num_classes, num_images)
-        return sum(math.prod(specs[name].shape) for name in learned)
-
-
-def _check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-    with contextlib.suppress(ConfigError):
-        channels, *sides = convert("image_shape", image_shape, "tuple[int, ...]") or (0,)
-        if (
-            channels in (1, 3)
-            and len(sides) == 2
-            and MIN_SIDE <= min(sides) <= max(sides) <= MAX_SIDE
-        ):
-            return channels, sides[0], sides[1]
-    raise ConfigError(
-        f"image_shape is (C, H, W) with C 1 or 3 and H, W from {MIN_SIDE} to {MAX_SIDE}; "
-        f"got {image_shape!r}"
-    )
 
 
 def _join(numbers: Sequence[int]) -> str:

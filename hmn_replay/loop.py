@@ -18,10 +18,10 @@ from hmn_replay import steps
 from hmn_replay.budget import Budget
 from hmn_replay.checkpoint import load_state
 from hmn_replay.config import CondenseConfig
+from hmn_replay.container import Container
+from hmn_replay.container_layout import ContainerLayout
 from hmn_replay.data import LabelledImages
 from hmn_replay.growth import make_room
-from hmn_replay.layout import Layout
-from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import Network
 from hmn_replay.pruning import aum, double_ended_prune, margins
 from hmn_replay.run import Run
@@ -39,10 +39,10 @@ class Condensation(Run):
         self,
         data: LabelledImages,
         budget: Budget,
-        layout: Layout,
+        layout: ContainerLayout,
         config: CondenseConfig,
         *,
-        old: HierarchicalMemory | None = None,
+        old: Container | None = None,
         seed: int,
         device: torch.device,
         progress: bool,
@@ -67,7 +67,7 @@ class Condensation(Run):
         fingerprint = _fingerprint(data, budget, layout, config, seed, old)
         super().__init__(self.growth.memory, fingerprint, measured, device, progress)
 
-    def finish(self) -> HierarchicalMemory:
+    def finish(self) -> Container:
         """Take all the steps that are left."""
         self.work({"warm_start": self._warm_start, "matching": self._match, "pruning": self._prune})
         return self.memory
@@ -80,6 +80,14 @@ class Condensation(Run):
         batch_size = max(1, min(config.warm_start_batch, num_images))
         steps_per_epoch = math.ceil(num_images / batch_size)
         targets = steps.warm_start_targets(memory, self.real, self.seed, self.first_class)
+        warm = num_steps > 0
+
+        def wanted_images(positions: Tensor) -> Tensor:
+            return self.real.data.floats(targets[positions - num_old])
+
+        if warm and self.state["step"] == 0 and memory.fit(num_old, wanted_images):
+            num_steps = 0
+        memory.update_scales(self.first_class)
         optimizer = self._optimizer((0.9, 0.99))
         order, order_epoch = torch.empty(0), -1
         with self._bar("warm start", num_steps, batch_size) as bar:
@@ -89,7 +97,7 @@ class Condensation(Run):
                     generator = make_generator(self.seed, "warm start", epoch)
                     order, order_epoch = torch.randperm(num_images, generator=generator), epoch
                 indices = order[position * batch_size : (position + 1) * batch_size]
-                wanted = self.real.data.floats(targets[indices])
+                wanted = wanted_images(num_old + indices)
                 wanted = wanted.to(self.device, non_blocking=True)
                 rate = cosine_rate(self.state["step"], num_steps, config.warm_start_learning_rate)
                 steps.set_rate(optimizer, rate)
@@ -98,7 +106,7 @@ class Condensation(Run):
                 )
                 bar.update(batch_size)
                 self._stepped(len(indices), optimizer=optimizer)
-        self.state["warm_start_psnr"] = self._psnr(targets) if num_steps else None
+        self.state["warm_start_psnr"] = self._psnr(targets) if warm else None
         self._next_phase()
 
     def _match(self) -> None:
@@ -111,11 +119,11 @@ class Condensation(Run):
         network: Network | None = None
         learner: torch.optim.SGD
         with self._bar("matching", num_steps, images_per_step) as bar:
-            while self.state["step"] < num_steps:
+            while (done := self._share_done(num_steps)) < 1:
                 step: int = self.state["step"]
                 if network is None or step % config.inner_steps == 0:
                     network, learner = self._fresh_network(step)
-                steps.set_rate(optimizer, cosine_rate(step, num_steps, config.memory_learning_rate))
+                steps.set_rate(optimizer, cosine_rate(done, 1, config.memory_learning_rate))
                 generator = make_generator(self.seed, "match", step)
                 num_decoded = steps.match_step(
                     memory, optimizer, network, self.real, config, generator, self.first_class
@@ -126,6 +134,14 @@ class Condensation(Run):
                 bar.update(images_per_step)
                 self._stepped(num_decoded, optimizer=optimizer, network=network, learner=learner)
         self._next_phase()
+
+    def _share_done(self, num_steps: int) -> float:
+        """Return how much of the matching is done: 1 where steps or seconds are out."""
+        done: float = self.state["step"] / num_steps if num_steps else 1.0
+        if self.config.max_seconds is None:
+            return done
+        seconds: float = sum(numbers["seconds"] for numbers in self.state["phases"].values())
+        return min(1.0, max(done, seconds / self.config.max_seconds))
 
     def _prune(self) -> None:
         self.state["drift_psnr"] = self._drift()
@@ -168,10 +184,14 @@ class Condensation(Run):
         accuracies: dict[str, float] = self.state["beta_accuracies"]
         class_index = self.memory.class_index
         grid = self.config.beta_grid
-        kept = {
-            beta: double_ended_prune(scores, class_index.cpu(), self.growth.drops, beta)
-            for beta in grid
-        }
+        # Images that share stored values stand and fall together, by their mean.
+        size = self.memory.layout.group_size
+        group_scores, group_class = scores.view(-1, size).mean(dim=1), class_index.cpu()[::size]
+        group_drops = [drop // size for drop in self.growth.drops]
+        kept = {}
+        for beta in grid:
+            groups = double_ended_prune(group_scores, group_class, group_drops, beta)
+            kept[beta] = (groups.view(-1, 1) * size + torch.arange(size)).flatten()
         if self.held_out is not None:
             held_out = steps.RealImages.of(self.held_out, self.memory.classes)
             for beta in grid:
@@ -230,7 +250,7 @@ class Condensation(Run):
     def _fresh_network(self, step: int) -> tuple[Network, torch.optim.SGD]:
         number, done = divmod(step, self.config.inner_steps)
         network, learner = steps.fresh_network(
-            self.memory, self.real, self.config, derive_seed(self.seed, "network", number)
+            self.memory, self.real, self.config, derive_seed(self.seed, "network", number), number
         )
         if self.resumed and done:
             load_state(network, self.resumed.group("network"))
@@ -241,10 +261,10 @@ class Condensation(Run):
 def _fingerprint(
     data: LabelledImages,
     budget: Budget,
-    layout: Layout,
+    layout: ContainerLayout,
     config: CondenseConfig,
     seed: int,
-    old: HierarchicalMemory | None,
+    old: Container | None,
 ) -> str:
     digest = hashlib.blake2b(repr((budget, layout, config, seed)).encode(), digest_size=16)
     for tensor in (data.labels, data.images):

@@ -44,7 +44,7 @@ def convert(name: str, value: Any, kind: str) -> Any:
     number = as_int(value)
     if kind.startswith("int") and number is not None:
         return number
-    if kind == "float" and (number is not None or isinstance(value, float)):
+    if kind.startswith("float") and (number is not None or isinstance(value, float)):
         with contextlib.suppress(OverflowError):
             return float(value)
     if kind in ("str", "NumberFormat") and isinstance(value, str):

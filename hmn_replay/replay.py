@@ -22,11 +22,12 @@ from torch import Tensor
 from hmn_replay.budget import Budget
 from hmn_replay.condense import condense
 from hmn_replay.config import make_config
+from hmn_replay.container import Container
+from hmn_replay.container_layout import MAX_CLASSES
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import BudgetError
 from hmn_replay.formats import check_number_format
-from hmn_replay.layout import MAX_CLASSES, Layout
-from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.layout import Layout
 from hmn_replay.memory_replay import MemoryReplay, Strategy
 from hmn_replay.runtime import derive_seed, resolve_device
 from hmn_replay.storage import deserialise, serialise
@@ -64,7 +65,7 @@ class HMNReplay(MemoryReplay):
         ConfigError: An unknown option, or a value outside its range.
     """
 
-    memory: HierarchicalMemory | None
+    memory: Container | None
 
     def __init__(
         self,
@@ -107,9 +108,7 @@ class HMNReplay(MemoryReplay):
         if self.memory is not None:
             self.memory.to(self._compute_device())
 
-    def update(
-        self, images: LabelledImages, *, index: int
-    ) -> tuple[HierarchicalMemory, dict[str, Any]]:
+    def update(self, images: LabelledImages, *, index: int) -> tuple[Container, dict[str, Any]]:
         """Condense an experience's images into the memory."""
         device = self._compute_device()
         # From the file's values, so that a run that goes on from a file takes the same steps.
@@ -138,11 +137,11 @@ class HMNReplay(MemoryReplay):
                 return expected
         return None
 
-    def memory_to_bytes(self, memory: HierarchicalMemory) -> bytes:
+    def memory_to_bytes(self, memory: Container) -> bytes:
         """Return the bytes of the memory's file."""
         return serialise(memory)
 
-    def memory_from_bytes(self, data: bytes) -> HierarchicalMemory:
+    def memory_from_bytes(self, data: bytes) -> Container:
         """Read the bytes of a memory's file.
 
         Raises:

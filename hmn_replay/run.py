@@ -22,8 +22,8 @@ from hmn_replay.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from hmn_replay.container import Container
 from hmn_replay.errors import TrainingError
-from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.runtime import peak_memory_bytes
 from hmn_replay.storage import serialise
 
@@ -51,7 +51,7 @@ class Run:
 
     def __init__(
         self,
-        memory: HierarchicalMemory,
+        memory: Container,
         fingerprint: str,
         measured: Mapping[str, Any],
         device: torch.device,

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hmn_replay.augment import draw_augmentation
 from hmn_replay.config import CondenseConfig
+from hmn_replay.container import Container
 from hmn_replay.data import LabelledImages, channel_stats
 from hmn_replay.matching import get_objective
-from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import Network, build_network
 from hmn_replay.runtime import autocast, make_generator
 from hmn_replay.training import draw_batch, mixed_loss
@@ -74,16 +74,16 @@ class RealImages:
         return cls(data, indices, list(order.split(counts)), mean, std)
 
 
-def make_optimizer(memory: HierarchicalMemory, betas: tuple[float, float]) -> torch.optim.Adam:
+def make_optimizer(memory: Container, betas: tuple[float, float]) -> torch.optim.Adam:
     """Return Adam over a memory: what many images share, then class and instance memories.
 
     Parameters that require no gradient are left out.
     """
-    private = [memory.instance_memory, memory.class_memory]
+    private = [memory.get_parameter(name) for name in memory.private]
     shared = [
-        p
-        for p in memory.parameters()
-        if p.requires_grad and all(p is not other for other in private)
+        parameter
+        for name, parameter in memory.named_parameters()
+        if parameter.requires_grad and name not in memory.private
     ]
     return torch.optim.Adam([{"params": shared}, {"params": private}], betas=betas)
 
@@ -95,7 +95,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def warm_start_targets(
-    memory: HierarchicalMemory, real: RealImages, seed: int, first_class: int = 0
+    memory: Container, real: RealImages, seed: int, first_class: int = 0
 ) -> Tensor:
     """Return, for each image of the memory, the real image that it starts from: int64 ``(N,)``.
 
@@ -112,7 +112,7 @@ def warm_start_targets(
 
 
 def warm_start_step(
-    memory: HierarchicalMemory,
+    memory: Container,
     optimizer: torch.optim.Optimizer,
     indices: Tensor,
     wanted: Tensor,
@@ -128,7 +128,7 @@ def warm_start_step(
         wanted: float32 ``(B, C, H, W)`` in [0, 1], on the memory's device.
         precision: As in :class:`~hmn_replay.config.CondenseConfig`.
         first_class: Scales of the classes before it stay as they are; see
-            :meth:`HierarchicalMemory.update_scales`.
+            :meth:`Container.update_scales`.
     """
     with autocast(wanted.device, precision):
         images = memory(indices.to(wanted.device))
@@ -140,7 +140,7 @@ def warm_start_step(
 
 
 def match_step(
-    memory: HierarchicalMemory,
+    memory: Container,
     optimizer: torch.optim.Optimizer,
     network: Network,
     real: RealImages,
@@ -215,11 +215,19 @@ def match_step(
 
 
 def fresh_network(
-    memory: HierarchicalMemory, real: RealImages, config: CondenseConfig, seed: int
+    memory: Container, real: RealImages, config: CondenseConfig, seed: int, number: int = 0
 ) -> tuple[Network, torch.optim.SGD]:
-    """Return a random network to match with, on the memory's device, and what it learns by."""
+    """Return a random network to match with, on the memory's device, and what it learns by.
+
+    Args:
+        memory: Its classes and image shape are read.
+        real: Its pixels' mean and deviation are read.
+        config: ``network``, ``network_width`` and ``network_learning_rate`` are read.
+        seed: Of the network's values.
+        number: How many networks came before it; those of ``config.network`` are taken in turn.
+    """
     network = build_network(
-        config.network,
+        config.network[number % len(config.network)],
         memory.image_shape,
         memory.num_classes,
         width=config.network_width,

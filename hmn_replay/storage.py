@@ -19,11 +19,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from hmn_replay.container import Container
+from hmn_replay.container_layout import (
+    DIGEST_LENGTH,
+    FILE_VERSION,
+    METADATA_KEY,
+    ContainerLayout,
+)
+from hmn_replay.containers import make_container, read_layout
 from hmn_replay.errors import BudgetError, HMNReplayError, MemoryFileError, TrainingError
 from hmn_replay.files import open_at_once, write_atomically
-from hmn_replay.formats import NumberFormat, dequantise, quantise
-from hmn_replay.layout import DIGEST_LENGTH, FILE_VERSION, METADATA_KEY, Layout
-from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.formats import dequantise, quantise
 from hmn_replay.runtime import resolve_device
 
 __all__ = ["deserialise", "load", "save_memory", "serialise"]
@@ -36,7 +42,7 @@ _MAX_MAGNITUDE = 1e4
 _MAX_SUM_LOADED, _MAX_SUM_SAVED = 1e37, 1e36
 
 
-def serialise(memory: HierarchicalMemory) -> bytes:
+def serialise(memory: Container) -> bytes:
     """Return the bytes of the memory's file.
 
     Raises:
@@ -52,7 +58,7 @@ def serialise(memory: HierarchicalMemory) -> bytes:
                 f"the memory's {name} hold values that are not finite or beyond "
                 f"{_MAX_MAGNITUDE:,.0f}: its training diverged; lower the learning rate"
             )
-    if not _largest_sum(memory) <= _MAX_SUM_SAVED:
+    if not memory.largest_sum() <= _MAX_SUM_SAVED:
         raise TrainingError(
             "the memory's values are so large that decoding could leave float32: its training "
             "diverged; lower the learning rate"
@@ -64,7 +70,7 @@ def serialise(memory: HierarchicalMemory) -> bytes:
     return data[:position] + hexadecimal.encode() + data[position + DIGEST_LENGTH :]
 
 
-def save_memory(memory: HierarchicalMemory, path: str | Path) -> None:
+def save_memory(memory: Container, path: str | Path) -> None:
     """Write a memory to ``path``, all at once or not at all.
 
     Raises:
@@ -80,14 +86,14 @@ def save_memory(memory: HierarchicalMemory, path: str | Path) -> None:
     write_atomically(path, data)
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu") -> HierarchicalMemory:
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Container:
     """Read a memory file.
 
     What the memory decodes to is bit for bit what it was when it was saved, on the same kind of
     device. Reading takes memory in proportion to the file's size, whatever the file says.
 
     Args:
-        path: A file that :meth:`HierarchicalMemory.save` wrote.
+        path: A file that :meth:`Container.save` wrote.
         device: Where the tensors go; ``"auto"`` is the best device present.
 
     Raises:
@@ -107,7 +113,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Hierarchica
     return memory.to(target)
 
 
-def deserialise(data: bytes, *, device: str | torch.device = "cpu") -> HierarchicalMemory:
+def deserialise(data: bytes, *, device: str | torch.device = "cpu") -> Container:
     """Read the bytes of a memory file: the inverse of :func:`serialise`, with every check.
 
     Args:
@@ -125,7 +131,7 @@ def deserialise(data: bytes, *, device: str | torch.device = "cpu") -> Hierarchi
     return memory.to(target)
 
 
-def _read(file: BinaryIO, num_bytes: int) -> HierarchicalMemory:
+def _read(file: BinaryIO, num_bytes: int) -> Container:
     prefix = file.read(8)
     header_length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or header_length > num_bytes - 8:
@@ -139,7 +145,7 @@ def _read(file: BinaryIO, num_bytes: int) -> HierarchicalMemory:
         )
     header = file.read(header_length)
     text = _metadata(header)
-    layout, budget_bytes, digest = Layout.from_metadata(text)
+    layout, budget_bytes, digest = read_layout(text)
     num_images = _check_header(header, layout, budget_bytes, num_bytes)
     data = file.read(num_bytes - 8 - header_length)
     before, found, after = header.partition(digest.encode())
@@ -167,15 +173,18 @@ def _metadata(header: bytes) -> str:
     return text
 
 
-def _check_header(header: bytes, layout: Layout, budget_bytes: int | None, num_bytes: int) -> int:
+def _check_header(
+    header: bytes, layout: ContainerLayout, budget_bytes: int | None, num_bytes: int
+) -> int:
     """Check that the header lists just what the layout has; return the number of images."""
     content = json.loads(header)
     try:
         (num_classes,) = content["labels"]["shape"]
-        num_images: int = content["instances"]["shape"][0]
-        for name, count, least in (("labels", num_classes, 1), ("instances", num_images, 0)):
+        num_rows = content[layout.per_image]["shape"][0]
+        for name, count, least in (("labels", num_classes, 1), (layout.per_image, num_rows, 0)):
             if type(count) is not int or count < least:
                 raise MemoryFileError(f"it has {count!r} {name}")
+        num_images: int = num_rows * layout.group_size
         specs = layout.tensors(num_classes, num_images)
         for name, spec in specs.items():
             entry = content[name]
@@ -195,117 +204,58 @@ def _check_header(header: bytes, layout: Layout, budget_bytes: int | None, num_b
     return num_images
 
 
-def _parameters(memory: HierarchicalMemory) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return each stored tensor's latent values and their scales, but for decoder and biases."""
-    return {
-        "dataset": (memory.dataset_memory, memory.dataset_scale),
-        "classes": (memory.class_memory, memory.class_scale),
-        "extractors": (memory.extractor_weight, memory.extractor_scale),
-        "instances": (memory.instance_memory, memory.instance_scale[memory.class_index]),
-    }
-
-
-def _scales(memory: HierarchicalMemory) -> list[Tensor]:
-    return [
-        memory.dataset_scale,
-        memory.class_scale,
-        memory.extractor_scale,
-        memory.instance_scale,
-        memory.decoder_scale,
-    ]
-
-
-def _biases(memory: HierarchicalMemory) -> list[Tensor]:
-    return [memory.extractor_bias, *memory.decoder_biases]
-
-
 @torch.no_grad()
-def _stored_tensors(memory: HierarchicalMemory) -> dict[str, Tensor]:
-    layout = memory.layout
-    number_format: NumberFormat = layout.number_format
+def _stored_tensors(memory: Container) -> dict[str, Tensor]:
+    specs = memory.layout.tensors(memory.num_classes, memory.num_images)
     tensors = {
         "labels": memory.classes,
         "counts": torch.tensor(memory.images_per_class, dtype=torch.int32),
-        "decoder": torch.cat(
-            [
-                quantise(weight, number_format, scale).flatten()
-                for weight, scale in zip(memory.decoder_weights, memory.decoder_scale, strict=True)
-            ]
-        ),
-        "biases": quantise(
-            torch.cat([bias.flatten() for bias in _biases(memory)]), layout.bias_format
-        ),
     }
-    for name, (latent, scale) in _parameters(memory).items():
-        tensors[name] = quantise(latent, number_format, scale)
-    if number_format == "int8":
-        tensors["scales"] = torch.cat([scale.flatten() for scale in _scales(memory)])
+    for name, parts in memory.stored().items():
+        rounded = [quantise(*part).flatten() for part in parts]
+        tensors[name] = torch.cat(rounded).view(specs[name].shape)
+    if "scales" in specs:
+        tensors["scales"] = torch.cat([scale.flatten() for scale in memory.scales()])
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def _restore(
-    layout: Layout,
+    layout: ContainerLayout,
     budget_bytes: int | None,
     num_images: int,
     tensors: dict[str, Tensor],
-) -> HierarchicalMemory:
+) -> Container:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _is_tame(tensor):
             raise MemoryFileError(f"its {name} hold values that are not finite or far too large")
     counts = tensors["counts"].to(torch.int64)
     if int(counts.min()) < 0 or int(counts.sum()) != num_images:
-        raise MemoryFileError("its images a class do not add up to its instance memories")
-    memory = HierarchicalMemory(layout, tensors["labels"], counts.tolist())
+        raise MemoryFileError(f"its images a class do not add up to its {num_images} images")
+    memory = make_container(layout, tensors["labels"], counts.tolist())
     memory.budget_bytes = budget_bytes
-    if layout.number_format == "int8":
+    if "scales" in tensors:
         if float(tensors["scales"].min()) < 1e-9:
             raise MemoryFileError("a scale is not positive")
-        scales = _scales(memory)
-        for scale, values in zip(
-            scales, tensors["scales"].split([s.numel() for s in scales]), strict=True
-        ):
-            scale.copy_(values.view_as(scale))
-    for name, (latent, scale) in _parameters(memory).items():
-        latent.copy_(dequantise(tensors[name], scale if layout.number_format == "int8" else None))
-    weights = list(memory.decoder_weights)
-    for weight, scale, values in zip(
-        weights,
-        memory.decoder_scale,
-        tensors["decoder"].split([w.numel() for w in weights]),
-        strict=True,
-    ):
-        stored = values.view_as(weight)
-        weight.copy_(dequantise(stored, scale if layout.number_format == "int8" else None))
-    biases = _biases(memory)
-    for bias, values in zip(
-        biases, tensors["biases"].split([b.numel() for b in biases]), strict=True
-    ):
-        bias.copy_(values.view_as(bias))
-    if not _largest_sum(memory) <= _MAX_SUM_LOADED:
+        _copy(tensors["scales"], memory.scales())
+    for name, parts in memory.stored().items():
+        sizes = [part.latent.numel() for part in parts]
+        for part, values in zip(parts, tensors[name].flatten().split(sizes), strict=True):
+            scale = part.scale if part.number_format == "int8" else None
+            part.latent.copy_(dequantise(values.view_as(part.latent), scale))
+    if not memory.largest_sum() <= _MAX_SUM_LOADED:
         raise MemoryFileError("its values are so large that decoding could leave float32")
     return memory
+
+
+def _copy(values: Tensor, targets: list[Tensor]) -> None:
+    for target, own in zip(targets, values.split([t.numel() for t in targets]), strict=True):
+        target.copy_(own.view_as(target))
 
 
 def _is_tame(values: Tensor) -> bool:
     # A comparison with NaN is false, so NaN is not tame either.
     return bool((values.abs() <= _MAX_MAGNITUDE).all())
-
-
-@torch.no_grad()
-def _largest_sum(memory: HierarchicalMemory) -> float:
-    """Return what nothing in the decoder can exceed, by the triangle inequality."""
-    dataset = float(memory.dataset_memory.abs().max())
-    rows = memory.extractor_weight.double().abs().sum(dim=2)
-    bound = float((rows * dataset + memory.extractor_bias.abs()).max())
-    for tier in (memory.class_memory, memory.instance_memory):
-        bound = max(bound, float(tier.abs().max())) if len(tier) else bound
-    largest = bound
-    for weight, bias in zip(memory.decoder_weights, memory.decoder_biases, strict=True):
-        rows = weight.double().abs().sum(dim=(1, 2, 3))
-        bound = float((rows * bound + bias.abs()).max())
-        largest = max(largest, bound)
-    return largest
 
 
 def _digest(*parts: bytes) -> str:

@@ -375,7 +375,7 @@ def mixed_loss(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float) -
     return lam * loss + (1.0 - lam) * F.cross_entropy(logits, labels_b)
 
 
-def cosine_rate(step: int, num_steps: int, peak: float) -> float:
+def cosine_rate(step: float, num_steps: float, peak: float) -> float:
     """Return the learning rate of one step, from ``peak`` at step 0 to 0 at ``num_steps``."""
     return 0.5 * peak * (1.0 + math.cos(math.pi * step / num_steps))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from hmn_replay.condense import condense
+from hmn_replay.container import Container
+from hmn_replay.container_layout import ContainerLayout
 from hmn_replay.data import LabelledImages
-from hmn_replay.layout import Layout
-from hmn_replay.memory import HierarchicalMemory
 
 TINY: dict[str, Any] = {
     "device": "cpu",
@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny(data: LabelledImages, layout: Layout, **options: Any) -> HierarchicalMemory:
+def tiny(data: LabelledImages, layout: ContainerLayout, **options: Any) -> Container:
     budget = options.pop("budget", None)
     if budget is None:
         num_classes = data.num_classes

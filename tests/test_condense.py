@@ -13,6 +13,7 @@ import torch
 
 from hmn_replay import steps
 from hmn_replay.condense import condense
+from hmn_replay.container import Container
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import (
     BudgetError,
@@ -24,7 +25,6 @@ from hmn_replay.errors import (
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.layout import Layout
 from hmn_replay.matching import get_objective
-from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.storage import load, serialise
 from tests.support import TINY, tiny
 
@@ -34,7 +34,7 @@ MakeSet = Callable[..., LabelledImages]
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
 
 
-def check(memory: HierarchicalMemory, data: LabelledImages) -> None:
+def check(memory: Container, data: LabelledImages) -> None:
     """Check what holds for every memory that was condensed."""
     assert memory.budget_bytes is not None
     assert len(serialise(memory)) == memory.file_bytes <= memory.budget_bytes

@@ -34,7 +34,11 @@ def test_paper_is_idcs_schedule() -> None:
     config = make_config("paper")
     assert (config.outer_steps, config.inner_steps) == (2000, 100)
     assert (config.real_batch, config.decoded_batch) == (64, 128)
-    assert (config.network, config.network_width, config.network_images) == ("convnet", 128, 2000)
+    assert (config.network, config.network_width, config.network_images) == (
+        ("convnet",),
+        128,
+        2000,
+    )
     assert (config.network_learning_rate, config.network_cutmix_probability) == (0.01, 0.5)
     assert config.augmentations == ("color", "crop", "cutout")
     assert (config.number_format, config.over_budget) == ("float32", 0.1)
@@ -168,7 +172,7 @@ def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> No
         ("classes_per_step", "none", None),
         ("classes_per_step", "None", None),
         ("classes_per_step", "5", 5),
-        ("network", "vgg16", "vgg16"),
+        ("network", "vgg16,convnet", ("vgg16", "convnet")),
         ("beta_grid", "0,0.5,1", (0.0, 0.5, 1.0)),
         ("beta_grid", "0.5", (0.5,)),
         ("beta_grid", "0, 1", (0.0, 1.0)),

@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hmn_replay.container_layout import FILE_VERSION, MAX_CLASSES
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.filesize import TensorSpec
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
-from hmn_replay.layout import FILE_VERSION, MAX_CLASSES, Layout
+from hmn_replay.layout import Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.storage import serialise
 

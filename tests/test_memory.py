@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hmn_replay.container_layout import MAX_CLASSES
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
-from hmn_replay.layout import MAX_CLASSES, Layout
+from hmn_replay.layout import Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.storage import serialise
 
@@ -163,7 +164,7 @@ def test_the_bits_of_an_image_do_not_depend_on_its_company(
 ) -> None:
     layout = make_layout(number_format, image_shape=(3, 12, 20))
     memory = trained(HierarchicalMemory(layout, [0, 1, 2], [5, 6, 7]))
-    monkeypatch.setattr("hmn_replay.memory._PIXELS_PER_CHUNK", 4 * 12 * 20)  # four at a time
+    monkeypatch.setattr("hmn_replay.container._PIXELS_PER_CHUNK", 4 * 12 * 20)  # four at a time
     images, labels = memory.decode()
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 3, 4, 5, 9, 18):
@@ -224,10 +225,10 @@ def test_decoding_is_done_in_chunks_of_bounded_size(
         return conv2d(x, *args, **options)
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
-    monkeypatch.setattr("hmn_replay.memory._PIXELS_PER_CHUNK", 200)
+    monkeypatch.setattr("hmn_replay.container._PIXELS_PER_CHUNK", 200)
     HierarchicalMemory(make_layout(), [0], 10).decode()
     assert sizes == [3] * (4 * 3)  # 4 times 3 images, by 3 convolutions
-    monkeypatch.setattr("hmn_replay.memory._PIXELS_PER_CHUNK", 1)
+    monkeypatch.setattr("hmn_replay.container._PIXELS_PER_CHUNK", 1)
     sizes.clear()
     HierarchicalMemory(make_layout(), [0], 2).decode()
     assert sizes == [1] * (2 * 3)

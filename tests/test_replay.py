@@ -11,6 +11,7 @@ import torch
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 
 import hmn_replay
+from hmn_replay.container import Container
 from hmn_replay.errors import BudgetError, CheckpointError, ConfigError
 from hmn_replay.replay import HMNReplay, reattach_optim_modules
 from hmn_replay.storage import load, serialise
@@ -172,6 +173,6 @@ def test_names_are_imported_when_they_are_asked_for() -> None:
         _ = hmn_replay.HMNRepaly
 
 
-def _memory(replay: HMNReplay) -> hmn_replay.HierarchicalMemory:
+def _memory(replay: HMNReplay) -> Container:
     assert replay.memory is not None
     return replay.memory

@@ -24,9 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hmn_replay.storage
+from hmn_replay.container import Container
+from hmn_replay.container_layout import DIGEST_LENGTH, METADATA_KEY
 from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError, TrainingError
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
-from hmn_replay.layout import DIGEST_LENGTH, METADATA_KEY, Layout
+from hmn_replay.layout import Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.storage import deserialise, load, save_memory, serialise
 
@@ -116,7 +118,7 @@ def overwrite(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
-def check(path: Path, data: bytes) -> HierarchicalMemory | None:
+def check(path: Path, data: bytes) -> Container | None:
     """Load a file that may be anything: a memory that works, or a MemoryFileError; never else."""
     overwrite(path, data)
     try:
@@ -138,7 +140,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "memory.hmn"
 
 
-def same_memory(one: HierarchicalMemory, two: HierarchicalMemory) -> bool:
+def same_memory(one: Container, two: Container) -> bool:
     (images, labels), (other_images, other_labels) = one.decode(), two.decode()
     return (
         one.layout == two.layout
@@ -581,7 +583,7 @@ def forgeries() -> dict[str, tuple[bytes, str]]:
         ),
         "counts that do not add up": (
             rewritten(data, "counts", counts + np.array([1, 0, 0], np.int32)),
-            "images a class do not add up to its instance memories",
+            "images a class do not add up to its",
         ),
         "a count below none": (
             rewritten(data, "counts", np.array([-1, 3, 4], np.int32)),
