@@ -104,7 +104,7 @@ def condense(
         number_format = check_number_format(config.number_format)
         num_classes = max(data.num_classes, _check_expected(expected_classes))
         layout = get_layout_type(container).choose(
-            limit, data.image_shape, num_classes, number_format
+            limit, data.image_shape, num_classes, number_format, len(data) // data.num_classes
         )
     elif (layout.image_shape, layout.number_format) != (data.image_shape, config.number_format):
         raise ConfigError(

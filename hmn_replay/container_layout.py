@@ -62,6 +62,7 @@ class ContainerLayout(abc.ABC):
         image_shape: Sequence[int],
         num_classes: int,
         number_format: NumberFormat = "int8",
+        real_images_per_class: int | None = None,
     ) -> _Layout:
         """Return the layout for a budget.
 
@@ -70,6 +71,8 @@ class ContainerLayout(abc.ABC):
             image_shape: ``(C, H, W)``.
             num_classes: K, 1 to 1000: how many classes share the budget.
             number_format: How values are stored.
+            real_images_per_class: How many real images of a class there are: more room than for
+                so many goes to better images. None where that is not known.
 
         Raises:
             BudgetError: The budget does not hold all classes.

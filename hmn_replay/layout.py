@@ -9,7 +9,8 @@ The paper names no shapes. :meth:`Layout.choose` takes these:
 * a decoder whose convolutions have 64, 32 and 16 channels from coarse to fine (64 above): the
   coarse ones hold most of the parameters and cost little time;
 * all but the instance memories shrunk until they take 30 % of the budget at most and ten images a
-  class fit, and then the instance memories too.
+  class fit, and then the instance memories too;
+* up to four times larger instance memories where more images would fit than there are real ones.
 
 They were chosen on CIFAR-10 (1,000 training images a class) at 122,880 bytes in int8, by the
 accuracy of a ConvNet-3 of width 64 after 40,000 image passes on what a warm start of 1,500 steps
@@ -32,6 +33,7 @@ bytes an image, decoder and all, images are too few.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -50,6 +52,7 @@ _MAX_CHANNELS = 512
 _PIXELS_PER_VALUE = 32
 _SHARED_SHARE = 0.3
 _MIN_IMAGES_PER_CLASS = 10
+_LARGEST_INSTANCE = 4
 _SHRINKS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 
 
@@ -117,6 +120,7 @@ class Layout(ContainerLayout):
         image_shape: Sequence[int],
         num_classes: int,
         number_format: NumberFormat = "int8",
+        real_images_per_class: int | None = None,
     ) -> Layout:
         """Return the layout for a budget, by the rules at the top of this module.
 
@@ -125,6 +129,8 @@ class Layout(ContainerLayout):
             image_shape: ``(C, H, W)``.
             num_classes: K, 1 to 1000: how many classes share the budget.
             number_format: How values are stored.
+            real_images_per_class: How many real images of a class there are: more room than for
+                so many goes to better images. None where that is not known.
 
         Raises:
             BudgetError: One image a class does not fit even with the smallest tiers; the message
@@ -161,7 +167,15 @@ class Layout(ContainerLayout):
             instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * layout.group_bytes
             if shared_bytes <= min(_SHARED_SHARE * limit, limit - instances_bytes):
                 break
-        layout.max_images(limit, num_classes)
+        num_images = layout.max_images(limit, num_classes)
+        num_real = (
+            num_images if real_images_per_class is None else real_images_per_class * num_classes
+        )
+        largest = _LARGEST_INSTANCE * layout.instance_channels
+        while num_images > num_real and layout.instance_channels < largest:
+            channels = layout.instance_channels + 1
+            layout = dataclasses.replace(layout, instance_channels=channels)
+            num_images = layout.max_images(limit, num_classes)
         return layout
 
     @property

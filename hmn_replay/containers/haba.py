@@ -74,6 +74,7 @@ class HaBaLayout(ContainerLayout):
         image_shape: Sequence[int],
         num_classes: int,
         number_format: NumberFormat = "int8",
+        real_images_per_class: int | None = None,
     ) -> HaBaLayout:
         """Return the layout with 5 hallucinators, or as many as leave room for a basis a class."""
         shape, number_format = check_image_shape(image_shape), check_number_format(number_format)

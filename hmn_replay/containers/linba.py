@@ -74,6 +74,7 @@ class LinBaLayout(ContainerLayout):
         image_shape: Sequence[int],
         num_classes: int,
         number_format: NumberFormat = "int8",
+        real_images_per_class: int | None = None,
     ) -> LinBaLayout:
         """Return the layout with the paper's shape: K = 16 at 1 IPC of CIFAR-10's floats, ds = 2.
 

@@ -60,6 +60,7 @@ class RawLayout(ContainerLayout):
         image_shape: Sequence[int],
         num_classes: int,
         number_format: NumberFormat = "int8",
+        real_images_per_class: int | None = None,
     ) -> RawLayout:
         """Return the layout; see :meth:`ContainerLayout.choose`."""
         layout = cls(check_image_shape(image_shape), check_number_format(number_format))
@@ -133,6 +134,7 @@ class IDCLayout(RawLayout):
         image_shape: Sequence[int],
         num_classes: int,
         number_format: NumberFormat = "int8",
+        real_images_per_class: int | None = None,
     ) -> IDCLayout:
         """Return the layout with the paper's factor: 2, or 3 from sides of 128 pixels on."""
         shape = check_image_shape(image_shape)
