@@ -22,7 +22,13 @@ from hmn_replay.errors import (
 )
 from hmn_replay.formats import NUMBER_FORMATS
 from hmn_replay.layout import Layout
-from hmn_replay.matching import OBJECTIVES, distribution_matching, gradient_matching
+from hmn_replay.matching import (
+    OBJECTIVES,
+    distribution_matching,
+    embedding_matching,
+    gradient_matching,
+    layerwise_cosine_matching,
+)
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import NETWORKS, build_network
 from hmn_replay.pruning import aum, double_ended_prune, margins
@@ -61,8 +67,10 @@ __all__ = [
     "condense",
     "distribution_matching",
     "double_ended_prune",
+    "embedding_matching",
     "evaluate",
     "gradient_matching",
+    "layerwise_cosine_matching",
     "load",
     "load_dataset",
     "margins",

@@ -122,7 +122,7 @@ def _add_condense(commands: _Commands) -> None:
     )
     parser.add_argument(
         "--objective",
-        choices=("gradient", "distribution"),
+        choices=("gradient", "distribution", "dc", "dsa", "dm"),
         help="what is matched (default: that of the effort)",
     )
     parser.add_argument(

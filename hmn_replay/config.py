@@ -28,7 +28,9 @@ class CondenseConfig:
 
     Attributes:
         number_format: How values are stored: ``"float32"``, ``"float16"`` or ``"int8"``.
-        objective: ``"gradient"`` or ``"distribution"``; see :mod:`hmn_replay.matching`.
+        objective: ``"gradient"`` (IDC's), ``"distribution"``, ``"dc"``, ``"dsa"`` or ``"dm"``; see
+            :data:`hmn_replay.matching.OBJECTIVES`, which tells, too, whether both batches are
+            augmented, and what the network learns from between steps.
         warm_start_steps: Steps of fitting the memory to real images before matching; 0 for none.
         warm_start_batch: Images a step of the warm start.
         warm_start_learning_rate: Of Adam, for extractors, decoder and dataset memory; class and
@@ -47,7 +49,7 @@ class CondenseConfig:
         network: One of :data:`hmn_replay.networks.NETWORKS`, or several to be drawn in turn, one an
             outer step; pruning trains the first.
         network_width: Channels of ConvNet's blocks.
-        network_images: Real images that the network learns from after each step; 0 for none.
+        network_images: Images that the network learns from after each step; 0 for none.
         network_batch: Batch size of that training.
         network_learning_rate: Of its SGD (momentum 0.9, weight decay 5e-4).
         network_cutmix_probability: That a batch of it is mixed by CutMix.

@@ -130,7 +130,7 @@ class Condensation(Run):
                 )
                 if config.network_images:
                     generator = make_generator(self.seed, "train", step)
-                    steps.train_step(network, learner, self.real, config, generator)
+                    steps.train_step(network, learner, self.real, config, generator, memory)
                 bar.update(images_per_step)
                 self._stepped(num_decoded, optimizer=optimizer, network=network, learner=learner)
         self._next_phase()

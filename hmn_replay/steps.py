@@ -16,7 +16,7 @@ from hmn_replay.augment import draw_augmentation
 from hmn_replay.config import CondenseConfig
 from hmn_replay.container import Container
 from hmn_replay.data import LabelledImages, channel_stats
-from hmn_replay.matching import get_objective
+from hmn_replay.matching import get_recipe
 from hmn_replay.networks import Network, build_network
 from hmn_replay.runtime import autocast, make_generator
 from hmn_replay.training import draw_batch, mixed_loss
@@ -167,7 +167,8 @@ def match_step(
         How many images were decoded.
     """
     device = memory.class_index.device
-    objective = get_objective(config.objective)
+    recipe = get_recipe(config.objective)
+    strategies = config.augmentations if recipe.augments else ()
     counts = memory.images_per_class
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
     num_classes = memory.num_classes - first_class
@@ -190,7 +191,7 @@ def match_step(
             chosen = members[_draw(len(members), config.real_batch, generator)]
             real_images = real.data.floats(chosen).to(device, non_blocking=True)
             augment = draw_augmentation(
-                config.augmentations,
+                strategies,
                 memory.image_shape[1:],
                 generator,
                 fill=real.mean,
@@ -199,7 +200,7 @@ def match_step(
             decoded = own.detach().requires_grad_()
             real_images, augmented = _not_alone(augment(real_images)), _not_alone(augment(decoded))
             with autocast(device, config.precision):
-                _, gradient = objective(
+                _, gradient = recipe.function(
                     network,
                     real_images,
                     torch.full((len(real_images),), label, device=device),
@@ -247,14 +248,29 @@ def train_step(
     real: RealImages,
     config: CondenseConfig,
     generator: torch.Generator,
+    memory: Container,
 ) -> None:
-    """Let the network learn from ``network_images`` real images, as IDC does after every step."""
+    """Let the network learn from ``network_images`` images, as IDC does after every step.
+
+    Real ones, decoded ones or none at all: what the objective's paper does.
+    """
     device = network.mean.device
-    chosen = torch.randint(len(real.data), (config.network_images,), generator=generator)
+    learns_from = get_recipe(config.objective).learns_from
+    if learns_from == "nothing":
+        return
+    num_images = len(real.data) if learns_from == "real" else memory.num_images
+    chosen = torch.randint(num_images, (config.network_images,), generator=generator)
     for indices in map(_not_alone, chosen.split(config.network_batch)):
+        if learns_from == "real":
+            images = real.data.floats(indices).to(device, non_blocking=True)
+            labels = real.class_indices[indices].to(device, non_blocking=True)
+        else:
+            with torch.no_grad(), autocast(device, config.precision):
+                images = memory(indices.to(device)).float()
+            labels = memory.class_index[indices.to(device)]
         batch, labels_a, labels_b, lam = draw_batch(
-            real.data.floats(indices).to(device, non_blocking=True),
-            real.class_indices[indices].to(device, non_blocking=True),
+            images,
+            labels,
             real.mean,
             real.std,
             generator,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from hmn_replay.errors import (
 )
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.layout import Layout
-from hmn_replay.matching import get_objective
+from hmn_replay.matching import Objective, Recipe, get_recipe
 from hmn_replay.storage import load, serialise
 from tests.support import TINY, tiny
 
@@ -109,16 +110,18 @@ def test_there_may_be_more_classes_than_a_step_draws(
     make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = make_set(num_images=36, labels=tuple(range(12)))
-    original, drawn = get_objective, list[int]()
+    drawn = list[int]()
 
-    def watched(name: str) -> Any:
+    def watched(name: str) -> Recipe:
+        recipe = get_recipe(name)
+
         def record(*batches: Any) -> Any:
             drawn.append(int(batches[4][0]))
-            return original(name)(*batches)
+            return recipe.function(*batches)
 
-        return record
+        return dataclasses.replace(recipe, function=cast(Objective, record))
 
-    monkeypatch.setattr(steps, "get_objective", watched)
+    monkeypatch.setattr(steps, "get_recipe", watched)
     for classes_per_step, expected in ((5, 5), (None, 12), (99, 12)):
         drawn.clear()
         check(tiny(data, make_layout(), classes_per_step=classes_per_step), data)
@@ -242,19 +245,18 @@ def test_matching_moves_the_memory_to_a_lower_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     losses: list[float] = []
-    original = get_objective
 
-    def watched(name: str) -> Any:
-        function = original(name)
+    def watched(name: str) -> Recipe:
+        recipe = get_recipe(name)
 
         def record(*batches: Any) -> Any:
-            loss, gradient = function(*batches)
+            loss, gradient = recipe.function(*batches)
             losses.append(float(loss))
             return loss, gradient
 
-        return record
+        return dataclasses.replace(recipe, function=cast(Objective, record))
 
-    monkeypatch.setattr(steps, "get_objective", watched)
+    monkeypatch.setattr(steps, "get_recipe", watched)
     tiny(
         make_set(num_images=60),
         make_layout("float32"),

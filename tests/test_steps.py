@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from hmn_replay.config import CondenseConfig, make_config
 from hmn_replay.data import LabelledImages, channel_stats
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.layout import Layout
-from hmn_replay.matching import get_objective
+from hmn_replay.matching import Objective, Recipe, gradient_matching
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import Network
 from hmn_replay.runtime import make_generator
@@ -60,7 +60,8 @@ class Scene:
         )
 
     def train(self, seed: int = 0) -> None:
-        steps.train_step(self.network, self.learner, self.real, self.config, make_generator(seed))
+        generator = make_generator(seed)
+        steps.train_step(self.network, self.learner, self.real, self.config, generator, self.memory)
 
     def learn(self, rate: float = 0.01) -> None:
         """Let the memory move from now on."""
@@ -329,7 +330,6 @@ def test_batches_are_of_the_sizes_asked_for_and_of_one_class_each(
     make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int, int]] = []
-    original = get_objective("gradient")
 
     def watched(
         network: Network, real: Tensor, real_labels: Tensor, own: Tensor, own_labels: Tensor
@@ -341,9 +341,9 @@ def test_batches_are_of_the_sizes_asked_for_and_of_one_class_each(
         distances = torch.cdist(real.flatten(1), candidates)
         assert float(distances.amin(dim=1).max()) < 1e-2
         seen.append((int(own_labels[0]), len(real), len(own)))
-        return original(network, real, real_labels, own, own_labels)
+        return gradient_matching(network, real, real_labels, own, own_labels)
 
-    monkeypatch.setattr(steps, "get_objective", lambda name: watched)
+    monkeypatch.setattr(steps, "get_recipe", lambda name: Recipe(cast(Objective, watched)))
     scene = make_scene(classes_per_step=2, real_batch=4, decoded_batch=3, counts=(5, 2, 9))
     classes = set[int]()
     for seed in range(8):
@@ -550,3 +550,44 @@ def test_a_lone_image_is_enough_for_batch_normalisation(
     gradient = scene.memory.instance_memory.grad
     assert gradient is not None
     assert bool(gradient.isfinite().all())
+
+
+def test_the_network_learns_from_what_the_objective_says(
+    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[Tensor] = []
+
+    def watched(images: Tensor, labels: Tensor, *rest: Any, **options: Any) -> Any:
+        batches.append(images)
+        return draw_batch(images, labels, *rest, **options)
+
+    monkeypatch.setattr(steps, "draw_batch", watched)
+    for objective, source in (("gradient", "real"), ("dc", "decoded"), ("dm", None)):
+        batches.clear()
+        scene = make_scene(objective=objective, network_images=6, network_batch=6)
+        scene.train(0)
+        if source is None:
+            assert batches == []
+            continue
+        everything = torch.arange(len(scene.real.data))
+        known = scene.real.data.floats(everything)
+        if source == "decoded":
+            known = scene.memory.decode()[0]
+        distances = torch.cdist(batches[0].flatten(1), known.flatten(1))
+        assert float(distances.amin(dim=1).max()) < 1e-2
+
+
+def test_both_batches_are_augmented_unless_the_objective_says_not(
+    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, ...]] = []
+
+    def watched(strategies: Any, *rest: Any, **options: Any) -> Any:
+        drawn.append(tuple(strategies))
+        return draw_augmentation(strategies, *rest, **options)
+
+    monkeypatch.setattr(steps, "draw_augmentation", watched)
+    for objective, expected in (("dsa", ("color",)), ("dc", ())):
+        drawn.clear()
+        make_scene(objective=objective, augmentations=("color",)).match(0)
+        assert set(drawn) == {expected}
