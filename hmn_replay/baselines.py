@@ -1,4 +1,4 @@
-"""The honest rivals: real images drawn at random, in as many bytes as a memory.
+"""The honest rivals: real images, drawn at random or chosen, in as many bytes as a memory.
 
 What is compared is a real file, its header and labels counted, filled with as many images as fit:
 either pixels as they are, or JPEG scans under one header.
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from hmn_replay.budget import Budget
 from hmn_replay.data import LabelledImages
-from hmn_replay.errors import BudgetError, DataError
+from hmn_replay.errors import BudgetError, ConfigError, DataError
 from hmn_replay.jpeg import SUBSAMPLINGS, encode_jpeg_scans
 from hmn_replay.real_images import Arrays, RealImages
-from hmn_replay.runtime import make_generator
+from hmn_replay.selection import select_images
 
 __all__ = ["jpeg_images", "pack_jpeg_images", "raw_images"]
 
@@ -28,21 +28,33 @@ _SMALL_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.
 _ENCODED_AT_ONCE = 64
 
 
-def raw_images(data: LabelledImages, budget: Budget | int | str, *, seed: int = 0) -> RealImages:
-    """Draw real images, as many as fit a budget as uint8 pixels.
+def raw_images(
+    data: LabelledImages,
+    budget: Budget | int | str,
+    *,
+    selection: str | Tensor = "random",
+    seed: int = 0,
+) -> RealImages:
+    """Take real images, as many as fit a budget as uint8 pixels.
 
     Args:
-        data: Where to draw from, without replacement. The numbers of images of two classes differ
-            by one at most, the first classes having more, but for a class that has no more to give.
+        data: Where to take them from, each once. With a selection by name, the numbers of images of
+            two classes differ by one at most, the first classes having more, but for a class that
+            has no more to give.
         budget: Bytes of the file, header and labels counted.
-        seed: Of the draw. A larger budget adds images to those of a smaller one.
+        selection: One of :data:`hmn_replay.selection.SELECTIONS`; or the order in which images are
+            taken while they fit, int64 positions in ``data``, such as those that
+            :func:`hmn_replay.selection.select_images` gives with options of your own.
+        seed: Of a selection by name. A larger budget adds images to those of a smaller one.
 
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
+        ConfigError: The selection is not as said above.
     """
-    order = _draw_order(data, seed)
     limit = Budget.parse(budget).num_bytes
-    most = min(len(order), limit // data.images[0].numel())
+    most = limit // data.images[0].numel()
+    order = _order(data, selection, max(1, most), seed)
+    most = min(len(order), most)
 
     def build(num_images: int) -> RealImages:
         chosen = order[:num_images]
@@ -59,24 +71,26 @@ def jpeg_images(
     *,
     quality: int,
     subsampling: str | None = None,
+    selection: str | Tensor = "random",
     seed: int = 0,
 ) -> RealImages:
-    """Draw real images, as many as fit a budget as JPEG under one header.
+    """Take real images, as many as fit a budget as JPEG under one header.
 
     Args:
-        data: As in :func:`raw_images`, which draws the same images in the same order.
+        data: As in :func:`raw_images`, which takes the same images in the same order.
         budget: Bytes of the file, header and labels counted.
         quality: libjpeg's, 1 to 100.
         subsampling: One of :data:`hmn_replay.jpeg.SUBSAMPLINGS`; not used for grey images.
             Default: the one that lets more images fit.
-        seed: Of the draw.
+        selection: As in :func:`raw_images`; one by name puts all images of ``data`` in order.
+        seed: Of a selection by name.
 
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
-        ConfigError: ``quality`` or ``subsampling`` is not as said above.
+        ConfigError: ``quality``, ``subsampling`` or ``selection`` is not as said above.
     """
     limit = Budget.parse(budget).num_bytes
-    order = _draw_order(data, seed)
+    order = _order(data, selection, None, seed)
     subsamplings = SUBSAMPLINGS if data.image_shape[0] == 3 else SUBSAMPLINGS[:1]
     if subsampling is not None:
         subsamplings = (subsampling,)
@@ -116,15 +130,20 @@ def pack_jpeg_images(
     return _fill(build, len(queue), Budget.parse(budget).num_bytes)
 
 
-def _draw_order(data: LabelledImages, seed: int) -> Tensor:
-    """Return the positions of all images: one of every class at random, then another, and on."""
-    drawn = []
-    for label in data.classes.tolist():
-        members = data.of_class(label)
-        generator = make_generator(seed, "real images", label)
-        drawn.append(members[torch.randperm(len(members), generator=generator)])
-    rounds = torch.cat([torch.arange(len(members)) for members in drawn])
-    return torch.cat(drawn)[rounds.argsort(stable=True)]
+def _order(
+    data: LabelledImages, selection: str | Tensor, num_images: int | None, seed: int
+) -> Tensor:
+    if not isinstance(selection, Tensor):
+        return select_images(data, selection, num_images=num_images, seed=seed)
+    fits = selection.dtype == torch.int64 and selection.ndim == 1 and len(selection) > 0
+    if not fits or not 0 <= int(selection.min()) <= int(selection.max()) < len(data):
+        raise ConfigError(
+            f"a selection is a name, or int64 positions (n,) in [0, {len(data)}), one or more; got "
+            f"{selection.dtype} {tuple(selection.shape)}"
+        )
+    if len(selection.unique()) < len(selection):
+        raise ConfigError("a selection has each position once; this one has some twice")
+    return selection.cpu()
 
 
 def _fill_jpeg(

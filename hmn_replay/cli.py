@@ -21,6 +21,7 @@ __all__ = ["main", "make_parser"]
 # What torch says on CUDA, and on the CPU.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 _NETWORKS = ("convnet", "vgg16", "resnet18", "densenet121")
+_SELECTIONS = ("random", "herding", "k-centre", "ccs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,8 +198,8 @@ def _add_baseline(commands: _Commands) -> None:
         commands,
         "baseline",
         "score real images in as many bytes as a memory",
-        "Score the honest rivals of a memory: as many random real images as fit the same bytes of\n"
-        "a file, as uint8 pixels or as JPEG under one header. Training is that of evaluate. Of\n"
+        "Score the honest rivals of a memory: as many real images as fit the same bytes of a\n"
+        "file, as uint8 pixels or as JPEG under one header. Training is that of evaluate. Of\n"
         "JPEG the quality with the best mean accuracy on the test images counts, which favours it.",
         "hmn-replay baseline --kind jpeg --data cifar10.npz --budget 120KiB",
     )
@@ -210,13 +211,20 @@ def _add_baseline(commands: _Commands) -> None:
         "--budget", required=True, help="bytes that the file may take, header and labels counted"
     )
     parser.add_argument(
+        "--selection",
+        choices=_SELECTIONS,
+        default="random",
+        help="which images are kept, as many of each class; all but random train a network on all "
+        "images first, as those that are scored, for one epoch at least (default: random)",
+    )
+    parser.add_argument(
         "--qualities",
         type=_qualities,
         default=[5, 10, 20, 30],
         metavar="Q,Q,...",
         help="JPEG qualities to try, 1 to 100 (default: 5,10,20,30)",
     )
-    _add_training(parser, "SEED, SEED + 1, ... draw the images and train one network each")
+    _add_training(parser, "SEED, SEED + 1, ... choose the images and train one network each")
 
 
 def _add(

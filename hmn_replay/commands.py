@@ -10,9 +10,11 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from hmn_replay.baselines import jpeg_images, raw_images
 from hmn_replay.budget import Budget
@@ -23,6 +25,7 @@ from hmn_replay.errors import CheckpointError, ConfigError
 from hmn_replay.export import contact_sheet, export_images, export_npz
 from hmn_replay.files import check_target
 from hmn_replay.real_images import RealImages
+from hmn_replay.selection import select_images
 from hmn_replay.sources import DATASETS, Split, load_dataset
 from hmn_replay.storage import load
 from hmn_replay.training import Decodable, TrainingConfig, evaluate
@@ -192,17 +195,38 @@ def run_baseline(args: argparse.Namespace) -> Result:
     config = _training(args)
     budget = Budget.parse(args.budget)
     train, test = _load_data(args, "train"), _load_data(args, "test")
-    common = {"kind": args.kind, "budget_bytes": budget.num_bytes, "seed": args.seed}
-    lines = [("kind", args.kind), ("budget", str(budget)), ("network", config.network)]
+    common = {
+        "kind": args.kind,
+        "selection": args.selection,
+        "budget_bytes": budget.num_bytes,
+        "seed": args.seed,
+    }
+    lines = [("kind", args.kind), ("selection", args.selection)]
+    lines += [("budget", str(budget)), ("network", config.network)]
+    # Of JPEG images, it is not known before how many fit.
+    most = max(1, budget.num_bytes // train.images[0].numel()) if args.kind == "raw" else None
+    # Once a seed, not once a quality: choosing may train a network.
+    choose = cache(
+        partial(
+            select_images,
+            train,
+            args.selection,
+            num_images=most,
+            config=config,
+            device=args.device,
+            progress=not args.quiet,
+        )
+    )
     if args.kind == "raw":
-        best = _score_draws(args, config, partial(raw_images, train, budget), test, "raw")
+        draw = partial(raw_images, train, budget)
+        best = _score_draws(args, config, choose, draw, test, "raw")
         result = {**best, **_settings(config), **common}
         lines += [("images", f"{best['num_images']:,}"), ("size", f"{best['file_bytes']:,} bytes")]
         return result, _table([*lines, ("accuracy", _percent(best))])
     scored = []
     for quality in args.qualities:
         draw = partial(jpeg_images, train, budget, quality=quality)
-        result = _score_draws(args, config, draw, test, f"quality {quality}")
+        result = _score_draws(args, config, choose, draw, test, f"quality {quality}")
         scored.append({"quality": quality, **result})
     best = max(scored, key=lambda result: result["accuracy_mean"])
     rows = [("quality", "images", "bytes", "accuracy", "")]
@@ -270,14 +294,15 @@ def _accuracy(
 def _score_draws(
     args: argparse.Namespace,
     config: TrainingConfig,
+    choose: Callable[..., Tensor],
     draw: Callable[..., RealImages],
     test: LabelledImages,
     name: str,
 ) -> dict[str, Any]:
-    """Draw images anew and train on them for every seed; sizes are those of the first draw."""
+    """Choose images anew and train on them for every seed; sizes are those of the first draw."""
     draws = []
     for seed in _seeds(args):
-        images = draw(seed=seed)
+        images = draw(selection=choose(seed=seed))
         accuracy = _accuracy(args, config, images, test, seed)
         _note(args, f"{name}, seed {seed}: {images.num_images:,} images, {accuracy:.2%}")
         numbers = {"num_images": images.num_images, "file_bytes": images.file_bytes}

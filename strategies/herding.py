@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hmn_replay.errors import ConfigError
+from hmn_replay.selection import herding
 from strategies.buffers import MeasuredBuffer, replay_plugin
 from strategies.settings import Settings, Strategy
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 else:
     _Groups = BalancedExemplarsBuffer
 
-__all__ = ["HerdingBuffer", "build", "class_features", "herding_order"]
+__all__ = ["HerdingBuffer", "build", "class_features"]
 
 _BATCH = 512
 
@@ -64,32 +65,11 @@ class HerdingBuffer(MeasuredBuffer, _Groups):
                 members = members.concat(self.buffer_groups[label].buffer)
             features = class_features(agent.model, members, agent.device)
             group = ReservoirSamplingBuffer(max(lengths))
-            group.buffer = members.subset(herding_order(features, max(lengths)).tolist())
+            group.buffer = members.subset(herding(features, max(lengths)).tolist())
             self.buffer_groups[label] = group
         # A reservoir that is resized keeps its first images.
         for group, length in zip(self.buffer_groups.values(), lengths, strict=True):
             group.resize(agent, length)
-
-
-def herding_order(features: Tensor, num_images: int) -> Tensor:
-    """Choose images one by one, each bringing the mean of all chosen closest to the mean of all.
-
-    Args:
-        features: float ``(N, D)``.
-        num_images: How many to choose; no more than N are.
-
-    Returns:
-        Their positions in the order chosen, int64, each once.
-    """
-    mean = features.mean(dim=0)
-    total = torch.zeros_like(mean)
-    chosen: list[int] = []
-    for count in range(1, min(num_images, len(features)) + 1):
-        distances = ((total + features) / count - mean).square().sum(dim=1)
-        distances[chosen] = torch.inf
-        chosen.append(int(distances.argmin()))
-        total += features[chosen[-1]]
-    return torch.tensor(chosen, dtype=torch.int64)
 
 
 def class_features(model: nn.Module, data: Any, device: torch.device) -> Tensor:

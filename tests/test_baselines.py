@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hmn_replay import baselines
 from hmn_replay.baselines import jpeg_images, pack_jpeg_images, raw_images
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, DataError
 from hmn_replay.jpeg import decode_jpeg_scans, encode_jpeg_scans
 from hmn_replay.real_images import RealImages
-from hmn_replay.training import evaluate
+from hmn_replay.selection import SELECTIONS, select_images
+from hmn_replay.training import TrainingConfig, evaluate
 
 LABELS = (-3, 7, 1000)
 
@@ -29,13 +37,28 @@ def some_data(
     return LabelledImages(torch.from_numpy(images), labels)
 
 
-def make(kind: str, data: LabelledImages, budget: int | str, seed: int = 0) -> RealImages:
+def make(kind: str, data: LabelledImages, budget: int | str, **options: Any) -> RealImages:
     if kind == "raw":
-        return raw_images(data, budget, seed=seed)
-    return jpeg_images(data, budget, quality=20, seed=seed)
+        return raw_images(data, budget, **options)
+    return jpeg_images(data, budget, quality=20, **options)
 
 
 both = pytest.mark.parametrize("kind", ["raw", "jpeg"])
+every_selection = pytest.mark.parametrize("selection", SELECTIONS)
+
+
+# One pass over the images, for a choice that is some choice.
+quick_choice = partial(
+    select_images,
+    config=TrainingConfig(width=4, num_passes=1, augmentations=()),
+    device="cpu",
+)
+
+
+@pytest.fixture
+def quick_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Selections by name train a small network for one pass over the images."""
+    monkeypatch.setattr(baselines, "select_images", quick_choice)
 
 
 @both
@@ -122,6 +145,79 @@ def test_a_larger_budget_adds_images_to_those_of_a_smaller_one(kind: str) -> Non
     small, large = (make(kind, data, budget).decode()[0] for budget in (1500, 2500))
     few, many = ({image.numpy().tobytes() for image in images} for images in (small, large))
     assert few < many
+
+
+@both
+@every_selection
+def test_no_selection_exceeds_its_budget_or_favours_a_class(kind: str, selection: str) -> None:
+    data = some_data(90)
+    order = quick_choice(data, selection)
+
+    @given(st.integers(1500, 80_000), st.integers(0, 20_000))
+    @settings(max_examples=10, deadline=None)
+    def check(budget: int, more: int) -> None:
+        small, large = (
+            make(kind, data, limit, selection=order) for limit in (budget, budget + more)
+        )
+        assert len(small.serialise()) <= budget
+        counts = small.images_per_class
+        assert counts == sorted(counts, reverse=True)
+        assert max(counts) - min(counts) <= 1
+        assert small.num_images <= large.num_images
+        labels = data.labels[order[: small.num_images]]
+        assert counts == [int((labels == label).sum()) for label in small.classes]
+
+    check()
+
+
+@pytest.mark.usefixtures("quick_names")
+@every_selection
+def test_a_larger_budget_adds_to_what_was_selected(selection: str) -> None:
+    data = some_data(90)
+    files = [raw_images(data, budget, selection=selection) for budget in range(2000, 80_000, 9000)]
+    kept = [{image.tobytes() for image in file.arrays["images"]} for file in files]
+    assert all(few < many for few, many in pairwise(kept[:-1]))
+    assert len(kept[-1]) == 90
+
+
+@pytest.mark.usefixtures("quick_names")
+@both
+@every_selection
+def test_a_selection_by_name_is_that_of_select_images(kind: str, selection: str) -> None:
+    data = some_data(90)
+    order = quick_choice(data, selection, seed=4)
+    by_name = make(kind, data, 5000, selection=selection, seed=4)
+    assert by_name.serialise() == make(kind, data, 5000, selection=order).serialise()
+    assert (by_name.serialise() == make(kind, data, 5000, seed=4).serialise()) == (
+        selection == "random"
+    )
+
+
+def test_images_are_taken_in_the_order_given() -> None:
+    data = some_data(30)
+    images = raw_images(data, 4000, selection=torch.tensor([20, 3, 9, 21, 0, 1, 2]))
+    assert images.num_images == 4
+    assert torch.from_numpy(images.arrays["images"]).equal(data.images[[3, 9, 21, 20]])
+    few = raw_images(data, 10**6, selection=torch.tensor([5, 4]))
+    assert few.decode(dtype=torch.uint8)[0].equal(data.images[[4, 5]])
+
+
+@both
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ("best", "a selection is one of random, herding, k-centre, ccs; got 'best'"),
+        (torch.tensor([0.0, 1.0]), r"int64 positions \(n,\) in \[0, 9\), one or more; got"),
+        (torch.tensor([[0, 1]]), r"got torch.int64 \(1, 2\)"),
+        (torch.tensor([], dtype=torch.int64), r"got torch.int64 \(0,\)"),
+        (torch.tensor([0, 9]), "int64 positions"),
+        (torch.tensor([-1, 0]), "int64 positions"),
+        (torch.tensor([3, 0, 3]), "each position once; this one has some twice"),
+    ],
+)
+def test_a_selection_that_is_none_is_refused(kind: str, selection: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(kind, some_data(9), 5000, selection=selection)
 
 
 @both

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import hmn_replay
 from hmn_replay import cli, commands
@@ -20,6 +21,7 @@ from hmn_replay.errors import CheckpointError, DataError
 from hmn_replay.layout import Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import NETWORKS
+from hmn_replay.selection import SELECTIONS
 from hmn_replay.sources import load_dataset
 from hmn_replay.storage import load
 from hmn_replay.training import TrainingConfig
@@ -203,6 +205,38 @@ def test_baseline_of_raw_images(run: Console, monkeypatch: pytest.MonkeyPatch) -
     assert "25.00 % ± 0.00" in run("baseline", "--kind", "raw", "--budget", 5000)
 
 
+@pytest.mark.parametrize("kind", ["raw", "jpeg"])
+def test_baseline_chooses_once_a_seed(
+    kind: str, run: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def choose(data: LabelledImages, method: str, **options: Any) -> torch.Tensor:
+        asked.append({"method": method, **options})
+        return torch.arange(len(data) - 7 * options["seed"])
+
+    monkeypatch.setattr(commands, "select_images", choose)
+    monkeypatch.setattr(commands, "evaluate", lambda source, test, **_: (None, 0.25))
+    options = ["--kind", kind, "--budget", 10**6, "--qualities", "5,20", "--repeats", 2]
+    options += ["--selection", "herding", "--width", 4, "--device", "cpu", "--quiet"]
+    result = run.json("baseline", *options)
+    assert result["selection"] == "herding"
+    assert [draw["num_images"] for draw in result["draws"]] == [1437, 1430]
+    assert [one["seed"] for one in asked] == [0, 1]
+    assert {one["method"] for one in asked} == {"herding"}
+    assert {one["num_images"] for one in asked} == {10**6 // 64 if kind == "raw" else None}
+    assert asked[0]["config"] == TrainingConfig(width=4)
+    assert asked[0]["device"] == "cpu"
+    assert asked[0]["progress"] is False
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_baseline_of_every_selection(run: Console, selection: str) -> None:
+    options = ["--kind", "raw", "--budget", 2000, *TINY_TRAINING, "--device", "cpu"]
+    text = run("baseline", *options, "--selection", selection)
+    assert f"selection  {selection}\n" in text
+
+
 def test_export_writes_what_is_asked(run: Console, memory_file: Path, tmp_path: Path) -> None:
     folder, arrays, sheet = (tmp_path / name for name in ("out", "out.npz", "sheet.png"))
     result = run.json("export", memory_file, folder, "--npz", arrays)
@@ -342,6 +376,7 @@ def test_an_error_is_one_line_and_exit_code_1(
         ("evaluate x --repeats 0", "expected a whole number of 1 or more, got '0'"),
         ("evaluate x --network lenet", "invalid choice: 'lenet'"),
         ("baseline --budget 9kB", "--kind"),
+        ("baseline --kind raw --budget 9kB --selection best", "invalid choice: 'best'"),
         ("baseline --kind jpeg --budget 9kB --qualities 5,x", "1 or more, got 'x'"),
         ("baseline --kind jpeg --budget 9kB --qualities 101", "qualities from 1 to 100"),
     ],
@@ -388,6 +423,7 @@ def test_what_the_help_says_of_defaults_is_true(run: Console) -> None:
     assert f"channels of ConvNet's blocks (default: {config.width})" in text
     assert f"images that a network is shown in all (default: {config.num_passes})" in text
     assert cli._NETWORKS == NETWORKS
+    assert cli._SELECTIONS == SELECTIONS
     assert config.network == "convnet"
 
 

@@ -1,4 +1,4 @@
-"""Herding: the greedy choice, and the buffer that keeps its order."""
+"""Herding: the features, and the buffer that keeps the order of the choice."""
 
 from __future__ import annotations
 
@@ -8,26 +8,8 @@ from torch import nn
 
 import strategies
 from hmn_replay.errors import ConfigError
-from strategies.herding import class_features, herding_order
+from strategies.herding import class_features
 from tests.strategies.support import build, easy_set, make_model, make_stream
-
-
-def test_each_choice_brings_the_mean_closest() -> None:
-    features = torch.rand(12, 3, generator=torch.Generator().manual_seed(0))
-    order = herding_order(features, 5)
-    mean = features.mean(dim=0)
-    for count in range(1, 6):
-        chosen = order[:count].tolist()
-        best = (features[chosen].mean(dim=0) - mean).norm()
-        for other in set(range(12)) - set(chosen):
-            swapped = [*chosen[:-1], other]
-            assert best <= (features[swapped].mean(dim=0) - mean).norm()
-
-
-def test_images_are_chosen_once_each_and_no_more_than_there_are() -> None:
-    features = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
-    assert sorted(herding_order(features, 9).tolist()) == [0, 1, 2, 3]
-    assert sorted(herding_order(torch.zeros(3, 2), 3).tolist()) == [0, 1, 2]
 
 
 def test_features_are_of_unit_length_and_leave_the_model_as_it_was() -> None:
