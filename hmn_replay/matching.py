@@ -259,7 +259,8 @@ def _squared_distance(decoded: Tensor, real: Tensor) -> Tensor:
 def _cosine_distance(decoded: Tensor, real: Tensor) -> Tensor:
     decoded, real = decoded.flatten(1), real.flatten(1)
     norms = decoded.norm(dim=1) * real.norm(dim=1)
-    return (1 - (decoded * real).sum(dim=1) / (norms + _EPSILON)).sum()
+    cosines = (decoded * real).sum(dim=1) / (norms + _EPSILON)
+    return cosines.sub(1).neg().sum()
 
 
 def _match_means(
