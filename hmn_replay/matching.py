@@ -2,13 +2,16 @@
 
 Each takes a network, a real batch and a decoded batch, and returns the loss and its gradient with
 respect to the decoded batch. None of them knows what decoded the images: the caller sends the
-gradient on to the memory with ``decoded.backward(gradient)``.
+gradient on to the memory with ``decoded.backward(gradient)``. What else a caller does for each of
+them is in :data:`OBJECTIVES`. Trajectory matching, which compares whole trainings, is in
+:mod:`hmn_replay.trajectories`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol, cast, get_args
 
 import torch
@@ -22,12 +25,20 @@ __all__ = [
     "OBJECTIVES",
     "Objective",
     "ObjectiveName",
+    "Recipe",
+    "cosine_matching",
     "distribution_matching",
     "get_objective",
+    "get_recipe",
     "gradient_matching",
+    "keeping_statistics",
+    "last_block_matching",
 ]
 
-ObjectiveName = Literal["gradient", "distribution"]
+ObjectiveName = Literal["gradient", "dc", "dsa", "distribution", "dm"]
+
+# DC's code adds it to the product of two norms.
+_COSINE_FLOOR = 1e-6
 
 
 class Objective(Protocol):
@@ -76,21 +87,63 @@ def gradient_matching(
     Raises:
         ConfigError: The network has no convolution.
     """
-    weights = _convolution_weights(network)
-    decoded_images = decoded_images.detach().requires_grad_()
-    with _keeping_statistics(network), _requiring_grad(weights), torch.enable_grad():
-        real_loss = F.cross_entropy(network(real_images.detach()), real_labels)
-        real_gradients = torch.autograd.grad(real_loss, weights)
-        decoded_loss = F.cross_entropy(network(decoded_images), decoded_labels)
-        decoded_gradients = torch.autograd.grad(decoded_loss, weights, create_graph=True)
-        loss = torch.stack(
-            [
-                (decoded - real).square().sum()
-                for decoded, real in zip(decoded_gradients, real_gradients, strict=True)
-            ]
-        ).sum()
-        (gradient,) = torch.autograd.grad(loss, decoded_images)
-    return loss.detach(), gradient
+    return _match_gradients(
+        network,
+        _convolution_weights(network),
+        lambda decoded, real: (decoded - real).square().sum(),
+        (real_images, real_labels),
+        (decoded_images, decoded_labels),
+    )
+
+
+def cosine_matching(
+    network: nn.Module,
+    real_images: Tensor,
+    real_labels: Tensor,
+    decoded_images: Tensor,
+    decoded_labels: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Match the directions of the gradients of the weights, filter by filter (DC and DSA).
+
+    The loss is the distance of Zhao et al. 2021 (arXiv 2006.05929, equation 6 and appendix), summed
+    over the weights W of convolutions and linear layers, the head's too, and their output filters,
+
+        sum_W sum_o 1 - <d_o, r_o> / (|d_o| |r_o| + 1e-6),
+
+    where d_o and r_o are row o of dL/dW on the decoded and on the real batch, as a matrix of output
+    filters by all the rest. L is the mean cross-entropy of a batch. Biases and norms are left out:
+    all parameters of one axis are. The 1e-6 is that of DC's code: filters without a gradient are at
+    distance 1, and those with little of it, as a network has late in its training, count for less.
+
+    DSA (Zhao and Bilen 2021, arXiv 2102.08259) has the same distance, between batches that the
+    caller has augmented alike.
+
+    Args:
+        network: As in :func:`gradient_matching`.
+        real_images: As in :func:`gradient_matching`.
+        real_labels: As in :func:`gradient_matching`.
+        decoded_images: As in :func:`gradient_matching`.
+        decoded_labels: As in :func:`gradient_matching`.
+
+    Returns:
+        As :func:`gradient_matching`.
+
+    Raises:
+        ConfigError: The network has no parameter of two axes or more.
+    """
+    weights: list[Tensor] = [p for p in network.parameters() if p.ndim >= 2]
+    if not weights:
+        raise ConfigError(
+            "cosine matching compares the weights of convolutions and linear layers; "
+            f"{type(network).__name__} has none"
+        )
+    return _match_gradients(
+        network,
+        weights,
+        _cosine_distance,
+        (real_images, real_labels),
+        (decoded_images, decoded_labels),
+    )
 
 
 def distribution_matching(
@@ -121,39 +174,155 @@ def distribution_matching(
     Raises:
         ConfigError: The network has no ``features``.
     """
+    return _match_means(
+        network,
+        real_images,
+        decoded_images,
+        lambda decoded, real: torch.stack(
+            [(d - r).square().mean() for d, r in zip(decoded, real, strict=True)]
+        ).sum(),
+    )
+
+
+def last_block_matching(
+    network: nn.Module,
+    real_images: Tensor,
+    real_labels: Tensor,
+    decoded_images: Tensor,
+    decoded_labels: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Match the mean features of the last block (DM; Zhao and Bilen 2023, arXiv 2110.04181, eq. 5).
+
+    The loss is the squared Euclidean distance of the batch means of the last block's output,
+    flattened: summed over features, as in DM's code, where :func:`distribution_matching` takes the
+    mean. The network is drawn afresh for every step, and never trained.
+
+    Args:
+        network: As in :func:`distribution_matching`.
+        real_images: As in :func:`gradient_matching`.
+        real_labels: Not read: the batches hold one class each.
+        decoded_images: As in :func:`gradient_matching`.
+        decoded_labels: Not read.
+
+    Returns:
+        As :func:`gradient_matching`.
+
+    Raises:
+        ConfigError: The network has no ``features``.
+    """
+    return _match_means(
+        network,
+        real_images,
+        decoded_images,
+        lambda decoded, real: (decoded[-1] - real[-1]).square().sum(),
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An objective, and what a loop does around it.
+
+    Attributes:
+        function: The objective.
+        augments: Whether real and decoded images are augmented, both by the same draw.
+        learns_from: What the network learns from after each step: the real images, the decoded
+            ones, or nothing. A network that learns nothing is drawn afresh for every step.
+    """
+
+    function: Objective
+    augments: bool = True
+    learns_from: Literal["real", "decoded", "nothing"] = "real"
+
+
+OBJECTIVES: dict[ObjectiveName, Recipe] = {
+    "gradient": Recipe(gradient_matching),
+    "dc": Recipe(cosine_matching, augments=False, learns_from="decoded"),
+    "dsa": Recipe(cosine_matching, learns_from="decoded"),
+    "distribution": Recipe(distribution_matching),
+    "dm": Recipe(last_block_matching, learns_from="nothing"),
+}
+"""The objectives by name: IDC's (`gradient`), DC's, DSA's, DM's over all blocks, and DM's own."""
+
+
+def get_recipe(name: str) -> Recipe:
+    """Return the recipe of that name, or raise :class:`ConfigError` with the names there are."""
+    for known in get_args(ObjectiveName):
+        if name == known:
+            return OBJECTIVES[known]
+    raise ConfigError(f"objective is one of {', '.join(OBJECTIVES)}; got {name!r}")
+
+
+def get_objective(name: str) -> Objective:
+    """Return the objective of that name; see :func:`get_recipe`."""
+    return get_recipe(name).function
+
+
+@contextlib.contextmanager
+def keeping_statistics(network: nn.Module) -> Iterator[None]:
+    """Let batch normalisation not record what it sees inside the block; what it gives is the same.
+
+    In training mode it normalises by the batch, whether or not it tracks running statistics.
+    """
+    tracking = [
+        module
+        for module in network.modules()
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+    ]
+    try:
+        for module in tracking:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+
+
+def _match_gradients(
+    network: nn.Module,
+    weights: Sequence[Tensor],
+    distance: Callable[[Tensor, Tensor], Tensor],
+    real: tuple[Tensor, Tensor],
+    decoded: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the distance of the weights' gradients, summed, and its gradient to the images."""
+    images, labels = decoded[0].detach().requires_grad_(), decoded[1]
+    with keeping_statistics(network), _requiring_grad(weights), torch.enable_grad():
+        real_loss = F.cross_entropy(network(real[0].detach()), real[1])
+        real_gradients = torch.autograd.grad(real_loss, weights)
+        decoded_loss = F.cross_entropy(network(images), labels)
+        decoded_gradients = torch.autograd.grad(decoded_loss, weights, create_graph=True)
+        loss = torch.stack(list(map(distance, decoded_gradients, real_gradients))).sum()
+        (gradient,) = torch.autograd.grad(loss, images)
+    return loss.detach(), gradient
+
+
+def _match_means(
+    network: nn.Module,
+    real_images: Tensor,
+    decoded_images: Tensor,
+    distance: Callable[[list[Tensor], list[Tensor]], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the distance of the mean features of all blocks, and its gradient to the images."""
     features = getattr(network, "features", None)
     if not callable(features):
         raise ConfigError(
             f"distribution matching needs a network with features(images); "
             f"{type(network).__name__} has none"
         )
-    decoded_images = decoded_images.detach().requires_grad_()
-    with _keeping_statistics(network), torch.enable_grad():
+    images = decoded_images.detach().requires_grad_()
+    with keeping_statistics(network), torch.enable_grad():
         with torch.no_grad():
             real_means = [layer.mean(dim=0) for layer in features(real_images)]
-        decoded_means = [layer.mean(dim=0) for layer in features(decoded_images)]
-        loss = torch.stack(
-            [
-                (decoded - real).square().mean()
-                for decoded, real in zip(decoded_means, real_means, strict=True)
-            ]
-        ).sum()
-        (gradient,) = torch.autograd.grad(loss, decoded_images)
+        decoded_means = [layer.mean(dim=0) for layer in features(images)]
+        loss = distance(decoded_means, real_means)
+        (gradient,) = torch.autograd.grad(loss, images)
     return loss.detach(), gradient
 
 
-OBJECTIVES: dict[ObjectiveName, Objective] = {
-    "gradient": gradient_matching,
-    "distribution": distribution_matching,
-}
-
-
-def get_objective(name: str) -> Objective:
-    """Return the objective of that name, or raise :class:`ConfigError` with the names there are."""
-    for known in get_args(ObjectiveName):
-        if name == known:
-            return OBJECTIVES[known]
-    raise ConfigError(f"objective is one of {', '.join(OBJECTIVES)}; got {name!r}")
+def _cosine_distance(decoded: Tensor, real: Tensor) -> Tensor:
+    decoded, real = decoded.flatten(1), real.flatten(1)
+    norms = decoded.norm(dim=1) * real.norm(dim=1)
+    return (1 - (decoded * real).sum(dim=1) / (norms + _COSINE_FLOOR)).sum()
 
 
 def _convolution_weights(network: nn.Module) -> list[Tensor]:
@@ -180,23 +349,3 @@ def _requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for parameter, flag in zip(parameters, flags, strict=True):
             parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
-def _keeping_statistics(network: nn.Module) -> Iterator[None]:
-    """Let batch normalisation not record what it sees inside the block; what it gives is the same.
-
-    In training mode it normalises by the batch, whether or not it tracks running statistics.
-    """
-    tracking = [
-        module
-        for module in network.modules()
-        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
-    ]
-    try:
-        for module in tracking:
-            module.track_running_stats = False
-        yield
-    finally:
-        for module in tracking:
-            module.track_running_stats = True
