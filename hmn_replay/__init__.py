@@ -24,10 +24,10 @@ from hmn_replay.formats import NUMBER_FORMATS
 from hmn_replay.layout import Layout
 from hmn_replay.matching import (
     OBJECTIVES,
+    cosine_matching,
     distribution_matching,
-    embedding_matching,
     gradient_matching,
-    layerwise_cosine_matching,
+    last_block_matching,
 )
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import NETWORKS, build_network
@@ -65,12 +65,12 @@ __all__ = [
     "aum",
     "build_network",
     "condense",
+    "cosine_matching",
     "distribution_matching",
     "double_ended_prune",
-    "embedding_matching",
     "evaluate",
     "gradient_matching",
-    "layerwise_cosine_matching",
+    "last_block_matching",
     "load",
     "load_dataset",
     "margins",

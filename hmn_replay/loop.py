@@ -22,6 +22,7 @@ from hmn_replay.container import Container
 from hmn_replay.container_layout import ContainerLayout
 from hmn_replay.data import LabelledImages
 from hmn_replay.growth import make_room
+from hmn_replay.matching import get_recipe
 from hmn_replay.networks import Network
 from hmn_replay.pruning import aum, double_ended_prune, margins
 from hmn_replay.run import Run
@@ -48,6 +49,9 @@ class Condensation(Run):
         progress: bool,
     ) -> None:
         self.config, self.seed, self.budget = config, seed, budget
+        # One that learns nothing is worth no second step.
+        learns = get_recipe(config.objective).learns_from != "nothing"
+        self.steps_per_network = config.inner_steps if learns else 1
         self.growth = make_room(
             data, budget, config.over_budget, layout=layout, old=old, seed=seed, device=device
         )
@@ -121,7 +125,7 @@ class Condensation(Run):
         with self._bar("matching", num_steps, images_per_step) as bar:
             while (done := self._share_done(num_steps)) < 1:
                 step: int = self.state["step"]
-                if network is None or step % config.inner_steps == 0:
+                if network is None or step % self.steps_per_network == 0:
                     network, learner = self._fresh_network(step)
                 steps.set_rate(optimizer, cosine_rate(done, 1, config.memory_learning_rate))
                 generator = make_generator(self.seed, "match", step)
@@ -248,7 +252,7 @@ class Condensation(Run):
         return optimizer
 
     def _fresh_network(self, step: int) -> tuple[Network, torch.optim.SGD]:
-        number, done = divmod(step, self.config.inner_steps)
+        number, done = divmod(step, self.steps_per_network)
         network, learner = steps.fresh_network(
             self.memory, self.real, self.config, derive_seed(self.seed, "network", number), number
         )

@@ -2,7 +2,9 @@
 
 Each takes a network, a real batch and a decoded batch, and returns the loss and its gradient with
 respect to the decoded batch. None of them knows what decoded the images: the caller sends the
-gradient on to the memory with ``decoded.backward(gradient)``.
+gradient on to the memory with ``decoded.backward(gradient)``. What else a caller does for each of
+them is in :data:`OBJECTIVES`. Trajectory matching, which compares whole trainings, is in
+:mod:`hmn_replay.trajectories`.
 """
 
 from __future__ import annotations
@@ -24,17 +26,18 @@ __all__ = [
     "Objective",
     "ObjectiveName",
     "Recipe",
+    "cosine_matching",
     "distribution_matching",
-    "embedding_matching",
     "get_recipe",
     "gradient_matching",
-    "layerwise_cosine_matching",
+    "keeping_statistics",
+    "last_block_matching",
 ]
 
-ObjectiveName = Literal["gradient", "distribution", "dc", "dsa", "dm"]
+ObjectiveName = Literal["gradient", "dc", "dsa", "distribution", "dm"]
 
-# As in DC's published code.
-_EPSILON = 1e-6
+# DC's code adds it to the product of two norms.
+_COSINE_FLOOR = 1e-6
 
 
 class Objective(Protocol):
@@ -83,35 +86,36 @@ def gradient_matching(
     Raises:
         ConfigError: The network has no convolution.
     """
-    weights = _convolution_weights(network)
     return _match_gradients(
-        _squared_distance,
-        weights,
         network,
-        real_images,
-        real_labels,
-        decoded_images,
-        decoded_labels,
+        _convolution_weights(network),
+        lambda decoded, real: (decoded - real).square().sum(),
+        (real_images, real_labels),
+        (decoded_images, decoded_labels),
     )
 
 
-def layerwise_cosine_matching(
+def cosine_matching(
     network: nn.Module,
     real_images: Tensor,
     real_labels: Tensor,
     decoded_images: Tensor,
     decoded_labels: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Match the directions of gradients, one for each output filter: the distance of DC and DSA.
+    """Match the directions of the gradients of the weights, filter by filter (DC and DSA).
 
-    Zhao et al. 2021, arXiv 2006.05929, Eq. 9: the sum over layers and their output filters o,
+    The loss is the distance of Zhao et al. 2021 (arXiv 2006.05929, equation 6 and appendix), summed
+    over the weights W of convolutions and linear layers, the head's too, and their output filters,
 
-        sum_W sum_o 1 - <g_o, r_o> / (|g_o| |r_o|),
+        sum_W sum_o 1 - <d_o, r_o> / (|d_o| |r_o| + 1e-6),
 
-    where g_o and r_o are all of the decoded and the real gradient that belong to o. As in DC's
-    published code, W are the weights of convolutions and linear layers, not biases and norms. DSA
-    (Zhao and Bilen 2021, arXiv 2102.08259) has the same distance after one augmentation of both
-    batches. Costs what :func:`gradient_matching` costs, and the head's gradient.
+    where d_o and r_o are row o of dL/dW on the decoded and on the real batch, as a matrix of output
+    filters by all the rest. L is the mean cross-entropy of a batch. Biases and norms are left out:
+    all parameters of one axis are. The 1e-6 is that of DC's code: filters without a gradient are at
+    distance 1, and those with little of it, as a network has late in its training, count for less.
+
+    DSA (Zhao and Bilen 2021, arXiv 2102.08259) has the same distance, between batches that the
+    caller has augmented alike.
 
     Args:
         network: As in :func:`gradient_matching`.
@@ -124,17 +128,20 @@ def layerwise_cosine_matching(
         As :func:`gradient_matching`.
 
     Raises:
-        ConfigError: The network has no convolution and no linear layer.
+        ConfigError: The network has no parameter of two axes or more.
     """
-    weights = _weights(network, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear), "weights of layers")
+    weights: list[Tensor] = [p for p in network.parameters() if p.ndim >= 2]
+    if not weights:
+        raise ConfigError(
+            "cosine matching compares the weights of convolutions and linear layers; "
+            f"{type(network).__name__} has none"
+        )
     return _match_gradients(
-        _cosine_distance,
-        weights,
         network,
-        real_images,
-        real_labels,
-        decoded_images,
-        decoded_labels,
+        weights,
+        _cosine_distance,
+        (real_images, real_labels),
+        (decoded_images, decoded_labels),
     )
 
 
@@ -166,20 +173,28 @@ def distribution_matching(
     Raises:
         ConfigError: The network has no ``features``.
     """
-    return _match_means(network, real_images, decoded_images, _every_block)
+    return _match_means(
+        network,
+        real_images,
+        decoded_images,
+        lambda decoded, real: torch.stack(
+            [(d - r).square().mean() for d, r in zip(decoded, real, strict=True)]
+        ).sum(),
+    )
 
 
-def embedding_matching(
+def last_block_matching(
     network: nn.Module,
     real_images: Tensor,
     real_labels: Tensor,
     decoded_images: Tensor,
     decoded_labels: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Match the mean embedding, the last block's output: DM as published (arXiv 2110.04181, Eq. 5).
+    """Match the mean features of the last block (DM; Zhao and Bilen 2023, arXiv 2110.04181, eq. 5).
 
-    The loss is the squared Euclidean distance of the batch means. First order only, as
-    :func:`distribution_matching`.
+    The loss is the squared Euclidean distance of the batch means of the last block's output,
+    flattened: summed over features, as in DM's code, where :func:`distribution_matching` takes the
+    mean. The network is drawn afresh for every step, and never trained.
 
     Args:
         network: As in :func:`distribution_matching`.
@@ -194,18 +209,23 @@ def embedding_matching(
     Raises:
         ConfigError: The network has no ``features``.
     """
-    return _match_means(network, real_images, decoded_images, _last_block)
+    return _match_means(
+        network,
+        real_images,
+        decoded_images,
+        lambda decoded, real: (decoded[-1] - real[-1]).square().sum(),
+    )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An objective, and what the loop does around it as its paper does.
+    """An objective, and what a loop does around it.
 
     Attributes:
         function: The objective.
-        augments: Whether one augmentation is drawn for real and decoded images.
-        learns_from: What the network learns from between steps: real images (IDC), the decoded
-            ones (DC, DSA), or nothing (DM).
+        augments: Whether real and decoded images are augmented, both by the same draw.
+        learns_from: What the network learns from after each step: the real images, the decoded
+            ones, or nothing. A network that learns nothing is drawn afresh for every step.
     """
 
     function: Objective
@@ -215,116 +235,24 @@ class Recipe:
 
 OBJECTIVES: dict[ObjectiveName, Recipe] = {
     "gradient": Recipe(gradient_matching),
+    "dc": Recipe(cosine_matching, augments=False, learns_from="decoded"),
+    "dsa": Recipe(cosine_matching, learns_from="decoded"),
     "distribution": Recipe(distribution_matching),
-    "dc": Recipe(layerwise_cosine_matching, augments=False, learns_from="decoded"),
-    "dsa": Recipe(layerwise_cosine_matching, learns_from="decoded"),
-    "dm": Recipe(embedding_matching, learns_from="nothing"),
+    "dm": Recipe(last_block_matching, learns_from="nothing"),
 }
-"""``"gradient"`` is IDC's and the paper's; ``"distribution"`` is ours, with every block."""
+"""The objectives by name: IDC's (`gradient`), DC's, DSA's, DM's over all blocks, and DM's own."""
 
 
 def get_recipe(name: str) -> Recipe:
-    """Return the objective of that name, or raise :class:`ConfigError` with the names there are."""
+    """Return the recipe of that name, or raise :class:`ConfigError` with the names there are."""
     for known in get_args(ObjectiveName):
         if name == known:
             return OBJECTIVES[known]
     raise ConfigError(f"objective is one of {', '.join(OBJECTIVES)}; got {name!r}")
 
 
-def _match_gradients(
-    distance: Callable[[Tensor, Tensor], Tensor],
-    weights: list[Tensor],
-    network: nn.Module,
-    real_images: Tensor,
-    real_labels: Tensor,
-    decoded_images: Tensor,
-    decoded_labels: Tensor,
-) -> tuple[Tensor, Tensor]:
-    decoded_images = decoded_images.detach().requires_grad_()
-    with _keeping_statistics(network), _requiring_grad(weights), torch.enable_grad():
-        real_loss = F.cross_entropy(network(real_images.detach()), real_labels)
-        real_gradients = torch.autograd.grad(real_loss, weights)
-        decoded_loss = F.cross_entropy(network(decoded_images), decoded_labels)
-        decoded_gradients = torch.autograd.grad(decoded_loss, weights, create_graph=True)
-        pairs = zip(decoded_gradients, real_gradients, strict=True)
-        loss = torch.stack([distance(decoded, real) for decoded, real in pairs]).sum()
-        (gradient,) = torch.autograd.grad(loss, decoded_images)
-    return loss.detach(), gradient
-
-
-def _squared_distance(decoded: Tensor, real: Tensor) -> Tensor:
-    return (decoded - real).square().sum()
-
-
-def _cosine_distance(decoded: Tensor, real: Tensor) -> Tensor:
-    decoded, real = decoded.flatten(1), real.flatten(1)
-    norms = decoded.norm(dim=1) * real.norm(dim=1)
-    cosines = (decoded * real).sum(dim=1) / (norms + _EPSILON)
-    return cosines.sub(1).neg().sum()
-
-
-def _match_means(
-    network: nn.Module,
-    real_images: Tensor,
-    decoded_images: Tensor,
-    distance: Callable[[list[Tensor], list[Tensor]], Tensor],
-) -> tuple[Tensor, Tensor]:
-    features = getattr(network, "features", None)
-    if not callable(features):
-        raise ConfigError(
-            f"distribution matching needs a network with features(images); "
-            f"{type(network).__name__} has none"
-        )
-    decoded_images = decoded_images.detach().requires_grad_()
-    with _keeping_statistics(network), torch.enable_grad():
-        with torch.no_grad():
-            real_means = [layer.mean(dim=0) for layer in features(real_images)]
-        decoded_means = [layer.mean(dim=0) for layer in features(decoded_images)]
-        loss = distance(decoded_means, real_means)
-        (gradient,) = torch.autograd.grad(loss, decoded_images)
-    return loss.detach(), gradient
-
-
-def _every_block(decoded: list[Tensor], real: list[Tensor]) -> Tensor:
-    pairs = zip(decoded, real, strict=True)
-    distances = torch.stack([(own - other).square().mean() for own, other in pairs])
-    return distances.sum()
-
-
-def _last_block(decoded: list[Tensor], real: list[Tensor]) -> Tensor:
-    return _squared_distance(decoded[-1], real[-1])
-
-
-def _convolution_weights(network: nn.Module) -> list[Tensor]:
-    return _weights(network, (nn.Conv1d, nn.Conv2d, nn.Conv3d), "convolution weights")
-
-
-def _weights(network: nn.Module, kinds: tuple[type[nn.Module], ...], what: str) -> list[Tensor]:
-    weights: list[Tensor] = [
-        cast(nn.Parameter, module.weight)
-        for module in network.modules()
-        if isinstance(module, kinds)
-    ]
-    if not weights:
-        raise ConfigError(f"gradient matching compares {what}; {type(network).__name__} has none")
-    return weights
-
-
 @contextlib.contextmanager
-def _requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Let parameters require gradients inside the block, and restore their flags afterwards."""
-    flags = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in zip(parameters, flags, strict=True):
-            parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
-def _keeping_statistics(network: nn.Module) -> Iterator[None]:
+def keeping_statistics(network: nn.Module) -> Iterator[None]:
     """Let batch normalisation not record what it sees inside the block; what it gives is the same.
 
     In training mode it normalises by the batch, whether or not it tracks running statistics.
@@ -341,3 +269,77 @@ def _keeping_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for module in tracking:
             module.track_running_stats = True
+
+
+def _match_gradients(
+    network: nn.Module,
+    weights: Sequence[Tensor],
+    distance: Callable[[Tensor, Tensor], Tensor],
+    real: tuple[Tensor, Tensor],
+    decoded: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the distance of the weights' gradients, summed, and its gradient to the images."""
+    images, labels = decoded[0].detach().requires_grad_(), decoded[1]
+    with keeping_statistics(network), _requiring_grad(weights), torch.enable_grad():
+        real_loss = F.cross_entropy(network(real[0].detach()), real[1])
+        real_gradients = torch.autograd.grad(real_loss, weights)
+        decoded_loss = F.cross_entropy(network(images), labels)
+        decoded_gradients = torch.autograd.grad(decoded_loss, weights, create_graph=True)
+        loss = torch.stack(list(map(distance, decoded_gradients, real_gradients))).sum()
+        (gradient,) = torch.autograd.grad(loss, images)
+    return loss.detach(), gradient
+
+
+def _match_means(
+    network: nn.Module,
+    real_images: Tensor,
+    decoded_images: Tensor,
+    distance: Callable[[list[Tensor], list[Tensor]], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the distance of the mean features of all blocks, and its gradient to the images."""
+    features = getattr(network, "features", None)
+    if not callable(features):
+        raise ConfigError(
+            f"distribution matching needs a network with features(images); "
+            f"{type(network).__name__} has none"
+        )
+    images = decoded_images.detach().requires_grad_()
+    with keeping_statistics(network), torch.enable_grad():
+        with torch.no_grad():
+            real_means = [layer.mean(dim=0) for layer in features(real_images)]
+        decoded_means = [layer.mean(dim=0) for layer in features(images)]
+        loss = distance(decoded_means, real_means)
+        (gradient,) = torch.autograd.grad(loss, images)
+    return loss.detach(), gradient
+
+
+def _cosine_distance(decoded: Tensor, real: Tensor) -> Tensor:
+    decoded, real = decoded.flatten(1), real.flatten(1)
+    norms = decoded.norm(dim=1) * real.norm(dim=1)
+    return (1 - (decoded * real).sum(dim=1) / (norms + _COSINE_FLOOR)).sum()
+
+
+def _convolution_weights(network: nn.Module) -> list[Tensor]:
+    weights: list[Tensor] = [
+        cast(nn.Parameter, module.weight)
+        for module in network.modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    ]
+    if not weights:
+        raise ConfigError(
+            f"gradient matching compares convolution weights; {type(network).__name__} has none"
+        )
+    return weights
+
+
+@contextlib.contextmanager
+def _requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Let parameters require gradients inside the block, and restore their flags afterwards."""
+    flags = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
