@@ -316,7 +316,7 @@ def _match_means(
 def _cosine_distance(decoded: Tensor, real: Tensor) -> Tensor:
     decoded, real = decoded.flatten(1), real.flatten(1)
     norms = decoded.norm(dim=1) * real.norm(dim=1)
-    return (1 - (decoded * real).sum(dim=1) / (norms + _COSINE_FLOOR)).sum()
+    return torch.sum(1 - (decoded * real).sum(dim=1) / (norms + _COSINE_FLOOR))
 
 
 def _convolution_weights(network: nn.Module) -> list[Tensor]:
