@@ -174,7 +174,8 @@ def test_the_layout_is_chosen_where_none_is_given(make_set: MakeSet) -> None:
     data = make_set(image_shape=(3, 32, 32))
     memory = condense(data, "60 KiB", **{**TINY, "warm_start_steps": 1, "outer_steps": 0})
     check(memory, data)
-    assert memory.layout == Layout.choose("60 KiB", (3, 32, 32), 3, "int8")
+    num_real = len(data) // data.num_classes
+    assert memory.layout == Layout.choose("60 KiB", (3, 32, 32), 3, "int8", num_real)
     assert memory.file_bytes > 0.97 * 60 * 1024
 
 

@@ -215,8 +215,9 @@ def test_expected_classes_choose_the_layout(make_set: MakeSet) -> None:
     data = make_set(image_shape=(3, 32, 32))
     options = {**TINY, "warm_start_steps": 1, "outer_steps": 0}
     memory = condense(data, "24 KiB", expected_classes=100, **options)
-    assert memory.layout == Layout.choose("24 KiB", (3, 32, 32), 100, "int8")
-    assert memory.layout != Layout.choose("24 KiB", (3, 32, 32), 3, "int8")
+    num_real = len(data) // data.num_classes
+    assert memory.layout == Layout.choose("24 KiB", (3, 32, 32), 100, "int8", num_real)
+    assert memory.layout != Layout.choose("24 KiB", (3, 32, 32), 3, "int8", num_real)
     for wrong in (0, 1001, 2.5, "many"):
         with pytest.raises(ConfigError, match="expected_classes is 1 to 1000"):
             condense(data, "24 KiB", expected_classes=wrong, **options)  # type: ignore[arg-type]

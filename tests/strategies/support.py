@@ -18,7 +18,7 @@ BUDGET = 24 * IMAGE_BYTES
 # What makes a condensation small enough for a test.
 OPTIONS: dict[str, dict[str, Any]] = {
     "hmn": {
-        "warm_start_steps": 20,
+        "warm_start_steps": 60,
         "outer_steps": 1,
         "inner_steps": 2,
         "real_batch": 4,

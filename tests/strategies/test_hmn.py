@@ -7,7 +7,7 @@ import torch
 
 from hmn_replay import HMNReplay
 from hmn_replay.errors import ConfigError
-from tests.strategies.support import BUDGET, build
+from tests.strategies.support import BUDGET, OPTIONS, build
 
 
 def test_settings_reach_the_plugin() -> None:
@@ -19,7 +19,7 @@ def test_settings_reach_the_plugin() -> None:
     assert replay.budget.num_bytes == BUDGET
     assert (replay.batch_size_mem, replay.seed, replay.mode) == (5, 3, "memory_only")
     assert (replay.expected_classes, replay.effort) == (6, "standard")
-    assert replay.options["warm_start_steps"] == 20
+    assert replay.options["warm_start_steps"] == OPTIONS["hmn"]["warm_start_steps"]
     assert torch.device(replay.device or "auto") == torch.device("cpu")
 
 
