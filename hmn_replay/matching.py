@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hmn_replay.convnet_derivatives import ConvNet
 from hmn_replay.errors import ConfigError
 
 __all__ = [
@@ -279,6 +280,8 @@ def _match_gradients(
     decoded: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return the distance of the weights' gradients, summed, and its gradient to the images."""
+    if ConvNet.is_convnet(network):
+        return _match_in_closed_form(ConvNet(network), len(weights), distance, real, decoded)
     images, labels = decoded[0].detach().requires_grad_(), decoded[1]
     with keeping_statistics(network), _requiring_grad(weights), torch.enable_grad():
         real_loss = F.cross_entropy(network(real[0].detach()), real[1])
@@ -288,6 +291,21 @@ def _match_gradients(
         loss = torch.stack(list(map(distance, decoded_gradients, real_gradients))).sum()
         (gradient,) = torch.autograd.grad(loss, images)
     return loss.detach(), gradient
+
+
+def _match_in_closed_form(
+    convnet: ConvNet,
+    num_weights: int,
+    distance: Callable[[Tensor, Tensor], Tensor],
+    real: tuple[Tensor, Tensor],
+    decoded: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    real_gradients, _ = convnet.weight_gradients(*real)
+    decoded_gradients, trace = convnet.weight_gradients(*decoded, keep=True)
+    matched = [gradient.requires_grad_() for gradient in decoded_gradients[:num_weights]]
+    with torch.enable_grad():
+        loss = torch.stack(list(map(distance, matched, real_gradients))).sum()
+    return loss.detach(), convnet.image_gradient(trace, torch.autograd.grad(loss, matched))
 
 
 def _match_means(

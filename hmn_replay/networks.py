@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hmn_replay.errors import ConfigError
 from hmn_replay.runtime import default_float32, seeded
 
-__all__ = ["NETWORKS", "Network", "build_network", "default_depth"]
+__all__ = ["NETWORKS", "ConvBlock", "Network", "build_network", "default_depth"]
 
 NETWORKS = ("convnet", "vgg16", "resnet18", "densenet121")
 
@@ -75,6 +75,33 @@ class Network(nn.Module):
             x = stage(x)
             outputs.append(x)
         return outputs
+
+
+class ConvBlock(nn.Sequential):
+    """A block of ConvNet: 3 x 3 convolution, instance normalisation, ReLU, average pooling by 2.
+
+    Args:
+        in_channels: Channels of its input.
+        width: Channels of its output.
+    """
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, width, 3, padding=1),
+            nn.GroupNorm(width, width),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+        )
+
+    @property
+    def convolution(self) -> nn.Conv2d:
+        """The first layer."""
+        return cast(nn.Conv2d, self[0])
+
+    @property
+    def norm(self) -> nn.GroupNorm:
+        """The second layer: one channel a group."""
+        return cast(nn.GroupNorm, self[1])
 
 
 def build_network(
@@ -184,14 +211,7 @@ def _convnet(
         )
     stages: list[nn.Module] = []
     for _ in range(depth):
-        stages.append(
-            nn.Sequential(
-                nn.Conv2d(channels, width, 3, padding=1),
-                nn.GroupNorm(width, width),
-                nn.ReLU(),
-                nn.AvgPool2d(2),
-            )
-        )
+        stages.append(ConvBlock(channels, width))
         channels = width
     pixels = (height >> depth) * (wide >> depth)
     return stages, nn.Sequential(nn.Flatten(), nn.Linear(width * pixels, num_classes))

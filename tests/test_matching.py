@@ -263,8 +263,10 @@ def test_it_works_inside_no_grad(objective: Objective) -> None:
     assert gradient.equal(expected[1])
 
 
-def test_flags_are_restored_when_a_network_fails() -> None:
-    network, (real, labels, decoded, _) = some_network(), some_batches()
+@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+def test_flags_are_restored_when_a_network_fails(name: str) -> None:
+    network = build_network(name, (3, 8, 8), 3, width=4).double()
+    real, labels, decoded, _ = some_batches()
     network.requires_grad_(False)
     with pytest.raises(IndexError):
         gradient_matching(network, real, labels + 99, decoded, labels[:4])
