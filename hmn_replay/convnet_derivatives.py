@@ -306,12 +306,11 @@ def _rectify(gradient: Tensor, rectified: Tensor) -> Tensor:
 
 def _unpool(to_map: Tensor, rectified: Tensor) -> Tensor:
     """Take a gradient back through average pooling by 2, and through ReLU."""
-    _, height, width, _ = rectified.shape
-    even = rectified[:, : height // 2 * 2, : width // 2 * 2]
-    cells = rearrange(even, "n (h i) (w j) c -> n h i w j c", i=2, j=2)
-    spread = rearrange(to_map / 4, "n h w c -> n h 1 w 1 c").expand_as(cells)
-    g = rearrange(_rectify(spread, cells), "n h i w j c -> n (h i) (w j) c")
-    return F.pad(g, (0, 0, 0, width % 2, 0, height % 2))
+    # As F.avg_pool2d calls it: kernel, stride, padding, ceil_mode, count_include_pad, divisor.
+    spread = torch.ops.aten.avg_pool2d_backward(
+        _channels_first(to_map), _channels_first(rectified), 2, 2, 0, False, True, None
+    )
+    return _rectify(spread.movedim(1, 3), rectified)
 
 
 def _flatten(last_map: Tensor) -> Tensor:
