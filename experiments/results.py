@@ -1,4 +1,4 @@
-"""What `split_cifar100.py` computes of its runs, keeps of earlier ones, and prints."""
+"""What the experiments compute of their runs, keep of earlier ones, and print."""
 
 from __future__ import annotations
 
@@ -46,12 +46,28 @@ def summarise(matrix: list[list[float | None]], num_test: list[int]) -> dict[str
     }
 
 
-def resumed(report: dict[str, Any], path: Path, *, resume: bool) -> dict[str, Any]:
-    """Return an earlier report in the place of a new one, if it is of the same settings."""
+def resumed(
+    report: dict[str, Any],
+    path: Path,
+    *,
+    resume: bool,
+    parts: Sequence[str] = ("configuration", "versions"),
+) -> dict[str, Any]:
+    """Return an earlier report in the place of a new one, if it is of the same settings.
+
+    Args:
+        report: The new one; what its parts name has to be the same in the earlier one.
+        path: Where that is.
+        resume: Whether to go on from it at all.
+        parts: Names of the dicts with the settings.
+
+    Raises:
+        ConfigError: It is of other settings, or not to be gone on from.
+    """
     if not resume:
         raise ConfigError(f"{path} exists; pass --resume to keep its runs, or give another --out")
     earlier: dict[str, Any] = json.loads(path.read_text())
-    for part in ("configuration", "versions"):
+    for part in parts:
         for name, now in report[part].items():
             if (then := earlier[part].get(name)) != now:
                 raise ConfigError(
@@ -99,6 +115,11 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
                 f"{mean_of(runs, 'memory_seconds'):,.0f}",
             ]
         )
+    return markdown_table(rows)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells, the titles first, as a Markdown table that lines up as text too."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"

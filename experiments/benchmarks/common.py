@@ -1,0 +1,157 @@
+"""What the benchmarks share: their arguments, clocks that wait for the device, fresh processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import hmn_replay
+from hmn_replay.budget import Budget
+from hmn_replay.config import parse_option
+from hmn_replay.formats import check_number_format
+from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.runtime import resolve_device
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# These say what is done with the results, not what is measured.
+NOT_SETTINGS = ("command", "json", "out", "smoke", "device", "threads")
+
+_Result = TypeVar("_Result")
+
+
+def summary(docstring: str | None) -> dict[str, Any]:
+    """Return what a parser takes from a module's docstring: its first line, and the rest."""
+    first, _, rest = (docstring or "").partition("\n\n")
+    return {
+        "description": first,
+        "epilog": rest,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that every sub-command has."""
+    parser.add_argument("--device", default="auto", help="default: the best present")
+    parser.add_argument("--threads", type=positive, help="default: torch's own choice")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; all else to standard error"
+    )
+    parser.add_argument("--out", type=Path, help="a file for that object")
+    parser.add_argument(
+        "--smoke", action="store_true", help="everything tiny, to see in seconds that it works"
+    )
+
+
+def positive(text: str) -> int:
+    """Read an argument that is a whole number of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"1 or more is expected, came {text}")
+    return value
+
+
+def numbers(text: str) -> list[float]:
+    """Read an argument such as ``15,30,60``: numbers above 0, sorted."""
+    values = sorted(float(part) for part in text.split(","))
+    if values[0] <= 0:
+        raise argparse.ArgumentTypeError(f"numbers above 0 are expected, came {text!r}")
+    return values
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` texts as settings of ``condense()``; the last of a name counts."""
+    pairs = [text.partition("=") for text in texts]
+    return {name: parse_option(name, value) for name, _, value in pairs}
+
+
+def description(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what every JSON object begins with: command, settings and machine."""
+    device = resolve_device(args.device)
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "hmn_replay": hmn_replay.__version__,
+    }
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    begin = {"command": args.command, "settings": settings, "machine": machine}
+    as_read_again: dict[str, Any] = json.loads(json.dumps(begin))
+    return as_read_again
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds at which the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def interleave(
+    tasks: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    *,
+    warm_up: int = 1,
+) -> dict[str, float]:
+    """Time tasks in turn, A B A B ..., so that what else the machine does falls on all of them.
+
+    Args:
+        tasks: By name.
+        rounds: How often each is timed, 1 or more.
+        device: What they run on.
+        warm_up: Rounds before these, which do not count.
+
+    Returns:
+        The median seconds of each.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in range(-warm_up, rounds):
+        for name, task in tasks.items():
+            started = now(device)
+            task()
+            taken = now(device) - started
+            if number >= 0:
+                seconds[name].append(taken)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def in_fresh_process(function: Callable[..., _Result], *arguments: object) -> _Result:
+    """Call a module's function in a process that has done nothing else, and return its result."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def random_memory(
+    budget: Budget | int | str,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    number_format: str = "int8",
+) -> HierarchicalMemory:
+    """Return a memory of initial values that fills a budget: speed does not depend on them."""
+    layout = hmn_replay.Layout.choose(
+        budget, image_shape, num_classes, check_number_format(number_format)
+    )
+    each, extra = divmod(layout.max_images(budget, num_classes), num_classes)
+    counts = [each + (position < extra) for position in range(num_classes)]
+    return HierarchicalMemory(layout, range(num_classes), counts, budget=budget)
+
+
+def readable(num_bytes: float) -> str:
+    """Return a number of bytes as a person reads it."""
+    return (
+        f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.1f} KiB"
+    )
