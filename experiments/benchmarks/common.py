@@ -53,6 +53,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what images a memory of :func:`random_memory` holds."""
+    parser.add_argument("--classes", type=positive, default=10)
+    parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
+    parser.add_argument("--number-format", default="int8", help="float32, float16 or int8")
+
+
 def positive(text: str) -> int:
     """Read an argument that is a whole number of 1 or more."""
     value = int(text)

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from experiments.benchmarks.common import interleave, positive, random_memory, readable
+from experiments.benchmarks.common import (
+    add_memory_arguments,
+    interleave,
+    positive,
+    random_memory,
+    readable,
+)
 from hmn_replay.runtime import PRECISIONS, autocast, make_generator, resolve_device
 
 SMOKE = {"budget": "8 KiB", "classes": 2, "side": 8, "batch": 4, "rounds": 1}
@@ -19,9 +25,7 @@ SMOKE = {"budget": "8 KiB", "classes": 2, "side": 8, "batch": 4, "rounds": 1}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", default="120 KiB", help="bytes of the memory's file")
-    parser.add_argument("--classes", type=positive, default=10)
-    parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
-    parser.add_argument("--number-format", default="int8", help="float32, float16 or int8")
+    add_memory_arguments(parser)
     parser.add_argument("--batch", type=positive, default=256, help="images of a training step")
     parser.add_argument(
         "--precision", default="float32", choices=PRECISIONS, help="of the training step"

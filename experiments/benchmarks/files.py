@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import hmn_replay
-from experiments.benchmarks.common import interleave, positive, random_memory, readable
+from experiments.benchmarks.common import (
+    add_memory_arguments,
+    interleave,
+    positive,
+    random_memory,
+    readable,
+)
 from hmn_replay.budget import Budget
 from hmn_replay.runtime import resolve_device
 
@@ -24,9 +30,7 @@ SMOKE = {"sizes": "8 KiB,16 KiB", "classes": 2, "side": 8, "rounds": 1}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", default="30 KiB,120 KiB,1 MiB,10 MiB", help="budgets of files")
-    parser.add_argument("--classes", type=positive, default=10)
-    parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
-    parser.add_argument("--number-format", default="int8", help="float32, float16 or int8")
+    add_memory_arguments(parser)
     parser.add_argument("--rounds", type=positive, default=10, help="how often each file is timed")
     parser.add_argument("--folder", help="where to write (default: a temporary one)")
 

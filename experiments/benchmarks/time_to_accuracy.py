@@ -246,6 +246,7 @@ class Work:
                 memory: Any = self.call_condense(options)
             seconds = memory.report["phases"]["warm_start"]["seconds"]
             self.results["warm_start_steps_per_second"] = CALIBRATION_STEPS / seconds
+            self.write()
         rate: float = self.results["warm_start_steps_per_second"]
         return rate
 
