@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 import hmn_replay
-from experiments.results import reset_peak_memory
+from experiments.arguments import add_data, make_parser, parse_numbers
+from experiments.results import deviation, markdown_table, reset_peak_memory
 from hmn_replay.baselines import jpeg_images, raw_images
 from hmn_replay.budget import Budget
 from hmn_replay.config import EFFORTS
@@ -36,14 +37,8 @@ from hmn_replay.sources import load_dataset
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", default="digits", help="a name, an .npz file or an image folder")
-    parser.add_argument("--data-root", default="data", help="where torchvision's sets lie")
-    parser.add_argument("--download", action="store_true", help="fetch a torchvision set if absent")
-    parser.add_argument("--size", type=int, help="side in pixels to resize a folder's images to")
+    parser = make_parser(__doc__)
+    add_data(parser, "digits")
     parser.add_argument("--budget", default="122880", help="such as 122880 or '120 KiB'")
     parser.add_argument(
         "--rows", default="raw,jpeg,quick", help="raw, jpeg, and any of the efforts"
@@ -64,7 +59,7 @@ def main() -> None:
     train = load_dataset(args.data, "train", **source)
     test = load_dataset(args.data, "test", **source)
     budget = Budget.parse(args.budget)
-    seeds = [int(seed) for seed in args.seeds.split(",")]
+    seeds = parse_numbers("--seeds", args.seeds)
     args.out.mkdir(parents=True, exist_ok=True)
     results_path = args.out / "results.json"
     settings = {
@@ -154,17 +149,14 @@ def measure(
     }
 
 
-def make_table(rows: dict[str, dict[str, Any]]) -> str:
+def make_table(results: dict[str, dict[str, Any]]) -> str:
     """Return the results as a Markdown table, best first; of JPEG the best quality alone."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for key, result in rows.items():
+    for key, result in results.items():
         groups.setdefault(key.rpartition(" seed ")[0], []).append(result)
     means = {name: statistics.mean(r["accuracy"] for r in group) for name, group in groups.items()}
     ranked = sorted(groups, key=means.__getitem__, reverse=True)
-    lines = [
-        "| memory | images | bytes | accuracy % | seeds | seconds to make |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = [["memory", "images", "bytes", "accuracy %", "seeds", "seconds to make"]]
     jpeg_shown = False
     for name in ranked:
         if name.startswith("jpeg"):
@@ -173,14 +165,19 @@ def make_table(rows: dict[str, dict[str, Any]]) -> str:
             jpeg_shown = True
         group = groups[name]
         accuracies = [100 * result["accuracy"] for result in group]
-        deviation = statistics.stdev(accuracies) if len(group) > 1 else 0.0
         label = f"HMN {name}" if name in EFFORTS else name
         seconds = statistics.mean(result["seconds"] for result in group)
-        lines.append(
-            f"| {label} | {group[0]['num_images']} | {group[0]['file_bytes']:,} | "
-            f"{statistics.mean(accuracies):.1f} ± {deviation:.1f} | {len(group)} | {seconds:,.0f} |"
+        rows.append(
+            [
+                label,
+                str(group[0]["num_images"]),
+                f"{group[0]['file_bytes']:,}",
+                f"{statistics.mean(accuracies):.1f} ± {deviation(accuracies):.1f}",
+                str(len(group)),
+                f"{seconds:,.0f}",
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return markdown_table(rows) + "\n"
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import platform
 import statistics
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import hmn_replay
 from hmn_replay.errors import ConfigError
 
 
@@ -44,6 +47,12 @@ def summarise(matrix: list[list[float | None]], num_test: list[int]) -> dict[str
         "average_accuracy": statistics.fmean(measured) if measured else None,
         "forgetting": statistics.fmean(drops) if drops else None,
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return what results are compared by: versions of packages, of Python and of our own."""
+    found = {name: version(name) for name in packages}
+    return found | {"python": platform.python_version(), "hmn_replay": hmn_replay.__version__}
 
 
 def resumed(
@@ -119,8 +128,8 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells, the titles first, as a Markdown table that lines up as text too."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """Return a Markdown table of cells, the first row its head, in columns of even width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
         for row in rows

@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +31,11 @@ import torch
 from torch import Tensor, nn
 
 import hmn_replay
-from experiments.results import make_table, reset_peak_memory, resumed, summarise
+from experiments.arguments import make_parser, parse_numbers, parse_options
+from experiments.results import make_table, reset_peak_memory, resumed, summarise, versions
 from hmn_replay.augment import draw_augmentation
 from hmn_replay.budget import Budget
-from hmn_replay.config import make_config, parse_option
+from hmn_replay.config import make_config
 from hmn_replay.data import LabelledImages, channel_stats
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError
 from hmn_replay.files import write_atomically
@@ -69,10 +68,7 @@ NOT_COMPARED = ("data_root", "download", "strategies", "seed", "smoke", "set", "
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--dataset", default="cifar100", help="cifar100, cifar10, digits, an .npz file, a folder")
     add("--data-root", default="data", help="folder of torchvision's files (default: data)")
@@ -116,16 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # ---------------------------------------------------------------- settings, checked at once
     args.budget = Budget.parse(args.budget).num_bytes
     args.device = str(resolve_device(args.device))
-    try:
-        seeds = [int(seed) for seed in args.seed.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seed is a number, or several as 0,1,2; got {args.seed!r}") from None
+    seeds = parse_numbers("--seed", args.seed)
     args.options = dict[str, Any](SMOKE_OPTIONS if args.smoke else {})
     if args.dataset in DIGITS:
         args.options |= DIGITS_OPTIONS
-    for assignment in args.set:
-        name, _, value = assignment.partition("=")
-        args.options[name] = parse_option(name, value)
+    args.options |= parse_options(args.set)
     make_config(args.effort, **args.options)
     training: dict[str, Any] = {"width": 4, "num_passes": 100} if args.smoke else {"width": 32}
     if args.dataset in DIGITS:
@@ -153,9 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # ------------------------------------------------------------------------------- the results
     configuration = {name: v for name, v in vars(args).items() if name not in NOT_COMPARED}
     configuration |= {"num_classes": num_classes, "num_train": len(train), "num_test": len(test)}
-    versions = {name: version(name) for name in ("torch", "torchvision", "avalanche-lib")}
-    versions |= {"python": platform.python_version(), "hmn_replay": hmn_replay.__version__}
-    report: dict[str, Any] = {"configuration": configuration, "versions": versions}
+    report: dict[str, Any] = {
+        "configuration": configuration,
+        "versions": versions("torch", "torchvision", "avalanche-lib"),
+    }
     report |= {"threads": torch.get_num_threads(), "seeds": [], "class_order": {}, "results": {}}
     report = json.loads(json.dumps(report))  # as it would come back from the file
     args.out.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,8 @@ class CondenseConfig:
         warm_start_batch: Images a step of the warm start.
         warm_start_learning_rate: Of Adam, for extractors, decoder and dataset memory; class and
             instance memories take 10 times that.
+        warm_start_seconds: Seconds after which the warm start ends, as ``max_seconds`` ends
+            matching. ``warm_start_steps`` still bounds it. Default: None, no bound.
         outer_steps: How many random networks are drawn one after another; 0 for no matching.
         inner_steps: Steps with each of them.
         classes_per_step: Classes drawn in a step; None for all.
@@ -73,6 +75,7 @@ class CondenseConfig:
     warm_start_steps: int = 1500
     warm_start_batch: int = 256
     warm_start_learning_rate: float = 0.01
+    warm_start_seconds: float | None = None
     outer_steps: int = 10
     inner_steps: int = 10
     classes_per_step: int | None = 10
@@ -106,10 +109,6 @@ class CondenseConfig:
                 len(self.network) > 0 and set(self.network) <= set(NETWORKS),
                 f"one of {NETWORKS}, or several",
             ),
-            "max_seconds": (
-                self.max_seconds is None or 0 < self.max_seconds < math.inf,
-                "None, or above 0 and finite",
-            ),
             "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
             "over_budget": (0 <= self.over_budget <= 10, "in [0, 10]"),
             "holdout": (0 < self.holdout <= 0.5, "in (0, 0.5]"),
@@ -123,6 +122,12 @@ class CondenseConfig:
                 "None, or 1 or more",
             ),
         }
+        for name in ("warm_start_seconds", "max_seconds"):
+            seconds = getattr(self, name)
+            requirements[name] = (
+                seconds is None or 0 < seconds < math.inf,
+                "None, or above 0 and finite",
+            )
         for name in ("augmentations", "pruning_augmentations"):
             requirements[name] = (
                 set(getattr(self, name)) <= set(STRATEGIES),

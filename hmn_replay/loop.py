@@ -95,7 +95,7 @@ class Condensation(Run):
         optimizer = self._optimizer((0.9, 0.99))
         order, order_epoch = torch.empty(0), -1
         with self._bar("warm start", num_steps, batch_size) as bar:
-            while self.state["step"] < num_steps:
+            while (done := self._share_done(num_steps, config.warm_start_seconds)) < 1:
                 epoch, position = divmod(self.state["step"], steps_per_epoch)
                 if epoch != order_epoch:
                     generator = make_generator(self.seed, "warm start", epoch)
@@ -103,8 +103,7 @@ class Condensation(Run):
                 indices = order[position * batch_size : (position + 1) * batch_size]
                 wanted = wanted_images(num_old + indices)
                 wanted = wanted.to(self.device, non_blocking=True)
-                rate = cosine_rate(self.state["step"], num_steps, config.warm_start_learning_rate)
-                steps.set_rate(optimizer, rate)
+                steps.set_rate(optimizer, cosine_rate(done, 1, config.warm_start_learning_rate))
                 steps.warm_start_step(
                     memory, optimizer, num_old + indices, wanted, config.precision, self.first_class
                 )
@@ -123,7 +122,7 @@ class Condensation(Run):
         network: Network | None = None
         learner: torch.optim.SGD
         with self._bar("matching", num_steps, images_per_step) as bar:
-            while (done := self._share_done(num_steps)) < 1:
+            while (done := self._share_done(num_steps, config.max_seconds)) < 1:
                 step: int = self.state["step"]
                 if network is None or step % self.steps_per_network == 0:
                     network, learner = self._fresh_network(step)
@@ -139,13 +138,13 @@ class Condensation(Run):
                 self._stepped(num_decoded, optimizer=optimizer, network=network, learner=learner)
         self._next_phase()
 
-    def _share_done(self, num_steps: int) -> float:
-        """Return how much of the matching is done: 1 where steps or seconds are out."""
+    def _share_done(self, num_steps: int, most_seconds: float | None) -> float:
+        """Return how much of a phase is done: 1 where steps or seconds, of all so far, are out."""
         done: float = self.state["step"] / num_steps if num_steps else 1.0
-        if self.config.max_seconds is None:
+        if most_seconds is None:
             return done
         seconds: float = sum(numbers["seconds"] for numbers in self.state["phases"].values())
-        return min(1.0, max(done, seconds / self.config.max_seconds))
+        return min(1.0, max(done, seconds / most_seconds))
 
     def _prune(self) -> None:
         self.state["drift_psnr"] = self._drift()

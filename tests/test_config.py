@@ -123,6 +123,8 @@ def test_another_effort_or_option_is_refused_with_those_that_there_are() -> None
         ("memory_learning_rate", math.inf),
         ("warm_start_learning_rate", math.nan),
         ("network_learning_rate", -1.0),
+        *((name, 0.0) for name in ("warm_start_seconds", "max_seconds")),
+        *((name, math.inf) for name in ("warm_start_seconds", "max_seconds")),
         *((name, -1) for name in ("warm_start_steps", "outer_steps", "inner_steps")),
         ("network_images", -1),
         *((name, 0) for name in ("warm_start_batch", "real_batch", "decoded_batch")),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +55,33 @@ def test_a_few_new_images_are_warmed_up_as_often_as_many(
         for mem, num_new in ((memory, memory.num_images), (grown, grown.images_per_class[-1]))
     ]
     assert shown[1] == pytest.approx(shown[0], rel=0.15)
+
+
+def test_seconds_end_a_phase_and_bring_its_rate_down(
+    make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    set_rate = loop.steps.set_rate
+
+    def watched(optimizer: Any, rate: float) -> None:
+        rates.append(rate)
+        set_rate(optimizer, rate)
+
+    clock = itertools.count()
+    fake = SimpleNamespace(monotonic=lambda: float(next(clock)))  # a second passes at every look
+    monkeypatch.setattr(loop.steps, "set_rate", watched)
+    monkeypatch.setattr(importlib.import_module("hmn_replay.run"), "time", fake)
+    bounds = {"warm_start_seconds": 20.0, "max_seconds": 50.0}
+    many: dict[str, Any] = {"warm_start_steps": 10**6, "outer_steps": 10**6, "over_budget": 0}
+    report: dict[str, Any] = tiny(make_set(), make_layout(), **bounds, **many).report
+    warm_start, matching = (
+        report["phases"][name]["seconds"] for name in ("warm_start", "matching")
+    )
+    assert 20 <= warm_start <= 23 and 50 <= warm_start + matching <= 53
+    # Along a cosine each: all of the warm start's, and of matching's what follows 20 of 50 seconds.
+    begin = next(i for i in range(1, len(rates)) if rates[i] > rates[i - 1])
+    assert rates[0] == 0.01 and rates[begin - 1] < 0.001
+    assert 0.0005 < rates[begin] < 0.0007 and rates[-1] < 0.00002
 
 
 def test_beta_is_the_one_whose_images_teach_most_about_held_out_ones(

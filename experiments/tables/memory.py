@@ -1,0 +1,164 @@
+"""Peak memory of condensing, for every container and objective, as the number of images grows.
+
+Images are noise: what is measured does not depend on them. Each cell is a process of its own. After
+a first condensation of next to nothing, which loads what torch loads on first use, its peak counts
+from what is in use: on a GPU, of what CUDA allocates; else, on Linux, of the resident set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import hmn_replay
+from experiments.arguments import parse_names
+from experiments.figures import save
+from experiments.results import reset_peak_memory
+from experiments.tables import published
+from experiments.tables.containers import SYSTEMS
+from experiments.tables.rows import NOTHING, Row, budgets, number, sections
+from experiments.tables.settings import Settings
+from experiments.tables.store import Store
+from experiments.tables.study import fit
+from hmn_replay.containers import CONTAINERS
+from hmn_replay.data import LabelledImages
+from hmn_replay.matching import OBJECTIVES
+from hmn_replay.runtime import make_generator, peak_memory_bytes
+
+T = TypeVar("T")
+
+DEFAULT_ROWS = "all"
+CLASSES, SHAPE = 10, (3, 32, 32)
+REAL_IMAGES = 64  # of each class: as many as a step draws
+CIFAR_IMAGES = 5000  # of each class: layouts are chosen for CIFAR-10
+TINY = dict.fromkeys(("real_batch", "decoded_batch", "network_width", "network_batch"), 2)
+STEPS = {"warm_start_steps": 2, "outer_steps": 1, "inner_steps": 2, "over_budget": 0.0}
+COLOURS = dict(zip(CONTAINERS, ("red", "blue", "green", "orange", "purple"), strict=True))
+MARKERS = "osD^vPX*"
+
+
+def run(args: argparse.Namespace, settings: Settings, store: Store) -> None:
+    """Measure every container with every objective, each in a fresh process."""
+    for ipc in settings.ipc:
+        for name, objective in asked(args):
+            identity = {"system": name, "objective": objective, "ipc": ipc}
+            measure = functools.partial(measure_peak, settings, name, objective, ipc)
+            store.once("memory", identity, functools.partial(in_fresh_process, measure))
+
+
+def asked(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return every container with every objective."""
+    names = parse_names("--rows", args.rows or DEFAULT_ROWS, CONTAINERS)
+    objectives = parse_names("--objectives", args.objectives, OBJECTIVES)
+    return [(name, objective) for name in names for objective in objectives]
+
+
+def in_fresh_process(function: Callable[[], T]) -> T:
+    """Return what a function does, called in a process that is started for it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function).result()
+
+
+def measure_peak(settings: Settings, system: str, objective: str, ipc: int) -> dict[str, Any]:
+    """Take a few steps of a condensation, and return the most memory that they used."""
+    device = torch.device(settings.device)
+    by_steps = dataclasses.replace(settings, seconds=None)
+    options = {**by_steps.condensation(system), **STEPS, "objective": objective, "device": device}
+    layout, budget = fit(system, ipc, SHAPE, CLASSES, settings.number_format, CIFAR_IMAGES)
+    hmn_replay.condense(noise(2, (3, 8, 8)), "100 KiB", container="raw", **{**options, **TINY})
+    images = noise(REAL_IMAGES, SHAPE)
+    reset_peak_memory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    before = peak_memory_bytes(device)
+    memory = hmn_replay.condense(images, budget, layout=layout, **options)
+    return {
+        "peak_bytes": peak_memory_bytes(device) - before,
+        "images": memory.num_images,
+        "bytes": memory.file_bytes,
+        "values": memory.num_floats,
+    }
+
+
+def noise(per_class: int, shape: tuple[int, int, int]) -> LabelledImages:
+    """Return random images."""
+    size = (CLASSES * per_class, *shape)
+    generator = make_generator(0, "noise")
+    images = torch.randint(256, size, dtype=torch.uint8, generator=generator)
+    return LabelledImages(images, torch.arange(CLASSES).repeat(per_class))
+
+
+def make_rows(args: argparse.Namespace, settings: Settings, store: Store) -> list[Row]:
+    """Return a row for every IPC, container and objective that a run has asked for."""
+    ran = store.seen("memory", "system", "objective")
+    rows = []
+    for ipc in budgets(settings, store):
+        for name, objective in dict.fromkeys([*asked(args), *ran]):
+            identity = {"system": name, "objective": objective, "ipc": ipc}
+            cell = next(iter(store.find("memory", **identity)), {})
+            published_here = published.MEMORY if objective == "gradient" else {}
+            rows.append(
+                {
+                    **identity,
+                    "label": f"{SYSTEMS[name].label}, {objective}",
+                    "paper": published_here.get(name, {}).get(ipc),
+                    **{key: cell.get(key) for key in ("peak_bytes", "images", "bytes", "values")},
+                    "errors": store.errors(**identity),
+                }
+            )
+    return rows
+
+
+def markdown(rows: list[Row]) -> str:
+    """Return a table for each IPC."""
+
+    def line(row: Row) -> list[str]:
+        paper, peak = row["paper"], row["peak_bytes"]
+        return [
+            SYSTEMS[row["system"]].label,
+            row["objective"],
+            paper if isinstance(paper, str) else number(paper),
+            NOTHING if peak is None else number(peak / 1e6),
+            *(number(row[name]) for name in ("images", "bytes", "values")),
+        ]
+
+    head = ["memory", "objective", "paper MB", "ours MB", "images", "bytes", "values"]
+    return sections(rows, head, line)
+
+
+def draw(rows: list[Row], folder: Path) -> None:
+    """Draw peak memory against the number of images, a line for a container and an objective."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for name, colour in COLOURS.items():
+        for objective, marker in zip(OBJECTIVES, MARKERS, strict=False):
+            points = [
+                (row["images"], row["peak_bytes"] / 1e6)
+                for row in rows
+                if (row["system"], row["objective"]) == (name, objective) and row["peak_bytes"]
+            ]
+            if points:
+                label = f"{SYSTEMS[name].label}, {objective}"
+                axes.loglog(
+                    *zip(*sorted(points), strict=True),
+                    color=f"tab:{colour}",
+                    marker=marker,
+                    markersize=4,
+                    label=label,
+                )
+    axes.set_xlabel("images held")
+    axes.set_ylabel("peak memory of condensing (MB)")
+    axes.grid(alpha=0.3, which="both")
+    if axes.lines:
+        figure.legend(loc="outside right upper", fontsize=7)
+    save(figure, folder / "memory.png")

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+
+from experiments.arguments import add_data, make_parser, parse_names, parse_numbers, parse_options
+from hmn_replay.errors import ConfigError
+
+
+def test_the_help_is_a_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = make_parser("What it does.\n\n    a command\n\nMore of it.\n")
+    add_data(parser, "digits")
+    assert parser.parse_args([]).data == "digits"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "What it does." in text and "\n    a command\n\nMore of it.\n" in text
+    assert make_parser(None).parse_args([]) is not None
+
+
+def test_numbers_names_and_options_are_read() -> None:
+    assert parse_numbers("--seeds", "3") == (3,)
+    assert parse_numbers("--seeds", "0,-1,2") == (0, -1, 2)
+    assert parse_names("--rows", "b,a", ["a", "b", "c"]) == ("b", "a")
+    assert parse_names("--rows", "all", iter("abc")) == ("a", "b", "c")
+    assert parse_options(["outer_steps=3", "beta_grid=0,1"]) == {
+        "outer_steps": 3,
+        "beta_grid": (0.0, 1.0),
+    }
+
+
+def test_others_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--seeds is a number, or several as 0,1,2; got '1,,2'"):
+        parse_numbers("--seeds", "1,,2")
+    with pytest.raises(ConfigError, match="--rows has no 'd'; choose from a, b"):
+        parse_names("--rows", "a,d", "ab")
+    with pytest.raises(ConfigError, match="no option 'steps'"):
+        parse_options(["steps=3"])
