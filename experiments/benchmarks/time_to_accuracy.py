@@ -2,11 +2,10 @@
 
 Ours is one run of `condense()` for each of --times, from the start to a file within the budget: the
 learning rate comes down in the end of each, so that no run can be read off a longer one. Matching
-ends after so many seconds (max_seconds), of which the warm start takes --warm-share; how many steps
-these are is measured first, in a run of a few steps, which does not count. The reference,
-experiments/reference.py, is one run of --seconds with snapshots on the way, after half of that, a
-quarter, and so on; its rate is constant. Its pixels are float32 as published, four images to a
-stored one, and fill the budget without a header.
+ends after so many seconds (max_seconds), of which the warm start takes --warm-share
+(warm_start_seconds). The reference, experiments/reference.py, is one run of --seconds with
+snapshots on the way, after half of that, a quarter, and so on; its rate is constant. Its pixels are
+float32 as published, four images to a stored one, and fill the budget without a header.
 
 Seconds are those on the wall, of the whole call of `condense()`, and of the reference's initial
 pixels and steps. Evaluation never counts: a fresh network learns from the memory's file, or the
@@ -41,7 +40,6 @@ from experiments.reference import FACTOR, ReferenceLoop
 from experiments.results import resumed
 from hmn_replay.budget import Budget
 from hmn_replay.config import EFFORTS
-from hmn_replay.container import Container
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import ConfigError
 from hmn_replay.files import write_atomically
@@ -71,8 +69,7 @@ SMOKE: dict[str, Any] = {
 }
 
 # Until max_seconds are over, and no pruning, which max_seconds does not bound.
-OPTIONS = ("outer_steps=1000000", "over_budget=0")
-CALIBRATION_STEPS = 20
+OPTIONS = ("warm_start_steps=1000000", "outer_steps=1000000", "over_budget=0")
 
 # These may differ when a run goes on: they ask for more of the same rows.
 GROWING = ("times", "seconds", "snapshots", "repeats", "data_root", "download")
@@ -220,39 +217,13 @@ class Work:
 
     def condense(self, plan: float, path: Path) -> dict[str, Any]:
         """Condense for about so many seconds, write the memory to a file, and return its row."""
-        options = parse_options(self.args.option)
-        options.setdefault("max_seconds", plan)
-        if "warm_start_steps" not in options:
-            rate = self.warm_start_rate()
-            options["warm_start_steps"] = max(1, int(self.args.warm_share * plan * rate))
-        started = now(self.device)
-        memory = self.call_condense(options)
-        memory.save(path)
-        return {
-            "seconds": now(self.device) - started,
-            "warm_start_steps": options["warm_start_steps"],
-            "num_images": memory.num_images,
-            "bytes": memory.file_bytes,
-            "phases": memory.report["phases"],
-            "accuracies": [],
+        options = {
+            "max_seconds": plan,
+            "warm_start_seconds": self.args.warm_share * plan,
+            **parse_options(self.args.option),
         }
-
-    def warm_start_rate(self) -> float:
-        """Return how many steps of the warm start a second holds, measured once."""
-        if "warm_start_steps_per_second" not in self.results:
-            options = parse_options(self.args.option)
-            options |= {"warm_start_steps": CALIBRATION_STEPS, "outer_steps": 0, "over_budget": 0.0}
-            for _ in range(2):  # the first warms up
-                memory: Any = self.call_condense(options)
-            seconds = memory.report["phases"]["warm_start"]["seconds"]
-            self.results["warm_start_steps_per_second"] = CALIBRATION_STEPS / seconds
-            self.write()
-        rate: float = self.results["warm_start_steps_per_second"]
-        return rate
-
-    def call_condense(self, options: dict[str, Any]) -> Container:
-        """Condense from the start, with some options."""
-        return hmn_replay.condense(
+        started = now(self.device)
+        memory = hmn_replay.condense(
             self.train,
             self.args.budget,
             effort=self.args.effort,
@@ -260,6 +231,14 @@ class Work:
             device=self.device,
             **options,
         )
+        memory.save(path)
+        return {
+            "seconds": now(self.device) - started,
+            "num_images": memory.num_images,
+            "bytes": memory.file_bytes,
+            "phases": memory.report["phases"],
+            "accuracies": [],
+        }
 
     def evaluate(self, name: str, key: str, make_source: Callable[[], Decodable]) -> None:
         """Train networks on what a row is of, as many as are missing."""
