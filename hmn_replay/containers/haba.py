@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hmn_replay.budget import Budget
 from hmn_replay.container import Container, noise, ones, zeros
 from hmn_replay.container_layout import ContainerLayout, check_image_shape, first_that_fits
-from hmn_replay.containers.pixels import PIXEL_SCALE
+from hmn_replay.containers.pixels import PIXEL_SCALE, to_unit_interval
 from hmn_replay.errors import ConfigError
 from hmn_replay.filesize import TensorSpec
 from hmn_replay.formats import (
@@ -179,7 +179,7 @@ class HaBa(Container):
         x = _convolve(x, weights["encoder_weight"], encoder_bias)
         x = x * weights["scale"] + weights["shift"]
         x = _convolve(F.pad(x, (2, 2, 2, 2)), weights["decoder_weight"], decoder_bias)
-        return (x + 0.5).clamp(0, 1)
+        return to_unit_interval(x + 0.5)
 
     def _rounded(self, name: str) -> Tensor:
         latent: Tensor = getattr(self, name)

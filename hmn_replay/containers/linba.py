@@ -18,6 +18,7 @@ from torch import Tensor
 from hmn_replay.budget import Budget
 from hmn_replay.container import Container, noise, ones, zeros
 from hmn_replay.container_layout import ContainerLayout, check_image_shape, first_that_fits
+from hmn_replay.containers.pixels import to_unit_interval
 from hmn_replay.errors import ConfigError
 from hmn_replay.filesize import TensorSpec
 from hmn_replay.formats import (
@@ -178,7 +179,7 @@ class LinBa(Container):
         if self.layout.downsampling > 1:
             factor = float(self.layout.downsampling)
             x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-        return (x[..., :height, :width] + 0.5).clamp(0, 1)
+        return to_unit_interval(x[..., :height, :width] + 0.5)
 
     @torch.no_grad()
     def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
@@ -192,30 +193,23 @@ class LinBa(Container):
             some = self._reduced(real_images(positions[:: max(1, len(positions) // _FITTED_FROM)]))
             # Not centred: the first component stands for the mean.
             *_, components = torch.linalg.svd(some, full_matrices=False)
-            components = components[: self.layout.num_bases]
             # Every basis image in the range of pixels; the size of its part is in A.
             components *= _BASIS_STD * math.sqrt(components.shape[1])
-            own = components.view(-1, *self.layout.basis_shape).to(device)
-            self.basis[: len(own)] = own
+            found = components[: self.layout.num_bases].view(-1, *self.layout.basis_shape)
+            self.basis[: len(found)] = found.to(device)
             self.basis_scale = max_abs_scale(self.basis, self.basis_scale)
         basis = self.basis.flatten(1).cpu().double()
         inverse = basis.T @ torch.linalg.pinv(basis @ basis.T, hermitian=True)
         for chunk in positions.split(_FITTED_AT_ONCE):
-            own = self._reduced(real_images(chunk)).double() @ inverse
-            self.coefficients[chunk.to(device)] = own.float().to(device)
+            coordinates = self._reduced(real_images(chunk)).double() @ inverse
+            self.coefficients[chunk.to(device)] = coordinates.float().to(device)
         return True
 
     def _reduced(self, images: Tensor) -> Tensor:
         """Return images at the basis's resolution, float32 ``(B, C h w)``, less 0.5."""
-        downsampling, (_, height, width) = self.layout.downsampling, self.layout.basis_shape
-        beyond = (
-            0,
-            width * downsampling - images.shape[3],
-            0,
-            height * downsampling - images.shape[2],
-        )
-        padded = F.pad(images - 0.5, beyond, mode="replicate")
-        return F.avg_pool2d(padded, downsampling).flatten(1)
+        ds, (_, height, width) = self.layout.downsampling, self.layout.basis_shape
+        beyond = (0, width * ds - images.shape[3], 0, height * ds - images.shape[2])
+        return F.avg_pool2d(F.pad(images - 0.5, beyond, mode="replicate"), ds).flatten(1)
 
     def stored(self) -> dict[str, list[Stored]]:
         """Return what the file's tensors hold, by name; see :meth:`Container.stored`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from hmn_replay.errors import ConfigError
 from hmn_replay.filesize import TensorSpec
 from hmn_replay.formats import NumberFormat, Stored, check_number_format, round_to_format
 
-__all__ = ["PIXEL_SCALE", "IDCLayout", "PixelContainer", "RawLayout"]
+__all__ = ["PIXEL_SCALE", "IDCLayout", "PixelContainer", "RawLayout", "to_unit_interval"]
 
 PIXEL_SCALE = 0.5 / 127
 """The int8 scale of latent pixels in [-0.5, 0.5]: 255 steps of brightness, the ends among them."""
@@ -187,7 +188,7 @@ class PixelContainer(Container):
         if f > 1:
             size = layout.image_shape[1:]
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        return images.clamp(0, 1)
+        return to_unit_interval(images)
 
     @torch.no_grad()
     def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
@@ -217,3 +218,29 @@ class PixelContainer(Container):
     def largest_sum(self) -> float:
         """Return the largest pixel."""
         return float(self.images.abs().max()) if len(self.images) else 0.0
+
+
+def to_unit_interval(images: Tensor) -> Tensor:
+    """Clamp brightness to [0, 1], with gradients that lead black and white pixels back inside.
+
+    A plain clamp has no gradient there (in some versions of torch, at 0 and 1 themselves neither),
+    so that the black ground of a digit could never learn. Only what leads further out is cut.
+
+    Args:
+        images: float, any shape.
+    """
+    clamped: Tensor = _UnitInterval.apply(images)
+    return clamped
+
+
+class _UnitInterval(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        outwards = ((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0))
+        return gradient.masked_fill(outwards, 0)
