@@ -132,6 +132,6 @@ def condense(
         if checkpoint is not None:
             run.resume(Path(checkpoint))
         condensed = run.finish()
-    condensed.report = {"effort": effort, "seed": seed, **dataclasses.asdict(config)}
-    condensed.report |= run.report()
+    settings = {"container": layout.container, "effort": effort, "seed": seed}
+    condensed.report = {**settings, **dataclasses.asdict(config), **run.report()}
     return condensed

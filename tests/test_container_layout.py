@@ -47,8 +47,14 @@ def layouts(draw: st.DrawFn, container: str) -> ContainerLayout:
         height, width = (min(side, 12 * stride) for side in sides)
         decoder = tuple(draw(few) for _ in range(stride.bit_length() - 1))
         return Layout(
-            *((channels, height, width), number_format, stride),
-            *(draw(few), draw(few), draw(few), draw(few), decoder),
+            (channels, height, width),
+            number_format,
+            stride,
+            dataset_channels=draw(few),
+            feature_channels=draw(few),
+            class_channels=draw(few),
+            instance_channels=draw(few),
+            decoder_channels=decoder,
         )
     height, width = (min(side, 24) for side in sides)
     shape = (channels, height, width)
