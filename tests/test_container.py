@@ -231,6 +231,43 @@ def test_gradients_are_those_of_the_images_decoded(container: str) -> None:
 
 
 @every_container
+@every_format
+def test_a_step_asks_its_device_for_nothing(container: str, number_format: NumberFormat) -> None:
+    """Tensors of the meta device have no values: who asks for one, or mixes devices, fails."""
+    memory = made(container, number_format).to("meta")
+    images = memory(torch.tensor([0, 3], device="meta"))
+    assert images.shape == (2, 3, 8, 8)
+    torch.autograd.backward(images.sum())
+    for first_class in (0, 1):
+        memory.update_scales(first_class)
+    assert all(tensor.is_meta for tensor in memory.state_dict().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_container
+@every_format
+def test_a_container_on_a_gpu_is_the_same(container: str, number_format: NumberFormat) -> None:
+    memory = made(container, number_format)
+    images, labels = memory.decode()
+    moved = copy.deepcopy(memory).to("cuda")
+    own_images, own_labels = moved.decode()
+    torch.testing.assert_close(own_images.cpu(), images, rtol=0, atol=1e-5)
+    assert own_labels.cpu().equal(labels)
+    size = memory.layout.group_size
+    for one in (memory, moved):
+        one.extend([1], 2 * size)
+        one.keep(range(size, one.num_images))
+        one.remove([7])
+        one.fit(size, lambda positions: torch.full((len(positions), 3, 8, 8), 0.3))
+        one.update_scales(first_class=1)
+    # Least squares round otherwise on another device.
+    if container != "linba":
+        assert serialise(moved) == serialise(memory)
+    torch.testing.assert_close(moved.decode()[0].cpu(), memory.decode()[0], rtol=0, atol=0.02)
+
+
+@every_container
 def test_what_classes_share_can_be_frozen(container: str) -> None:
     memory = made(container)
     memory.freeze_shared()
@@ -330,6 +367,22 @@ def test_extend_leaves_every_old_image_as_it_was(
     memory.keep(range(2 * size, memory.num_images))
     memory.extend(torch.tensor([77]), size)
     assert same_bits(memory.decode()[0][:-size], grown[2 * size :])
+
+
+@every_container
+def test_scales_of_the_classes_before_stay(container: str) -> None:
+    memory = made(container, classes=(0, 1, 2), groups=(2, 2, 2))
+    before = copy.deepcopy(dict(memory.named_buffers()))
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.mul_(3)
+    memory.update_scales(first_class=2)
+    for name, after in memory.named_buffers():
+        if name not in memory.class_rows:
+            assert after.equal(before[name]), name
+        else:
+            assert after[:2].equal(before[name][:2]), name
+            torch.testing.assert_close(after[2:], 3 * before[name][2:])
 
 
 @every_container

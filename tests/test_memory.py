@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -157,18 +156,3 @@ def test_the_latent_values_of_one_class_move_no_other(
     moved, _ = memory.decode()
     assert same_bits(moved[2:], images[2:])
     assert not moved[:2].equal(images[:2])
-
-
-def test_scales_of_the_classes_before_stay(make_layout: Callable[..., Layout]) -> None:
-    memory = HierarchicalMemory(make_layout("int8"), [0, 1, 2], 2)
-    before = copy.deepcopy(dict(memory.named_buffers()))
-    with torch.no_grad():
-        for parameter in memory.parameters():
-            parameter.mul_(3)
-    memory.update_scales(first_class=2)
-    after = dict(memory.named_buffers())
-    for name in ("dataset_scale", "decoder_scale"):
-        assert after[name].equal(before[name])
-    for name in ("class_scale", "extractor_scale", "instance_scale"):
-        assert after[name][:2].equal(before[name][:2])
-        torch.testing.assert_close(after[name][2:], 3 * before[name][2:])

@@ -139,5 +139,8 @@ def test_the_bound_of_sums_is_reached_and_not_passed() -> None:
         memory.decoder_weight.fill_(1e-3)
     assert memory.largest_sum() == pytest.approx(encoded)
     with torch.no_grad():
+        memory.shift[1, 0, 2, 3] = -7.0
+    assert memory.largest_sum() == pytest.approx(0.25 * encoded + 7)
+    with torch.no_grad():
         memory.scale[0, 0, 0, 0] = float("nan")
     assert not memory.largest_sum() < float("inf")

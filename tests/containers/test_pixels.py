@@ -183,6 +183,7 @@ def test_black_and_white_pixels_learn_inwards_alone(
         memory.images[::2], memory.images[1::2] = -3.0, 3.0
     memory.update_scales()
     black_or_white = memory.images.detach().clone()
+    assert black_or_white.unique().tolist() == [-0.5, 0.5]
     assert memory.decode()[0].unique().tolist() == [0.0, 1.0]
     for slope in (-1, 1):
         memory.images.grad = None
