@@ -56,15 +56,6 @@ def check(memory: Container, data: LabelledImages) -> None:
     assert all(parameter.requires_grad for parameter in memory.parameters())
 
 
-def images_of(memory: Container, labels: set[int]) -> list[bytes]:
-    images, owners = memory.decode()
-    return [
-        image.numpy().tobytes()
-        for image, label in zip(images, owners.tolist(), strict=True)
-        if label in labels
-    ]
-
-
 # By name.
 
 
@@ -220,34 +211,6 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             condensed(data, container, checkpoint=path)
     assert serialise(condensed(data, container, checkpoint=path)) == expected
-
-
-@every_rival
-def test_added_classes_leave_old_images_as_they_are_to_the_bit(
-    make_set: MakeSet, container: str
-) -> None:
-    layout = LAYOUTS[container]((3, 8, 8), "int8")
-    size = layout.group_size
-    budget = layout.file_bytes(6, 24 * size, 10**4)
-    memory: Container | None = None
-    for step, labels in enumerate([(0, 1), (2, 3), (4, 5)]):
-        data = make_set(labels=labels, seed=step)
-        before = None if memory is None else serialise(memory)
-        grown = tiny(data, layout, budget=budget, memory=memory, seed=step)
-        if memory is not None:
-            assert serialise(memory) == before
-            old = set(memory.classes.tolist())
-            stayed = images_of(grown, old)
-            assert 0 < len(stayed) < memory.num_images
-            assert set(stayed) <= set(images_of(memory, old))
-            assert grown.report["drift_psnr"] is None
-        assert len(serialise(grown)) == grown.file_bytes <= budget
-        assert grown.num_images == layout.max_images(budget, 2 * step + 2)
-        assert max(grown.images_per_class) - min(grown.images_per_class) <= size
-        assert all(p.requires_grad for p in grown.parameters())
-        memory = grown
-    assert memory is not None
-    assert memory.classes.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 @every_rival
