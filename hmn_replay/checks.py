@@ -48,6 +48,23 @@ def check_indices(indices: Tensor | Sequence[int], num_images: int) -> Tensor:
     return checked.long()
 
 
+def check_groups(indices: Tensor, group_size: int) -> Tensor:
+    """Return the groups that ascending positions name, int64, or raise :class:`ConfigError`.
+
+    Args:
+        indices: int64 ``(B,)``, ascending, no two alike.
+        group_size: How many images share stored values: positions ``k * group_size`` and on.
+    """
+    groups = indices[::group_size] // group_size
+    whole = groups.view(-1, 1) * group_size + torch.arange(group_size)
+    if not whole.flatten().equal(indices):
+        raise ConfigError(
+            f"images come in groups of {group_size} that share stored values, and stay or go "
+            "together; some of these are apart from their group"
+        )
+    return groups
+
+
 def check_counts(
     images_per_class: int | Sequence[int], num_classes: int, group_size: int
 ) -> list[int]:

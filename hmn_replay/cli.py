@@ -21,6 +21,7 @@ __all__ = ["main", "make_parser"]
 # What torch says on CUDA, and on the CPU.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 _NETWORKS = ("convnet", "vgg16", "resnet18", "densenet121")
+_CONTAINERS = ("hmn", "raw", "idc", "haba", "linba")
 _SELECTIONS = ("random", "herding", "k-centre", "ccs")
 
 
@@ -116,7 +117,7 @@ def _add_condense(commands: _Commands) -> None:
     )
     parser.add_argument(
         "--container",
-        choices=("hmn", "raw", "idc", "haba", "linba"),
+        choices=_CONTAINERS,
         default="hmn",
         help="what holds the images: the hierarchical memory, or one that it is compared with "
         "(default: hmn)",

@@ -80,6 +80,7 @@ def run_condense(args: argparse.Namespace) -> Result:
         "num_classes": memory.num_classes,
         "seconds": report["seconds"],
         "effort": args.effort,
+        "container": memory.layout.container,
         "number_format": memory.layout.number_format,
         "num_floats": memory.num_floats,
         "report": report,
@@ -88,6 +89,7 @@ def run_condense(args: argparse.Namespace) -> Result:
         ("file", str(out)),
         ("size", f"{memory.file_bytes:,} of {budget}"),
         ("images", f"{memory.num_images:,} of {memory.num_classes:,} classes"),
+        ("container", memory.layout.container),
         ("number format", memory.layout.number_format),
         ("time", f"{report['seconds']:,.1f} s"),
     ]

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from hmn_replay.budget import Budget, as_int
+from hmn_replay.budget import Budget
 from hmn_replay.config import make_config
 from hmn_replay.container import Container
-from hmn_replay.container_layout import MAX_CLASSES, ContainerLayout
+from hmn_replay.container_layout import ContainerLayout, check_num_classes
 from hmn_replay.containers import get_layout_type
 from hmn_replay.data import ImageSource, as_labelled_images
 from hmn_replay.errors import ConfigError
@@ -57,8 +57,8 @@ def condense(
         device: Where to compute; ``"auto"`` is the best device present.
         container: What holds the images: ``"hmn"``, the hierarchical memory, or one that it is
             compared with: ``"raw"``, ``"idc"``, ``"haba"`` or ``"linba"``; see
-            :mod:`hmn_replay.containers`. With ``layout`` or ``memory``, which have one, it is not
-            read.
+            :mod:`hmn_replay.containers`. To be left out with ``layout`` or ``memory``, which have
+            one.
         layout: The shapes of the container's tensors, and the number format. Default: what the
             container chooses for the budget, such as :meth:`Layout.choose`.
         memory: A memory to add to. Its classes stay and make room: each gives up images by
@@ -96,13 +96,20 @@ def condense(
             raise ConfigError("a memory that is added to keeps its layout; leave layout= out")
         layout = memory.layout
     if layout is not None:
+        if container not in ("hmn", layout.container):
+            raise ConfigError(
+                f"the layout is one for {layout.container!r}, not for {container!r}; leave "
+                "container= out"
+            )
         options.setdefault("number_format", layout.number_format)
     config = make_config(effort, **options)
     data = as_labelled_images(source)
     limit = Budget.parse(budget)
     if layout is None:
         number_format = check_number_format(config.number_format)
-        num_classes = max(data.num_classes, _check_expected(expected_classes))
+        num_classes = data.num_classes
+        if expected_classes is not None:
+            num_classes = max(num_classes, check_num_classes(expected_classes, "expected_classes"))
         layout = get_layout_type(container).choose(
             limit, data.image_shape, num_classes, number_format, len(data) // data.num_classes
         )
@@ -125,15 +132,6 @@ def condense(
         if checkpoint is not None:
             run.resume(Path(checkpoint))
         condensed = run.finish()
-    condensed.report = {"effort": effort, "seed": seed, **dataclasses.asdict(config)}
-    condensed.report |= run.report()
+    settings = {"container": layout.container, "effort": effort, "seed": seed}
+    condensed.report = {**settings, **dataclasses.asdict(config), **run.report()}
     return condensed
-
-
-def _check_expected(expected_classes: int | None) -> int:
-    if expected_classes is None:
-        return 1
-    count = as_int(expected_classes)
-    if count is None or not 1 <= count <= MAX_CLASSES:
-        raise ConfigError(f"expected_classes is 1 to {MAX_CLASSES}; got {expected_classes!r}")
-    return count

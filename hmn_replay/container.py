@@ -10,32 +10,24 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hmn_replay.budget import Budget
-from hmn_replay.checks import check_classes, check_counts, check_indices
+from hmn_replay.checks import check_classes, check_counts, check_groups, check_indices
 from hmn_replay.container_layout import MAX_CLASSES, ContainerLayout
 from hmn_replay.decoded import DecodedDataset
 from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.formats import NumberFormat
+from hmn_replay.formats import Stored
 from hmn_replay.runtime import make_generator
 
-__all__ = ["Container", "Stored", "noise", "ones", "zeros"]
+__all__ = ["Container", "noise", "ones", "zeros"]
 
 # Images decoded at once: 256 up to 32 x 32, 5 of 224 x 224.
 _PIXELS_PER_CHUNK = 2**18
 _IMAGES_PER_CHUNK = 256
-
-
-class Stored(NamedTuple):
-    """Latent values, the number format that the file has them in, and their scales in int8."""
-
-    latent: Tensor
-    number_format: NumberFormat
-    scale: Tensor | None = None
 
 
 class Container(nn.Module, abc.ABC):
@@ -324,13 +316,7 @@ class Container(nn.Module, abc.ABC):
         kept = check_indices(indices, self.num_images).sort().values
         if len(kept.unique()) != len(kept):
             raise ConfigError("each index may come once; some come twice or more")
-        size = self.layout.group_size
-        if len(kept) % size or not bool((kept == _whole_groups(kept, size)).all()):
-            raise ConfigError(
-                f"{size} images share their stored values, and stay or go together: "
-                f"{size} k to {size} k + {size - 1}; some of these are alone"
-            )
-        groups = kept.view(-1, size)[:, 0] // size
+        groups = check_groups(kept, self.layout.group_size)
         kept, groups = kept.to(self.class_index.device), groups.to(self.class_index.device)
         for name in self.group_rows:
             self._replace(name, getattr(self, name)[groups])
@@ -404,8 +390,3 @@ def zeros(*shape: int) -> nn.Parameter:
 def ones(*shape: int) -> Tensor:
     """Return float32 ones, such as scales begin with."""
     return torch.ones(shape, dtype=torch.float32)
-
-
-def _whole_groups(kept: Tensor, size: int) -> Tensor:
-    first = kept.view(-1, size)[:, :1] // size * size
-    return (first + torch.arange(size)).flatten()

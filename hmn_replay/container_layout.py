@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, TypeVar
 
-from hmn_replay.budget import Budget
+from hmn_replay.budget import Budget, as_int
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.filesize import TensorSpec, file_size
 from hmn_replay.formats import NumberFormat, check_number_format
-from hmn_replay.options import convert
+from hmn_replay.options import convert, convert_fields
 
 __all__ = [
     "DIGEST_LENGTH",
@@ -23,6 +23,8 @@ __all__ = [
     "MIN_SIDE",
     "ContainerLayout",
     "check_image_shape",
+    "check_num_classes",
+    "first_that_fits",
 ]
 
 FILE_VERSION = 1
@@ -54,6 +56,12 @@ class ContainerLayout(abc.ABC):
     image_shape: tuple[int, int, int]
     number_format: NumberFormat
 
+    def __post_init__(self) -> None:
+        """Bring all fields to their types, and check those that every layout has."""
+        check_image_shape(self.image_shape)
+        convert_fields(self)
+        check_number_format(self.number_format)
+
     @classmethod
     @abc.abstractmethod
     def choose(
@@ -71,17 +79,23 @@ class ContainerLayout(abc.ABC):
             image_shape: ``(C, H, W)``.
             num_classes: K, 1 to 1000: how many classes share the budget.
             number_format: How values are stored.
-            real_images_per_class: How many real images of a class there are: more room than for
-                so many goes to better images. None where that is not known.
+            real_images_per_class: How many real images of a class there are. The hierarchical
+                memory gives room beyond so many to better images. None where that is not known.
 
         Raises:
-            BudgetError: The budget does not hold all classes.
+            BudgetError: The budget does not hold an image of every class, whatever the layout; the
+                message gives the smallest budget that does.
             ConfigError: A shape, a number of classes or a number format outside its range.
         """
 
     @abc.abstractmethod
     def tensors(self, num_classes: int, num_images: int) -> dict[str, TensorSpec]:
-        """Return the name, type and shape of every tensor in the file."""
+        """Return the name, type and shape of every tensor in the file.
+
+        Args:
+            num_classes: How many classes there are.
+            num_images: How many images, a multiple of :attr:`group_size`.
+        """
 
     @abc.abstractmethod
     def _words(self) -> tuple[str, ...]:
@@ -171,9 +185,10 @@ class ContainerLayout(abc.ABC):
         Raises:
             BudgetError: Not even one group of images a class fits; the message gives the smallest
                 budget that this layout can do with.
+            ConfigError: ``num_classes`` is not 1 to 1000.
         """
         limit = Budget.parse(budget).num_bytes
-        num_classes = convert("num_classes", num_classes, "int")
+        num_classes = check_num_classes(num_classes)
         size = self.group_size
         smallest = self.file_bytes(num_classes, size * num_classes, limit)
         if smallest > limit:
@@ -202,6 +217,32 @@ class ContainerLayout(abc.ABC):
             "labels": TensorSpec("I64", (num_classes,)),
             "counts": TensorSpec("I32", (num_classes,)),
         }
+
+
+def first_that_fits(
+    layouts: Iterable[_Layout], budget: Budget | int | str, num_classes: int
+) -> _Layout:
+    """Return the first layout with which a budget holds an image of every class.
+
+    Raises:
+        BudgetError: None does; the message is that of the last one.
+        ConfigError: ``num_classes`` is not 1 to 1000.
+    """
+    *others, last = layouts
+    for layout in others:
+        with contextlib.suppress(BudgetError):
+            layout.max_images(budget, num_classes)
+            return layout
+    last.max_images(budget, num_classes)
+    return last
+
+
+def check_num_classes(num_classes: int, name: str = "num_classes") -> int:
+    """Return a number of classes that a container can have, or raise :class:`ConfigError`."""
+    count = as_int(num_classes)
+    if count is None or not 1 <= count <= MAX_CLASSES:
+        raise ConfigError(f"{name} is 1 to {MAX_CLASSES}; got {num_classes!r}")
+    return count
 
 
 def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ file, so that dropping one image cannot move another and a loaded memory rounds 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from hmn_replay.errors import ConfigError
 __all__ = [
     "NUMBER_FORMATS",
     "NumberFormat",
+    "Stored",
     "check_number_format",
     "dequantise",
     "max_abs_scale",
@@ -35,6 +36,14 @@ NUMBER_FORMATS: tuple[NumberFormat, ...] = get_args(NumberFormat)
 
 _MAX_INT8 = 127
 _MAX_FLOAT16 = 65504.0
+
+
+class Stored(NamedTuple):
+    """Latent values, the number format that the file has them in, and their scales in int8."""
+
+    latent: Tensor
+    number_format: NumberFormat
+    scale: Tensor | None = None
 
 
 def check_number_format(name: str) -> NumberFormat:

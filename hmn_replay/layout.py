@@ -39,12 +39,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hmn_replay.budget import Budget, as_int
-from hmn_replay.container_layout import MAX_CLASSES, ContainerLayout, check_image_shape
+from hmn_replay.budget import Budget
+from hmn_replay.container_layout import ContainerLayout, check_image_shape, check_num_classes
 from hmn_replay.errors import ConfigError
 from hmn_replay.filesize import TensorSpec
 from hmn_replay.formats import NumberFormat, check_number_format
-from hmn_replay.options import convert, convert_fields
+from hmn_replay.options import convert
 
 __all__ = ["Layout"]
 
@@ -92,9 +92,7 @@ class Layout(ContainerLayout):
     decoder_channels: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        check_image_shape(self.image_shape)
-        convert_fields(self)
-        check_number_format(self.number_format)
+        super().__post_init__()
         if self.stride not in (2, 4, 8, 16, 32):
             raise ConfigError(f"stride is 2, 4, 8, 16 or 32; got {self.stride!r}")
         counts = {
@@ -138,10 +136,7 @@ class Layout(ContainerLayout):
             ConfigError: A shape, a number of classes or a number format outside its range.
         """
         channels, height, width = check_image_shape(image_shape)
-        count = as_int(num_classes)
-        if count is None or not 1 <= count <= MAX_CLASSES:
-            raise ConfigError(f"num_classes is 1 to {MAX_CLASSES}; got {num_classes!r}")
-        num_classes = count
+        num_classes = check_num_classes(num_classes)
         check_number_format(number_format)
         limit = Budget.parse(budget).num_bytes
         side = min(height, width)

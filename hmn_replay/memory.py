@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hmn_replay.container import Container, Stored, noise, ones, zeros
-from hmn_replay.formats import max_abs_scale, round_to_format
+from hmn_replay.container import Container, noise, ones, zeros
+from hmn_replay.formats import Stored, max_abs_scale, round_to_format
 from hmn_replay.layout import Layout
 
 __all__ = ["HierarchicalMemory"]

@@ -60,8 +60,8 @@ def serialise(memory: Container) -> bytes:
             )
     if not memory.largest_sum() <= _MAX_SUM_SAVED:
         raise TrainingError(
-            "the memory's values are so large that decoding could leave float32: its training "
-            "diverged; lower the learning rate"
+            "the memory's values are not finite, or so large that decoding could leave float32: "
+            "its training diverged; lower the learning rate"
         )
     metadata = {METADATA_KEY: layout.metadata(memory.budget_bytes, digest)}
     data = safetensors.torch.save(tensors, metadata)

@@ -11,6 +11,7 @@ import torch
 from hmn_replay.data import LabelledImages
 from hmn_replay.formats import NumberFormat
 from hmn_replay.layout import Layout
+from tests.support import HMN_FIELDS
 
 
 @pytest.fixture
@@ -30,15 +31,7 @@ def make_layout() -> Callable[..., Layout]:
         image_shape: tuple[int, int, int] = (3, 8, 8),
         **fields: Any,
     ) -> Layout:
-        usual: dict[str, Any] = {
-            "stride": 4,
-            "dataset_channels": 3,
-            "feature_channels": 2,
-            "class_channels": 2,
-            "instance_channels": 2,
-            "decoder_channels": (5, 4),
-        }
-        return Layout(image_shape, number_format, **{**usual, **fields})
+        return Layout(image_shape, number_format, **{**HMN_FIELDS, **fields})
 
     return make
 

@@ -1,13 +1,43 @@
-"""Condensation in a tenth of a second, for tests of several modules."""
+"""Small containers, and condensation in a tenth of a second, for tests of several modules."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from hmn_replay.condense import condense
 from hmn_replay.container import Container
 from hmn_replay.container_layout import ContainerLayout
+from hmn_replay.containers import make_container
+from hmn_replay.containers.haba import HaBaLayout
+from hmn_replay.containers.linba import LinBaLayout
+from hmn_replay.containers.pixels import IDCLayout, RawLayout
 from hmn_replay.data import LabelledImages
+from hmn_replay.formats import NumberFormat
+from hmn_replay.layout import Layout
+
+AnyContainer = TypeVar("AnyContainer", bound=Container)
+
+HMN_FIELDS: dict[str, Any] = {
+    "stride": 4,
+    "dataset_channels": 3,
+    "feature_channels": 2,
+    "class_channels": 2,
+    "instance_channels": 2,
+    "decoder_channels": (5, 4),
+}
+LAYOUTS: dict[str, Callable[..., ContainerLayout]] = {
+    "hmn": partial(Layout, **HMN_FIELDS),
+    "raw": RawLayout,
+    "idc": IDCLayout,
+    "haba": partial(HaBaLayout, num_hallucinators=3),
+    "linba": partial(LinBaLayout, num_bases=5),
+}
+"""From an image shape and a number format to a small layout, by the container's name."""
 
 TINY: dict[str, Any] = {
     "device": "cpu",
@@ -33,3 +63,78 @@ def tiny(data: LabelledImages, layout: ContainerLayout, **options: Any) -> Conta
         num_classes = data.num_classes
         budget = layout.file_bytes(num_classes, 3 * num_classes + 1, 10**4)
     return condense(data, budget, layout=layout, **{**TINY, **options})
+
+
+def made(
+    container: str,
+    number_format: NumberFormat = "int8",
+    image_shape: tuple[int, int, int] = (3, 8, 8),
+    classes: Sequence[int] = (7, -3),
+    groups: Sequence[int] = (2, 3),
+    **options: Any,
+) -> Container:
+    """Return a small container that every parameter of has a value of its own.
+
+    Args:
+        container: Its name.
+        number_format: Of its values.
+        image_shape: Of an image.
+        classes: Its labels.
+        groups: For each class, how many groups of images it has.
+        **options: ``seed``.
+    """
+    layout = LAYOUTS[container](image_shape, number_format)
+    counts = [layout.group_size * count for count in groups]
+    return trained(make_container(layout, classes, counts, **options))
+
+
+def trained(memory: AnyContainer, seed: int = 0, std: float = 0.3) -> AnyContainer:
+    """Give every parameter a value of its own, biases too, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
+    memory.update_scales()
+    return memory
+
+
+def rounded_by_hand(values: Tensor, number_format: NumberFormat, scale: float = 0) -> Tensor:
+    """Return, as float64, what a tensor with one int8 scale is stored as.
+
+    Args:
+        values: float32.
+        number_format: The format.
+        scale: The int8 scale; 0 for the one that the largest value gives.
+    """
+    values = values.detach()
+    if number_format == "float32":
+        return values.double()
+    if number_format == "float16":
+        return values.half().double()
+    scale = scale or max(float(values.abs().max()) / 127, 1e-8)
+    scale = float(torch.tensor(scale, dtype=torch.float32))
+    steps = [max(-127, min(127, round(float(v / scale)))) for v in values.flatten()]
+    return torch.tensor(steps, dtype=torch.double).view_as(values) * scale
+
+
+def same_bits(one: Tensor, two: Tensor) -> bool:
+    """Return whether two tensors are the same, zeros of either sign and all."""
+    return one.dtype == two.dtype and one.numpy().tobytes() == two.numpy().tobytes()
+
+
+def upsampled_by_hand(image: Tensor, height: int, width: int) -> Tensor:
+    """Return an image ``(C, h, w)`` at another size: bilinear, pixels as squares, in float64."""
+    columns = _interpolated_by_hand(image.double(), width)
+    return _interpolated_by_hand(columns.transpose(1, 2), height).transpose(1, 2)
+
+
+def _interpolated_by_hand(image: Tensor, size: int) -> Tensor:
+    """Return an image with its last axis brought to a size."""
+    given = image.shape[-1]
+    values = []
+    for position in range(size):
+        place = min(max((position + 0.5) * given / size - 0.5, 0), given - 1)
+        low = int(place)
+        high = min(low + 1, given - 1)
+        values.append((1 - place + low) * image[..., low] + (place - low) * image[..., high])
+    return torch.stack(values, dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 import hmn_replay
 from hmn_replay import cli, commands
 from hmn_replay.cli import main
+from hmn_replay.containers import CONTAINERS
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import CheckpointError, DataError
 from hmn_replay.layout import Layout
@@ -132,6 +134,24 @@ def test_inspect_tells_all_that_is_in_the_file(run: Console, memory_file: Path) 
     for part in ("9 of 1 x 8 x 8", "3, 2 to 4 images each", "int8", f"{memory.num_floats:,}"):
         assert part in text
     assert run.err == ""
+
+
+@pytest.mark.parametrize("container", ["raw", "idc", "haba", "linba"])
+def test_any_container_may_be_condensed_and_inspected(
+    run: Console, tmp_path: Path, container: str
+) -> None:
+    path = tmp_path / f"{container}.hmn"
+    options = ["--container", container, "--budget", BUDGET, "--device", "cpu", "--quiet"]
+    made = run.json("condense", "--out", path, *options, *TINY_CONDENSATION)
+    assert made["container"] == made["report"]["container"] == container
+    assert path.stat().st_size == made["file_bytes"] <= 40 * 1024
+    told = run.json("inspect", path)
+    for key in ("container", "file_bytes", "num_images", "num_classes", "num_floats"):
+        assert told[key] == made[key]
+    memory = load(path)
+    learned = [tier for name, tier in told["tiers"].items() if name in memory.layout.learned]
+    assert sum(math.prod(tier["shape"]) for tier in learned) == memory.num_floats
+    assert f"container       {container}\n" in run("inspect", path)
 
 
 def test_evaluate_repeats_with_seeds_in_a_row(
@@ -282,6 +302,7 @@ def test_condense_passes_its_options_on(
     common = ["condense", "--budget", "50kB", "--out", out]
     run(*common)
     assert asked["effort"] == "quick"
+    assert asked["container"] == "hmn"
     assert asked["seed"] == 0
     assert asked["device"] == "auto"
     assert asked["progress"] is True
@@ -291,12 +312,13 @@ def test_condense_passes_its_options_on(
     assert not {"number_format", "objective"} & set(asked)
 
     options = ["--effort", "standard", "--number-format", "float16", "--quiet"]
-    options += ["--objective", "distribution", "--set", "outer-steps=7"]
+    options += ["--objective", "distribution", "--container", "idc", "--set", "outer-steps=7"]
     text = run(*common, *options, "--set", "beta_grid=0,0.5", "--set", "classes_per_step=none")
     assert asked["progress"] is False
     assert asked["effort"] == "standard"
     assert asked["number_format"] == "float16"
     assert asked["objective"] == "distribution"
+    assert asked["container"] == "idc"
     assert asked["outer_steps"] == 7
     assert asked["beta_grid"] == (0.0, 0.5)
     assert asked["classes_per_step"] is None
@@ -373,6 +395,7 @@ def test_an_error_is_one_line_and_exit_code_1(
         ("condense --out x.hmn", "--budget"),
         ("condense --budget 9kB --out x --set outer_steps", "expected FIELD=VALUE"),
         ("condense --budget 9kB --out x --effort great", "invalid choice: 'great'"),
+        ("condense --budget 9kB --out x --container box", "invalid choice: 'box'"),
         ("evaluate x --repeats 0", "expected a whole number of 1 or more, got '0'"),
         ("evaluate x --network lenet", "invalid choice: 'lenet'"),
         ("baseline --budget 9kB", "--kind"),
@@ -424,6 +447,7 @@ def test_what_the_help_says_of_defaults_is_true(run: Console) -> None:
     assert f"images that a network is shown in all (default: {config.num_passes})" in text
     assert cli._NETWORKS == NETWORKS
     assert cli._SELECTIONS == SELECTIONS
+    assert tuple(CONTAINERS) == cli._CONTAINERS
     assert config.network == "convnet"
 
 

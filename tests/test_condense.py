@@ -284,6 +284,7 @@ def test_the_report_tells_settings_and_measurements(
     make_set: MakeSet, make_layout: MakeLayout
 ) -> None:
     report: dict[str, Any] = tiny(make_set(), make_layout(), seed=5).report
+    assert report["container"] == "hmn"
     assert report["effort"] == "quick"
     assert report["seed"] == 5
     assert {name: report[name] for name in TINY if name != "device"} == {

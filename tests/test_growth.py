@@ -18,7 +18,7 @@ from hmn_replay.growth import Growth, make_room
 from hmn_replay.layout import Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.storage import load, serialise
-from tests.support import TINY, tiny
+from tests.support import LAYOUTS, TINY, tiny
 
 MakeLayout = Callable[..., Layout]
 MakeSet = Callable[..., LabelledImages]
@@ -117,13 +117,20 @@ def test_a_budget_too_small_for_all_classes_is_refused(
         room(make_set(), layout.file_bytes(13, 13, 9999) - 1, layout, old)
 
 
-@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
-@pytest.mark.parametrize("objective", ["gradient", "distribution"])
+@pytest.mark.parametrize(
+    ("container", "number_format", "objective"),
+    [
+        *(("hmn", number_format, "gradient") for number_format in NUMBER_FORMATS),
+        *(("hmn", number_format, "distribution") for number_format in NUMBER_FORMATS),
+        *((container, "int8", "gradient") for container in ("raw", "idc", "haba", "linba")),
+    ],
+)
 def test_added_classes_leave_old_images_as_they_are_to_the_bit(
-    make_set: MakeSet, make_layout: MakeLayout, number_format: NumberFormat, objective: str
+    make_set: MakeSet, container: str, number_format: NumberFormat, objective: str
 ) -> None:
-    layout = make_layout(number_format)
-    budget = layout.file_bytes(6, 24, 9999)
+    layout = LAYOUTS[container]((3, 8, 8), number_format)
+    size = layout.group_size
+    budget = layout.file_bytes(6, 24 * size, 9999)
     memory: Container | None = None
     for step, labels in enumerate([(0, 1), (2, 3), (4, 5)]):
         data = make_set(labels=labels, seed=step)
@@ -138,12 +145,12 @@ def test_added_classes_leave_old_images_as_they_are_to_the_bit(
             assert grown.report["drift_psnr"] is None
         assert len(serialise(grown)) == grown.file_bytes <= budget
         assert grown.num_images == layout.max_images(budget, 2 * step + 2)
-        assert max(grown.images_per_class) - min(grown.images_per_class) <= 1
+        assert max(grown.images_per_class) - min(grown.images_per_class) <= size
         assert all(p.requires_grad for p in grown.parameters())
         memory = grown
     assert memory is not None
     assert memory.classes.tolist() == [0, 1, 2, 3, 4, 5]
-    assert memory.report["images_per_class"] == memory.images_per_class == [4] * 6
+    assert memory.report["images_per_class"] == memory.images_per_class == [4 * size] * 6
     assert memory.report["file_bytes"] == memory.file_bytes
 
 

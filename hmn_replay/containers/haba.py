@@ -7,31 +7,31 @@ convolution back to the image's size: 5,568 floats for CIFAR.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from hmn_replay.budget import Budget
-from hmn_replay.container import Container, Stored, noise, ones, zeros
-from hmn_replay.container_layout import ContainerLayout, check_image_shape
-from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.container import Container, noise, ones, zeros
+from hmn_replay.container_layout import ContainerLayout, check_image_shape, first_that_fits
+from hmn_replay.containers.pixels import PIXEL_SCALE, to_unit_interval
+from hmn_replay.errors import ConfigError
 from hmn_replay.filesize import TensorSpec
 from hmn_replay.formats import (
     NumberFormat,
+    Stored,
     check_number_format,
     max_abs_scale,
     round_to_format,
 )
-from hmn_replay.options import convert_fields
 
 __all__ = ["HaBa", "HaBaLayout"]
 
-# Latent pixels are in [-0.5, 0.5].
-_SCALE = 0.5 / 127
 _MAX_HALLUCINATORS = 64
 _FITTED_AT_ONCE = 256
 _WEIGHTS = ("encoder_weight", "scale", "shift", "decoder_weight")
@@ -59,9 +59,7 @@ class HaBaLayout(ContainerLayout):
     num_hallucinators: int = 5
 
     def __post_init__(self) -> None:
-        check_image_shape(self.image_shape)
-        convert_fields(self)
-        check_number_format(self.number_format)
+        super().__post_init__()
         if not 1 <= self.num_hallucinators <= _MAX_HALLUCINATORS:
             raise ConfigError(
                 f"num_hallucinators is 1 to {_MAX_HALLUCINATORS}; got {self.num_hallucinators!r}"
@@ -78,16 +76,8 @@ class HaBaLayout(ContainerLayout):
     ) -> HaBaLayout:
         """Return the layout with 5 hallucinators, or as many as leave room for a basis a class."""
         shape, number_format = check_image_shape(image_shape), check_number_format(number_format)
-        for num_hallucinators in (5, 4, 3, 2):
-            layout = cls(shape, number_format, num_hallucinators)
-            try:
-                layout.max_images(budget, num_classes)
-            except BudgetError:
-                continue
-            return layout
-        layout = cls(shape, number_format, 1)
-        layout.max_images(budget, num_classes)
-        return layout
+        layouts = (cls(shape, number_format, count) for count in (5, 4, 3, 2, 1))
+        return first_that_fits(layouts, budget, num_classes)
 
     @property
     def group_size(self) -> int:
@@ -104,7 +94,7 @@ class HaBaLayout(ContainerLayout):
     def tensors(self, num_classes: int, num_images: int) -> dict[str, TensorSpec]:
         """Return the name, type and shape of every tensor in the file."""
         count = self.num_hallucinators
-        num_weights = sum(torch.Size(shape).numel() for shape in self.weight_shapes)
+        num_weights = sum(map(math.prod, self.weight_shapes))
         specs = {
             **self._labels(num_classes),
             "bases": TensorSpec(self.values_dtype, (num_images // count, *self.image_shape)),
@@ -144,7 +134,7 @@ class HaBa(Container):
     group_rows = ("bases",)
     private = ("bases",)
     layout: HaBaLayout
-    encoder_scale: Tensor
+    pixel_scale: Tensor
 
     def _make_shared(self, generator: torch.Generator) -> None:
         layout = self.layout
@@ -165,6 +155,7 @@ class HaBa(Container):
             self.decoder_weight.add_(identity)
         for name in _WEIGHTS:
             self.register_buffer(f"{name}_scale", ones(count))
+        self.register_buffer("pixel_scale", PIXEL_SCALE * ones(), persistent=False)
 
     def _new_rows(
         self, generator: torch.Generator, counts: Sequence[int], owner: Tensor
@@ -176,22 +167,19 @@ class HaBa(Container):
 
     def forward(self, indices: Tensor) -> Tensor:
         """Decode images, with gradients to all of it; see :meth:`Container.forward`."""
-        return self._images(indices, torch.float32)
-
-    def _images(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         layout = self.layout
         which = indices % layout.num_hallucinators
         basis = self.bases[indices // layout.num_hallucinators]
-        x = round_to_format(basis, layout.number_format, basis.new_tensor(_SCALE)).to(dtype)
-        weights = {name: self._rounded(name)[which].to(dtype) for name in _WEIGHTS}
-        biases = {
-            name: round_to_format(getattr(self, name)[which], layout.bias_format).to(dtype)
-            for name in ("encoder_bias", "decoder_bias")
-        }
-        x = _convolve(x, weights["encoder_weight"], biases["encoder_bias"], padding=0)
+        x = round_to_format(basis, layout.number_format, self.pixel_scale)
+        weights = {name: self._rounded(name)[which] for name in _WEIGHTS}
+        encoder_bias, decoder_bias = (
+            round_to_format(bias, layout.bias_format)[which]
+            for bias in (self.encoder_bias, self.decoder_bias)
+        )
+        x = _convolve(x, weights["encoder_weight"], encoder_bias)
         x = x * weights["scale"] + weights["shift"]
-        x = _convolve(x, weights["decoder_weight"], biases["decoder_bias"], padding=2)
-        return (x + 0.5).clamp(0, 1).to(torch.float32)
+        x = _convolve(F.pad(x, (2, 2, 2, 2)), weights["decoder_weight"], decoder_bias)
+        return to_unit_interval(x + 0.5)
 
     def _rounded(self, name: str) -> Tensor:
         latent: Tensor = getattr(self, name)
@@ -199,24 +187,24 @@ class HaBa(Container):
         shaped = scale.view(-1, *[1] * (latent.ndim - 1))
         return round_to_format(latent, self.layout.number_format, shaped)
 
-    def _decode_chunk(self, indices: Tensor) -> Tensor:
-        # What a matrix product rounds to depends on an image's place; in float64, beyond float32.
-        return self._images(indices, torch.float64)
-
     @torch.no_grad()
     def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
-        """Begin with real images as bases; what is left is for hallucinators to learn."""
-        size = self.layout.group_size
+        """Begin with the first real image of each group as its basis, as the paper does.
+
+        The steps of the warm start do the rest: hallucinators learn to pick each image of a group
+        out of the basis. 150 images of CIFAR-10 (122,880 bytes, int8) came from 11.6 dB to 25.1
+        in 400 steps and to 28.3 in 1,500, and a ConvNet-3 of width 32 from 18 % to 29 %.
+        """
+        size, device = self.layout.group_size, self.bases.device
         for positions in torch.arange(first_image, self.num_images, size).split(_FITTED_AT_ONCE):
-            groups = (positions // size).to(self.bases.device)
-            self.bases[groups] = real_images(positions).to(self.bases.device) - 0.5
+            self.bases[(positions // size).to(device)] = real_images(positions).to(device) - 0.5
         return False
 
     def stored(self) -> dict[str, list[Stored]]:
         """Return what the file's tensors hold, by name; see :meth:`Container.stored`."""
         values, count = self.layout.number_format, self.layout.num_hallucinators
         return {
-            "bases": [Stored(self.bases, values, self.bases.new_tensor(_SCALE))],
+            "bases": [Stored(self.bases, values, self.pixel_scale)],
             "hallucinators": [
                 Stored(getattr(self, name)[j], values, getattr(self, f"{name}_scale")[j])
                 for name in _WEIGHTS
@@ -246,23 +234,36 @@ class HaBa(Container):
     @torch.no_grad()
     def largest_sum(self) -> float:
         """Return what no sum in a hallucinator can exceed, by the triangle inequality."""
-        bound = largest = float(self.bases.abs().max()) if len(self.bases) else 0.0
-        for j in range(self.layout.num_hallucinators):
-            x = bound
-            for name in ("encoder", "decoder"):
-                weight: Tensor = getattr(self, f"{name}_weight")[j].double()
-                bias: Tensor = getattr(self, f"{name}_bias")[j]
-                x = float((weight.abs().sum(dim=(1, 2, 3)) * x + bias.abs()).max())
-                largest = max(largest, x)
-                if name == "encoder":
-                    x = float((self.scale[j].abs() * x + self.shift[j].abs()).max())
-                    largest = max(largest, x)
-        return largest
+        pixel = self.bases.abs().max() if len(self.bases) else self.bases.new_zeros(())
+        encoded = _largest_outputs(self.encoder_weight, self.encoder_bias, pixel.double())
+        scaled = self.scale.abs() * encoded.view(-1, 1, 1, 1) + self.shift.abs()
+        scaled = scaled.amax(dim=(1, 2, 3))
+        decoded = _largest_outputs(self.decoder_weight, self.decoder_bias, scaled)
+        return float(torch.cat([pixel.view(1), encoded, scaled, decoded]).max())
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """Convolve each image with its own 3 x 3 weights, as a product of matrices."""
-    height, width = x.shape[2] + 2 * padding - 2, x.shape[3] + 2 * padding - 2
-    patches = F.unfold(x, 3, padding=padding)
-    y = torch.bmm(weight.flatten(2), patches) + bias.unsqueeze(-1)
-    return rearrange(y, "b c (h w) -> b c h w", h=height, w=width)
+def _largest_outputs(weight: Tensor, bias: Tensor, largest_input: Tensor) -> Tensor:
+    """Bound each hallucinator's convolution, float64 ``(h,)``, from the size of its input."""
+    rows = weight.double().abs().sum(dim=(2, 3, 4))
+    return (rows * largest_input.view(-1, 1) + bias.abs()).amax(dim=1)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve each image with 3 x 3 weights of its own, without padding.
+
+    Tap by tap: the order of a sum, and so its last bit, is the same wherever the image stands.
+
+    Args:
+        x: float ``(B, I, H, W)``.
+        weight: float ``(B, O, I, 3, 3)``.
+        bias: float ``(B, O)``.
+
+    Returns:
+        float ``(B, O, H - 2, W - 2)``.
+    """
+    height, width = x.shape[2] - 2, x.shape[3] - 2
+    y = bias[:, :, None, None]
+    for i, top, left in itertools.product(range(x.shape[1]), range(3), range(3)):
+        window = x[:, i, None, top : top + height, left : left + width]
+        y = y + weight[:, :, i, top, left, None, None] * window
+    return y

@@ -6,6 +6,7 @@ coefficients A are an image's own; the basis B is shared by all images of all cl
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,22 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmn_replay.budget import Budget
-from hmn_replay.container import Container, Stored, noise, ones, zeros
-from hmn_replay.container_layout import ContainerLayout, check_image_shape
-from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.container import Container, noise, ones, zeros
+from hmn_replay.container_layout import ContainerLayout, check_image_shape, first_that_fits
+from hmn_replay.containers.pixels import to_unit_interval
+from hmn_replay.errors import ConfigError
 from hmn_replay.filesize import TensorSpec
 from hmn_replay.formats import (
     NumberFormat,
+    Stored,
     check_number_format,
     max_abs_scale,
     round_to_format,
 )
-from hmn_replay.options import convert_fields
 
 __all__ = ["LinBa", "LinBaLayout"]
 
 _MAX_BASES = 1024
-# The basis is computed from so many images at most: 64 times as many as the paper's has vectors.
+# The basis is computed from about so many images, 64 for each of the paper's 16 vectors.
 _FITTED_FROM = 1024
 _FITTED_AT_ONCE = 256
 _BASIS_STD = 0.3
@@ -60,9 +62,7 @@ class LinBaLayout(ContainerLayout):
     downsampling: int = 2
 
     def __post_init__(self) -> None:
-        check_image_shape(self.image_shape)
-        convert_fields(self)
-        check_number_format(self.number_format)
+        super().__post_init__()
         for name, most in (("num_bases", _MAX_BASES), ("downsampling", 8)):
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(f"{name} is 1 to {most}; got {getattr(self, name)!r}")
@@ -78,25 +78,18 @@ class LinBaLayout(ContainerLayout):
     ) -> LinBaLayout:
         """Return the layout with the paper's shape: K = 16 at 1 IPC of CIFAR-10's floats, ds = 2.
 
-        K grows as the square root of the number of values, so that basis and coefficients both do;
-        where one image a class does not fit, it is halved.
+        K grows as the square root of the number of values, so that basis and coefficients both do,
+        but not beyond the values of a basis image; where one image a class does not fit, it is
+        halved.
         """
-        shape, number_format = check_image_shape(image_shape), check_number_format(number_format)
-        value_bytes = TensorSpec(cls(shape, number_format).values_dtype, (1,)).num_bytes
-        num_values = Budget.parse(budget).num_bytes / value_bytes
-        # 10 images' worth of floats for K = 16.
-        worth = num_values / (10 * math.prod(shape))
-        num_bases = min(_MAX_BASES, max(2, round(16 * math.sqrt(worth))))
-        while True:
-            layout = cls(shape, number_format, num_bases)
-            try:
-                layout.max_images(budget, num_classes)
-            except BudgetError:
-                if num_bases == 1:
-                    raise
-                num_bases //= 2
-                continue
-            return layout
+        paper = cls(check_image_shape(image_shape), check_number_format(number_format))
+        num_values = Budget.parse(budget).num_bytes / TensorSpec(paper.values_dtype, ()).num_bytes
+        num_images = num_values / math.prod(paper.image_shape)
+        wanted = round(paper.num_bases * math.sqrt(num_images / 10))
+        num_bases = max(1, min(wanted, math.prod(paper.basis_shape), _MAX_BASES))
+        halvings = (num_bases >> i for i in range(num_bases.bit_length()))
+        layouts = (dataclasses.replace(paper, num_bases=count) for count in halvings)
+        return first_that_fits(layouts, budget, num_classes)
 
     @property
     def basis_shape(self) -> tuple[int, int, int]:
@@ -165,24 +158,28 @@ class LinBa(Container):
 
     def forward(self, indices: Tensor) -> Tensor:
         """Decode images, with gradients to A and B; see :meth:`Container.forward`."""
-        return self._images(indices, torch.float32)
-
-    def _images(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        layout = self.layout
-        values = layout.number_format
-        scale = self.coefficient_scale[self.class_index[indices]]
-        coefficients = round_to_format(self.coefficients[indices], values, scale).to(dtype)
-        basis = round_to_format(self.basis, values, self.basis_scale).to(dtype)
-        x = (coefficients @ basis.flatten(1)).view(-1, *layout.basis_shape)
-        _, height, width = layout.image_shape
-        if layout.downsampling > 1:
-            factor = float(layout.downsampling)
-            x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-        return (x[..., :height, :width] + 0.5).clamp(0, 1).to(torch.float32)
+        coefficients, basis = self._rounded(indices)
+        return self._upsample((coefficients @ basis.flatten(1)).view(-1, *basis.shape[1:]))
 
     def _decode_chunk(self, indices: Tensor) -> Tensor:
-        # What a matrix product rounds to depends on an image's place; in float64, beyond float32.
-        return self._images(indices, torch.float64)
+        # In a product of matrices the order of a sum, and so its last bit, depends on the place.
+        coefficients, basis = self._rounded(indices)
+        x = basis.new_zeros(len(indices), *basis.shape[1:])
+        for own, image in zip(coefficients.T, basis, strict=True):
+            x += own.view(-1, 1, 1, 1) * image
+        return self._upsample(x)
+
+    def _rounded(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        values, scale = self.layout.number_format, self.coefficient_scale[self.class_index[indices]]
+        coefficients = round_to_format(self.coefficients[indices], values, scale)
+        return coefficients, round_to_format(self.basis, values, self.basis_scale)
+
+    def _upsample(self, x: Tensor) -> Tensor:
+        _, height, width = self.layout.image_shape
+        if self.layout.downsampling > 1:
+            factor = float(self.layout.downsampling)
+            x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+        return to_unit_interval(x[..., :height, :width] + 0.5)
 
     @torch.no_grad()
     def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
@@ -193,26 +190,26 @@ class LinBa(Container):
         positions = torch.arange(first_image, self.num_images)
         device = self.basis.device
         if not first_image:
-            some = positions[:: max(1, len(positions) // _FITTED_FROM)]
-            # Not centred: the mean is the first component, as good as.
-            *_, components = torch.linalg.svd(self._reduced(real_images(some)), False)
-            rank = min(len(components), self.layout.num_bases)
+            some = self._reduced(real_images(positions[:: max(1, len(positions) // _FITTED_FROM)]))
+            # Not centred: the first component stands for the mean.
+            *_, components = torch.linalg.svd(some, full_matrices=False)
             # Every basis image in the range of pixels; the size of its part is in A.
-            self.basis[:rank] = (
-                (components[:rank] * _BASIS_STD * math.sqrt(components.shape[1]))
-                .view(rank, *self.layout.basis_shape)
-                .to(device)
-            )
-            self.basis[rank:] = 0
-        inverse = torch.linalg.pinv(self.basis.flatten(1).cpu().double())
+            components *= _BASIS_STD * math.sqrt(components.shape[1])
+            found = components[: self.layout.num_bases].view(-1, *self.layout.basis_shape)
+            self.basis[: len(found)] = found.to(device)
+            self.basis_scale = max_abs_scale(self.basis, self.basis_scale)
+        basis = self.basis.flatten(1).cpu().double()
+        inverse = basis.T @ torch.linalg.pinv(basis @ basis.T, hermitian=True)
         for chunk in positions.split(_FITTED_AT_ONCE):
-            own = self._reduced(real_images(chunk)).double() @ inverse
-            self.coefficients[chunk.to(device)] = own.float().to(device)
+            coordinates = self._reduced(real_images(chunk)).double() @ inverse
+            self.coefficients[chunk.to(device)] = coordinates.float().to(device)
         return True
 
     def _reduced(self, images: Tensor) -> Tensor:
-        _, height, width = self.layout.basis_shape
-        return F.adaptive_avg_pool2d(images, (height, width)).flatten(1) - 0.5
+        """Return images at the basis's resolution, float32 ``(B, C h w)``, less 0.5."""
+        ds, (_, height, width) = self.layout.downsampling, self.layout.basis_shape
+        beyond = (0, width * ds - images.shape[3], 0, height * ds - images.shape[2])
+        return F.avg_pool2d(F.pad(images - 0.5, beyond, mode="replicate"), ds).flatten(1)
 
     def stored(self) -> dict[str, list[Stored]]:
         """Return what the file's tensors hold, by name; see :meth:`Container.stored`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +16,17 @@ from einops import rearrange
 from torch import Tensor
 
 from hmn_replay.budget import Budget
-from hmn_replay.container import Container, Stored, noise, zeros
-from hmn_replay.container_layout import ContainerLayout, check_image_shape
+from hmn_replay.container import Container, noise, ones, zeros
+from hmn_replay.container_layout import ContainerLayout, check_image_shape, first_that_fits
 from hmn_replay.errors import ConfigError
 from hmn_replay.filesize import TensorSpec
-from hmn_replay.formats import NumberFormat, check_number_format, round_to_format
-from hmn_replay.options import convert_fields
+from hmn_replay.formats import NumberFormat, Stored, check_number_format, round_to_format
 
-__all__ = ["IDCLayout", "PixelContainer", "RawLayout"]
+__all__ = ["PIXEL_SCALE", "IDCLayout", "PixelContainer", "RawLayout", "to_unit_interval"]
 
-# Latent pixels are in [-0.5, 0.5], so that int8 has one step for every brightness of 8 bits.
-_SCALE = 0.5 / 127
+PIXEL_SCALE = 0.5 / 127
+"""The int8 scale of latent pixels in [-0.5, 0.5]: 255 steps of brightness, the ends among them."""
+
 _FITTED_AT_ONCE = 256
 
 
@@ -48,11 +49,6 @@ class RawLayout(ContainerLayout):
     image_shape: tuple[int, int, int]
     number_format: NumberFormat
 
-    def __post_init__(self) -> None:
-        check_image_shape(self.image_shape)
-        convert_fields(self)
-        check_number_format(self.number_format)
-
     @classmethod
     def choose(
         cls,
@@ -64,8 +60,7 @@ class RawLayout(ContainerLayout):
     ) -> RawLayout:
         """Return the layout; see :meth:`ContainerLayout.choose`."""
         layout = cls(check_image_shape(image_shape), check_number_format(number_format))
-        layout.max_images(budget, num_classes)
-        return layout
+        return first_that_fits([layout], budget, num_classes)
 
     @property
     def factor(self) -> int:
@@ -83,10 +78,15 @@ class RawLayout(ContainerLayout):
         _, height, width = self.image_shape
         return height // self.factor, width // self.factor
 
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Height and width of a stored image."""
+        height, width = self.piece
+        return height * self.factor, width * self.factor
+
     def tensors(self, num_classes: int, num_images: int) -> dict[str, TensorSpec]:
         """Return the name, type and shape of every tensor in the file."""
-        height, width = (side * self.factor for side in self.piece)
-        shape = (num_images // self.group_size, self.image_shape[0], height, width)
+        shape = (num_images // self.group_size, self.image_shape[0], *self.stored_size)
         return {**self._labels(num_classes), "images": TensorSpec(self.values_dtype, shape)}
 
     def _words(self) -> tuple[str, ...]:
@@ -104,7 +104,8 @@ class RawLayout(ContainerLayout):
 class IDCLayout(RawLayout):
     """Stored images of ``factor x factor`` pieces, each decoded to an image of its own.
 
-    Where a side is no multiple of the factor, a stored image is smaller than a decoded one.
+    Where a side is no multiple of the factor, a stored image is a little smaller than a decoded
+    one; the paper's code pads it instead.
 
     Args:
         image_shape: As in :class:`RawLayout`.
@@ -140,8 +141,7 @@ class IDCLayout(RawLayout):
         shape = check_image_shape(image_shape)
         factor = 3 if min(shape[1:]) >= 128 else 2
         layout = cls(shape, check_number_format(number_format), factor)
-        layout.max_images(budget, num_classes)
-        return layout
+        return first_that_fits([layout], budget, num_classes)
 
     def _words(self) -> tuple[str, ...]:
         return self.container, str(self.factor)
@@ -166,10 +166,12 @@ class PixelContainer(Container):
     group_rows = ("images",)
     private = ("images",)
     layout: RawLayout
+    pixel_scale: Tensor
 
     def _make_shared(self, generator: torch.Generator) -> None:
-        height, width = (side * self.layout.factor for side in self.layout.piece)
+        height, width = self.layout.stored_size
         self.images = zeros(0, self.layout.image_shape[0], height, width)
+        self.register_buffer("pixel_scale", PIXEL_SCALE * ones(), persistent=False)
 
     def _new_rows(
         self, generator: torch.Generator, counts: Sequence[int], owner: Tensor
@@ -179,39 +181,33 @@ class PixelContainer(Container):
 
     def forward(self, indices: Tensor) -> Tensor:
         """Decode images, with gradients to their pixels; see :meth:`Container.forward`."""
-        layout = self.layout
-        stored = self.images[indices // layout.group_size]
-        scale = stored.new_tensor(_SCALE)
-        stored = round_to_format(stored, layout.number_format, scale) + 0.5
-        if layout.factor == 1:
-            return stored.clamp(0, 1)
-        pieces = rearrange(
-            stored, "b c (f h) (g w) -> b (f g) c h w", f=layout.factor, g=layout.factor
-        )
-        # Not an index with two tensors, whose second derivative is slow.
-        which = (indices % layout.group_size).view(-1, 1, 1, 1, 1)
-        chosen = pieces.take_along_dim(which, dim=1).squeeze(1)
-        size = layout.image_shape[1:]
-        return F.interpolate(chosen, size, mode="bilinear", align_corners=False).clamp(0, 1)
+        layout, f = self.layout, self.layout.factor
+        pieces = rearrange(self.images, "n c (f h) (g w) -> n f g c h w", f=f, g=f)
+        chosen = pieces[indices // f**2, indices // f % f, indices % f]
+        images = round_to_format(chosen, layout.number_format, self.pixel_scale) + 0.5
+        if f > 1:
+            size = layout.image_shape[1:]
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        return to_unit_interval(images)
 
     @torch.no_grad()
     def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
-        """Take over real images, each scaled down to its piece: IDC's `mix` initialisation."""
-        layout = self.layout
-        height, width = layout.piece
-        for positions in torch.arange(first_image, self.num_images).split(_FITTED_AT_ONCE):
-            # A resize by whole pixels is a mean of them; others fall back to overlapping means.
-            pieces = F.adaptive_avg_pool2d(real_images(positions), layout.piece) - 0.5
-            for position, piece in zip(positions.tolist(), pieces, strict=True):
-                group, which = divmod(position, layout.group_size)
-                top, left = (which // layout.factor) * height, (which % layout.factor) * width
-                self.images[group, :, top : top + height, left : left + width] = piece
+        """Take over real images, each scaled down to its piece: IDC's `mix` initialisation.
+
+        A pixel is the mean of those that it stands for; IDC's code takes one of them.
+        """
+        f, size = self.layout.factor, self.layout.group_size
+        groups = torch.arange(first_image, self.num_images).view(-1, size)
+        for chunk in groups.split(max(1, _FITTED_AT_ONCE // size)):
+            pieces = F.adaptive_avg_pool2d(real_images(chunk.flatten()) - 0.5, self.layout.piece)
+            stored = rearrange(pieces, "(n f g) c h w -> n c (f h) (g w)", f=f, g=f)
+            device = self.images.device
+            self.images[(chunk[:, 0] // size).to(device)] = stored.to(device)
         return True
 
     def stored(self) -> dict[str, list[Stored]]:
         """Return what the file's tensors hold, by name; see :meth:`Container.stored`."""
-        scale = self.images.new_tensor(_SCALE)
-        return {"images": [Stored(self.images, self.layout.number_format, scale)]}
+        return {"images": [Stored(self.images, self.layout.number_format, self.pixel_scale)]}
 
     @torch.no_grad()
     def update_scales(self, first_class: int = 0) -> None:
@@ -222,3 +218,29 @@ class PixelContainer(Container):
     def largest_sum(self) -> float:
         """Return the largest pixel."""
         return float(self.images.abs().max()) if len(self.images) else 0.0
+
+
+def to_unit_interval(images: Tensor) -> Tensor:
+    """Clamp brightness to [0, 1], with gradients that lead black and white pixels back inside.
+
+    A plain clamp has no gradient there (in some versions of torch, at 0 and 1 themselves neither),
+    so that the black ground of a digit could never learn. Only what leads further out is cut.
+
+    Args:
+        images: float, any shape.
+    """
+    clamped: Tensor = _UnitInterval.apply(images)
+    return clamped
+
+
+class _UnitInterval(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        outwards = ((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0))
+        return gradient.masked_fill(outwards, 0)
