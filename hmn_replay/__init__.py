@@ -16,10 +16,12 @@ from hmn_replay.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    ExpertError,
     HMNReplayError,
     MemoryFileError,
     TrainingError,
 )
+from hmn_replay.experts import record_experts
 from hmn_replay.formats import NUMBER_FORMATS
 from hmn_replay.layout import Layout
 from hmn_replay.matching import (
@@ -35,6 +37,7 @@ from hmn_replay.pruning import aum, double_ended_prune, margins
 from hmn_replay.sources import load_dataset
 from hmn_replay.storage import load
 from hmn_replay.training import TrainingConfig, evaluate, train_network
+from hmn_replay.trajectories import trajectory_matching
 
 if TYPE_CHECKING:
     from hmn_replay.replay import HMNReplay, MemoryReplay, reattach_optim_modules
@@ -52,6 +55,7 @@ __all__ = [
     "CondenseConfig",
     "ConfigError",
     "DataError",
+    "ExpertError",
     "HMNReplay",
     "HMNReplayError",
     "HierarchicalMemory",
@@ -75,7 +79,9 @@ __all__ = [
     "load_dataset",
     "margins",
     "reattach_optim_modules",
+    "record_experts",
     "train_network",
+    "trajectory_matching",
 ]
 
 # Importing Avalanche takes seconds, and a gigabyte.

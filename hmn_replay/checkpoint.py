@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from hmn_replay.errors import CheckpointError
 from hmn_replay.files import write_atomically
 
-__all__ = ["Checkpoint", "flatten_state", "load_state", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "digest_tensors",
+    "flatten_state",
+    "load_state",
+    "read_checkpoint",
+    "write_checkpoint",
+]
 
 _KEY, _DIGEST_KEY = "hmn_replay_checkpoint", "digest"
 
@@ -53,7 +60,7 @@ def write_checkpoint(
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"fingerprint": fingerprint, "state": state})
-    metadata = {_KEY: text, _DIGEST_KEY: _digest(text, stored)}
+    metadata = {_KEY: text, _DIGEST_KEY: digest_tensors(text, stored)}
     write_atomically(path, safetensors.torch.save(stored, metadata))
 
 
@@ -75,7 +82,7 @@ def read_checkpoint(path: str | Path, fingerprint: str) -> Checkpoint | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read the checkpoint ({error}); {advice}") from error
-    if _digest(text, tensors) != digest:
+    if digest_tensors(text, tensors) != digest:
         raise CheckpointError(f"the checkpoint was altered or damaged; {advice}")
     content = json.loads(text)
     if content["fingerprint"] != fingerprint:
@@ -109,7 +116,8 @@ def load_state(owner: nn.Module | torch.optim.Optimizer, tensors: Mapping[str, T
     owner.load_state_dict({**owner.state_dict(), "state": state})
 
 
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+def digest_tensors(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return 32 hexadecimal digits that tell a text and named CPU tensors from any others."""
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, tensor.dtype, tensor.shape)).encode())

@@ -92,7 +92,7 @@ def _add_condense(commands: _Commands) -> None:
         "make a memory file from a data set",
         "Condense the training images of a data set into a memory file within a budget of bytes.\n"
         "Every minute the work is kept in OUT.checkpoint; when it was stopped, the same command\n"
-        "goes on from there. The checkpoint is deleted in the end.",
+        "goes on from there. The checkpoint is deleted in the end, and experts beside it are.",
         "hmn-replay condense --data cifar10.npz --budget 120KiB --out cifar10.hmn",
     )
     _add_data(parser)
@@ -124,8 +124,9 @@ def _add_condense(commands: _Commands) -> None:
     )
     parser.add_argument(
         "--objective",
-        choices=("gradient", "distribution", "dc", "dsa", "dm"),
-        help="what is matched (default: that of the effort)",
+        choices=("gradient", "distribution", "dc", "dsa", "dm", "mtt"),
+        help="what is matched; mtt trains networks on the data first, in OUT.checkpoint.experts or "
+        "where --set experts=DIR says, which other runs can use (default: that of the effort)",
     )
     parser.add_argument(
         "--set",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from hmn_replay.condense import condense
 from hmn_replay.config import parse_option
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError
+from hmn_replay.experts import experts_beside
 from hmn_replay.export import contact_sheet, export_images, export_npz
 from hmn_replay.files import check_target
 from hmn_replay.real_images import RealImages
@@ -52,7 +54,7 @@ def run_condense(args: argparse.Namespace) -> Result:
     budget = Budget.parse(args.budget)
     checkpoint = Path(f"{out}.checkpoint")
     if args.restart:
-        checkpoint.unlink(missing_ok=True)
+        _delete_checkpoint(checkpoint)
     elif checkpoint.exists():
         _note(args, f"going on from {checkpoint}")
     try:
@@ -70,7 +72,7 @@ def run_condense(args: argparse.Namespace) -> Result:
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --restart throws it away") from error
     memory.save(out)
-    checkpoint.unlink(missing_ok=True)
+    _delete_checkpoint(checkpoint)
     report: dict[str, Any] = memory.report
     result = {
         "file": str(out),
@@ -315,6 +317,11 @@ def _score_draws(
         "file_bytes": draws[0]["file_bytes"],
         "draws": draws,
     }
+
+
+def _delete_checkpoint(checkpoint: Path) -> None:
+    checkpoint.unlink(missing_ok=True)
+    shutil.rmtree(experts_beside(checkpoint), ignore_errors=True)
 
 
 def _summary(accuracies: Sequence[float]) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def condense(
             layout is chosen for so many. Default: those of ``source``. With ``memory`` or
             ``layout``, which have one, it is not read.
         checkpoint: A file to go on from where it exists, and that is written every minute; None
-            for none. It stays there in the end.
+            for none. It stays there in the end, and so does ``NAME.experts`` beside it, a folder
+            that ``objective="mtt"`` makes where no other is named.
         progress: Whether to show bars on standard error.
         **options: Fields of :class:`~hmn_replay.config.CondenseConfig`, to replace the effort's.
 
@@ -82,6 +83,8 @@ def condense(
         ``beta`` (None where nothing was pruned) and ``beta_accuracies``, in [0, 1] on held-out real
         images;
         ``drift_psnr``, dB of the old images to what they were (None where no bit changed);
+        ``student_rate``, the learning rate that ``"mtt"`` ended with (None for other objectives),
+        whose phases count the recording of experts, ``experts``, by itself;
         ``images_per_class`` and ``file_bytes``.
 
     Raises:
@@ -89,6 +92,7 @@ def condense(
         ConfigError: An unknown option, or a value outside its range.
         DataError: Images or labels that cannot be used.
         CheckpointError: The checkpoint belongs to another run, or cannot be read.
+        ExpertError: The folder ``experts`` has those of other images or settings, or a damaged one.
         TrainingError: The optimisation left the real numbers.
     """
     if memory is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hmn_replay.augment import STRATEGIES
 from hmn_replay.errors import ConfigError
+from hmn_replay.experts import EXPERT_TRAINING
 from hmn_replay.formats import NUMBER_FORMATS
 from hmn_replay.matching import OBJECTIVES
 from hmn_replay.networks import NETWORKS
@@ -18,6 +19,19 @@ from hmn_replay.runtime import PRECISIONS
 from hmn_replay.training import TrainingConfig
 
 __all__ = ["EFFORTS", "CondenseConfig", "make_config", "parse_option"]
+
+_AT_LEAST_0 = (
+    *("warm_start_steps", "outer_steps", "inner_steps", "network_images", "max_start_epoch"),
+)
+_AT_LEAST_1 = (
+    *("warm_start_batch", "real_batch", "decoded_batch", "network_width", "network_batch"),
+    *("num_experts", "expert_epochs", "student_steps", "student_batch"),
+    *("pruning_passes", "pruning_width"),
+)
+_RATES = (
+    *("warm_start_learning_rate", "memory_learning_rate", "network_learning_rate"),
+    *("expert_learning_rate", "student_learning_rate"),
+)
 
 
 @dataclass(frozen=True)
@@ -28,9 +42,9 @@ class CondenseConfig:
 
     Attributes:
         number_format: How values are stored: ``"float32"``, ``"float16"`` or ``"int8"``.
-        objective: ``"gradient"`` (IDC's), ``"distribution"``, ``"dc"``, ``"dsa"`` or ``"dm"``; see
-            :data:`hmn_replay.matching.OBJECTIVES`, which tells, too, whether both batches are
-            augmented, and what the network learns from between steps.
+        objective: ``"gradient"`` (IDC's), ``"distribution"``, ``"dc"``, ``"dsa"``, ``"dm"`` or
+            ``"mtt"``; see :data:`hmn_replay.matching.OBJECTIVES`, which tells, too, whether both
+            batches are augmented, and what the network learns from between steps.
         warm_start_steps: Steps of fitting the memory to real images before matching; 0 for none.
         warm_start_batch: Images a step of the warm start.
         warm_start_learning_rate: Of Adam, for extractors, decoder and dataset memory; class and
@@ -47,7 +61,8 @@ class CondenseConfig:
         augmentations: Drawn once a class and step, for real and decoded images alike.
         max_seconds: Seconds after which matching ends, those of the warm start counted; the
             learning rate has then come down to 0. ``outer_steps`` still bounds it. The result then
-            depends on the machine's speed. Default: None, no bound.
+            depends on the machine's speed. Those of recording experts are counted too; experts
+            that are there already cost none. Default: None, no bound.
         network: One of :data:`hmn_replay.networks.NETWORKS`, or several to be drawn in turn, one an
             outer step; pruning trains the first.
         network_width: Channels of ConvNet's blocks.
@@ -55,6 +70,22 @@ class CondenseConfig:
         network_batch: Batch size of that training.
         network_learning_rate: Of its SGD (momentum 0.9, weight decay 5e-4).
         network_cutmix_probability: That a batch of it is mixed by CutMix.
+        experts: The folder of the expert trajectories that ``objective="mtt"`` is after; nothing
+            below it is read for others. Experts are recorded there where they are missing, and used
+            by every run with the same images, seed and settings of experts. Default: None, a folder
+            beside the checkpoint, ``NAME.experts``; without one, a temporary folder.
+        num_experts: How many networks are trained on real images; ``network`` in turn.
+        expert_images: Real images that an expert sees in an epoch; None for all.
+        expert_batch: Batch size of that training, augmented by ``augmentations``.
+        expert_learning_rate: Of its SGD, which has neither momentum nor a schedule.
+        expert_epochs: From the epoch that a student starts at to the one that it is to come to.
+        max_start_epoch: The last epoch that a student starts at; it is drawn for every step. So
+            many epochs of each expert are recorded, and ``expert_epochs`` more.
+        student_steps: Steps of a student on decoded images, in one step of the memory.
+        student_batch: Decoded images of each, at most; of any of the classes that are condensed.
+        student_learning_rate: Of the student's SGD at first; it is learned beside the memory.
+        student_rate_learning_rate: Of the Adam that learns its logarithm, so that it stays above 0;
+            0 to leave it. MTT takes SGD on the rate itself, with a rate for each data set.
         over_budget: Share of instance memories condensed beyond what fits, and pruned in the end.
         beta_grid: Shares of hard images among the pruned that are tried; one alone is just taken.
         holdout: Share of the real images kept back to choose beta by.
@@ -90,6 +121,17 @@ class CondenseConfig:
     network_batch: int = 64
     network_learning_rate: float = 0.01
     network_cutmix_probability: float = 0.5
+    experts: str | None = None
+    num_experts: int = 4
+    expert_images: int | None = 4096
+    expert_batch: int = 64
+    expert_learning_rate: float = 0.01
+    expert_epochs: int = 2
+    max_start_epoch: int = 3
+    student_steps: int = 10
+    student_batch: int = 64
+    student_learning_rate: float = 0.02
+    student_rate_learning_rate: float = 0.05
     over_budget: float = 0.1
     beta_grid: tuple[float, ...] = (0.0, 0.5, 1.0)
     holdout: float = 0.1
@@ -121,6 +163,16 @@ class CondenseConfig:
                 self.classes_per_step is None or self.classes_per_step >= 1,
                 "None, or 1 or more",
             ),
+            "expert_images": (
+                self.expert_images is None or self.expert_images >= 1,
+                "None, or 1 or more",
+            ),
+            "expert_batch": (self.expert_batch >= 2, "2 or more"),
+            "experts": (self.experts != "", "None, or the name of a folder"),
+            "student_rate_learning_rate": (
+                0 <= self.student_rate_learning_rate < math.inf,
+                "0 or more and finite",
+            ),
         }
         for name in ("warm_start_seconds", "max_seconds"):
             seconds = getattr(self, name)
@@ -133,17 +185,20 @@ class CondenseConfig:
                 set(getattr(self, name)) <= set(STRATEGIES),
                 f"among {STRATEGIES}",
             )
-        for name in ("warm_start_steps", "outer_steps", "inner_steps", "network_images"):
+        for name in _AT_LEAST_0:
             requirements[name] = (getattr(self, name) >= 0, "0 or more")
-        for name in ("warm_start_batch", "real_batch", "decoded_batch", "network_width"):
+        for name in _AT_LEAST_1:
             requirements[name] = (getattr(self, name) >= 1, "1 or more")
-        for name in ("network_batch", "pruning_passes", "pruning_width"):
-            requirements[name] = (getattr(self, name) >= 1, "1 or more")
-        for name in ("warm_start_learning_rate", "memory_learning_rate", "network_learning_rate"):
+        for name in _RATES:
             requirements[name] = (0 < getattr(self, name) < math.inf, "above 0 and finite")
         for name, (met, wanted) in requirements.items():
             if not met:
                 raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps of matching there are."""
+        return self.outer_steps * self.inner_steps
 
     @property
     def pruning_training(self) -> TrainingConfig:
@@ -154,6 +209,19 @@ class CondenseConfig:
             num_passes=self.pruning_passes,
             augmentations=self.pruning_augmentations,
             cutmix_probability=self.network_cutmix_probability,
+            precision=self.precision,
+        )
+
+    @property
+    def expert_training(self) -> TrainingConfig:
+        """The training of experts, but for their architectures and number of epochs."""
+        return dataclasses.replace(
+            EXPERT_TRAINING,
+            width=self.network_width,
+            epoch_images=self.expert_images,
+            batch_size=self.expert_batch,
+            learning_rate=self.expert_learning_rate,
+            augmentations=self.augmentations,
             precision=self.precision,
         )
 
@@ -176,6 +244,14 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "decoded_batch": 128,
         "network_width": 128,
         "network_images": 2000,
+        "num_experts": 100,
+        "expert_images": None,
+        "expert_batch": 256,
+        "expert_epochs": 2,
+        "max_start_epoch": 20,
+        "student_steps": 30,
+        "student_batch": 100,
+        "student_learning_rate": 0.01,
         "beta_grid": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         "pruning_passes": 100_000,
         "pruning_width": 128,
@@ -215,7 +291,7 @@ def parse_option(name: str, text: str) -> Any:
         return convert(name, None, kind)
     if kind.startswith("tuple"):
         return convert(name, tuple(_literal(word) for word in text.split(",") if word), kind)
-    return convert(name, text if kind == "str" else _literal(text), kind)
+    return convert(name, text if kind.startswith("str") else _literal(text), kind)
 
 
 def _literal(text: str) -> int | float | str:

@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExpertError",
     "HMNReplayError",
     "MemoryFileError",
     "TrainingError",
@@ -37,6 +38,10 @@ class MemoryFileError(HMNReplayError, ValueError):
 
 class CheckpointError(HMNReplayError, RuntimeError):
     """A checkpoint that belongs to another run, or that cannot be read."""
+
+
+class ExpertError(HMNReplayError, RuntimeError):
+    """Expert trajectories of other data or settings, or that cannot be read."""
 
 
 class TrainingError(HMNReplayError, RuntimeError):

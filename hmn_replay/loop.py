@@ -6,7 +6,6 @@ very steps that it would have taken.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,18 +15,20 @@ from torch import Tensor
 
 from hmn_replay import steps
 from hmn_replay.budget import Budget
-from hmn_replay.checkpoint import load_state
+from hmn_replay.checkpoint import digest_tensors, load_state
 from hmn_replay.config import CondenseConfig
 from hmn_replay.container import Container
 from hmn_replay.container_layout import ContainerLayout
 from hmn_replay.data import LabelledImages
+from hmn_replay.experts import Experts
 from hmn_replay.growth import make_room
-from hmn_replay.matching import get_recipe
 from hmn_replay.networks import Network
 from hmn_replay.pruning import aum, double_ended_prune, margins
 from hmn_replay.run import Run
 from hmn_replay.runtime import derive_seed, make_generator
+from hmn_replay.steppers import BatchStepper, Stepper
 from hmn_replay.storage import serialise
+from hmn_replay.students import TrajectoryStepper, needs_experts, open_experts
 from hmn_replay.training import cosine_rate, score, train_network
 
 __all__ = ["Condensation"]
@@ -49,9 +50,6 @@ class Condensation(Run):
         progress: bool,
     ) -> None:
         self.config, self.seed, self.budget = config, seed, budget
-        # One that learns nothing is worth no second step.
-        learns = get_recipe(config.objective).learns_from != "nothing"
-        self.steps_per_network = config.inner_steps if learns else 1
         self.growth = make_room(
             data, budget, config.over_budget, layout=layout, old=old, seed=seed, device=device
         )
@@ -67,13 +65,27 @@ class Condensation(Run):
             "beta": None,
             "beta_accuracies": {},
             "drift_psnr": None,
+            "student_rate": None,
         }
+        self.experts: Experts | None = None
+        phases = ["warm_start", "matching", "pruning"]
+        if needs_experts(config):
+            phases.insert(1, "experts")
         fingerprint = _fingerprint(data, budget, layout, config, seed, old)
-        super().__init__(self.growth.memory, fingerprint, measured, device, progress)
+        super().__init__(self.growth.memory, fingerprint, phases, measured, device, progress)
 
     def finish(self) -> Container:
         """Take all the steps that are left."""
-        self.work({"warm_start": self._warm_start, "matching": self._match, "pruning": self._prune})
+        arguments = (self.memory, self.real, self.config, self.seed, self.first_class)
+        with open_experts(*arguments, self.checkpoint) as self.experts:
+            self.work(
+                {
+                    "warm_start": self._warm_start,
+                    "experts": self._record_experts,
+                    "matching": self._match,
+                    "pruning": self._prune,
+                }
+            )
         return self.memory
 
     def _warm_start(self) -> None:
@@ -112,31 +124,36 @@ class Condensation(Run):
         self.state["warm_start_psnr"] = self._psnr(targets) if warm else None
         self._next_phase()
 
-    def _match(self) -> None:
-        config, memory = self.config, self.memory
-        num_steps = config.outer_steps * config.inner_steps
-        counts = memory.images_per_class[self.first_class :]
-        num_classes = min(len(counts), config.classes_per_step or len(counts))
-        images_per_step = num_classes * min(config.decoded_batch, max(counts))
-        optimizer = self._optimizer((0.5, 0.99))
-        network: Network | None = None
-        learner: torch.optim.SGD
-        with self._bar("matching", num_steps, images_per_step) as bar:
-            while (done := self._share_done(num_steps, config.max_seconds)) < 1:
-                step: int = self.state["step"]
-                if network is None or step % self.steps_per_network == 0:
-                    network, learner = self._fresh_network(step)
-                steps.set_rate(optimizer, cosine_rate(done, 1, config.memory_learning_rate))
-                generator = make_generator(self.seed, "match", step)
-                num_decoded = steps.match_step(
-                    memory, optimizer, network, self.real, config, generator, self.first_class
-                )
-                if config.network_images:
-                    generator = make_generator(self.seed, "train", step)
-                    steps.train_step(network, learner, self.real, config, generator, memory)
-                bar.update(images_per_step)
-                self._stepped(num_decoded, optimizer=optimizer, network=network, learner=learner)
+    def _record_experts(self) -> None:
+        experts = self.experts
+        assert experts is not None, "a phase of runs that follow experts"
+        missing, size = experts.missing(), experts.num_images
+        with self._bar("experts", self.state["step"] + len(missing), size) as bar:
+            for number in missing:
+                experts.record(number, self.device, self._follow(bar))
+                self._stepped(size, save=True)
         self._next_phase()
+
+    def _match(self) -> None:
+        config, num_steps = self.config, self.config.num_steps
+        optimizer = self._optimizer((0.5, 0.99))
+        stepper = self._stepper()
+        if self.resumed and self.state["step"]:
+            stepper.resume(self.resumed, self.state["step"])
+        with self._bar("matching", num_steps, stepper.images_per_step) as bar:
+            while (done := self._share_done(num_steps, config.max_seconds)) < 1:
+                steps.set_rate(optimizer, cosine_rate(done, 1, config.memory_learning_rate))
+                num_decoded = stepper.step(optimizer, self.state["step"])
+                bar.update(stepper.images_per_step)
+                self._stepped(num_decoded, optimizer=optimizer, **stepper.owners())
+        self.state |= stepper.results()
+        self._next_phase()
+
+    def _stepper(self) -> Stepper:
+        arguments = (self.memory, self.real, self.config, self.seed, self.first_class)
+        if self.experts is None:
+            return BatchStepper(*arguments)
+        return TrajectoryStepper(*arguments, experts=self.experts)
 
     def _share_done(self, num_steps: int, most_seconds: float | None) -> float:
         """Return how much of a phase is done: 1 where steps or seconds, of all so far, are out."""
@@ -216,12 +233,6 @@ class Condensation(Run):
         on_epoch: Callable[[int, Network], None] | None = None,
     ) -> Network:
         training = self.config.pruning_training
-
-        def advance(num_seen: int, _: int) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt  # what came before this training has been kept
-            bar.update(num_seen - bar.n)
-
         with self._bar(name, 1, training.num_passes) as bar:
             return train_network(
                 images,
@@ -230,9 +241,20 @@ class Condensation(Run):
                 config=training,
                 seed=derive_seed(self.seed, "pruning"),
                 device=self.device,
-                progress=advance,
+                progress=self._follow(bar),
                 on_epoch=on_epoch,
             )
+
+    def _follow(self, bar: Any) -> Callable[[int, int], None]:
+        """Return what moves a bar along a training that begins now, and stops it at Ctrl-C."""
+        start = bar.n
+
+        def advance(num_seen: int, _: int) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt  # what came before this training has been kept
+            bar.update(start + num_seen - bar.n)
+
+        return advance
 
     def _psnr(self, targets: Tensor) -> float:
         images, _ = self.memory.decode(range(self.growth.num_old, self.memory.num_images))
@@ -250,16 +272,6 @@ class Condensation(Run):
             load_state(optimizer, self.resumed.group("optimizer"))
         return optimizer
 
-    def _fresh_network(self, step: int) -> tuple[Network, torch.optim.SGD]:
-        number, done = divmod(step, self.steps_per_network)
-        network, learner = steps.fresh_network(
-            self.memory, self.real, self.config, derive_seed(self.seed, "network", number), number
-        )
-        if self.resumed and done:
-            load_state(network, self.resumed.group("network"))
-            load_state(learner, self.resumed.group("learner"))
-        return network, learner
-
 
 def _fingerprint(
     data: LabelledImages,
@@ -269,10 +281,7 @@ def _fingerprint(
     seed: int,
     old: Container | None,
 ) -> str:
-    digest = hashlib.blake2b(repr((budget, layout, config, seed)).encode(), digest_size=16)
-    for tensor in (data.labels, data.images):
-        digest.update(repr(tensor.shape).encode())
-        digest.update(tensor.contiguous().numpy().data)
+    tensors = {"images": data.images, "labels": data.labels}
     if old is not None:
-        digest.update(serialise(old))
-    return digest.hexdigest()
+        tensors["old"] = torch.frombuffer(bytearray(serialise(old)), dtype=torch.uint8)
+    return digest_tensors(repr((budget, layout, config, seed)), tensors)

@@ -35,7 +35,7 @@ __all__ = [
     "last_block_matching",
 ]
 
-ObjectiveName = Literal["gradient", "dc", "dsa", "distribution", "dm"]
+ObjectiveName = Literal["gradient", "dc", "dsa", "distribution", "dm", "mtt"]
 
 # DC's code adds it to the product of two norms.
 _COSINE_FLOOR = 1e-6
@@ -223,13 +223,14 @@ class Recipe:
     """An objective, and what a loop does around it.
 
     Attributes:
-        function: The objective.
+        function: The objective; None where whole trainings are compared in place of two batches, by
+            :func:`hmn_replay.trajectories.trajectory_matching`.
         augments: Whether real and decoded images are augmented, both by the same draw.
         learns_from: What the network learns from after each step: the real images, the decoded
             ones, or nothing. A network that learns nothing is drawn afresh for every step.
     """
 
-    function: Objective
+    function: Objective | None
     augments: bool = True
     learns_from: Literal["real", "decoded", "nothing"] = "real"
 
@@ -240,8 +241,9 @@ OBJECTIVES: dict[ObjectiveName, Recipe] = {
     "dsa": Recipe(cosine_matching, learns_from="decoded"),
     "distribution": Recipe(distribution_matching),
     "dm": Recipe(last_block_matching, learns_from="nothing"),
+    "mtt": Recipe(None, learns_from="nothing"),
 }
-"""The objectives by name: IDC's (`gradient`), DC's, DSA's, DM's over all blocks, and DM's own."""
+"""The objectives by name: of IDC (`gradient`), DC, DSA, DM over all blocks, DM itself, and MTT."""
 
 
 def get_recipe(name: str) -> Recipe:

@@ -29,7 +29,7 @@ def convert(name: str, value: Any, kind: str) -> Any:
     Args:
         name: Of the field, for the message.
         value: Anything.
-        kind: The type as it is written: ``int``, ``float`` or ``str``, ``int | None``, or
+        kind: The type as it is written: ``int``, ``float`` or ``str``, one of these ``| None``, or
             ``tuple[..., ...]`` of one of them.
 
     Raises:
@@ -47,6 +47,6 @@ def convert(name: str, value: Any, kind: str) -> Any:
     if kind.startswith("float") and (number is not None or isinstance(value, float)):
         with contextlib.suppress(OverflowError):
             return float(value)
-    if kind in ("str", "NumberFormat") and isinstance(value, str):
+    if kind.removesuffix(" | None") in ("str", "NumberFormat") and isinstance(value, str):
         return value
     raise ConfigError(f"{name} must be {kind}, got {value!r}")

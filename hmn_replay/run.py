@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,13 +27,12 @@ from hmn_replay.errors import TrainingError
 from hmn_replay.runtime import peak_memory_bytes
 from hmn_replay.storage import serialise
 
-__all__ = ["PHASES", "Run"]
+__all__ = ["Run"]
 
 _Stateful: TypeAlias = "nn.Module | torch.optim.Optimizer | Tensor"
 
 log = logging.getLogger(__name__)
 
-PHASES = ("warm_start", "matching", "pruning")
 _CHECKPOINT_SECONDS = 60.0
 _MAIN_THREAD = threading.main_thread()
 
@@ -44,6 +43,7 @@ class Run:
     Args:
         memory: What is trained.
         fingerprint: What tells this run from every other one.
+        phases: Their names, in their order.
         measured: JSON values that the phases write over, for :meth:`report`.
         device: Where it is trained.
         progress: Whether to show bars on standard error.
@@ -53,17 +53,18 @@ class Run:
         self,
         memory: Container,
         fingerprint: str,
+        phases: Sequence[str],
         measured: Mapping[str, Any],
         device: torch.device,
         progress: bool,
     ) -> None:
         self.memory, self.fingerprint = memory, fingerprint
-        self.device, self.progress = device, progress
+        self.phases, self.device, self.progress = tuple(phases), device, progress
         self.state: dict[str, Any] = {
-            "phase": PHASES[0],
+            "phase": self.phases[0],
             "step": 0,
             "phases": {
-                name: {"seconds": 0.0, "images": 0, "peak_memory_bytes": 0} for name in PHASES
+                name: {"seconds": 0.0, "images": 0, "peak_memory_bytes": 0} for name in self.phases
             },
             **measured,
         }
@@ -84,9 +85,9 @@ class Run:
         log.info("going on from %s at %s %d", checkpoint, self.state["phase"], self.state["step"])
 
     def work(self, phases: Mapping[str, Callable[[], None]]) -> None:
-        """Go through the phases that are left, in the order of :data:`PHASES`."""
+        """Go through the phases that are left, in their order."""
         with self._interruptible():
-            for phase in PHASES:
+            for phase in self.phases:
                 if self.state["phase"] == phase:
                     self.clock = time.monotonic()
                     phases[phase]()
@@ -163,7 +164,7 @@ class Run:
     def _next_phase(self) -> None:
         self._check()
         self._end_phase()
-        self.state["phase"] = PHASES[PHASES.index(self.state["phase"]) + 1]
+        self.state["phase"] = self.phases[self.phases.index(self.state["phase"]) + 1]
         self.state["step"] = 0
         self._save()
 
@@ -180,8 +181,8 @@ class Run:
         except TrainingError as error:
             raise TrainingError(
                 f"the memory left the numbers that it can be stored in, in the "
-                f"{self.state['phase']} phase; lower memory_learning_rate or "
-                "warm_start_learning_rate"
+                f"{self.state['phase']} phase; lower warm_start_learning_rate, "
+                "memory_learning_rate or, with mtt, student_learning_rate"
             ) from error
 
     def _save(self, **owners: _Stateful) -> None:

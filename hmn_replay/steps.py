@@ -16,6 +16,7 @@ from hmn_replay.augment import draw_augmentation
 from hmn_replay.config import CondenseConfig
 from hmn_replay.container import Container
 from hmn_replay.data import LabelledImages, channel_stats
+from hmn_replay.errors import ConfigError
 from hmn_replay.matching import get_recipe
 from hmn_replay.networks import Network, build_network
 from hmn_replay.runtime import autocast, make_generator
@@ -168,6 +169,8 @@ def match_step(
     """
     device = memory.class_index.device
     recipe = get_recipe(config.objective)
+    if recipe.function is None:
+        raise ConfigError(f"objective {config.objective!r} does not compare batches")
     strategies = config.augmentations if recipe.augments else ()
     counts = memory.images_per_class
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()

@@ -27,15 +27,20 @@ from hmn_replay.runtime import (
 )
 
 __all__ = [
+    "SCHEDULES",
     "Decodable",
     "TrainingConfig",
     "cosine_rate",
     "draw_batch",
+    "draw_epoch",
     "evaluate",
+    "make_network",
     "mixed_loss",
     "score",
     "train_network",
 ]
+
+SCHEDULES = ("cosine", "constant")
 
 # Of these, IDC's code applies one a batch.
 _MOVING = ("crop", "scale", "rotate")
@@ -51,9 +56,11 @@ class TrainingConfig:
         depth: Number of ConvNet's blocks; None for the field's choice by image size.
         num_passes: Images that the network is shown in all, 1 or more: rounded to whole epochs, and
             one epoch at least.
+        epoch_images: Images of an epoch, 1 or more, drawn anew for each; None for all there are.
         batch_size: Images in a step, 2 or more. Batches of an epoch are of equal size, to within
             one image, and never of one image, which batch normalisation cannot take.
-        learning_rate: Of the first step, above 0; falls to 0 along half a cosine.
+        learning_rate: Of the first step, above 0.
+        schedule: ``"cosine"``: the rate falls to 0 along half of one; or ``"constant"``.
         momentum: Of SGD, in [0, 1).
         weight_decay: Of SGD, on every parameter, 0 or more.
         cutmix_probability: That a batch is mixed by CutMix, in [0, 1].
@@ -70,8 +77,10 @@ class TrainingConfig:
     width: int = 128
     depth: int | None = None
     num_passes: int = 40_000
+    epoch_images: int | None = None
     batch_size: int = 64
     learning_rate: float = 0.01
+    schedule: str = "cosine"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     cutmix_probability: float = 0.5
@@ -85,8 +94,13 @@ class TrainingConfig:
             "width": (self.width >= 1, "1 or more"),
             "depth": (self.depth is None or self.depth >= 1, "None, or 1 or more"),
             "num_passes": (self.num_passes >= 1, "1 or more"),
+            "epoch_images": (
+                self.epoch_images is None or self.epoch_images >= 1,
+                "None, or 1 or more",
+            ),
             "batch_size": (self.batch_size >= 2, "2 or more"),
             "learning_rate": (0 < self.learning_rate < math.inf, "above 0 and finite"),
+            "schedule": (self.schedule in SCHEDULES, f"one of {SCHEDULES}"),
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more and finite"),
             "cutmix_probability": (0 <= self.cutmix_probability <= 1, "in [0, 1]"),
@@ -213,17 +227,8 @@ def train_network(
             f"{int(class_indices.max())}; give positions among the sorted labels, not labels"
         )
     device = resolve_device(device)
-    mean, std = (statistic.cpu() for statistic in channel_stats(images))
-    network = build_network(
-        config.network,
-        images.shape[1:],
-        num_classes,
-        width=config.width,
-        depth=config.depth,
-        mean=mean,
-        std=std,
-        seed=seed,
-    ).to(device)
+    network = make_network(images, num_classes, config, seed).to(device)
+    mean, std = network.mean.cpu(), network.std.cpu()
     images, class_indices = images.to(device), class_indices.to(device)
     optimizer = torch.optim.SGD(
         network.parameters(),
@@ -231,11 +236,9 @@ def train_network(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
-    num_epochs = max(1, round(config.num_passes / len(images)))
-    # Batch normalisation needs two values, so a lone image is shown twice.
-    epoch_size = max(2, len(images))
-    num_batches = max(1, min(math.ceil(epoch_size / config.batch_size), epoch_size // 2))
-    num_seen, num_passes = 0, num_epochs * epoch_size
+    epoch_images = min(config.epoch_images or len(images), len(images))
+    num_epochs = max(1, round(config.num_passes / epoch_images))
+    num_seen, num_passes = 0, num_epochs * max(2, epoch_images)
     total_loss = torch.zeros((), device=device)
     with (
         deterministic_cudnn(),
@@ -251,13 +254,13 @@ def train_network(
         for epoch in range(num_epochs):
             network.train()
             generator = make_generator(seed, "epoch", epoch)
-            order = torch.randperm(epoch_size, generator=generator) % len(images)
-            for number, indices in enumerate(order.to(device).tensor_split(num_batches)):
-                rate = cosine_rate(
-                    epoch * num_batches + number, num_epochs * num_batches, config.learning_rate
-                )
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+            batches = draw_epoch(len(images), config.batch_size, generator, epoch_images)
+            for number, chosen in enumerate(batches):
+                indices = chosen.to(device, non_blocking=True)
+                if config.schedule == "cosine":
+                    step, num_steps = epoch * len(batches) + number, num_epochs * len(batches)
+                    for group in optimizer.param_groups:
+                        group["lr"] = cosine_rate(step, num_steps, config.learning_rate)
                 batch, labels_a, labels_b, lam = draw_batch(
                     _floats(images[indices]),
                     class_indices[indices],
@@ -286,6 +289,51 @@ def train_network(
             "lower it, or check that the images are in [0, 1]"
         )
     return network.eval()
+
+
+def make_network(
+    images: Tensor, num_classes: int, config: TrainingConfig, seed: int = 0
+) -> Network:
+    """Return the network that :func:`train_network` begins with, on the CPU.
+
+    Args:
+        images: Their shape, mean and deviation are read; as in :func:`train_network`.
+        num_classes: Number of logits.
+        config: ``network``, ``width`` and ``depth`` are read.
+        seed: Of its values.
+    """
+    mean, std = channel_stats(images)
+    return build_network(
+        config.network,
+        images.shape[1:],
+        num_classes,
+        width=config.width,
+        depth=config.depth,
+        mean=mean,
+        std=std,
+        seed=seed,
+    )
+
+
+def draw_epoch(
+    num_images: int, batch_size: int, generator: torch.Generator, epoch_images: int | None = None
+) -> tuple[Tensor, ...]:
+    """Draw the batches of one epoch, no image twice.
+
+    Args:
+        num_images: How many there are, 1 or more.
+        batch_size: Images of a batch at most, 2 or more.
+        generator: Of their order.
+        epoch_images: How many of them the epoch shows. Default: all.
+
+    Returns:
+        Positions, int64, for each batch: of equal size to within one image, and never of one, which
+        batch normalisation cannot take. An image that is alone comes twice.
+    """
+    size = max(2, min(epoch_images or num_images, num_images))
+    num_batches = max(1, min(math.ceil(size / batch_size), size // 2))
+    order = torch.randperm(max(2, num_images), generator=generator)[:size] % num_images
+    return order.tensor_split(num_batches)
 
 
 def score(

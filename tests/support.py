@@ -56,6 +56,19 @@ TINY: dict[str, Any] = {
     "pruning_width": 3,
 }
 
+# What TINY is to other objectives.
+TINY_MTT: dict[str, Any] = {
+    "objective": "mtt",
+    "num_experts": 2,
+    "expert_images": 12,
+    "expert_batch": 4,
+    "expert_learning_rate": 0.05,
+    "expert_epochs": 1,
+    "max_start_epoch": 1,
+    "student_steps": 3,
+    "student_batch": 4,
+}
+
 
 def tiny(data: LabelledImages, layout: ContainerLayout, **options: Any) -> Container:
     budget = options.pop("budget", None)

@@ -345,6 +345,27 @@ def test_condense_goes_on_from_a_checkpoint_or_restarts(
     assert out.exists()
 
 
+def test_experts_go_with_the_checkpoint_that_they_lie_beside(
+    run: Console, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    common = ["condense", "--budget", "50kB", "--out", tmp_path / "digits.hmn"]
+    experts = tmp_path / "digits.hmn.checkpoint.experts"
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (experts, elsewhere):
+        folder.mkdir()
+        (folder / "expert-0000.safetensors").touch()
+    run(*common, "--seed", 13, code=130)
+    assert experts.exists()
+    run(*common, "--seed", 13, "--restart", code=130)
+    assert not experts.exists()
+    experts.mkdir()
+    run(*common, "--objective", "mtt", "--set", f"experts={elsewhere}")
+    assert asked["objective"] == "mtt"
+    assert asked["experts"] == str(elsewhere)
+    assert not experts.exists()
+    assert os.listdir(elsewhere) == ["expert-0000.safetensors"]
+
+
 def test_ctrl_c_elsewhere_just_stops(
     run: Console, memory_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,10 +114,11 @@ def test_there_may_be_more_classes_than_a_step_draws(
 
     def watched(name: str) -> Recipe:
         recipe = get_recipe(name)
+        function: Any = recipe.function
 
         def record(*batches: Any) -> Any:
             drawn.append(int(batches[4][0]))
-            return recipe.function(*batches)
+            return function(*batches)
 
         return dataclasses.replace(recipe, function=cast(Objective, record))
 
@@ -249,9 +250,10 @@ def test_matching_moves_the_memory_to_a_lower_loss(
 
     def watched(name: str) -> Recipe:
         recipe = get_recipe(name)
+        function: Any = recipe.function
 
         def record(*batches: Any) -> Any:
-            loss, gradient = recipe.function(*batches)
+            loss, gradient = function(*batches)
             losses.append(float(loss))
             return loss, gradient
 

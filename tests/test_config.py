@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from hmn_replay.config import EFFORTS, CondenseConfig, make_config, parse_option
 from hmn_replay.errors import ConfigError
+from hmn_replay.experts import EXPERT_TRAINING
 
 FIELDS = [field.name for field in dataclasses.fields(CondenseConfig)]
 
@@ -42,6 +43,36 @@ def test_paper_is_idcs_schedule() -> None:
     assert (config.network_learning_rate, config.network_cutmix_probability) == (0.01, 0.5)
     assert config.augmentations == ("color", "crop", "cutout")
     assert (config.number_format, config.over_budget) == ("float32", 0.1)
+
+
+def test_paper_has_the_students_and_experts_of_mtt() -> None:
+    config = make_config("paper", objective="mtt")
+    assert (config.num_experts, config.max_start_epoch, config.expert_epochs) == (100, 20, 2)
+    assert (config.student_steps, config.student_learning_rate) == (30, 0.01)
+    assert config.expert_training == dataclasses.replace(
+        EXPERT_TRAINING, augmentations=config.augmentations, precision="auto"
+    )
+
+
+def test_experts_are_trained_as_the_settings_say() -> None:
+    training = make_config(
+        network="resnet18",
+        network_width=5,
+        expert_images=70,
+        expert_batch=9,
+        expert_learning_rate=0.5,
+        augmentations=("flip",),
+        precision="bfloat16",
+    ).expert_training
+    assert training == dataclasses.replace(
+        EXPERT_TRAINING,
+        width=5,
+        epoch_images=70,
+        batch_size=9,
+        learning_rate=0.5,
+        augmentations=("flip",),
+        precision="bfloat16",
+    )
 
 
 def test_an_option_replaces_the_efforts_own() -> None:
@@ -106,7 +137,7 @@ def test_another_effort_or_option_is_refused_with_those_that_there_are() -> None
     ("name", "value"),
     [
         ("number_format", "int4"),
-        ("objective", "mtt"),
+        ("objective", "ntk"),
         ("network", "alexnet"),
         ("precision", "float16"),
         ("augmentations", ("color", "colour")),
@@ -130,6 +161,14 @@ def test_another_effort_or_option_is_refused_with_those_that_there_are() -> None
         *((name, 0) for name in ("warm_start_batch", "real_batch", "decoded_batch")),
         *((name, 0) for name in ("network_width", "network_batch")),
         *((name, 0) for name in ("pruning_passes", "pruning_width")),
+        *((name, 0) for name in ("num_experts", "expert_images", "expert_epochs")),
+        *((name, 0) for name in ("student_steps", "student_batch", "student_learning_rate")),
+        ("experts", ""),
+        ("expert_batch", 1),
+        ("expert_learning_rate", 0.0),
+        ("max_start_epoch", -1),
+        ("student_rate_learning_rate", -0.1),
+        ("student_rate_learning_rate", math.inf),
     ],
 )
 def test_a_value_outside_its_range_is_refused_by_name(name: str, value: Any) -> None:
@@ -156,6 +195,7 @@ def test_a_value_outside_its_range_is_refused_by_name(name: str, value: Any) -> 
         ("augmentations", "color"),
         ("augmentations", None),
         ("classes_per_step", 2.5),
+        ("experts", 3),
     ],
 )
 def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
@@ -174,6 +214,10 @@ def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> No
         ("classes_per_step", "none", None),
         ("classes_per_step", "None", None),
         ("classes_per_step", "5", 5),
+        ("experts", "none", None),
+        ("experts", "folder/of experts", "folder/of experts"),
+        ("experts", "7", "7"),
+        ("expert_images", "none", None),
         ("network", "vgg16,convnet", ("vgg16", "convnet")),
         ("beta_grid", "0,0.5,1", (0.0, 0.5, 1.0)),
         ("beta_grid", "0.5", (0.5,)),

@@ -323,7 +323,8 @@ def test_of_one_block_dm_takes_the_sum_and_distribution_matching_the_mean() -> N
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_an_objective_is_known_by_its_name(name: str) -> None:
     assert get_recipe(name).function is FUNCTIONS[name]
-    assert set(OBJECTIVES) == set(FUNCTIONS)
+    # Trainings are compared elsewhere.
+    assert {name for name in OBJECTIVES if get_recipe(name).function} == set(FUNCTIONS)
 
 
 def test_the_table_tells_what_published_loops_do() -> None:
@@ -335,12 +336,13 @@ def test_the_table_tells_what_published_loops_do() -> None:
         "dsa": "decoded",
         "distribution": "real",
         "dm": "nothing",
+        "mtt": "nothing",
     }
 
 
 def test_another_name_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match="one of gradient, dc, dsa, distribution, dm; got 'mtt'"):
-        get_recipe("mtt")
+    with pytest.raises(ConfigError, match="gradient, dc, dsa, distribution, dm, mtt; got 'ntk'"):
+        get_recipe("ntk")
 
 
 def test_a_network_without_convolutions_is_refused() -> None:

@@ -24,7 +24,7 @@ from hmn_replay.errors import CheckpointError
 from hmn_replay.formats import NumberFormat
 from hmn_replay.layout import Layout
 from hmn_replay.storage import load, serialise
-from tests.support import TINY, tiny
+from tests.support import TINY, TINY_MTT, tiny
 
 MakeLayout = Callable[..., Layout]
 MakeSet = Callable[..., LabelledImages]
@@ -32,6 +32,7 @@ MakeSet = Callable[..., LabelledImages]
 # Any: what these modules import is replaced in tests.
 loop: Any = importlib.import_module("hmn_replay.loop")
 run: Any = importlib.import_module("hmn_replay.run")
+experts: Any = importlib.import_module("hmn_replay.experts")
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
 
@@ -103,17 +104,19 @@ def test_checkpoints_change_nothing(
     assert after == before
 
 
+@pytest.mark.parametrize("options", [{}, TINY_MTT], ids=["gradient", "mtt"])
 def test_interrupted_at_any_checkpoint_it_ends_as_if_it_had_not_been(
     make_set: MakeSet,
     make_layout: MakeLayout,
     tmp_path: Path,
     every_step: None,
+    options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data, layout = make_set(), make_layout()
     with monkeypatch.context() as patch:
         calls = count_calls(patch, run, "write_checkpoint")
-        expected = serialise(tiny(data, layout, checkpoint=tmp_path / "whole"))
+        expected = serialise(tiny(data, layout, checkpoint=tmp_path / "whole", **options))
     num_writes = calls[0]
     assert num_writes > 4 + 2 * 3 + 2
     for number in [*random.Random(0).sample(range(num_writes - 2), 8), num_writes - 2]:
@@ -121,8 +124,8 @@ def test_interrupted_at_any_checkpoint_it_ends_as_if_it_had_not_been(
         with monkeypatch.context() as patch:
             interrupt(patch, run, "write_checkpoint", number)
             with pytest.raises(Interruption):
-                tiny(data, layout, checkpoint=path)
-        assert serialise(tiny(data, layout, checkpoint=path)) == expected, number
+                tiny(data, layout, checkpoint=path, **options)
+        assert serialise(tiny(data, layout, checkpoint=path, **options)) == expected, number
 
 
 @pytest.mark.parametrize("number_format", ["float32", "int8"])
@@ -401,6 +404,32 @@ def test_ctrl_c_during_a_training_of_the_pruning_keeps_what_came_before(
     calls = count_calls(monkeypatch, loop, "train_network")
     assert serialise(tiny(data, layout, checkpoint=path)) == expected
     assert calls[0] == 1
+
+
+def test_ctrl_c_during_a_recording_keeps_the_experts_that_are_done(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, layout, path = make_set(), make_layout(), tmp_path / "run.checkpoint"
+    expected = tiny(data, layout, **TINY_MTT)
+    train, trainings = experts.train_network, [0]
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        trainings[0] += 1
+        if trainings[0] == 2:
+            signal.raise_signal(signal.SIGINT)
+        return train(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "train_network", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            tiny(data, layout, checkpoint=path, **TINY_MTT)
+    assert os.listdir(tmp_path / "run.checkpoint.experts") == ["expert-0000.safetensors"]
+    calls = count_calls(monkeypatch, experts, "train_network")
+    memory = tiny(data, layout, checkpoint=path, **TINY_MTT)
+    assert calls[0] == 1
+    assert serialise(memory) == serialise(expected)
+    phases: list[Any] = [found.report["phases"] for found in (memory, expected)]
+    assert phases[0]["experts"]["images"] == phases[1]["experts"]["images"] == 48
 
 
 def test_a_second_ctrl_c_does_not_wait(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -10,16 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hmn_replay import training
 from hmn_replay.augment import draw_augmentation
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import ConfigError, DataError, TrainingError
 from hmn_replay.networks import Network
 from hmn_replay.runtime import PRECISIONS, make_generator
 from hmn_replay.training import (
+    SCHEDULES,
     TrainingConfig,
     cosine_rate,
     draw_batch,
     evaluate,
+    make_network,
     mixed_loss,
     score,
     train_network,
@@ -142,23 +146,28 @@ def test_pixels_are_normalised_by_the_statistics_of_the_source() -> None:
     )
 
 
-def test_plain_training_equals_sgd_written_out() -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_plain_training_equals_sgd_written_out(schedule: str) -> None:
     images, labels = stripes(8)
     labels = labels.clamp(0, 2)
     config = TrainingConfig(
-        width=4, num_passes=24, batch_size=8, cutmix_probability=0.0, augmentations=()
+        width=4,
+        num_passes=24,
+        batch_size=8,
+        schedule=schedule,
+        cutmix_probability=0.0,
+        augmentations=(),
     )
     trained = train_network(images, labels, 3, config=config, seed=3, device="cpu")
 
-    untrained = TrainingConfig(
-        width=4, num_passes=1, batch_size=8, learning_rate=1e-30, cutmix_probability=0.0
-    )
-    network = train_network(images, labels, 3, config=untrained, seed=3, device="cpu").train()
+    network = make_network(images, 3, config, seed=3)
     velocity = [torch.zeros_like(parameter) for parameter in network.parameters()]
     for step in range(3):
         loss = nn.functional.cross_entropy(network(images / 255), labels)
         gradients = torch.autograd.grad(loss, list(network.parameters()))
-        rate = 0.01 * (1 + math.cos(math.pi * step / 3)) / 2
+        rate = 0.01
+        if schedule == "cosine":
+            rate *= (1 + math.cos(math.pi * step / 3)) / 2
         with torch.no_grad():
             for parameter, gradient, v in zip(
                 network.parameters(), gradients, velocity, strict=True
@@ -287,6 +296,43 @@ def test_batches_are_even_and_never_of_one_image(
     assert {total for _, total in seen} == {sum(expected)}
 
 
+@pytest.mark.parametrize(
+    ("epoch_images", "expected", "num_epochs"), [(6, 6, 3), (1, 2, 6), (20, 9, 3), (None, 9, 3)]
+)
+def test_an_epoch_may_show_some_images_drawn_anew(
+    epoch_images: int | None, expected: int, num_epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = stripes(9)
+    shown = list[Tensor]()
+
+    def watched(batch: Tensor, *args: Any, **options: Any) -> Any:
+        shown.append(batch)
+        return draw_batch(batch, *args, **options)
+
+    monkeypatch.setattr(training, "draw_batch", watched)
+    config = dataclasses.replace(PLAIN, num_passes=3 * expected, epoch_images=epoch_images)
+    epochs: list[set[bytes]] = []
+
+    def count(*_: Any) -> None:
+        epochs.append({image.numpy().tobytes() for batch in shown for image in batch})
+        assert len(epochs[-1]) == sum(map(len, shown)) == expected  # none twice
+        shown.clear()
+
+    train_network(images, labels.clamp(0, 2), 3, config=config, device="cpu", on_epoch=count)
+    assert len(epochs) == num_epochs
+    assert len(set.union(*epochs)) > expected or expected == 9
+
+
+def test_a_training_begins_with_the_network_that_can_be_made() -> None:
+    images, labels = stripes(9)
+    config = dataclasses.replace(PLAIN, learning_rate=1e-30, weight_decay=0.0, num_passes=9)
+    trained = train_network(images, labels.clamp(0, 2), 3, config=config, seed=5, device="cpu")
+    network = make_network(images, 3, config, seed=5)
+    torch.testing.assert_close(weights(network), weights(trained), rtol=0, atol=1e-20)
+    assert torch.equal(network.mean, trained.mean)
+    assert torch.equal(network.std, trained.std)
+
+
 def test_progress_bar_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(stripes(6), stripes(6), config=PLAIN, num_passes=6, progress=True, device="cpu")
     captured = capsys.readouterr()
@@ -379,6 +425,8 @@ def test_a_training_that_leaves_the_real_numbers_says_so() -> None:
         ({"batch_size": 1}, "batch_size must be 2 or more, got 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"learning_rate": math.nan}, "learning_rate must be above 0"),
+        ({"schedule": "linear"}, "schedule must be one of .*'constant'.*got 'linear'"),
+        ({"epoch_images": 0}, "epoch_images must be None, or 1 or more, got 0"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
         ({"weight_decay": -1.0}, "weight_decay must be 0 or more"),
         ({"cutmix_probability": 1.5}, r"cutmix_probability must be in \[0, 1\], got 1.5"),

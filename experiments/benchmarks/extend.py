@@ -28,7 +28,6 @@ from hmn_replay.data import LabelledImages
 from hmn_replay.errors import ConfigError
 from hmn_replay.formats import check_number_format
 from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.run import PHASES
 from hmn_replay.runtime import make_generator, resolve_device
 
 SMOKE = {
@@ -108,7 +107,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         old = HierarchicalMemory(layout, range(count), args.images).to(device)
         tasks[str(count)] = partial(extend, old, make_images(args, first_class=count))
     seconds = interleave(tasks, args.rounds, device)
-    print(f"{'seen':>6s}{'seconds':>10s}" + "".join(f"{phase:>12s}" for phase in PHASES))
+    phases = tuple(reports[seen[0]][-1]["phases"])
+    print(f"{'seen':>6s}{'seconds':>10s}" + "".join(f"{phase:>12s}" for phase in phases))
     rows = []
     for count in seen:
         row: dict[str, Any] = {"seen": count, "seconds": seconds[str(count)]}
@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             phase: statistics.median(
                 report["phases"][phase]["seconds"] for report in reports[count][-args.rounds :]
             )
-            for phase in PHASES
+            for phase in phases
         }
         row["images_per_class"] = reports[count][-1]["images_per_class"][-1]
         rows.append(row)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.benchmarks import common, imports, matching
+from experiments.benchmarks import common, imports, matching, objectives
 from experiments.benchmarks.command import MODULES, main
 from experiments.reference import matching_loss
 from hmn_replay.budget import Budget
+from hmn_replay.matching import OBJECTIVES
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmark.py"
 CPU = torch.device("cpu")
@@ -97,6 +98,26 @@ def test_work_of_a_step_is_counted_as_torch_counts_it() -> None:
 
     # Double backward also takes a gradient to the weights, which nobody asked it for.
     assert work["step_flops"] <= count(plain_step) <= 1.1 * work["step_flops"]
+
+
+def test_objectives_are_all_compared_with_a_forward_pass(
+    measure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks: list[tuple[str, int]] = []
+
+    def here(function: Any, name: str, *rest: Any) -> int:
+        peaks.append((name, function(name, *rest)))
+        return 1000 * len(peaks)
+
+    monkeypatch.setattr(objectives, "in_fresh_process", here)
+    results = measure("objectives")["objectives"]
+    assert list(results) == ["forward", "training", *OBJECTIVES] == [name for name, _ in peaks]
+    assert all(peak >= 0 for _, peak in peaks)
+    for number, cost in enumerate(results.values(), start=1):
+        assert positive_numbers(cost)
+        assert cost["peak_memory_bytes"] == 1000 * number
+        passes = cost["seconds"] / results["forward"]["seconds"]
+        assert cost["forward_passes"] == pytest.approx(passes)
 
 
 def test_decode_gives_images_a_second(measure: Any) -> None:

@@ -1,0 +1,125 @@
+"""What takes the steps of matching: what all steppers do, and the one of batches.
+
+A stepper moves the memory by the optimizer that it is given. What a step draws comes from the seed
+and the step's number alone, so one that goes on from a checkpoint takes the same steps.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+
+from hmn_replay import steps
+from hmn_replay.checkpoint import Checkpoint, load_state
+from hmn_replay.config import CondenseConfig
+from hmn_replay.container import Container
+from hmn_replay.matching import get_recipe
+from hmn_replay.networks import Network
+from hmn_replay.runtime import derive_seed, make_generator
+
+__all__ = ["BatchStepper", "Stepper"]
+
+
+class Stepper(abc.ABC):
+    """Takes one step of matching after another.
+
+    Args:
+        memory: What is condensed.
+        real: Real images of its classes.
+        config: The settings.
+        seed: Of all draws.
+        first_class: The classes before it are not condensed.
+
+    Attributes:
+        images_per_step: How many decoded images a step is over, about.
+    """
+
+    images_per_step: int
+
+    def __init__(
+        self,
+        memory: Container,
+        real: steps.RealImages,
+        config: CondenseConfig,
+        seed: int,
+        first_class: int = 0,
+    ) -> None:
+        self.memory, self.real, self.config = memory, real, config
+        self.seed, self.first_class = seed, first_class
+
+    @abc.abstractmethod
+    def step(self, optimizer: torch.optim.Optimizer, number: int) -> int:
+        """Take a step, and return how many decoded images it was over.
+
+        Args:
+            optimizer: Of the memory.
+            number: Of the step, from 0; they are taken in order.
+        """
+
+    @abc.abstractmethod
+    def owners(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep after a step, beside memory and optimizer."""
+
+    @abc.abstractmethod
+    def resume(self, checkpoint: Checkpoint, number: int) -> None:
+        """Take over what a checkpoint kept, to go on with a step of that number, 1 or more."""
+
+    def results(self) -> dict[str, Any]:
+        """Return JSON values for the report, after the last step."""
+        return {}
+
+
+class BatchStepper(Stepper):
+    """Matches real and decoded batches of each class, on one random network after another."""
+
+    network: Network
+    learner: torch.optim.SGD
+
+    def __init__(
+        self,
+        memory: Container,
+        real: steps.RealImages,
+        config: CondenseConfig,
+        seed: int,
+        first_class: int = 0,
+    ) -> None:
+        super().__init__(memory, real, config, seed, first_class)
+        # A network that learns nothing is worth no second step.
+        learns = get_recipe(config.objective).learns_from != "nothing"
+        self.steps_per_network = config.inner_steps if learns else 1
+        counts = memory.images_per_class[first_class:]
+        num_classes = min(len(counts), config.classes_per_step or len(counts))
+        self.images_per_step = num_classes * min(config.decoded_batch, max(counts))
+
+    def step(self, optimizer: torch.optim.Optimizer, number: int) -> int:
+        """Match a batch of some classes, then let the network learn; see :class:`Stepper`."""
+        memory, real, config = self.memory, self.real, self.config
+        if number % self.steps_per_network == 0:
+            self._draw_network(number // self.steps_per_network)
+        generator = make_generator(self.seed, "match", number)
+        num_decoded = steps.match_step(
+            memory, optimizer, self.network, real, config, generator, self.first_class
+        )
+        if config.network_images:
+            generator = make_generator(self.seed, "train", number)
+            steps.train_step(self.network, self.learner, real, config, generator, memory)
+        return num_decoded
+
+    def owners(self) -> dict[str, Any]:
+        """Return the network, and what it learns by."""
+        return {"network": self.network, "learner": self.learner}
+
+    def resume(self, checkpoint: Checkpoint, number: int) -> None:
+        """Take over the network, where the step does not draw another one."""
+        outer_step, done = divmod(number, self.steps_per_network)
+        if done:
+            self._draw_network(outer_step)
+            for name, owner in self.owners().items():
+                load_state(owner, checkpoint.group(name))
+
+    def _draw_network(self, number: int) -> None:
+        self.network, self.learner = steps.fresh_network(
+            self.memory, self.real, self.config, derive_seed(self.seed, "network", number), number
+        )
