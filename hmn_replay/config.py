@@ -38,7 +38,8 @@ _RATES = (
 class CondenseConfig:
     """How a memory is condensed; the defaults are those of ``effort="quick"``.
 
-    A *step* draws some classes, matches a batch of each and moves the memory once.
+    A *step* draws some classes, matches a batch of each and moves the memory once. Of ``"mtt"``, it
+    lets a student follow an expert, and moves the memory once.
 
     Attributes:
         number_format: How values are stored: ``"float32"``, ``"float16"`` or ``"int8"``.
@@ -58,7 +59,8 @@ class CondenseConfig:
         decoded_batch: Decoded images of each drawn class, at most.
         memory_learning_rate: Of Adam, for extractors, decoder and dataset memory while matching;
             class and instance memories take 10 times that.
-        augmentations: Drawn once a class and step, for real and decoded images alike.
+        augmentations: Drawn once a class and step, for real and decoded images alike; of experts
+            and students, for every image.
         max_seconds: Seconds after which matching ends, those of the warm start counted; the
             learning rate has then come down to 0. ``outer_steps`` still bounds it. The result then
             depends on the machine's speed. Those of recording experts are counted too; experts
@@ -70,22 +72,22 @@ class CondenseConfig:
         network_batch: Batch size of that training.
         network_learning_rate: Of its SGD (momentum 0.9, weight decay 5e-4).
         network_cutmix_probability: That a batch of it is mixed by CutMix.
-        experts: The folder of the expert trajectories that ``objective="mtt"`` is after; nothing
-            below it is read for others. Experts are recorded there where they are missing, and used
-            by every run with the same images, seed and settings of experts. Default: None, a folder
-            beside the checkpoint, ``NAME.experts``; without one, a temporary folder.
+        experts: The folder of the expert trajectories that ``"mtt"`` is after; other objectives
+            read neither it nor what has "expert" or "student" in its name below. Experts that are
+            missing are recorded; those that are there serve every run with the same seed, settings
+            of experts and real images, those not kept back. Default: None, ``NAME.experts`` beside
+            the checkpoint; without one, a temporary folder.
         num_experts: How many networks are trained on real images; ``network`` in turn.
         expert_images: Real images that an expert sees in an epoch; None for all.
-        expert_batch: Batch size of that training, augmented by ``augmentations``.
+        expert_batch: Batch size of that training.
         expert_learning_rate: Of its SGD, which has neither momentum nor a schedule.
-        expert_epochs: From the epoch that a student starts at to the one that it is to come to.
-        max_start_epoch: The last epoch that a student starts at; it is drawn for every step. So
-            many epochs of each expert are recorded, and ``expert_epochs`` more.
+        expert_epochs: How many epochs after its start a student's goal is.
+        max_start_epoch: The last epoch of an expert that a student starts at; one is drawn for
+            every step. So many epochs are recorded, and ``expert_epochs`` more.
         student_steps: Steps of a student on decoded images, in one step of the memory.
-        student_batch: Decoded images of each, at most; of any of the classes that are condensed.
-        student_learning_rate: Of the student's SGD at first; it is learned beside the memory.
-        student_rate_learning_rate: Of the Adam that learns its logarithm, so that it stays above 0;
-            0 to leave it. MTT takes SGD on the rate itself, with a rate for each data set.
+        student_batch: Decoded images of each, at most, of all classes that are condensed.
+        student_learning_rate: Of a student's SGD, at first; it is learned beside the memory.
+        student_rate_learning_rate: Of the Adam that learns its logarithm; 0 to leave it.
         over_budget: Share of instance memories condensed beyond what fits, and pruned in the end.
         beta_grid: Shares of hard images among the pruned that are tried; one alone is just taken.
         holdout: Share of the real images kept back to choose beta by.
@@ -159,14 +161,6 @@ class CondenseConfig:
                 len(self.beta_grid) > 0 and all(0 <= beta <= 1 for beta in self.beta_grid),
                 "one number in [0, 1], or several",
             ),
-            "classes_per_step": (
-                self.classes_per_step is None or self.classes_per_step >= 1,
-                "None, or 1 or more",
-            ),
-            "expert_images": (
-                self.expert_images is None or self.expert_images >= 1,
-                "None, or 1 or more",
-            ),
             "expert_batch": (self.expert_batch >= 2, "2 or more"),
             "experts": (self.experts != "", "None, or the name of a folder"),
             "student_rate_learning_rate": (
@@ -174,6 +168,9 @@ class CondenseConfig:
                 "0 or more and finite",
             ),
         }
+        for name in ("classes_per_step", "expert_images"):
+            count = getattr(self, name)
+            requirements[name] = (count is None or count >= 1, "None, or 1 or more")
         for name in ("warm_start_seconds", "max_seconds"):
             seconds = getattr(self, name)
             requirements[name] = (
@@ -244,6 +241,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "decoded_batch": 128,
         "network_width": 128,
         "network_images": 2000,
+        # MTT's for CIFAR-10 at 10 images a class; it takes 5,000 steps in all: outer_steps=50.
         "num_experts": 100,
         "expert_images": None,
         "expert_batch": 256,

@@ -5,6 +5,25 @@ respect to the decoded batch. None of them knows what decoded the images: the ca
 gradient on to the memory with ``decoded.backward(gradient)``. What else a caller does for each of
 them is in :data:`OBJECTIVES`. Trajectory matching, which compares whole trainings, is in
 :mod:`hmn_replay.trajectories`.
+
+What a call costs, of 64 real and 64 decoded images of 32 x 32 and a ConvNet-3 of width 128, on one
+core without bfloat16 (``python experiments/benchmark.py objectives --threads 1``, the machine busy
+with other work), beside a training step on the decoded images alone:
+
+===========================  ===============  ===========
+objective                    forward passes   peak memory
+                             of 64 images
+===========================  ===============  ===========
+(training step)                          4.0       211 MB
+`gradient`                              10.9       219 MB
+`dc`, `dsa`                             11.0       219 MB
+`distribution`                           4.4       208 MB
+`dm`                                     4.3       208 MB
+`mtt`, each of 10 steps                 21.8       464 MB
+===========================  ===============  ===========
+
+All but `mtt` are called once for each class of a step. With one step of the student `mtt` takes
+397 MB, and with 30 of them 555 MB; no real images.
 """
 
 from __future__ import annotations
@@ -70,8 +89,12 @@ def gradient_matching(
         sum_W || dL/dW (decoded) - dL/dW (real) ||^2,
 
     where L is the mean cross-entropy of a batch. Biases, norms and the head are left out, as IDC
-    does (Kim et al. 2022, arXiv 2205.14959). Costs a training step on the real batch and about
-    three on the decoded one.
+    does (Kim et al. 2022, arXiv 2205.14959).
+
+    Costs a training step on the real batch, and on the decoded one 7 convolution passes for a
+    ConvNet, about 9 for other networks. Peak memory is a ConvNet's five maps of every layer on the
+    decoded batch, little more than a training step's; other networks' second-order graph is twice
+    that. It grows with the larger of the two batches.
 
     Args:
         network: Maps images to logits ``(N, K)``. Its parameters' ``.grad`` and ``requires_grad``
@@ -116,7 +139,7 @@ def cosine_matching(
     distance 1, and those with little of it, as a network has late in its training, count for less.
 
     DSA (Zhao and Bilen 2021, arXiv 2102.08259) has the same distance, between batches that the
-    caller has augmented alike.
+    caller has augmented alike. Costs and peak memory are those of :func:`gradient_matching`.
 
     Args:
         network: As in :func:`gradient_matching`.
@@ -156,9 +179,10 @@ def distribution_matching(
     """Match the mean features of every block (Zhao and Bilen 2023, arXiv 2110.04181).
 
     The loss is the sum over blocks of the mean squared difference between the batch means of the
-    features. First order only: about two training steps' worth of time, a third of
-    :func:`gradient_matching`'s or less. DM matches the last block alone; with all of them, no block
-    is left to chance.
+    features. DM matches the last block alone; with all of them, no block is left to chance.
+
+    First order only. Costs a forward pass on the real batch and a training step on the decoded one,
+    less the gradients of the weights; peak memory is that of a training step on the decoded batch.
 
     Args:
         network: Has ``features(images)``, a list of tensors ``(N, ...)``, as the networks of
@@ -195,7 +219,8 @@ def last_block_matching(
 
     The loss is the squared Euclidean distance of the batch means of the last block's output,
     flattened: summed over features, as in DM's code, where :func:`distribution_matching` takes the
-    mean. The network is drawn afresh for every step, and never trained.
+    mean. The network is drawn afresh for every step, and never trained. Costs and peak memory are
+    those of :func:`distribution_matching`.
 
     Args:
         network: As in :func:`distribution_matching`.

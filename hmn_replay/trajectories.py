@@ -44,11 +44,10 @@ def trajectory_matching(
     kept: on the way back, each step is taken again from the parameters that it began with, and
     turns d loss / d theta_(t+1) into d loss / d theta_t by a product with its Hessian.
 
-    Costs a training step on each batch on the way there, and about three on the way back: as much
-    as 12 forward passes, where 10 would do with all graphs kept. Peak memory is N + 1 copies of the
-    parameters and the second-order graph of one batch, which is two or three times what
-    :func:`hmn_replay.matching.gradient_matching` takes for as many decoded images of one class; it
-    grows neither with N nor with the number of decoded images.
+    Costs about 12 convolution passes over each batch, 3 on the way there and 9 on the way back,
+    where 9 would do with all graphs kept. Peak memory is N + 1 copies of the parameters, and the
+    second-order graph of one batch, which is twice the graph of a training step; it does not grow
+    with the number of decoded images. What that comes to is in :mod:`hmn_replay.matching`.
 
     Args:
         network: Maps images to logits ``(N, K)``. Its architecture and mode count, its values do
