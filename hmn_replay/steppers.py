@@ -31,12 +31,7 @@ class Stepper(abc.ABC):
         config: The settings.
         seed: Of all draws.
         first_class: The classes before it are not condensed.
-
-    Attributes:
-        images_per_step: How many decoded images a step is over, about.
     """
-
-    images_per_step: int
 
     def __init__(
         self,
@@ -48,6 +43,11 @@ class Stepper(abc.ABC):
     ) -> None:
         self.memory, self.real, self.config = memory, real, config
         self.seed, self.first_class = seed, first_class
+
+    @property
+    @abc.abstractmethod
+    def images_per_step(self) -> int:
+        """How many decoded images a step is over, about."""
 
     @abc.abstractmethod
     def step(self, optimizer: torch.optim.Optimizer, number: int) -> int:
@@ -77,21 +77,19 @@ class BatchStepper(Stepper):
     network: Network
     learner: torch.optim.SGD
 
-    def __init__(
-        self,
-        memory: Container,
-        real: steps.RealImages,
-        config: CondenseConfig,
-        seed: int,
-        first_class: int = 0,
-    ) -> None:
-        super().__init__(memory, real, config, seed, first_class)
-        # A network that learns nothing is worth no second step.
-        learns = get_recipe(config.objective).learns_from != "nothing"
-        self.steps_per_network = config.inner_steps if learns else 1
-        counts = memory.images_per_class[first_class:]
-        num_classes = min(len(counts), config.classes_per_step or len(counts))
-        self.images_per_step = num_classes * min(config.decoded_batch, max(counts))
+    @property
+    def steps_per_network(self) -> int:
+        """How many steps a network is for."""
+        # One that learns nothing is worth no second step.
+        learns = get_recipe(self.config.objective).learns_from != "nothing"
+        return self.config.inner_steps if learns else 1
+
+    @property
+    def images_per_step(self) -> int:
+        """How many decoded images a step is over, about."""
+        counts = self.memory.images_per_class[self.first_class :]
+        num_classes = min(len(counts), self.config.classes_per_step or len(counts))
+        return num_classes * min(self.config.decoded_batch, max(counts))
 
     def step(self, optimizer: torch.optim.Optimizer, number: int) -> int:
         """Match a batch of some classes, then let the network learn; see :class:`Stepper`."""

@@ -166,11 +166,14 @@ def match_step(
 
     Returns:
         How many images were decoded.
+
+    Raises:
+        ConfigError: The objective compares trainings, not batches.
     """
     device = memory.class_index.device
     recipe = get_recipe(config.objective)
     if recipe.function is None:
-        raise ConfigError(f"objective {config.objective!r} does not compare batches")
+        raise ConfigError(f"objective {config.objective!r} compares no batches")
     strategies = config.augmentations if recipe.augments else ()
     counts = memory.images_per_class
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()

@@ -75,11 +75,14 @@ def open_experts(
             folder = experts_beside(checkpoint)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hmn-experts-")))
-        chosen = real.class_indices >= first_class
+        images, class_indices = real.data.images, real.class_indices
+        if first_class:
+            chosen = class_indices >= first_class
+            images, class_indices = images[chosen], class_indices[chosen]
         yield Experts(
             folder,
-            real.data.images[chosen],
-            real.class_indices[chosen],
+            images,
+            class_indices,
             memory.num_classes,
             num_experts=config.num_experts,
             num_epochs=config.max_start_epoch + config.expert_epochs,
@@ -121,13 +124,17 @@ class TrajectoryStepper(Stepper):
             experts.record(number, device)
         self.experts = experts
         self.networks = [experts.network(k).to(device) for k in range(len(config.network))]
-        num_images = sum(memory.images_per_class[first_class:])
-        self.images_per_step = config.student_steps * min(config.student_batch, num_images)
         logarithm = torch.tensor(math.log(config.student_learning_rate), device=device)
         self.rate = nn.ParameterDict({"logarithm": logarithm})
         self.learner = torch.optim.Adam(
             self.rate.parameters(), lr=config.student_rate_learning_rate
         )
+
+    @property
+    def images_per_step(self) -> int:
+        """How many decoded images a step is over, about."""
+        num_images = sum(self.memory.images_per_class[self.first_class :])
+        return self.config.student_steps * min(self.config.student_batch, num_images)
 
     def step(self, optimizer: torch.optim.Optimizer, number: int) -> int:
         """Follow an expert from some epoch on; see :class:`Stepper`."""

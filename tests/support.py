@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn_replay.condense import condense
 from hmn_replay.container import Container
@@ -151,3 +151,19 @@ def _interpolated_by_hand(image: Tensor, size: int) -> Tensor:
         high = min(low + 1, given - 1)
         values.append((1 - place + low) * image[..., low] + (place - low) * image[..., high])
     return torch.stack(values, dim=-1)
+
+
+def values_of(module: nn.Module) -> list[Tensor]:
+    return [value.detach().clone() for value in module.state_dict().values()]
+
+
+def same(one: list[Tensor], two: list[Tensor]) -> bool:
+    return all(a.equal(b) for a, b in zip(one, two, strict=True))
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """Compare gradients to within a small part of the largest one."""
+    largest = max(float(gradient.abs().max()) for gradient in expected)
+    assert largest > 0
+    for one, two in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), two.double(), rtol=1e-4, atol=1e-5 * largest)

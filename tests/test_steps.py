@@ -15,6 +15,7 @@ from hmn_replay import steps
 from hmn_replay.augment import draw_augmentation
 from hmn_replay.config import CondenseConfig, make_config
 from hmn_replay.data import LabelledImages, channel_stats
+from hmn_replay.errors import ConfigError
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.layout import Layout
 from hmn_replay.matching import Objective, Recipe, gradient_matching
@@ -22,6 +23,7 @@ from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import Network
 from hmn_replay.runtime import make_generator
 from hmn_replay.training import draw_batch
+from tests.support import assert_close, same, values_of
 
 MakeLayout = Callable[..., Layout]
 MakeSet = Callable[..., LabelledImages]
@@ -87,22 +89,6 @@ def make_scene(make_set: MakeSet, make_layout: MakeLayout) -> Callable[..., Scen
 
 def gradients_of(memory: HierarchicalMemory) -> list[Tensor]:
     return [p.grad if p.grad is not None else torch.zeros_like(p) for p in memory.parameters()]
-
-
-def values_of(module: nn.Module) -> list[Tensor]:
-    return [value.detach().clone() for value in module.state_dict().values()]
-
-
-def same(one: list[Tensor], two: list[Tensor]) -> bool:
-    return all(a.equal(b) for a, b in zip(one, two, strict=True))
-
-
-def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Compare gradients to within a small part of the largest one."""
-    largest = max(float(gradient.abs().max()) for gradient in expected)
-    assert largest > 0
-    for one, two in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one.double(), two.double(), rtol=1e-4, atol=1e-5 * largest)
 
 
 def matching_gradients(
@@ -269,6 +255,13 @@ def test_the_gradient_goes_through_the_augmentation_that_both_batches_share(
     assert_close(gradients_of(scene.memory), expected)
     with pytest.raises(AssertionError):
         assert_close(gradients_of(scene.memory), plain)
+
+
+def test_an_objective_of_trainings_has_no_batches_to_match(
+    make_scene: Callable[..., Scene],
+) -> None:
+    with pytest.raises(ConfigError, match="objective 'mtt' compares no batches"):
+        make_scene(objective="mtt").match()
 
 
 def test_gradients_do_not_add_up_over_the_steps(make_scene: Callable[..., Scene]) -> None:

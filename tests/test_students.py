@@ -19,7 +19,6 @@ from hmn_replay import students
 from hmn_replay.augment import draw_augmentation
 from hmn_replay.condense import condense
 from hmn_replay.config import make_config
-from hmn_replay.container import Container
 from hmn_replay.containers import CONTAINERS, make_container
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import ExpertError, TrainingError
@@ -31,7 +30,7 @@ from hmn_replay.storage import serialise
 from hmn_replay.students import TrajectoryStepper, needs_experts, open_experts, trajectory_step
 from hmn_replay.training import TrainingConfig, make_network
 from hmn_replay.trajectories import trajectory_matching
-from tests.support import TINY, TINY_MTT, tiny
+from tests.support import TINY, TINY_MTT, assert_close, same, tiny, values_of
 
 MakeLayout = Callable[..., Layout]
 MakeSet = Callable[..., LabelledImages]
@@ -96,22 +95,6 @@ def make_scene(make_set: MakeSet) -> Callable[..., Scene]:
         return Scene(make_set(num_images=16, labels=(4, 9, -2)), container, **options)
 
     return make
-
-
-def values_of(memory: Container) -> list[Tensor]:
-    return [value.detach().clone() for value in memory.state_dict().values()]
-
-
-def same(one: list[Tensor], two: list[Tensor]) -> bool:
-    return all(a.equal(b) for a, b in zip(one, two, strict=True))
-
-
-def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Compare gradients to within a small part of the largest one."""
-    largest = max(float(gradient.abs().max()) for gradient in expected)
-    assert largest > 0
-    for one, two in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one.double(), two.double(), rtol=1e-4, atol=1e-4 * largest)
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
