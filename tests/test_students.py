@@ -122,8 +122,8 @@ def test_the_gradient_of_a_step_is_that_of_the_whole_training(
     rate = scene.rate.double().requires_grad_()
     start = {name: value.double() for name, value in scene.start.items()}
     parameters = {name: value.clone().requires_grad_() for name, value in start.items()}
+    images = torch.cat([memory(torch.tensor([i])) for i in range(memory.num_images)])
     for _ in range(3):
-        images = torch.cat([memory(torch.tensor([i])) for i in range(memory.num_images)])
         logits = functional_call(network, parameters, (images,))
         loss = -logits.log_softmax(dim=1)[torch.arange(len(images)), memory.class_index].mean()
         gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
