@@ -92,7 +92,7 @@ def _add_condense(commands: _Commands) -> None:
         "make a memory file from a data set",
         "Condense the training images of a data set into a memory file within a budget of bytes.\n"
         "Every minute the work is kept in OUT.checkpoint; when it was stopped, the same command\n"
-        "goes on from there. The checkpoint is deleted in the end, and experts beside it are.",
+        "goes on from there. In the end the checkpoint is deleted, with experts beside it.",
         "hmn-replay condense --data cifar10.npz --budget 120KiB --out cifar10.hmn",
     )
     _add_data(parser)
