@@ -19,8 +19,9 @@ from hmn_replay.budget import Budget
 from hmn_replay.checks import check_classes, check_counts, check_groups, check_indices
 from hmn_replay.container_layout import MAX_CLASSES, ContainerLayout
 from hmn_replay.decoded import DecodedDataset
+from hmn_replay.entropy import encode
 from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.formats import Stored
+from hmn_replay.formats import Stored, quantise
 from hmn_replay.runtime import make_generator
 
 __all__ = ["Container", "noise", "ones", "zeros"]
@@ -191,7 +192,25 @@ class Container(nn.Module, abc.ABC):
     @property
     def file_bytes(self) -> int:
         """The exact size of the file that :meth:`save` writes."""
-        return self.layout.file_bytes(self.num_classes, self.num_images, self.budget_bytes)
+        return self.layout.file_bytes(
+            self.num_classes, self.num_images, self.budget_bytes, self.code_bytes
+        )
+
+    @property
+    def code_bytes(self) -> int | None:
+        """The size of the code in that file; None where nothing is entropy-coded."""
+        coded = self.coded()
+        return len(encode(coded)) if coded else None
+
+    @torch.no_grad()
+    def coded(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the integers that the file has in its code, int8, and their levels, in order."""
+        return [
+            (quantise(*part[:3]), part.levels)
+            for parts in self.stored().values()
+            for part in parts
+            if part.levels is not None
+        ]
 
     @property
     def num_floats(self) -> int:

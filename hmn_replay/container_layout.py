@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 from hmn_replay.budget import Budget, as_int
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.filesize import TensorSpec, file_size
-from hmn_replay.formats import NumberFormat, check_number_format
+from hmn_replay.formats import PLAIN_FORMATS, NumberFormat, check_number_format, is_integer
 from hmn_replay.options import convert, convert_fields
 
 __all__ = [
@@ -32,7 +32,7 @@ DIGEST_LENGTH = 16
 # One key alone: safetensors writes the keys of several in an order that changes from run to run.
 METADATA_KEY = "hmn_replay"
 MIN_SIDE, MAX_SIDE, MAX_CLASSES = 8, 224, 1000
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8"}
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "entropy": "U8"}
 
 _Layout = TypeVar("_Layout", bound="ContainerLayout")
 
@@ -47,12 +47,14 @@ class ContainerLayout(abc.ABC):
         learned: Names of the tensors in the file that hold learned values.
         per_image: The name of the one whose rows are the images, or groups of them.
         image_shape: ``(C, H, W)`` of a decoded image; C is 1 or 3, H and W are 8 to 224.
-        number_format: ``"float32"``, ``"float16"`` or ``"int8"``.
+        number_formats: Those that a container of this kind can have.
+        number_format: One of them.
     """
 
     container: ClassVar[str]
     learned: ClassVar[tuple[str, ...]]
     per_image: ClassVar[str]
+    number_formats: ClassVar[tuple[NumberFormat, ...]] = PLAIN_FORMATS
     image_shape: tuple[int, int, int]
     number_format: NumberFormat
 
@@ -60,7 +62,11 @@ class ContainerLayout(abc.ABC):
         """Bring all fields to their types, and check those that every layout has."""
         check_image_shape(self.image_shape)
         convert_fields(self)
-        check_number_format(self.number_format)
+        if check_number_format(self.number_format) not in self.number_formats:
+            raise ConfigError(
+                f"the container {self.container!r} has one of the number formats "
+                f"{', '.join(self.number_formats)}; got {self.number_format!r}"
+            )
 
     @classmethod
     @abc.abstractmethod
@@ -92,6 +98,8 @@ class ContainerLayout(abc.ABC):
     def tensors(self, num_classes: int, num_images: int) -> dict[str, TensorSpec]:
         """Return the name, type and shape of every tensor in the file.
 
+        Where values are entropy-coded, ``"code"`` has the size that the layout plans for it.
+
         Args:
             num_classes: How many classes there are.
             num_images: How many images, a multiple of :attr:`group_size`.
@@ -117,6 +125,21 @@ class ContainerLayout(abc.ABC):
         return 1
 
     @property
+    def is_coded(self) -> bool:
+        """Whether values are entropy-coded."""
+        return self.number_format == "entropy"
+
+    @property
+    def level_shapes(self) -> dict[str, list[tuple[int, ...]]]:
+        """Shapes of the levels of each coded tensor's parts: one model an entry."""
+        return {}
+
+    def shapes(self, num_classes: int, num_images: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what is learned, by name."""
+        specs = self.tensors(num_classes, num_images)
+        return {name: specs[name].shape for name in self.learned}
+
+    @property
     def values_dtype(self) -> str:
         """The safetensors data type of the learned values."""
         return _SAFETENSORS_DTYPES[self.number_format]
@@ -124,7 +147,7 @@ class ContainerLayout(abc.ABC):
     @property
     def bias_format(self) -> NumberFormat:
         """Number format of the few biases: int8 would need as many scales as it has values."""
-        return "float16" if self.number_format == "int8" else self.number_format
+        return "float16" if is_integer(self.number_format) else self.number_format
 
     @property
     def bias_dtype(self) -> str:
@@ -165,10 +188,22 @@ class ContainerLayout(abc.ABC):
             raise ValueError("its numbers are written in another way than this package writes them")
         return layout, budget_bytes, digest
 
-    def file_bytes(self, num_classes: int, num_images: int, budget_bytes: int | None) -> int:
-        """Return the exact size of the memory file, header and all."""
-        metadata = {METADATA_KEY: self.metadata(budget_bytes)}
-        return file_size(self.tensors(num_classes, num_images), metadata)
+    def file_bytes(
+        self,
+        num_classes: int,
+        num_images: int,
+        budget_bytes: int | None,
+        code_bytes: int | None = None,
+    ) -> int:
+        """Return the exact size of the memory file, header and all.
+
+        Where values are entropy-coded, it is that of a code of ``code_bytes``: what the layout
+        plans, where that is None.
+        """
+        specs = self.tensors(num_classes, num_images)
+        if code_bytes is not None:
+            specs["code"] = TensorSpec("U8", (code_bytes,))
+        return file_size(specs, {METADATA_KEY: self.metadata(budget_bytes)})
 
     @property
     def group_bytes(self) -> int:
@@ -208,8 +243,7 @@ class ContainerLayout(abc.ABC):
 
     def num_floats(self, num_classes: int, num_images: int) -> int:
         """Return the number of learned values: the paper's measure of storage."""
-        specs = self.tensors(num_classes, num_images)
-        return sum(math.prod(specs[name].shape) for name in self.learned)
+        return sum(map(math.prod, self.shapes(num_classes, num_images).values()))
 
     def _labels(self, num_classes: int) -> dict[str, TensorSpec]:
         """Return the tensors that every container's file begins with."""

@@ -2,7 +2,7 @@
 
 A model says that the integer k has the probability p(k) = (1 - q) / (1 + q) q^|k|, the distribution
 of largest entropy for a given mean of |k|, and close to what quantised latents have. Its one
-parameter is stored as a *level*, a number from 0 to 63 in steps of a quarter of an octave of that
+parameter is stored as a *level*, a number from 0 to 55 in steps of a quarter of an octave of that
 mean. A code length is thus linear in |k|,
 
     -log2 p(k) = log2((1 + q) / (1 - q)) + |k| log2(1 / q),
@@ -35,10 +35,14 @@ __all__ = ["MAX_INTEGER", "NUM_LEVELS", "best_levels", "bits", "decode", "encode
 MAX_INTEGER = 127
 """Integers are -127 to 127."""
 
-NUM_LEVELS = 64
-"""Levels are 0 to 63, of means of |k| from 2**-8 to 2**7.75."""
+NUM_LEVELS = 56
+"""Levels are 0 to 55, of means of |k| from 2**-6 to 2**7.75.
 
-_STEPS_PER_OCTAVE, _LOWEST_OCTAVE = 4, -8
+Below the lowest, a zero would take next to nothing: a file of few bytes could claim any number of
+them, and with it any amount of memory.
+"""
+
+_STEPS_PER_OCTAVE, _LOWEST_OCTAVE = 4, -6
 _RATIO_BITS, _PROBABILITY_BITS = 16, 24
 _WORD_BYTES = 4
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 __all__ = ["TensorSpec", "file_size"]
 
 # In the order of the file: the most strictly aligned types first.
-_ITEM_BYTES = {"I64": 8, "F32": 4, "I32": 4, "F16": 2, "I8": 1}
+_ITEM_BYTES = {"I64": 8, "F32": 4, "I32": 4, "F16": 2, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ to 41.7 % with int8 (941 images), 38.9 % with float16 (539) and 37.2 % with floa
 
 int8 needs scales. They are tensors of their own, fixed while images are decoded and counted in the
 file, so that dropping one image cannot move another and a loaded memory rounds to the same values.
+
+``entropy`` has integers too, of steps that never change, and codes them: values that are rare take
+more bits, and training is told what each one takes (:mod:`hmn_replay.entropy`).
 """
 
 from __future__ import annotations
@@ -22,28 +25,40 @@ from hmn_replay.errors import ConfigError
 
 __all__ = [
     "NUMBER_FORMATS",
+    "PLAIN_FORMATS",
     "NumberFormat",
     "Stored",
     "check_number_format",
     "dequantise",
+    "is_integer",
     "max_abs_scale",
     "quantise",
     "round_to_format",
 ]
 
-NumberFormat = Literal["float32", "float16", "int8"]
+NumberFormat = Literal["float32", "float16", "int8", "entropy"]
 NUMBER_FORMATS: tuple[NumberFormat, ...] = get_args(NumberFormat)
+PLAIN_FORMATS: tuple[NumberFormat, ...] = ("float32", "float16", "int8")
+"""Those that take as many bytes for every value."""
 
 _MAX_INT8 = 127
 _MAX_FLOAT16 = 65504.0
 
 
 class Stored(NamedTuple):
-    """Latent values, the number format that the file has them in, and their scales in int8."""
+    """Latent values, and how the file has them.
+
+    Attributes:
+        latent: float32.
+        number_format: What they are rounded to.
+        scale: Of ``int8`` and ``entropy``: float32, of a shape that broadcasts to ``latent``'s.
+        levels: Of ``entropy``: their models, uint8, of such a shape too.
+    """
 
     latent: Tensor
     number_format: NumberFormat
     scale: Tensor | None = None
+    levels: Tensor | None = None
 
 
 def check_number_format(name: str) -> NumberFormat:
@@ -51,6 +66,11 @@ def check_number_format(name: str) -> NumberFormat:
     if name not in NUMBER_FORMATS:
         raise ConfigError(f"number_format is one of {', '.join(NUMBER_FORMATS)}; got {name!r}")
     return name
+
+
+def is_integer(number_format: NumberFormat) -> bool:
+    """Tell whether a number format stores integers, which need scales."""
+    return number_format in ("int8", "entropy")
 
 
 def max_abs_scale(latent: Tensor, scale: Tensor) -> Tensor:
@@ -71,7 +91,7 @@ def max_abs_scale(latent: Tensor, scale: Tensor) -> Tensor:
 
 def quantise(latent: Tensor, number_format: NumberFormat, scale: Tensor | None = None) -> Tensor:
     """Round ``latent`` to what is stored: a float32, float16 or int8 tensor of the same shape."""
-    if number_format == "int8":
+    if is_integer(number_format):
         assert scale is not None
         return (latent / scale).round().clamp(-_MAX_INT8, _MAX_INT8).to(torch.int8)
     if number_format == "float16":
@@ -93,13 +113,13 @@ def round_to_format(
     Args:
         latent: float32, any shape.
         number_format: The format to round to.
-        scale: For int8, as in :func:`max_abs_scale`; otherwise not used.
+        scale: For int8 and entropy, as in :func:`max_abs_scale`; otherwise not used.
     """
     if number_format == "float32":
         return latent
     with torch.no_grad():
         rounded = dequantise(
-            quantise(latent, number_format, scale), scale if number_format == "int8" else None
+            quantise(latent, number_format, scale), scale if is_integer(number_format) else None
         )
     # latent - latent.detach() is zero, so the value is `rounded` to the bit and the gradient is 1.
     return rounded + (latent - latent.detach()) if latent.requires_grad else rounded

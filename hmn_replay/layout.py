@@ -38,22 +38,46 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hmn_replay.budget import Budget
 from hmn_replay.container_layout import ContainerLayout, check_image_shape, check_num_classes
 from hmn_replay.errors import ConfigError
 from hmn_replay.filesize import TensorSpec
-from hmn_replay.formats import NumberFormat, check_number_format
+from hmn_replay.formats import NUMBER_FORMATS, NumberFormat, check_number_format
 from hmn_replay.options import convert
 
 __all__ = ["Layout"]
 
 _MAX_CHANNELS = 512
-_PIXELS_PER_VALUE = 32
 _SHARED_SHARE = 0.3
 _MIN_IMAGES_PER_CLASS = 10
 _LARGEST_INSTANCE = 4
+# Planned for a value that all images share, or those of a class, where values are entropy-coded.
+_SHARED_BITS = 4
 _SHRINKS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
+
+
+class _Rule(NamedTuple):
+    """What :meth:`Layout.choose` begins with.
+
+    Attributes:
+        cells_below: The grid has fewer cells than that along the smaller side.
+        pixels_per_value: Values of an image for one of its instance memory.
+        widest: Most channels in the decoder.
+        narrowest: Those of its finest convolution but the last.
+        bytes_per_pixel: Bytes planned for a value of an image, if entropy-coded.
+    """
+
+    cells_below: int
+    pixels_per_value: int
+    widest: int
+    narrowest: int
+    bytes_per_pixel: float = 0.0
+
+
+_RULE = _Rule(8, 32, widest=64, narrowest=16)
+_CODED_RULE = _Rule(12, 8, widest=48, narrowest=24, bytes_per_pixel=1 / 32)
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,7 @@ class Layout(ContainerLayout):
 
     Args:
         image_shape: ``(C, H, W)`` of a decoded image; C is 1 or 3, H and W are 8 to 224.
-        number_format: ``"float32"``, ``"float16"`` or ``"int8"``.
+        number_format: ``"float32"``, ``"float16"``, ``"int8"`` or ``"entropy"``.
         stride: Image pixels a grid cell, along each side: 2, 4, 8, 16 or 32.
         dataset_channels: Channels of the dataset memory m_D.
         feature_channels: Channels that a class's extractor f_c makes of m_D.
@@ -73,6 +97,8 @@ class Layout(ContainerLayout):
         instance_channels: Channels of an instance memory m_I.
         decoder_channels: Output channels of each of the decoder's convolutions but the last,
             coarsest first: log2(stride) of them.
+        image_bytes: Bytes planned for the code of an instance memory, with ``"entropy"``: 1 or
+            more. They decide how many images a budget is filled with. 0 with other formats.
 
     Raises:
         ConfigError: A value outside these ranges.
@@ -81,6 +107,7 @@ class Layout(ContainerLayout):
     container = "hmn"
     learned = ("dataset", "classes", "instances", "extractors", "decoder", "biases")
     per_image = "instances"
+    number_formats = NUMBER_FORMATS
 
     image_shape: tuple[int, int, int]
     number_format: NumberFormat
@@ -90,6 +117,7 @@ class Layout(ContainerLayout):
     class_channels: int
     instance_channels: int
     decoder_channels: tuple[int, ...]
+    image_bytes: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +137,11 @@ class Layout(ContainerLayout):
             raise ConfigError(
                 f"decoder_channels has one entry a doubling, {self.num_doublings} for stride "
                 f"{self.stride}; got {self.decoder_channels!r}"
+            )
+        if (self.image_bytes > 0) != self.is_coded or self.image_bytes < 0:
+            raise ConfigError(
+                f"image_bytes is 1 or more with number_format 'entropy', and 0 with others; got "
+                f"{self.image_bytes!r} with {self.number_format!r}"
             )
 
     @classmethod
@@ -139,11 +172,12 @@ class Layout(ContainerLayout):
         num_classes = check_num_classes(num_classes)
         check_number_format(number_format)
         limit = Budget.parse(budget).num_bytes
-        side = min(height, width)
-        stride = next((s for s in (2, 4, 8, 16) if side / s < 8), 32)
+        rule = _CODED_RULE if number_format == "entropy" else _RULE
+        stride = next((s for s in (2, 4, 8, 16) if min(height, width) / s < rule.cells_below), 32)
         num_doublings = stride.bit_length() - 1
         cells = math.ceil(height / stride) * math.ceil(width / stride)
-        instance_channels = max(1, round(channels * height * width / _PIXELS_PER_VALUE / cells))
+        num_values = channels * height * width
+        instance_channels = max(1, round(num_values / rule.pixels_per_value / cells))
         for shrink in _SHRINKS:
             layout = cls(
                 (channels, height, width),
@@ -154,24 +188,29 @@ class Layout(ContainerLayout):
                 class_channels=max(1, round(2 * shrink)),
                 instance_channels=max(1, round(instance_channels * min(1, 2 * shrink))),
                 decoder_channels=tuple(
-                    max(4, round(min(64, 16 * 2**level) * shrink))
+                    max(4, round(min(rule.widest, rule.narrowest * 2**level) * shrink))
                     for level in reversed(range(num_doublings))
                 ),
+                image_bytes=math.ceil(num_values * rule.bytes_per_pixel * min(1, 2 * shrink)),
             )
             shared_bytes = layout.file_bytes(num_classes, 0, limit)
             instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * layout.group_bytes
             if shared_bytes <= min(_SHARED_SHARE * limit, limit - instances_bytes):
                 break
-        num_images = layout.max_images(limit, num_classes)
-        num_real = (
-            num_images if real_images_per_class is None else real_images_per_class * num_classes
-        )
-        largest = _LARGEST_INSTANCE * layout.instance_channels
-        while num_images > num_real and layout.instance_channels < largest:
-            channels = layout.instance_channels + 1
-            layout = dataclasses.replace(layout, instance_channels=channels)
-            num_images = layout.max_images(limit, num_classes)
+        num_real = math.inf
+        if real_images_per_class is not None:
+            num_real = real_images_per_class * num_classes
+        smallest = layout
+        while layout.max_images(limit, num_classes) > num_real:
+            if layout.group_bytes >= _LARGEST_INSTANCE * smallest.group_bytes:
+                break
+            layout = layout._with_larger_instances()
         return layout
+
+    def _with_larger_instances(self) -> Layout:
+        if self.is_coded:
+            return dataclasses.replace(self, image_bytes=self.image_bytes + 1)
+        return dataclasses.replace(self, instance_channels=self.instance_channels + 1)
 
     @property
     def num_doublings(self) -> int:
@@ -202,23 +241,44 @@ class Layout(ContainerLayout):
         ]
         return list(itertools.pairwise(widths))
 
+    @property
+    def level_shapes(self) -> dict[str, list[tuple[int, ...]]]:
+        """Shapes of the levels of each coded tensor's parts: one model an entry."""
+        return {
+            "dataset": [(1, 1, 1)],
+            "classes": [(1, self.class_channels, 1, 1)],
+            "instances": [(1, *self.instance_shape)],
+            "extractors": [(1, 1, 1)],
+            "decoder": [(1, 1, 1, 1) for _ in self.convolutions],
+        }
+
+    def shapes(self, num_classes: int, num_images: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what is learned, by name."""
+        num_biases = num_classes * self.feature_channels + sum(o for _, o in self.convolutions)
+        return {
+            "dataset": (self.dataset_channels, *self.grid),
+            "classes": (num_classes, self.class_channels, *self.grid),
+            "instances": (num_images, *self.instance_shape),
+            "extractors": (num_classes, self.feature_channels, self.dataset_channels),
+            "decoder": (sum(9 * i * o for i, o in self.convolutions),),
+            "biases": (num_biases,),
+        }
+
     def tensors(self, num_classes: int, num_images: int) -> dict[str, TensorSpec]:
         """Return the name, type and shape of every tensor in the file."""
         num_classes = convert("num_classes", num_classes, "int")
         num_images = convert("num_images", num_images, "int")
-        values = self.values_dtype
-        num_biases = num_classes * self.feature_channels + sum(o for _, o in self.convolutions)
-        specs = {
-            **self._labels(num_classes),
-            "dataset": TensorSpec(values, (self.dataset_channels, *self.grid)),
-            "classes": TensorSpec(values, (num_classes, self.class_channels, *self.grid)),
-            "instances": TensorSpec(values, (num_images, *self.instance_shape)),
-            "extractors": TensorSpec(
-                values, (num_classes, self.feature_channels, self.dataset_channels)
-            ),
-            "decoder": TensorSpec(values, (sum(9 * i * o for i, o in self.convolutions),)),
-            "biases": TensorSpec(self.bias_dtype, (num_biases,)),
-        }
+        shapes = self.shapes(num_classes, num_images)
+        specs = self._labels(num_classes)
+        specs["biases"] = TensorSpec(self.bias_dtype, shapes.pop("biases"))
+        if self.is_coded:
+            levels = itertools.chain.from_iterable(self.level_shapes.values())
+            shared = sum(math.prod(shapes[name]) for name in shapes if name != "instances")
+            planned = (shared * _SHARED_BITS + 7) // 8 + num_images * self.image_bytes
+            specs["levels"] = TensorSpec("U8", (sum(map(math.prod, levels)),))
+            specs["code"] = TensorSpec("U8", (planned,))
+            return specs
+        specs |= {name: TensorSpec(self.values_dtype, shape) for name, shape in shapes.items()}
         if self.number_format == "int8":
             num_scales = 1 + num_classes * (2 + self.instance_channels) + len(self.convolutions)
             specs["scales"] = TensorSpec("F32", (num_scales,))
@@ -231,7 +291,8 @@ class Layout(ContainerLayout):
             self.class_channels,
             self.instance_channels,
         )
-        return str(self.stride), _join(tiers), _join(self.decoder_channels)
+        words = str(self.stride), _join(tiers), _join(self.decoder_channels)
+        return (*words, str(self.image_bytes)) if self.is_coded else words
 
     @classmethod
     def _from_words(
@@ -240,7 +301,8 @@ class Layout(ContainerLayout):
         number_format: NumberFormat,
         words: Sequence[str],
     ) -> Layout:
-        stride, channels, decoder = words
+        stride, channels, decoder, *planned = words
+        (image_bytes,) = planned or ("0",)
         dataset_channels, feature_channels, class_channels, instance_channels = _split(channels)
         return cls(
             image_shape=image_shape,
@@ -251,6 +313,7 @@ class Layout(ContainerLayout):
             class_channels=class_channels,
             instance_channels=instance_channels,
             decoder_channels=_split(decoder),
+            image_bytes=int(image_bytes),
         )
 
 

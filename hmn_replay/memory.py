@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hmn_replay.container import Container, noise, ones, zeros
+from hmn_replay.entropy import MAX_INTEGER, best_levels, bits
 from hmn_replay.formats import Stored, max_abs_scale, round_to_format
 from hmn_replay.layout import Layout
 
@@ -27,6 +28,16 @@ __all__ = ["HierarchicalMemory"]
 # Components are computed from about so many images.
 _FITTED_FROM = 512
 _FITTED_AT_ONCE = 256
+
+# Steps of entropy-coded integers: a decoder's in units of its weights' first deviation. The first
+# principal component begins with the deviation below: 8 steps.
+_INSTANCE_STEP, _SHARED_STEP, _DECODER_STEP = 0.25, 0.0625, 0.35
+_CODED_DEVIATION = 2.0
+_STEPS = {
+    "class_scale": _SHARED_STEP,
+    "extractor_scale": _SHARED_STEP,
+    "instance_scale": _INSTANCE_STEP,
+}
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -92,11 +103,12 @@ class HierarchicalMemory(Container):
             noise(generator, math.sqrt(2 / (9 * i)), o, i, 3, 3) for i, o in layout.convolutions
         )
         self.decoder_biases = nn.ParameterList(zeros(o) for _, o in layout.convolutions)
-        self.register_buffer("dataset_scale", ones(1, 1, 1))
+        self.register_buffer("dataset_scale", torch.full((1, 1, 1), _SHARED_STEP))
         self.register_buffer("class_scale", ones(0, 1, 1, 1))
         self.register_buffer("instance_scale", ones(0, layout.instance_channels, 1, 1))
         self.register_buffer("extractor_scale", ones(0, 1, 1))
-        self.register_buffer("decoder_scale", ones(len(layout.convolutions)))
+        steps = [_DECODER_STEP * math.sqrt(2 / (9 * i)) for i, _ in layout.convolutions]
+        self.register_buffer("decoder_scale", torch.tensor(steps, dtype=torch.float32))
 
     def _new_rows(
         self, generator: torch.Generator, counts: Sequence[int], owner: Tensor
@@ -106,7 +118,7 @@ class HierarchicalMemory(Container):
         instance_memory = noise(generator, 0.1, sum(counts), *layout.instance_shape)
         shape = (num_classes, layout.feature_channels, layout.dataset_channels)
         extractor_weight = noise(generator, layout.dataset_channels**-0.5, *shape)
-        return {
+        rows = {
             "class_memory": class_memory,
             "instance_memory": instance_memory,
             "extractor_weight": extractor_weight,
@@ -115,6 +127,10 @@ class HierarchicalMemory(Container):
             "extractor_scale": max_abs_scale(extractor_weight, ones(num_classes, 1, 1)),
             "instance_scale": _class_scales(instance_memory, owner, num_classes),
         }
+        if layout.is_coded:
+            for name, step in _STEPS.items():
+                rows[name] = torch.full_like(rows[name], step)
+        return rows
 
     def forward(self, indices: Tensor) -> Tensor:
         """Decode images, with gradients to every tier; see :meth:`Container.forward`."""
@@ -171,6 +187,9 @@ class HierarchicalMemory(Container):
         *_, components = torch.linalg.svd(sample, full_matrices=False)
         components = components[: self.layout.instance_channels]
         scale = (sample @ components.T).square().mean(dim=0).sqrt().clamp_min(1e-6)
+        if self.layout.is_coded:
+            # One step for all of them: what a component has less of takes fewer bits.
+            scale = scale[:1] / _CODED_DEVIATION
         height, width = self.layout.grid
         for chunk in positions.split(_FITTED_AT_ONCE):
             codes = self._cells(real_images(chunk)) @ components.T / scale
@@ -193,20 +212,55 @@ class HierarchicalMemory(Container):
     def stored(self) -> dict[str, list[Stored]]:
         """Return what the file's tensors hold, by name; see :meth:`Container.stored`."""
         layout = self.layout
-        values = layout.number_format
-        instance_scale = self.instance_scale[self.class_index]
-        biases = [self.extractor_bias, *self.decoder_biases]
-        return {
-            "dataset": [Stored(self.dataset_memory, values, self.dataset_scale)],
-            "classes": [Stored(self.class_memory, values, self.class_scale)],
-            "instances": [Stored(self.instance_memory, values, instance_scale)],
-            "extractors": [Stored(self.extractor_weight, values, self.extractor_scale)],
-            "decoder": [
-                Stored(weight, values, scale)
-                for weight, scale in zip(self.decoder_weights, self.decoder_scale, strict=True)
-            ],
-            "biases": [Stored(bias, layout.bias_format) for bias in biases],
+        scaled = {
+            "dataset": [(self.dataset_memory, self.dataset_scale)],
+            "classes": [(self.class_memory, self.class_scale)],
+            "instances": [(self.instance_memory, self.instance_scale[self.class_index])],
+            "extractors": [(self.extractor_weight, self.extractor_scale)],
+            "decoder": list(zip(self.decoder_weights, self.decoder_scale, strict=True)),
         }
+        stored = {
+            name: [
+                Stored(latent, layout.number_format, scale, self._levels(latent, scale, shape))
+                for (latent, scale), shape in zip(parts, layout.level_shapes[name], strict=True)
+            ]
+            for name, parts in scaled.items()
+        }
+        biases = [self.extractor_bias, *self.decoder_biases]
+        stored["biases"] = [Stored(bias, layout.bias_format) for bias in biases]
+        return stored
+
+    def _levels(self, latent: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """Return the best models for values as they are; None where nothing is coded."""
+        if not self.layout.is_coded:
+            return None
+        sizes = (latent.detach() / scale).round().abs().clamp(max=MAX_INTEGER)
+        alike = [axis for axis, size in enumerate(shape) if size == 1]
+        means = sizes.mean(dim=alike, keepdim=True) if len(latent) else sizes.new_zeros(shape)
+        return best_levels(means)
+
+    def rate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many bits the entropy code spends, with gradients to the values it codes.
+
+        The models are those that are best for the values as they are; since they are best, bits
+        have no gradient to them.
+
+        Args:
+            indices: int64 ``(B,)``, positions of images.
+
+        Returns:
+            Two scalars: the mean bits of these images' instance memories, and the bits of all that
+            images share, classes' memories and extractors among it.
+        """
+        parts = self.stored()
+        (instances,) = parts.pop("instances")
+        own = instances._replace(
+            latent=self.instance_memory[indices],
+            scale=self.instance_scale[self.class_index[indices]],
+        )
+        shared = [part for of_name in parts.values() for part in of_name if part.levels is not None]
+        total = torch.stack([_bits(part) for part in shared]).sum()
+        return _bits(own) / len(indices), total
 
     def scales(self) -> list[Tensor]:
         """Return the int8 scales that the file has, in order."""
@@ -260,6 +314,12 @@ class HierarchicalMemory(Container):
         for name, scales in new.items():
             kept: Tensor = getattr(self, name)[:first_class]
             setattr(self, name, torch.cat([kept, scales[first_class:]]))
+
+
+def _bits(part: Stored) -> Tensor:
+    assert part.scale is not None and part.levels is not None
+    integers = round_to_format(part.latent, part.number_format, part.scale) / part.scale
+    return bits(integers, part.levels).sum()
 
 
 def _silu_by_image(x: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,9 +29,11 @@ from hmn_replay.container_layout import (
     ContainerLayout,
 )
 from hmn_replay.containers import make_container, read_layout
+from hmn_replay.entropy import NUM_LEVELS, decode, encode, least_bits
 from hmn_replay.errors import BudgetError, HMNReplayError, MemoryFileError, TrainingError
 from hmn_replay.files import open_at_once, write_atomically
-from hmn_replay.formats import dequantise, quantise
+from hmn_replay.filesize import TensorSpec
+from hmn_replay.formats import Stored, dequantise, quantise
 from hmn_replay.runtime import resolve_device
 
 __all__ = ["deserialise", "load", "save_memory", "serialise"]
@@ -52,8 +56,12 @@ def serialise(memory: Container) -> bytes:
     layout = memory.layout
     digest = "0" * DIGEST_LENGTH
     tensors = _stored_tensors(memory)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_tame(tensor):
+    # Integers do not show it, int8's scales and what codes are made of do.
+    floats = {name: [tensor] for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if layout.is_coded:
+        floats |= {name: [part.latent for part in parts] for name, parts in memory.stored().items()}
+    for name, values in floats.items():
+        if not all(map(_is_tame, values)):
             raise TrainingError(
                 f"the memory's {name} hold values that are not finite or beyond "
                 f"{_MAX_MAGNITUDE:,.0f}: its training diverged; lower the learning rate"
@@ -176,16 +184,23 @@ def _metadata(header: bytes) -> str:
 def _check_header(
     header: bytes, layout: ContainerLayout, budget_bytes: int | None, num_bytes: int
 ) -> int:
-    """Check that the header lists just what the layout has; return the number of images."""
+    """Check that the header lists just what the layout has; return the number of images.
+
+    That of an entropy-coded memory is not in the header: 0 stands for it.
+    """
     content = json.loads(header)
+    per_image = "code" if layout.is_coded else layout.per_image
     try:
         (num_classes,) = content["labels"]["shape"]
-        num_rows = content[layout.per_image]["shape"][0]
-        for name, count, least in (("labels", num_classes, 1), (layout.per_image, num_rows, 0)):
+        num_rows = content[per_image]["shape"][0]
+        for name, count, least in (("labels", num_classes, 1), (per_image, num_rows, 0)):
             if type(count) is not int or count < least:
                 raise MemoryFileError(f"it has {count!r} {name}")
-        num_images: int = num_rows * layout.group_size
+        code_bytes: int | None = num_rows if layout.is_coded else None
+        num_images: int = 0 if layout.is_coded else num_rows * layout.group_size
         specs = layout.tensors(num_classes, num_images)
+        if code_bytes is not None:
+            specs["code"] = TensorSpec("U8", (code_bytes,))
         for name, spec in specs.items():
             entry = content[name]
             if entry["dtype"] != spec.dtype or tuple(entry["shape"]) != spec.shape:
@@ -197,7 +212,7 @@ def _check_header(
         raise MemoryFileError(f"its tensors are not those of a memory ({error!r})") from error
     if extra := set(content) - set(specs) - {"__metadata__"}:
         raise MemoryFileError(f"tensors that no memory has: {sorted(extra)[:5]}")
-    expected = layout.file_bytes(num_classes, num_images, budget_bytes)
+    expected = layout.file_bytes(num_classes, num_images, budget_bytes, code_bytes)
     if num_bytes != expected:
         what = "truncated" if num_bytes < expected else "followed by bytes that are not its own"
         raise MemoryFileError(f"it is {what}: {num_bytes:,} bytes instead of {expected:,}")
@@ -212,8 +227,13 @@ def _stored_tensors(memory: Container) -> dict[str, Tensor]:
         "counts": torch.tensor(memory.images_per_class, dtype=torch.int32),
     }
     for name, parts in memory.stored().items():
-        rounded = [quantise(*part).flatten() for part in parts]
-        tensors[name] = torch.cat(rounded).view(specs[name].shape)
+        if name in specs:
+            rounded = [quantise(*part[:3]).flatten() for part in parts]
+            tensors[name] = torch.cat(rounded).view(specs[name].shape)
+    if "code" in specs:
+        coded = memory.coded()
+        tensors["levels"] = torch.cat([levels.flatten() for _, levels in coded])
+        tensors["code"] = torch.frombuffer(bytearray(encode(coded)), dtype=torch.uint8)
     if "scales" in specs:
         tensors["scales"] = torch.cat([scale.flatten() for scale in memory.scales()])
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -230,6 +250,9 @@ def _restore(
         if tensor.is_floating_point() and not _is_tame(tensor):
             raise MemoryFileError(f"its {name} hold values that are not finite or far too large")
     counts = tensors["counts"].to(torch.int64)
+    if layout.is_coded:
+        num_images = int(counts.sum())
+        _check_code(layout, num_images, tensors)
     if int(counts.min()) < 0 or int(counts.sum()) != num_images:
         raise MemoryFileError(f"its images a class do not add up to its {num_images} images")
     memory = make_container(layout, tensors["labels"], counts.tolist())
@@ -238,14 +261,42 @@ def _restore(
         if float(tensors["scales"].min()) < 1e-9:
             raise MemoryFileError("a scale is not positive")
         _copy(tensors["scales"], memory.scales())
-    for name, parts in memory.stored().items():
-        sizes = [part.latent.numel() for part in parts]
-        for part, values in zip(parts, tensors[name].flatten().split(sizes), strict=True):
+    parts = memory.stored()
+    if layout.is_coded:
+        coded = [part for name in parts if name not in tensors for part in parts[name]]
+        for part, integers in zip(coded, _decode(coded, tensors), strict=True):
+            part.latent.copy_(dequantise(integers, part.scale))
+    for name in parts.keys() & tensors.keys():
+        sizes = [part.latent.numel() for part in parts[name]]
+        for part, values in zip(parts[name], tensors[name].flatten().split(sizes), strict=True):
             scale = part.scale if part.number_format == "int8" else None
             part.latent.copy_(dequantise(values.view_as(part.latent), scale))
     if not memory.largest_sum() <= _MAX_SUM_LOADED:
         raise MemoryFileError("its values are so large that decoding could leave float32")
     return memory
+
+
+def _check_code(layout: ContainerLayout, num_images: int, tensors: dict[str, Tensor]) -> None:
+    """Check that a code can hold so many images, before there is room for them."""
+    if int(tensors["levels"].max()) >= NUM_LEVELS:
+        raise MemoryFileError(f"a level is {NUM_LEVELS} or more")
+    shapes = layout.shapes(len(tensors["labels"]), num_images)
+    sizes = [sum(map(math.prod, level_shapes)) for level_shapes in layout.level_shapes.values()]
+    least = 0.0
+    for name, levels in zip(layout.level_shapes, tensors["levels"].split(sizes), strict=True):
+        least += math.prod(shapes[name]) * float(least_bits(levels).min())
+    if least > 8 * len(tensors["code"]):
+        raise MemoryFileError(
+            f"its code of {len(tensors['code']):,} bytes is too short for {num_images:,} images"
+        )
+
+
+def _decode(coded: Sequence[Stored], tensors: dict[str, Tensor]) -> list[Tensor]:
+    shapes = [part.levels.shape for part in coded if part.levels is not None]
+    flat = tensors["levels"].split([math.prod(shape) for shape in shapes])
+    levels = [own.view(shape) for own, shape in zip(flat, shapes, strict=True)]
+    sizes = [part.latent.shape for part in coded]
+    return decode(tensors["code"].numpy().tobytes(), list(zip(sizes, levels, strict=True)))
 
 
 def _copy(values: Tensor, targets: list[Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 from hmn_replay.data import LabelledImages
 from hmn_replay.formats import NumberFormat
 from hmn_replay.layout import Layout
-from tests.support import HMN_FIELDS
+from tests.support import hmn_layout
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def make_layout() -> Callable[..., Layout]:
         image_shape: tuple[int, int, int] = (3, 8, 8),
         **fields: Any,
     ) -> Layout:
-        return Layout(image_shape, number_format, **{**HMN_FIELDS, **fields})
+        return hmn_layout(image_shape, number_format, **fields)
 
     return make
 

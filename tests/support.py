@@ -30,8 +30,20 @@ HMN_FIELDS: dict[str, Any] = {
     "instance_channels": 2,
     "decoder_channels": (5, 4),
 }
+
+
+def hmn_layout(
+    image_shape: tuple[int, int, int] = (3, 8, 8),
+    number_format: NumberFormat = "int8",
+    **fields: Any,
+) -> Layout:
+    """Return a small layout, planned for its images if it is entropy-coded; fields may be given."""
+    planned = {"image_bytes": 5 if number_format == "entropy" else 0}
+    return Layout(image_shape, number_format, **{**HMN_FIELDS, **planned, **fields})
+
+
 LAYOUTS: dict[str, Callable[..., ContainerLayout]] = {
-    "hmn": partial(Layout, **HMN_FIELDS),
+    "hmn": hmn_layout,
     "raw": RawLayout,
     "idc": IDCLayout,
     "haba": partial(HaBaLayout, num_hallucinators=3),

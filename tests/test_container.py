@@ -15,13 +15,13 @@ from torch import Tensor
 from hmn_replay.container_layout import MAX_CLASSES
 from hmn_replay.containers import make_container
 from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
+from hmn_replay.formats import PLAIN_FORMATS, NumberFormat
 from hmn_replay.storage import serialise
 from tests.support import LAYOUTS, made, same_bits, trained
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
 every_container = pytest.mark.parametrize("container", LAYOUTS)
-every_format = pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+every_format = pytest.mark.parametrize("number_format", PLAIN_FORMATS)
 grouped = pytest.mark.parametrize("container", ["idc", "haba"])
 
 
@@ -283,7 +283,7 @@ def test_what_classes_share_can_be_frozen(container: str) -> None:
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_keep_changes_no_image_by_one_bit(container: str, data: st.DataObject) -> None:
-    number_format = data.draw(st.sampled_from(NUMBER_FORMATS))
+    number_format = data.draw(st.sampled_from(PLAIN_FORMATS))
     groups = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     memory = made(container, number_format, (3, 10, 14), range(len(groups)), groups)
     images, labels = memory.decode()

@@ -25,7 +25,7 @@ from hmn_replay.containers.haba import HaBaLayout
 from hmn_replay.containers.linba import LinBaLayout
 from hmn_replay.containers.pixels import IDCLayout, RawLayout
 from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
+from hmn_replay.formats import PLAIN_FORMATS, NumberFormat
 from hmn_replay.layout import Layout
 from hmn_replay.storage import serialise
 from tests.support import LAYOUTS
@@ -39,7 +39,7 @@ few = st.integers(1, 6)
 @st.composite
 def layouts(draw: st.DrawFn, container: str) -> ContainerLayout:
     """Draw a layout whose images take few bytes."""
-    number_format = draw(st.sampled_from(NUMBER_FORMATS))
+    number_format = draw(st.sampled_from(PLAIN_FORMATS))
     channels, *sides = draw(image_shapes)
     if container == "hmn":
         stride = draw(st.sampled_from([2, 4, 8, 16, 32]))
@@ -238,9 +238,9 @@ def test_an_image_shape_out_of_range_is_refused(container: str, shape: Any) -> N
 
 @every_container
 def test_a_number_format_out_of_range_is_refused(container: str) -> None:
-    with pytest.raises(ConfigError, match="number_format is one of float32, float16, int8; got"):
+    with pytest.raises(ConfigError, match=r"number_format is one of float32, .*; got 'int4'"):
         LAYOUTS[container]((3, 8, 8), "int4")
-    with pytest.raises(ConfigError, match="number_format is one of float32, float16, int8; got"):
+    with pytest.raises(ConfigError, match=r"number_format is one of float32, .*; got 'int4'"):
         CONTAINERS[container].choose("1 MiB", (3, 8, 8), 2, "int4")  # type: ignore[arg-type]
 
 
@@ -251,7 +251,7 @@ def test_a_number_format_out_of_range_is_refused(container: str) -> None:
 @settings(max_examples=30, deadline=None)
 @given(
     shape=image_shapes,
-    number_format=st.sampled_from(NUMBER_FORMATS),
+    number_format=st.sampled_from(PLAIN_FORMATS),
     num_classes=st.integers(1, MAX_CLASSES),
     budget=st.integers(1, 500),
 )
@@ -278,7 +278,7 @@ def test_choose_names_the_smallest_budget_that_does(
 @settings(max_examples=30, deadline=None)
 @given(
     shape=image_shapes,
-    number_format=st.sampled_from(NUMBER_FORMATS),
+    number_format=st.sampled_from(PLAIN_FORMATS),
     num_classes=st.integers(1, MAX_CLASSES),
     factor=st.floats(1, 3000),
 )

@@ -28,7 +28,7 @@ def geometric(mean: float, *shape: int, seed: int = 0) -> Tensor:
 
 
 def mean_of(level: int) -> float:
-    return float(2 ** (level / 4 - 8))
+    return float(2 ** (level / 4 - 6))
 
 
 @settings(max_examples=60, deadline=None)
@@ -113,7 +113,7 @@ def test_the_best_level_has_the_shortest_code_of_all(mean: float) -> None:
 
 
 def test_levels_are_close_enough_that_none_between_would_save_a_hundredth() -> None:
-    for mean in np.geomspace(2**-8, 100, 200):
+    for mean in np.geomspace(2**-6, 100, 200):
         ratio = mean / (1 + math.sqrt(1 + mean * mean))
         ideal = math.log2((1 + ratio) / (1 - ratio)) - mean * math.log2(ratio)
         level = best_levels(torch.tensor([mean]))
@@ -139,14 +139,14 @@ def test_tables_are_those_of_exact_arithmetic() -> None:
 def test_a_code_is_the_same_bytes_on_every_machine() -> None:
     """Files that were written elsewhere decode here: this code was written once, and kept."""
     integers = torch.tensor([0, 1, -1, 5, -127, 127, 0, 0, 2, -3], dtype=torch.int8)
-    levels = torch.tensor([0, 10, 20, 30, 40, 50, 60, 63, 33, 35], dtype=torch.uint8)
+    levels = torch.tensor([0, 10, 20, 30, 40, 50, 55, 54, 33, 35], dtype=torch.uint8)
     data = encode([(integers, levels)])
     assert data.hex() == KEPT
     (back,) = decode(bytes.fromhex(KEPT), [((10,), levels)])
     assert back.equal(integers)
 
 
-KEPT = "6756defcb71218aacbda98d2"
+KEPT = "2d1a2ef5a8c82e78"
 
 
 def test_what_is_no_code_is_refused() -> None:
@@ -175,4 +175,4 @@ def test_an_integer_takes_no_less_than_a_zero() -> None:
     least = entropy.least_bits(levels)
     for k in range(4):
         assert bool((bits(torch.full((NUM_LEVELS,), float(k)).double(), levels) >= least).all())
-    assert float(least[0]) > 0.005
+    assert float(least[0]) > 0.02

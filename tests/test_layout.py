@@ -52,6 +52,7 @@ def test_biases_are_not_kept_as_int8(make_layout: MakeLayout) -> None:
         "float32": "float32",
         "float16": "float16",
         "int8": "float16",
+        "entropy": "float16",
     }
 
 

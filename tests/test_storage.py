@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -36,12 +37,15 @@ from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.layout import Layout
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.storage import deserialise, load, save_memory, serialise
-from tests.support import LAYOUTS, made
+from tests.support import LAYOUTS, hmn_layout, made
 
 MakeLayout = Callable[..., Layout]
 
 every_container = pytest.mark.parametrize("container", CONTAINERS)
-every_format = pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+every_kind = pytest.mark.parametrize(
+    ("container", "number_format"),
+    [(name, own) for name, layout in CONTAINERS.items() for own in layout.number_formats],
+)
 # The files that are damaged and forged: one of each container, and HMN's in every format.
 every_file = pytest.mark.parametrize(
     ("container", "number_format"),
@@ -63,7 +67,7 @@ SMALL: dict[str, Any] = {
 
 
 SMALL_LAYOUTS: dict[str, Callable[[NumberFormat], ContainerLayout]] = {
-    "hmn": lambda number_format: Layout(number_format=number_format, **SMALL),
+    "hmn": lambda number_format: hmn_layout(number_format=number_format, **SMALL),
     "raw": functools.partial(RawLayout, (1, 8, 8)),
     "idc": functools.partial(IDCLayout, (1, 8, 8), factor=2),
     "haba": functools.partial(HaBaLayout, (1, 8, 8), num_hallucinators=2),
@@ -137,7 +141,7 @@ def rewritten(data: bytes, name: str, values: Any) -> bytes:
 def stored(data: bytes, name: str) -> Any:
     header, body = parts(data)
     start, end = header[name]["data_offsets"]
-    dtypes = {"I64": "<i8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "I8": "<i1"}
+    dtypes = {"I64": "<i8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "I8": "<i1", "U8": "<u1"}
     return np.frombuffer(body[start:end], dtypes[header[name]["dtype"]]).copy()
 
 
@@ -169,7 +173,9 @@ def check(path: Path, data: bytes) -> Container | None:
     assert bool(((images >= 0) & (images <= 1)).all())
     assert len(images) == len(labels)
     again = serialise(memory)
-    assert len(again) == memory.file_bytes == len(data)
+    assert len(again) == memory.file_bytes
+    # A forger's code may be longer than need be.
+    assert len(again) == len(data) or memory.layout.is_coded
     return memory
 
 
@@ -192,8 +198,7 @@ def same_memory(one: Container, two: Container) -> bool:
 # What is saved comes back.
 
 
-@every_container
-@every_format
+@every_kind
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_what_is_decoded_after_load_is_what_was_decoded_before_save(
@@ -227,8 +232,7 @@ def test_what_is_decoded_after_load_is_what_was_decoded_before_save(
     assert serialise(loaded) == path.read_bytes() == serialise(memory)
 
 
-@every_container
-@every_format
+@every_kind
 def test_a_loaded_memory_goes_on_like_the_one_saved(
     container: str, number_format: NumberFormat, path: Path
 ) -> None:
@@ -328,8 +332,7 @@ def test_a_memory_over_its_budget_is_not_saved(make_layout: MakeLayout, path: Pa
     assert path.stat().st_size == memory.budget_bytes
 
 
-@every_container
-@every_format
+@every_kind
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_a_memory_that_diverged_is_not_saved(
     container: str, number_format: NumberFormat, value: float, path: Path
@@ -519,7 +522,7 @@ def edited(header: dict[str, Any], rng: random.Random) -> dict[str, Any]:
                 words[place] = rng.choice([*words, *numbers, *CONTAINERS])
                 node[key] = " ".join(words)
             else:
-                node[key] = rng.choice(JUNK)
+                node[key] = copy.deepcopy(rng.choice(JUNK))
             break
     return header
 
@@ -718,7 +721,7 @@ def test_values_that_are_no_numbers_are_refused(
 
 LARGE_LAYOUTS: dict[str, Callable[[NumberFormat], ContainerLayout]] = {
     **SMALL_LAYOUTS,
-    "hmn": lambda number_format: Layout(
+    "hmn": lambda number_format: hmn_layout(
         number_format=number_format,
         **{**SMALL, "stride": 32, "decoder_channels": (64,) * 5, "instance_channels": 64},
     ),
@@ -727,15 +730,14 @@ LARGE_LAYOUTS: dict[str, Callable[[NumberFormat], ContainerLayout]] = {
 }
 
 
-@every_container
-@every_format
+@every_kind
 def test_the_largest_values_that_are_accepted_still_decode_to_images(
     container: str, number_format: NumberFormat, path: Path
 ) -> None:
     layout = LARGE_LAYOUTS[container](number_format)
     data = serialise(make_container(layout, [0, 1], layout.group_size))
     names = TENSORS[container] if number_format == "int8" else layout.learned
-    for name in names:
+    for name in ["biases"] if layout.is_coded else names:
         old = stored(data, name)
         signs = np.where(np.arange(len(old)) % 3 == 0, -1, 1) if old.dtype != np.float32 else 1
         new = np.full(len(old), 127 if old.dtype == np.int8 else 1e4) * signs

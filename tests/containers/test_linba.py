@@ -10,11 +10,11 @@ from torch import Tensor
 from hmn_replay.budget import Budget
 from hmn_replay.containers.linba import LinBa, LinBaLayout
 from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
+from hmn_replay.formats import PLAIN_FORMATS, NumberFormat
 from tests.support import rounded_by_hand, same_bits, trained, upsampled_by_hand
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
-every_format = pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+every_format = pytest.mark.parametrize("number_format", PLAIN_FORMATS)
 
 CIFAR = (3, 32, 32)
 

@@ -17,11 +17,11 @@ from hmn_replay.containers.pixels import (
     to_unit_interval,
 )
 from hmn_replay.errors import ConfigError
-from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
+from hmn_replay.formats import PLAIN_FORMATS, NumberFormat
 from tests.support import rounded_by_hand, same_bits, trained, upsampled_by_hand
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
-every_format = pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+every_format = pytest.mark.parametrize("number_format", PLAIN_FORMATS)
 every_layout = pytest.mark.parametrize(
     "layout",
     [
