@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from hmn_replay.errors import CheckpointError
 from hmn_replay.files import write_atomically
+from hmn_replay.lookup import Images
 
 __all__ = [
     "Checkpoint",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 _KEY, _DIGEST_KEY = "hmn_replay_checkpoint", "digest"
+# A part of a tensor whose rows do not lie one after another is copied to be digested.
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,24 @@ class Checkpoint:
 def write_checkpoint(
     path: str | Path, fingerprint: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write a checkpoint, all at once or not at all.
+    """Write a checkpoint, all at once or not at all, from the tensors' own memory.
 
     Args:
         path: The file.
         fingerprint: What tells this run from every other one.
         state: JSON values.
         tensors: Name to tensor, on any device.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"fingerprint": fingerprint, "state": state})
     metadata = {_KEY: text, _DIGEST_KEY: digest_tensors(text, stored)}
-    write_atomically(path, safetensors.torch.save(stored, metadata))
+    try:
+        write_atomically(path, partial(safetensors.torch.save_file, stored, metadata=metadata))
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot write the checkpoint {str(path)!r} ({error})") from error
 
 
 def read_checkpoint(path: str | Path, fingerprint: str) -> Checkpoint | None:
@@ -116,10 +126,13 @@ def load_state(owner: nn.Module | torch.optim.Optimizer, tensors: Mapping[str, T
     owner.load_state_dict({**owner.state_dict(), "state": state})
 
 
-def digest_tensors(text: str, tensors: Mapping[str, Tensor]) -> str:
+def digest_tensors(text: str, tensors: Mapping[str, Images]) -> str:
     """Return 32 hexadecimal digits that tell a text and named CPU tensors from any others."""
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        rows = tensor[None] if isinstance(tensor, Tensor) and not tensor.ndim else tensor
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TypeAlias
 
-from hmn_replay.errors import HMNReplayError
+from hmn_replay.errors import DistributedError, HMNReplayError
 
 __all__ = ["main", "make_parser"]
 
@@ -42,14 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from hmn_replay.commands import COMMANDS
 
-        result, text = COMMANDS[args.command](args)
-        print(json.dumps(result, indent=2) if args.json else text, flush=True)
+        told = COMMANDS[args.command](args)
+        if told is not None:
+            result, text = told
+            print(json.dumps(result, indent=2) if args.json else text, flush=True)
     except KeyboardInterrupt:
-        _complain("interrupted" + _advice(args))
+        if os.environ.get("RANK", "0") == "0":
+            _complain("interrupted" + _advice(args))
         return 130
     except BrokenPipeError:
         # The reader has had enough; Python would complain of it once more while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except DistributedError as error:
+        words = sys.argv[1:] if argv is None else list(argv)
+        _complain(f"error: {_describe(error)}; start again: {_launch(words)}")
         return 1
     except (HMNReplayError, OSError, MemoryError) as error:
         _complain(f"error: {_describe(error)}")
@@ -92,7 +100,10 @@ def _add_condense(commands: _Commands) -> None:
         "make a memory file from a data set",
         "Condense the training images of a data set into a memory file within a budget of bytes.\n"
         "Every minute the work is kept in OUT.checkpoint; when it was stopped, the same command\n"
-        "goes on from there. In the end the checkpoint is deleted, with experts beside it.",
+        "goes on from there. In the end the checkpoint is deleted, with experts beside it.\n\n"
+        "torchrun --nproc-per-node=N -m hmn_replay condense ... shares the work among N\n"
+        "processes, each on a GPU of its own where there are any. Any number of them goes on from\n"
+        "a checkpoint.",
         "hmn-replay condense --data cifar10.npz --budget 120KiB --out cifar10.hmn",
     )
     _add_data(parser)
@@ -139,6 +150,14 @@ def _add_condense(commands: _Commands) -> None:
     )
     parser.add_argument(
         "--restart", action="store_true", help="throw the checkpoint away and begin anew"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_positive,
+        default=1800,
+        metavar="SECONDS",
+        help="of several processes: how long to wait for one that does not answer; one that has "
+        "ended is noticed at once (default: 1800)",
     )
 
 
@@ -336,6 +355,13 @@ def _advice(args: argparse.Namespace) -> str:
         return ""
     which = "the same command without --restart" if args.restart else "the same command"
     return f"; the work so far is in {checkpoint}: run {which} to go on from there"
+
+
+def _launch(words: Sequence[str]) -> str:
+    """Return the line that starts as many processes with these words, to go on."""
+    number = os.environ.get("LOCAL_WORLD_SIZE", "N")
+    again = shlex.join(word for word in words if word != "--restart")
+    return f"torchrun --nproc-per-node={number} -m hmn_replay {again}"
 
 
 def _complain(message: str) -> None:

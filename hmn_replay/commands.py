@@ -22,6 +22,7 @@ from hmn_replay.budget import Budget
 from hmn_replay.condense import condense
 from hmn_replay.config import parse_option
 from hmn_replay.data import LabelledImages
+from hmn_replay.distributed import Team, launched
 from hmn_replay.errors import CheckpointError, ConfigError
 from hmn_replay.experts import experts_beside
 from hmn_replay.export import contact_sheet, export_images, export_npz
@@ -44,22 +45,31 @@ __all__ = [
 Result: TypeAlias = tuple[dict[str, Any], str]
 
 
-def run_condense(args: argparse.Namespace) -> Result:
-    """Make a memory file; see ``hmn-replay condense --help``."""
+def run_condense(args: argparse.Namespace) -> Result | None:
+    """Make a memory file; see ``hmn-replay condense --help``.
+
+    Of several processes that torchrun started, the first one alone writes, and returns a result.
+    """
+    with launched(args.timeout) as team:
+        return _condense(args, team)
+
+
+def _condense(args: argparse.Namespace, team: Team) -> Result | None:
     out: Path = args.out
-    _check_out(args)
+    if team.first:
+        _check_out(args)
     options = {name: parse_option(name, text) for name, text in args.set}
     chosen = {"number_format": args.number_format, "objective": args.objective}
     options |= {name: value for name, value in chosen.items() if value is not None}
     budget = Budget.parse(args.budget)
     checkpoint = Path(f"{out}.checkpoint")
-    if args.restart:
+    if team.first and args.restart:
         _delete_checkpoint(checkpoint)
-    elif checkpoint.exists():
+    elif team.first and checkpoint.exists():
         _note(args, f"going on from {checkpoint}")
     try:
         memory = condense(
-            _load_data(args, "train"),
+            _load_together(args, team),
             budget,
             effort=args.effort,
             container=args.container,
@@ -67,10 +77,13 @@ def run_condense(args: argparse.Namespace) -> Result:
             device=args.device,
             checkpoint=checkpoint,
             progress=not args.quiet,
+            team=team,
             **options,
         )
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --restart throws it away") from error
+    if not team.first:
+        return None
     memory.save(out)
     _delete_checkpoint(checkpoint)
     report: dict[str, Any] = memory.report
@@ -241,7 +254,7 @@ def run_baseline(args: argparse.Namespace) -> Result:
     return result, f"{_table(lines)}\n\n{_table(rows, '>>>><')}"
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], Result]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], Result | None]] = {
     "condense": run_condense,
     "evaluate": run_evaluate,
     "inspect": run_inspect,
@@ -266,6 +279,17 @@ def _load_data(args: argparse.Namespace, split: Split) -> LabelledImages:
     return load_dataset(
         args.data, split, data_root=args.data_root, download=args.download, size=args.size
     )
+
+
+def _load_together(args: argparse.Namespace, team: Team) -> LabelledImages:
+    """Load the training images, after the first process of this machine has fetched the files."""
+    fetches = os.environ.get("LOCAL_RANK", "0") == "0"
+    if args.download and not fetches:
+        team.wait()
+    data = _load_data(args, "train")
+    if args.download and fetches:
+        team.wait()
+    return data
 
 
 def _training(args: argparse.Namespace) -> TrainingConfig:

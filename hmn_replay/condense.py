@@ -19,6 +19,7 @@ from hmn_replay.container import Container
 from hmn_replay.container_layout import ContainerLayout, check_num_classes
 from hmn_replay.containers import get_layout_type
 from hmn_replay.data import ImageSource, as_labelled_images
+from hmn_replay.distributed import Team, join
 from hmn_replay.errors import ConfigError
 from hmn_replay.formats import check_number_format
 from hmn_replay.loop import Condensation
@@ -41,6 +42,7 @@ def condense(
     expected_classes: int | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = False,
+    team: Team | None = None,
     **options: Any,
 ) -> Container:
     """Condense a labelled image set into a memory (Zheng et al. 2024, Algorithm 1).
@@ -74,6 +76,11 @@ def condense(
             for none. It stays there in the end, and so does ``NAME.experts`` beside it, a folder
             that ``objective="mtt"`` makes where no other is named.
         progress: Whether to show bars on standard error.
+        team: The processes that share the work, from :func:`hmn_replay.distributed.join`, which
+            tells how long to wait for one; all call this alike, with the same arguments, and leave
+            the team when it ends. Process 0 alone reads and writes the checkpoint. Default: all
+            that ``torch.distributed`` was initialised for, or this process alone;
+            :data:`hmn_replay.distributed.ALONE` makes each work for itself.
         **options: Fields of :class:`~hmn_replay.config.CondenseConfig`, to replace the effort's.
 
     Returns:
@@ -92,6 +99,8 @@ def condense(
         ConfigError: An unknown option, or a value outside its range.
         DataError: Images or labels that cannot be used.
         CheckpointError: The checkpoint belongs to another run, or cannot be read.
+        DistributedError: A process of the team was lost, or was given something else; the message
+            names the checkpoint, from which any number of processes may go on.
         ExpertError: The folder ``experts`` has those of other images or settings, or a damaged one.
         TrainingError: The optimisation left the real numbers.
     """
@@ -122,7 +131,11 @@ def condense(
             f"the layout is for {layout.number_format} images of {layout.image_shape}; the data "
             f"and options ask for {config.number_format} and {data.image_shape}"
         )
-    with torch.enable_grad(), deterministic_cudnn():
+    with (
+        torch.enable_grad(),
+        deterministic_cudnn(),
+        join() if team is None else team as team,
+    ):
         run = Condensation(
             data,
             limit,
@@ -132,6 +145,7 @@ def condense(
             seed=seed,
             device=resolve_device(device),
             progress=progress,
+            team=team,
         )
         if checkpoint is not None:
             run.resume(Path(checkpoint))

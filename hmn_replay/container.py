@@ -22,13 +22,15 @@ from hmn_replay.decoded import DecodedDataset
 from hmn_replay.entropy import encode
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.formats import Stored, quantise
+from hmn_replay.lookup import ImageLookup, Images
 from hmn_replay.runtime import make_generator
 
 __all__ = ["Container", "noise", "ones", "zeros"]
 
-# Images decoded at once: 256 up to 32 x 32, 5 of 224 x 224.
 _PIXELS_PER_CHUNK = 2**18
 _IMAGES_PER_CHUNK = 256
+# Decoded once where all images take no more than this, such as 87,000 of 32 x 32.
+_KEPT_BYTES = 2**30
 
 
 class Container(nn.Module, abc.ABC):
@@ -180,6 +182,12 @@ class Container(nn.Module, abc.ABC):
         return self.layout.image_shape
 
     @property
+    def chunk_size(self) -> int:
+        """How many images are decoded at once: 256 up to 32 x 32, 5 of 224 x 224."""
+        fitting = _PIXELS_PER_CHUNK // math.prod(self.image_shape[1:])
+        return max(1, min(fitting, _IMAGES_PER_CHUNK))
+
+    @property
     def labels(self) -> Tensor:
         """int64 ``(N,)``, the label of each image."""
         return self.classes[self.class_index]
@@ -245,8 +253,7 @@ class Container(nn.Module, abc.ABC):
         if indices is None:
             indices = torch.arange(self.num_images)
         indices = check_indices(indices, self.num_images)
-        fitting = _PIXELS_PER_CHUNK // math.prod(self.image_shape[1:])
-        chunk_size = max(1, min(fitting, _IMAGES_PER_CHUNK))
+        chunk_size = self.chunk_size
         num_images, num_repeats = len(indices), -len(indices) % chunk_size
         padded = torch.cat([indices, indices[-1:].expand(num_repeats)]).to(device)
         images = torch.empty((num_images, *self.image_shape), dtype=dtype, device=device)
@@ -257,6 +264,23 @@ class Container(nn.Module, abc.ABC):
                     decoded = (decoded * 255).round()
                 images[start : start + chunk_size] = decoded[: num_images - start]
         return images, self.labels[padded[:num_images]]
+
+    def decoded(self, dtype: torch.dtype = torch.float32) -> Images:
+        """Return all images: decoded now, or whenever they are asked for if that takes over 1 GiB.
+
+        The bits are the same. Until they have been asked for, the memory is to stay as it is.
+
+        Args:
+            dtype: As in :meth:`decode`.
+        """
+
+        def fetch(positions: Tensor | None) -> Tensor:
+            return self.decode(positions, dtype=dtype)[0]
+
+        shape = (self.num_images, *self.image_shape)
+        if math.prod(shape) * dtype.itemsize <= _KEPT_BYTES:
+            return fetch(None)
+        return ImageLookup(fetch, shape, dtype)
 
     def as_dataset(
         self,

@@ -29,6 +29,7 @@ from hmn_replay.convert import (
     to_pixels,
 )
 from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.lookup import Images
 from hmn_replay.runtime import make_generator
 
 __all__ = [
@@ -140,7 +141,7 @@ def stack_images(
     return LabelledImages(torch.from_numpy(images), torch.from_numpy(labels), names)
 
 
-def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
+def channel_stats(images: Images) -> tuple[Tensor, Tensor]:
     """Return the mean and the standard deviation of each channel, as values in [0, 1].
 
     Args:
@@ -155,10 +156,11 @@ def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
         DataError: The shape or the dtype is another, or a value is not in [0, 1].
     """
     is_bytes = images.dtype == torch.uint8
-    if images.ndim != 4 or images.numel() == 0 or not (is_bytes or images.is_floating_point()):
+    is_number = is_bytes or images.dtype.is_floating_point
+    if len(images.shape) != 4 or 0 in images.shape or not is_number:
         raise DataError(
             "expected images of shape (N, C, H, W), not empty, uint8 or floats in [0, 1], came "
-            f"{dtype_name(images)} {tuple(images.shape)}"
+            f"{dtype_name(images.dtype)} {tuple(images.shape)}"
         )
     totals, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
     for start in range(0, len(images), CHUNK):
@@ -168,7 +170,7 @@ def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
         values = chunk.cpu().double()
         totals += values.sum(dim=(0, 2, 3))
         squares += values.square().sum(dim=(0, 2, 3))
-    count, top = images.numel() // images.shape[1], 255 if is_bytes else 1
+    count, top = images.shape.numel() // images.shape[1], 255 if is_bytes else 1
     mean = totals / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     return (mean / top).float(), (std / top).clamp(min=STD_FLOOR).float()
@@ -284,6 +286,19 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             ConfigError: ``fraction`` is not in (0, 1).
             DataError: No class has two images.
         """
+        first, second = self.split_positions(fraction, seed)
+        return self.take(first), self.take(second)
+
+    def split_positions(self, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the positions of the images of both parts of :meth:`split`, without a copy.
+
+        Args:
+            fraction: As in :meth:`split`.
+            seed: As in :meth:`split`.
+
+        Returns:
+            The positions, int64, ascending.
+        """
         if not 0 < fraction < 1:
             raise ConfigError(f"fraction is expected to be in (0, 1), came {fraction}")
         in_second = torch.zeros(len(self), dtype=torch.bool)
@@ -296,7 +311,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             raise DataError(
                 f"{self} cannot be split: no class has 2 images; bring more images a class"
             )
-        return self.take(~in_second), self.take(in_second)
+        return (~in_second).nonzero().flatten(), in_second.nonzero().flatten()
 
     def floats(self, indices: Tensor | None = None) -> Tensor:
         """Return images as float32 ``(N, C, H, W)`` in [0, 1].

@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DistributedError",
     "ExpertError",
     "HMNReplayError",
     "MemoryFileError",
@@ -38,6 +39,10 @@ class MemoryFileError(HMNReplayError, ValueError):
 
 class CheckpointError(HMNReplayError, RuntimeError):
     """A checkpoint that belongs to another run, or that cannot be read."""
+
+
+class DistributedError(HMNReplayError, RuntimeError):
+    """Processes that work together, and one of which was lost or has something else to do."""
 
 
 class ExpertError(HMNReplayError, RuntimeError):

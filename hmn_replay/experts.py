@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from hmn_replay.checkpoint import digest_tensors
+from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ExpertError
 from hmn_replay.files import write_atomically
+from hmn_replay.lookup import Images
 from hmn_replay.networks import Network
 from hmn_replay.runtime import derive_seed
 from hmn_replay.training import TrainingConfig, make_network, train_network
@@ -41,7 +43,7 @@ EXPERT_TRAINING = TrainingConfig(
 
 def record_experts(
     folder: str | Path,
-    images: Tensor,
+    images: Images,
     class_indices: Tensor,
     num_classes: int,
     *,
@@ -116,7 +118,7 @@ class Experts:
     def __init__(
         self,
         folder: str | Path,
-        images: Tensor,
+        images: Images,
         class_indices: Tensor,
         num_classes: int,
         *,
@@ -155,6 +157,7 @@ class Experts:
         number: int,
         device: str | torch.device = "auto",
         progress: Callable[[int, int], None] | None = None,
+        team: Team = ALONE,
     ) -> None:
         """Train an expert, and write its file.
 
@@ -162,6 +165,7 @@ class Experts:
             number: Which one.
             device: Where to train.
             progress: Called as by :func:`hmn_replay.training.train_network`.
+            team: The processes that train it together; the first one writes.
         """
         tensors: dict[str, Tensor] = {}
 
@@ -180,7 +184,10 @@ class Experts:
             device=device,
             progress=progress or False,
             on_epoch=keep,
+            team=team,
         )
+        if not team.first:
+            return
         told = {"num_epochs": self.num_epochs, "settings": self._settings(number)}
         self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {_KEY: json.dumps(told)}

@@ -7,6 +7,7 @@ import errno
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 __all__ = ["check_target", "open_at_once", "write_atomically"]
@@ -33,20 +34,27 @@ def check_target(path: str | Path) -> Path:
     return target
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader finds the old file or the new one, never less.
+def write_atomically(path: str | Path, content: bytes | Callable[[str], None]) -> None:
+    """Write ``path`` so that a reader finds the old file or the new one, never less.
 
     A link stays one: what it links to is written.
+
+    Args:
+        path: The file.
+        content: Its bytes, or a function that writes them to the name that it is given.
 
     Raises:
         OSError: As :func:`check_target`, or the system refuses. What stood there stays.
     """
     path = check_target(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
+        if callable(content):
+            content(temporary)
+        else:
+            Path(temporary).write_bytes(content)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)

@@ -37,6 +37,7 @@ from hmn_replay.container import Container
 from hmn_replay.container_layout import ContainerLayout
 from hmn_replay.containers import make_container
 from hmn_replay.data import LabelledImages
+from hmn_replay.lookup import Images, LabelledView, join_images
 
 __all__ = ["Growth", "make_room"]
 
@@ -50,25 +51,32 @@ class Growth:
         first_class: Position of the first class of the data; 0 where the memory is new.
         num_old: How many images the old classes have; they come first.
         drops: How many images each class that has any is to give up, in the memory's order.
-        old_images: uint8 ``(M, C, H, W)``, what the old memory decodes to, on the CPU. Images of a
-            class that comes again are repeated until they are about as many as its new ones.
+        old_images: uint8 ``(M, C, H, W)``, what the old memory decodes to, on the CPU.
         old_labels: int64 ``(M,)``, their labels.
+        old_repeats: int64 ``(M,)``, how often each stands beside the new ones: images of a class
+            that comes again until they are about as many as its new ones.
     """
 
     memory: Container
     first_class: int
     num_old: int
     drops: list[int]
-    old_images: Tensor
+    old_images: Images
     old_labels: Tensor
+    old_repeats: Tensor
 
-    def pool(self, data: LabelledImages) -> LabelledImages:
-        """Return ``data`` and the old images, to learn from together."""
-        if not len(self.old_labels):
-            return data
-        images = torch.cat([data.images, self.old_images])
-        labels = torch.cat([data.labels, self.old_labels])
-        return LabelledImages(images, labels, data.class_names)
+    def pool(self, data: LabelledImages, positions: Tensor | None = None) -> LabelledView:
+        """Return images of ``data`` and the old ones, to learn from together; nothing is copied.
+
+        Args:
+            data: The images that the memory was made for.
+            positions: Those of them to learn from; all where None.
+        """
+        new = torch.arange(len(data)) if positions is None else positions
+        old = torch.arange(len(self.old_labels)).repeat_interleave(self.old_repeats)
+        images = join_images([data.images, self.old_images])
+        labels = torch.cat([data.labels[new], self.old_labels[old]])
+        return LabelledView(images.take(torch.cat([new, len(data) + old])), labels)
 
 
 def make_room(
@@ -119,18 +127,14 @@ def make_room(
         memory.freeze_shared()
     held = memory.images_per_class
     drops = [max(0, count - share) for count, share in zip(held, shares, strict=True) if count]
-    old_images, labels = _old_images(old, data, again)
-    return Growth(memory, first_class, sum(held[:first_class]), drops, old_images, labels)
-
-
-def _old_images(
-    old: Container | None, data: LabelledImages, again: list[int]
-) -> tuple[Tensor, Tensor]:
-    if old is None:
-        return torch.empty((0, *data.image_shape), dtype=torch.uint8), data.labels[:0]
-    images, labels = (tensor.cpu() for tensor in old.decode(dtype=torch.uint8))
+    old_images: Images = data.images[:0]
+    labels = data.labels[:0]
+    if old is not None:
+        old_images = old.decoded(torch.uint8).to(torch.device("cpu"))
+        labels = old.labels.cpu()
     repeats = torch.ones_like(labels)
     for label in again:
         ours = labels == label
         repeats[ours] = max(1, len(data.of_class(label)) // max(1, int(ours.sum())))
-    return images.repeat_interleave(repeats, dim=0), labels.repeat_interleave(repeats)
+    num_old = sum(held[:first_class])
+    return Growth(memory, first_class, num_old, drops, old_images, labels, repeats)

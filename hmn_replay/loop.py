@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ from hmn_replay.config import CondenseConfig
 from hmn_replay.container import Container
 from hmn_replay.container_layout import ContainerLayout
 from hmn_replay.data import LabelledImages
+from hmn_replay.distributed import ALONE, Team
 from hmn_replay.experts import Experts
+from hmn_replay.fidelity import drift_psnr, reconstruction_psnr
 from hmn_replay.growth import make_room
+from hmn_replay.lookup import Images, LabelledView, images_at_once, join_images, take_images
 from hmn_replay.networks import Network
 from hmn_replay.pruning import aum, double_ended_prune, margins
 from hmn_replay.run import Run
@@ -48,18 +52,22 @@ class Condensation(Run):
         seed: int,
         device: torch.device,
         progress: bool,
+        team: Team = ALONE,
     ) -> None:
         self.config, self.seed, self.budget = config, seed, budget
         self.growth = make_room(
             data, budget, config.over_budget, layout=layout, old=old, seed=seed, device=device
         )
         self.first_class = self.growth.first_class
-        train = data
-        self.held_out: LabelledImages | None = None
+        learned: Tensor | None = None
+        self.held_out: LabelledView | None = None
         # Real images are kept back for the choice of beta only where there is a choice to make.
         if len(config.beta_grid) > 1 and any(self.growth.drops) and len(data) > data.num_classes:
-            train, self.held_out = data.split(config.holdout, derive_seed(seed, "holdout"))
-        self.real = steps.RealImages.of(self.growth.pool(train), self.growth.memory.classes)
+            learned, kept_back = data.split_positions(config.holdout, derive_seed(seed, "holdout"))
+            held_out = join_images([data.images]).take(kept_back)
+            self.held_out = LabelledView(held_out, data.labels[kept_back])
+        pool = self.growth.pool(data, learned)
+        self.real = steps.RealImages.of(pool, self.growth.memory.classes)
         measured: dict[str, Any] = {
             "warm_start_psnr": None,
             "beta": None,
@@ -72,7 +80,7 @@ class Condensation(Run):
         if needs_experts(config):
             phases.insert(1, "experts")
         fingerprint = _fingerprint(data, budget, layout, config, seed, old)
-        super().__init__(self.growth.memory, fingerprint, phases, measured, device, progress)
+        super().__init__(self.growth.memory, fingerprint, phases, measured, device, progress, team)
 
     def finish(self) -> Container:
         """Take all the steps that are left."""
@@ -114,23 +122,30 @@ class Condensation(Run):
                     order, order_epoch = torch.randperm(num_images, generator=generator), epoch
                 indices = order[position * batch_size : (position + 1) * batch_size]
                 wanted = wanted_images(num_old + indices)
-                wanted = wanted.to(self.device, non_blocking=True)
                 steps.set_rate(optimizer, cosine_rate(done, 1, config.warm_start_learning_rate))
                 steps.warm_start_step(
-                    memory, optimizer, num_old + indices, wanted, config.precision, self.first_class
+                    memory,
+                    optimizer,
+                    num_old + indices,
+                    wanted,
+                    config.precision,
+                    self.first_class,
+                    self.team,
                 )
                 bar.update(batch_size)
                 self._stepped(len(indices), optimizer=optimizer)
-        self.state["warm_start_psnr"] = self._psnr(targets) if warm else None
+        if warm:
+            new = torch.arange(num_old, memory.num_images)
+            self.state["warm_start_psnr"] = reconstruction_psnr(memory, new, wanted_images)
         self._next_phase()
 
     def _record_experts(self) -> None:
         experts = self.experts
         assert experts is not None, "a phase of runs that follow experts"
-        missing, size = experts.missing(), experts.num_images
+        missing, size = self.team.agree(experts.missing), experts.num_images
         with self._bar("experts", self.state["step"] + len(missing), size) as bar:
             for number in missing:
-                experts.record(number, self.device, self._follow(bar))
+                experts.record(number, self.device, self._follow(bar), self.team)
                 self._stepped(size, save=True)
         self._next_phase()
 
@@ -150,7 +165,7 @@ class Condensation(Run):
         self._next_phase()
 
     def _stepper(self) -> Stepper:
-        arguments = (self.memory, self.real, self.config, self.seed, self.first_class)
+        arguments = (self.memory, self.real, self.config, self.seed, self.first_class, self.team)
         if self.experts is None:
             return BatchStepper(*arguments)
         return TrajectoryStepper(*arguments, experts=self.experts)
@@ -164,12 +179,14 @@ class Condensation(Run):
         return min(1.0, max(done, seconds / most_seconds))
 
     def _prune(self) -> None:
+        self.team.copy_first(self.memory.state_dict().values())
         self.state["drift_psnr"] = self._drift()
         if any(self.growth.drops):
-            images, _ = self.memory.decode()
+            images = self.memory.decoded()
             scores = self.resumed.tensors.get("scores") if self.resumed else None
             if scores is None:
                 scores = self._score_images(images)
+                self.team.copy_first([scores])
                 self._stepped(self.config.pruning_passes, save=True, scores=scores)
             self.memory.keep(self._choose(images, scores))
         self.memory.budget_bytes = self.budget.num_bytes
@@ -180,26 +197,28 @@ class Condensation(Run):
         """Return the PSNR in dB of the old images to what they were; None if no bit changed."""
         growth = self.growth
         stays = torch.isin(growth.old_labels, self.memory.classes[: self.first_class].cpu())
-        before = growth.old_images[stays].double() / 255
-        after = self.memory.decode(range(growth.num_old), dtype=torch.uint8)[0].cpu().double() / 255
-        error = float((before - after).square().mean()) if growth.num_old else 0.0
-        return -10 * math.log10(error) if error else None
+        return drift_psnr(self.memory, take_images(growth.old_images, stays.nonzero().flatten()))
 
-    def _score_images(self, images: Tensor) -> Tensor:
+    def _score_images(self, images: Images) -> Tensor:
         """Return the AUM of every decoded image, from one training on all of them."""
         class_index = self.memory.class_index
         recorded: list[Tensor] = []
 
         def record(_: int, network: Network) -> None:
             network.eval()
+            margin = torch.zeros(len(images), dtype=torch.float32, device=self.device)
+            positions = torch.arange(len(images), device=self.device)
+            parts = positions.split(images_at_once(self.memory.image_shape))
             with torch.no_grad():
-                logits = torch.cat([network(chunk) for chunk in images.split(512)])
-            recorded.append(margins(logits.float(), class_index))
+                for part in self.team.share(parts):
+                    margin[part] = margins(network(images[part]).float(), class_index[part])
+            self.team.add_up(margin)
+            recorded.append(margin)
 
         self._train_on(images, class_index, "AUM", on_epoch=record)
         return aum(recorded).cpu()
 
-    def _choose(self, images: Tensor, scores: Tensor) -> Tensor:
+    def _choose(self, images: Images, scores: Tensor) -> Tensor:
         """Return the images that stay, for the beta that scores best on held-out real images."""
         accuracies: dict[str, float] = self.state["beta_accuracies"]
         class_index = self.memory.class_index
@@ -218,8 +237,12 @@ class Condensation(Run):
                 if str(beta) in accuracies:
                     continue
                 stays = kept[beta].to(self.device)
-                network = self._train_on(images[stays], class_index[stays], f"beta {beta:g}")
-                accuracies[str(beta)] = score(network, held_out.data.images, held_out.class_indices)
+                network = self._train_on(
+                    take_images(images, stays), class_index[stays], f"beta {beta:g}"
+                )
+                accuracies[str(beta)] = self.team.agree(
+                    partial(score, network, held_out.data.images, held_out.class_indices)
+                )
                 self._stepped(self.config.pruning_passes, save=True, scores=scores)
         best = max(grid, key=lambda beta: accuracies.get(str(beta), 0.0))
         self.state["beta"] = best
@@ -227,7 +250,7 @@ class Condensation(Run):
 
     def _train_on(
         self,
-        images: Tensor,
+        images: Images,
         class_index: Tensor,
         name: str,
         on_epoch: Callable[[int, Network], None] | None = None,
@@ -243,6 +266,7 @@ class Condensation(Run):
                 device=self.device,
                 progress=self._follow(bar),
                 on_epoch=on_epoch,
+                team=self.team,
             )
 
     def _follow(self, bar: Any) -> Callable[[int, int], None]:
@@ -250,23 +274,15 @@ class Condensation(Run):
         start = bar.n
 
         def advance(num_seen: int, _: int) -> None:
-            if self.interrupted:
+            if any(self.team.sum(self.interrupted)):
                 raise KeyboardInterrupt  # what came before this training has been kept
             bar.update(start + num_seen - bar.n)
 
         return advance
 
-    def _psnr(self, targets: Tensor) -> float:
-        images, _ = self.memory.decode(range(self.growth.num_old, self.memory.num_images))
-        errors = torch.cat(
-            [
-                (chunk.cpu() - self.real.data.floats(wanted)).square().mean(dim=(1, 2, 3))
-                for chunk, wanted in zip(images.split(512), targets.split(512), strict=True)
-            ]
-        )
-        return float(-10 * errors.clamp_min(1e-10).log10().mean())
-
     def _optimizer(self, betas: tuple[float, float]) -> torch.optim.Adam:
+        # Processes may differ in last bits; from here on, all move the same memory.
+        self.team.copy_first(self.memory.state_dict().values())
         optimizer = steps.make_optimizer(self.memory, betas)
         if self.resumed and self.state["step"]:
             load_state(optimizer, self.resumed.group("optimizer"))

@@ -25,9 +25,8 @@ from hmn_replay.layout import Layout
 
 __all__ = ["HierarchicalMemory"]
 
-# Components are computed from about so many images.
-_FITTED_FROM = 512
-_FITTED_AT_ONCE = 256
+# Components are computed from about so many cells of images: those of 512 images of 4 x 4.
+_FITTED_FROM = 8192
 
 # Steps of entropy-coded integers: a decoder's in units of its weights' first deviation. The first
 # principal component begins with the deviation below: 8 steps.
@@ -183,15 +182,16 @@ class HierarchicalMemory(Container):
         if first_image:
             return False
         positions = torch.arange(self.num_images)
-        sample = self._cells(real_images(positions[:: max(1, len(positions) // _FITTED_FROM)]))
+        height, width = self.layout.grid
+        num_sampled = max(1, _FITTED_FROM // (height * width))
+        sample = self._cells(real_images(positions[:: max(1, len(positions) // num_sampled)]))
         *_, components = torch.linalg.svd(sample, full_matrices=False)
         components = components[: self.layout.instance_channels]
         scale = (sample @ components.T).square().mean(dim=0).sqrt().clamp_min(1e-6)
         if self.layout.is_coded:
             # One step for all of them: what a component has less of takes fewer bits.
             scale = scale[:1] / _CODED_DEVIATION
-        height, width = self.layout.grid
-        for chunk in positions.split(_FITTED_AT_ONCE):
+        for chunk in positions.split(self.chunk_size):
             codes = self._cells(real_images(chunk)) @ components.T / scale
             codes = rearrange(codes, "(n h w) c -> n c h w", h=height, w=width)
             self.instance_memory[chunk, : codes.shape[1]] = codes.to(self.instance_memory.device)

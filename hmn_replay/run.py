@@ -23,7 +23,8 @@ from hmn_replay.checkpoint import (
     write_checkpoint,
 )
 from hmn_replay.container import Container
-from hmn_replay.errors import TrainingError
+from hmn_replay.distributed import ALONE, Team
+from hmn_replay.errors import DistributedError, TrainingError
 from hmn_replay.runtime import peak_memory_bytes
 from hmn_replay.storage import serialise
 
@@ -47,6 +48,8 @@ class Run:
         measured: JSON values that the phases write over, for :meth:`report`.
         device: Where it is trained.
         progress: Whether to show bars on standard error.
+        team: The processes that train it together. The first one's clock counts for all; it alone
+            shows bars, and reads and writes the checkpoint.
     """
 
     def __init__(
@@ -57,9 +60,11 @@ class Run:
         measured: Mapping[str, Any],
         device: torch.device,
         progress: bool,
+        team: Team = ALONE,
     ) -> None:
-        self.memory, self.fingerprint = memory, fingerprint
-        self.phases, self.device, self.progress = tuple(phases), device, progress
+        self.memory, self.fingerprint, self.team = memory, fingerprint, team
+        self.phases, self.device, self.progress = tuple(phases), device, progress and team.first
+        team.check_same(f"{fingerprint} on {device.type}", "data, budget, seed, settings or device")
         self.state: dict[str, Any] = {
             "phase": self.phases[0],
             "step": 0,
@@ -76,7 +81,7 @@ class Run:
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint where there is one, and write to it from now on."""
         self.checkpoint = checkpoint
-        found = read_checkpoint(checkpoint, self.fingerprint)
+        found = self.team.agree(lambda: read_checkpoint(checkpoint, self.fingerprint))
         if found is None:
             self._save()
             return
@@ -86,7 +91,7 @@ class Run:
 
     def work(self, phases: Mapping[str, Callable[[], None]]) -> None:
         """Go through the phases that are left, in their order."""
-        with self._interruptible():
+        with self._interruptible(), self._telling_how_to_go_on():
             for phase in self.phases:
                 if self.state["phase"] == phase:
                     self.clock = time.monotonic()
@@ -131,6 +136,19 @@ class Run:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextlib.contextmanager
+    def _telling_how_to_go_on(self) -> Iterator[None]:
+        try:
+            yield
+        except DistributedError as error:
+            advice = "without a checkpoint, its work is lost: give it one"
+            if self.checkpoint is not None:
+                advice = (
+                    f"the work so far is in {self.checkpoint}, from where any number of processes "
+                    "goes on"
+                )
+            raise DistributedError(f"{error}; {advice}") from error
+
+    @contextlib.contextmanager
     def _bar(self, name: str, num_steps: int, images_per_step: int) -> Iterator[Any]:
         with tqdm(
             total=num_steps * images_per_step,
@@ -146,20 +164,25 @@ class Run:
         """Count one step, and write a checkpoint where it is time for one."""
         self.state["step"] += 1
         self.resumed = None
-        self._count(num_images)
-        overdue = time.monotonic() - self.saved_at >= _CHECKPOINT_SECONDS
-        if save or overdue or self.interrupted:
+        overdue, interrupted = self._count(num_images)
+        if save or overdue or interrupted:
             self._check()
             self._save(**owners)
-        if self.interrupted:
+        if interrupted:
             raise KeyboardInterrupt
 
-    def _count(self, num_images: int) -> None:
-        now = time.monotonic()
+    def _count(self, num_images: int) -> tuple[bool, bool]:
+        """Count images and seconds; return if a checkpoint is due, and if any process is to end."""
+        now, first = time.monotonic(), self.team.first
+        overdue = now - self.saved_at >= _CHECKPOINT_SECONDS
+        seconds, num_overdue, num_interrupted = self.team.sum(
+            (now - self.clock) * first, overdue * first, self.interrupted
+        )
         numbers = self.state["phases"][self.state["phase"]]
-        numbers["seconds"] += now - self.clock
+        numbers["seconds"] += seconds
         numbers["images"] += num_images
         self.clock = now
+        return num_overdue > 0, num_interrupted > 0
 
     def _next_phase(self) -> None:
         self._check()
@@ -186,7 +209,7 @@ class Run:
             ) from error
 
     def _save(self, **owners: _Stateful) -> None:
-        if self.checkpoint is None:
+        if self.checkpoint is None or not self.team.first:
             return
         tensors = flatten_state("memory", self.memory)
         for name, owner in owners.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,14 +34,20 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """Turn ``"auto"`` into the best device present, and check any other name.
 
     Args:
-        device: ``"auto"`` (CUDA, then MPS, then CPU), or anything :class:`torch.device` takes.
+        device: ``"auto"`` (CUDA, then MPS, then CPU), or anything :class:`torch.device` takes. Of
+            several GPUs, ``"auto"`` takes the one whose number is the process's on its machine,
+            which torchrun gives as ``LOCAL_RANK``.
 
     Raises:
         ConfigError: The name is unknown, or the device is not present or does not compute.
     """
     if device == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            local_rank = os.environ.get("LOCAL_RANK")
+            if local_rank is None:
+                return torch.device("cuda")
+            # Some launchers show each process its own GPU alone.
+            return torch.device("cuda", int(local_rank) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         resolved = torch.device(device)

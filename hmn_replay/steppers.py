@@ -15,6 +15,7 @@ from hmn_replay import steps
 from hmn_replay.checkpoint import Checkpoint, load_state
 from hmn_replay.config import CondenseConfig
 from hmn_replay.container import Container
+from hmn_replay.distributed import ALONE, Team
 from hmn_replay.matching import get_recipe
 from hmn_replay.networks import Network
 from hmn_replay.runtime import derive_seed, make_generator
@@ -31,6 +32,7 @@ class Stepper(abc.ABC):
         config: The settings.
         seed: Of all draws.
         first_class: The classes before it are not condensed.
+        team: The processes that take the steps together.
     """
 
     def __init__(
@@ -40,9 +42,10 @@ class Stepper(abc.ABC):
         config: CondenseConfig,
         seed: int,
         first_class: int = 0,
+        team: Team = ALONE,
     ) -> None:
         self.memory, self.real, self.config = memory, real, config
-        self.seed, self.first_class = seed, first_class
+        self.seed, self.first_class, self.team = seed, first_class, team
 
     @property
     @abc.abstractmethod
@@ -98,11 +101,11 @@ class BatchStepper(Stepper):
             self._draw_network(number // self.steps_per_network)
         generator = make_generator(self.seed, "match", number)
         num_decoded = steps.match_step(
-            memory, optimizer, self.network, real, config, generator, self.first_class
+            memory, optimizer, self.network, real, config, generator, self.first_class, self.team
         )
         if config.network_images:
             generator = make_generator(self.seed, "train", number)
-            steps.train_step(self.network, self.learner, real, config, generator, memory)
+            steps.train_step(self.network, self.learner, real, config, generator, memory, self.team)
         return num_decoded
 
     def owners(self) -> dict[str, Any]:

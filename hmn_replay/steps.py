@@ -6,21 +6,26 @@ What a step draws comes from its generator alone, so a step taken again is the s
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmn_replay.augment import draw_augmentation
+from hmn_replay.augment import Augmentation, draw_augmentation
 from hmn_replay.config import CondenseConfig
 from hmn_replay.container import Container
 from hmn_replay.data import LabelledImages, channel_stats
+from hmn_replay.distributed import ALONE, GradientPart, Team
 from hmn_replay.errors import ConfigError
+from hmn_replay.gradients import add_gradients
+from hmn_replay.lookup import LabelledView, images_at_once
 from hmn_replay.matching import get_recipe
 from hmn_replay.networks import Network, build_network
 from hmn_replay.runtime import autocast, make_generator
-from hmn_replay.training import draw_batch, mixed_loss
+from hmn_replay.training import draw_batch
 
 __all__ = [
     "RealImages",
@@ -44,21 +49,21 @@ class RealImages:
     """The real images that a memory learns from, class by class.
 
     Attributes:
-        data: The images.
+        data: The images and their labels.
         class_indices: int64 ``(N,)``, the position of each image's class among the memory's.
         members: For each class, int64, the positions of its images.
         mean: ``(C,)`` of the pixels in [0, 1].
         std: ``(C,)`` of the pixels in [0, 1].
     """
 
-    data: LabelledImages
+    data: LabelledImages | LabelledView
     class_indices: Tensor
     members: list[Tensor]
     mean: Tensor
     std: Tensor
 
     @classmethod
-    def of(cls, data: LabelledImages, classes: Tensor | None = None) -> RealImages:
+    def of(cls, data: LabelledImages | LabelledView, classes: Tensor | None = None) -> RealImages:
         """Sort images by class.
 
         Args:
@@ -66,7 +71,7 @@ class RealImages:
             classes: int64 ``(K,)``, the memory's classes in their order: all that ``data`` has, and
                 maybe more. Default: the sorted labels of ``data``.
         """
-        classes = data.classes if classes is None else classes.cpu()
+        classes = data.labels.unique() if classes is None else classes.cpu()
         ascending, positions = classes.sort()
         indices = positions[torch.searchsorted(ascending, data.labels)]
         counts = indices.bincount(minlength=len(classes)).tolist()
@@ -119,23 +124,33 @@ def warm_start_step(
     wanted: Tensor,
     precision: str = "float32",
     first_class: int = 0,
+    team: Team = ALONE,
 ) -> None:
     """Move the memory so that some of its images come nearer to real ones, by squared error.
+
+    Images are decoded in parts, so that peak memory does not grow with their size.
 
     Args:
         memory: The memory.
         optimizer: Over its parameters.
         indices: int64 ``(B,)``, positions of images.
-        wanted: float32 ``(B, C, H, W)`` in [0, 1], on the memory's device.
+        wanted: float32 ``(B, C, H, W)`` in [0, 1].
         precision: As in :class:`~hmn_replay.config.CondenseConfig`.
         first_class: Scales of the classes before it stay as they are; see
             :meth:`Container.update_scales`.
+        team: The processes that share the images; all are given the same ones.
     """
-    with autocast(wanted.device, precision):
-        images = memory(indices.to(wanted.device))
-    loss = F.mse_loss(images.float(), wanted)
+    device, parts = memory.class_index.device, images_at_once(memory.image_shape)
     optimizer.zero_grad()
-    torch.autograd.backward(loss)
+    own = zip(team.share(indices).split(parts), team.share(wanted).split(parts), strict=True)
+    for some, targets in own:
+        if not len(some):
+            continue
+        with autocast(device, precision):
+            images = memory(some.to(device))
+        loss = F.mse_loss(images.float(), targets.to(device, non_blocking=True))
+        torch.autograd.backward(loss * (len(some) / len(indices)))
+    team.sum_gradients(_parts_of(memory, [indices]))
     optimizer.step()
     memory.update_scales(first_class)
 
@@ -148,6 +163,7 @@ def match_step(
     config: CondenseConfig,
     generator: torch.Generator,
     first_class: int = 0,
+    team: Team = ALONE,
 ) -> int:
     """Match a batch of some classes, each apart, and move the memory once.
 
@@ -163,9 +179,10 @@ def match_step(
             ``augmentations`` and ``precision`` are read.
         generator: Of classes, images and augmentations.
         first_class: The classes before it are not matched, and their scales stay as they are.
+        team: The processes that share the classes; all call this alike.
 
     Returns:
-        How many images were decoded.
+        How many images were decoded, by all processes together.
 
     Raises:
         ConfigError: The objective compares trainings, not batches.
@@ -182,20 +199,15 @@ def match_step(
     present = [label for label in drawn_classes.tolist() if counts[label]]
     pixels = config.decoded_batch * math.prod(memory.image_shape[1:])
     group_size = max(1, _PIXELS_PER_GROUP // pixels)
-    num_decoded = 0
-    optimizer.zero_grad()
+    drawn: list[_Match] = []
     for first in range(0, len(present), group_size):
         group = present[first : first + group_size]
-        drawn = [
+        indices = [
             starts[label] + _draw(counts[label], config.decoded_batch, generator) for label in group
         ]
-        with autocast(device, config.precision):
-            images = memory(torch.cat(drawn).to(device)).float()
-        gradients = []
-        for label, own in zip(group, images.split([len(d) for d in drawn]), strict=True):
+        for label, own in zip(group, indices, strict=True):
             members = real.members[label]
             chosen = members[_draw(len(members), config.real_batch, generator)]
-            real_images = real.data.floats(chosen).to(device, non_blocking=True)
             augment = draw_augmentation(
                 strategies,
                 memory.image_shape[1:],
@@ -203,6 +215,18 @@ def match_step(
                 fill=real.mean,
                 std=real.std,
             )
+            drawn.append(_Match(label, own, chosen, augment))
+    optimizer.zero_grad()
+    shared = team.share(drawn)
+    for first in range(0, len(shared), group_size):
+        matches = shared[first : first + group_size]
+        with autocast(device, config.precision):
+            images = memory(torch.cat([match.decoded for match in matches]).to(device)).float()
+        gradients = []
+        sizes = [len(match.decoded) for match in matches]
+        for match, own in zip(matches, images.split(sizes), strict=True):
+            label, augment = match.label, match.augment
+            real_images = real.data.floats(match.real).to(device, non_blocking=True)
             decoded = own.detach().requires_grad_()
             real_images, augmented = _not_alone(augment(real_images)), _not_alone(augment(decoded))
             with autocast(device, config.precision):
@@ -215,10 +239,10 @@ def match_step(
                 )
             gradients.extend(torch.autograd.grad(augmented, decoded, gradient))
         torch.autograd.backward(images, torch.cat(gradients))
-        num_decoded += len(images)
+    team.sum_gradients(_parts_of(memory, [match.decoded for match in drawn]))
     optimizer.step()
     memory.update_scales(first_class)
-    return num_decoded
+    return sum(len(match.decoded) for match in drawn)
 
 
 def fresh_network(
@@ -255,10 +279,12 @@ def train_step(
     config: CondenseConfig,
     generator: torch.Generator,
     memory: Container,
+    team: Team = ALONE,
 ) -> None:
     """Let the network learn from ``network_images`` images, as IDC does after every step.
 
-    Real ones, decoded ones or none at all: what the objective's paper does.
+    Real ones, decoded ones or none at all: what the objective's paper does. The processes of a team
+    share each batch, and all call this alike; see :func:`hmn_replay.gradients.add_gradients`.
     """
     device = network.mean.device
     learns_from = get_recipe(config.objective).learns_from
@@ -283,12 +309,34 @@ def train_step(
             augmentations=config.augmentations,
             cutmix_probability=config.network_cutmix_probability,
         )
-        with autocast(device, config.precision):
-            logits = network(batch)
-        loss = mixed_loss(logits.float(), labels_a, labels_b, lam)
         learner.zero_grad()
-        torch.autograd.backward(loss)
+        add_gradients(
+            network, batch, labels_a, labels_b, lam, precision=config.precision, team=team
+        )
         learner.step()
+
+
+class _Match(NamedTuple):
+    """What was drawn of a class: positions of decoded and of real images, and the augmentation."""
+
+    label: int
+    decoded: Tensor
+    real: Tensor
+    augment: Augmentation
+
+
+def _parts_of(memory: Container, drawn: Sequence[Tensor]) -> Iterator[GradientPart]:
+    """Yield what images are decoded from, parameter by parameter; nothing where none were drawn."""
+    if not drawn:
+        return
+    indices = torch.cat([*drawn])
+    counts = torch.tensor(memory.images_per_class)
+    classes = torch.arange(len(counts)).repeat_interleave(counts)[indices].unique()
+    groups = (indices // memory.layout.group_size).unique()
+    rows = dict.fromkeys(memory.class_rows, classes) | dict.fromkeys(memory.group_rows, groups)
+    for name, parameter in memory.named_parameters():
+        if parameter.requires_grad:
+            yield parameter, rows[name].to(parameter.device) if name in rows else ...
 
 
 def _not_alone(batch: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from hmn_replay.augment import draw_augmentation
 from hmn_replay.checkpoint import Checkpoint, load_state
 from hmn_replay.config import CondenseConfig
 from hmn_replay.container import Container
+from hmn_replay.distributed import ALONE, Team
 from hmn_replay.experts import Experts, experts_beside
+from hmn_replay.lookup import take_images
 from hmn_replay.matching import get_recipe
 from hmn_replay.runtime import autocast, make_generator
 from hmn_replay.steppers import Stepper
@@ -77,8 +80,8 @@ def open_experts(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hmn-experts-")))
         images, class_indices = real.data.images, real.class_indices
         if first_class:
-            chosen = class_indices >= first_class
-            images, class_indices = images[chosen], class_indices[chosen]
+            chosen = (class_indices >= first_class).nonzero().flatten()
+            images, class_indices = take_images(images, chosen), class_indices[chosen]
         yield Experts(
             folder,
             images,
@@ -99,12 +102,16 @@ class TrajectoryStepper(Stepper):
     stays above 0, and changes by a share of itself. MTT takes SGD on the rate, with a learning rate
     chosen for each data set.
 
+    A student's steps follow each other, and are not shared: every process of a team takes them all.
+    Process 0 alone reads the experts, which all record together.
+
     Args:
         memory: As in :class:`Stepper`.
         real: As in :class:`Stepper`.
         config: As in :class:`Stepper`.
         seed: As in :class:`Stepper`.
         first_class: As in :class:`Stepper`.
+        team: As in :class:`Stepper`.
         experts: Those to follow; any that are not there yet are recorded here.
     """
 
@@ -115,13 +122,14 @@ class TrajectoryStepper(Stepper):
         config: CondenseConfig,
         seed: int,
         first_class: int = 0,
+        team: Team = ALONE,
         *,
         experts: Experts,
     ) -> None:
-        super().__init__(memory, real, config, seed, first_class)
+        super().__init__(memory, real, config, seed, first_class, team)
         device = memory.class_index.device
-        for number in experts.missing():
-            experts.record(number, device)
+        for number in team.agree(experts.missing):
+            experts.record(number, device, team=team)
         self.experts = experts
         self.networks = [experts.network(k).to(device) for k in range(len(config.network))]
         logarithm = torch.tensor(math.log(config.student_learning_rate), device=device)
@@ -142,9 +150,10 @@ class TrajectoryStepper(Stepper):
         generator = make_generator(self.seed, "match", number)
         expert = int(torch.randint(self.experts.num_experts, (), generator=generator))
         epoch = int(torch.randint(config.max_start_epoch + 1, (), generator=generator))
+        read = partial(self.experts.read, expert, epoch, epoch + config.expert_epochs)
         start, target = (
             {name: value.to(device) for name, value in parameters.items()}
-            for parameters in self.experts.read(expert, epoch, epoch + config.expert_epochs)
+            for parameters in self.team.agree(read)
         )
         logarithm = self.rate["logarithm"]
         rate = logarithm.detach().exp()

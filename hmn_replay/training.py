@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hmn_replay.augment import STRATEGIES, cutmix, draw_augmentation
+from hmn_replay.container import Container
 from hmn_replay.data import ImageSource, as_labelled_images, channel_stats
+from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError, DataError, TrainingError
+from hmn_replay.gradients import add_gradients
+from hmn_replay.lookup import Images, images_at_once
 from hmn_replay.networks import NETWORKS, Network, build_network
 from hmn_replay.options import convert_fields
 from hmn_replay.runtime import (
     PRECISIONS,
-    autocast,
     deterministic_cudnn,
     make_generator,
     resolve_device,
@@ -35,7 +37,6 @@ __all__ = [
     "draw_epoch",
     "evaluate",
     "make_network",
-    "mixed_loss",
     "score",
     "train_network",
 ]
@@ -185,7 +186,7 @@ def evaluate(
 
 @torch.inference_mode(False)
 def train_network(
-    images: Tensor,
+    images: Images,
     class_indices: Tensor,
     num_classes: int,
     *,
@@ -194,11 +195,13 @@ def train_network(
     device: str | torch.device = "auto",
     progress: bool | Callable[[int, int], None] = False,
     on_epoch: Callable[[int, Network], None] | None = None,
+    team: Team = ALONE,
 ) -> Network:
     """Train a fresh network by SGD, CutMix and differentiable augmentation.
 
-    The images are normalised by their own mean and deviation, and shuffled anew every epoch. The
-    whole set is held on the device, as it came: a quarter of the memory for uint8.
+    The images are normalised by their own mean and deviation, and shuffled anew every epoch. A
+    tensor of them is held on the device, as it came: a quarter of the memory for uint8; of a lookup
+    no more than a batch.
 
     Args:
         images: float in [0, 1] or uint8, ``(N, C, H, W)``, N 1 or more.
@@ -211,6 +214,8 @@ def train_network(
             step with the images seen so far and those to see in all.
         on_epoch: Called after every epoch with its number, from 0, and the network, which it may
             put into evaluation mode: to record margins, say.
+        team: The processes that share each batch; all call this alike. See
+            :func:`hmn_replay.gradients.add_gradients`.
 
     Returns:
         The network of the last epoch, in evaluation mode, on the device.
@@ -262,7 +267,7 @@ def train_network(
                     for group in optimizer.param_groups:
                         group["lr"] = cosine_rate(step, num_steps, config.learning_rate)
                 batch, labels_a, labels_b, lam = draw_batch(
-                    _floats(images[indices]),
+                    _floats(images[indices].to(device)),
                     class_indices[indices],
                     mean,
                     std,
@@ -270,20 +275,25 @@ def train_network(
                     augmentations=config.augmentations,
                     cutmix_probability=config.cutmix_probability,
                 )
-                with autocast(device, config.precision):
-                    logits = network(batch)
-                loss = mixed_loss(logits.float(), labels_a, labels_b, lam)
                 optimizer.zero_grad()
-                torch.autograd.backward(loss)
+                total_loss += add_gradients(
+                    network,
+                    batch,
+                    labels_a,
+                    labels_b,
+                    lam,
+                    precision=config.precision,
+                    team=team,
+                )
                 optimizer.step()
-                total_loss += loss.detach()
                 num_seen += len(indices)
                 bar.update(len(indices))
                 if callable(progress):
                     progress(num_seen, num_passes)
             if on_epoch is not None:
                 on_epoch(epoch, network)
-    if not math.isfinite(float(total_loss)):
+    # Of a batch that several share, each has seen its own part of the loss.
+    if not math.isfinite(*team.sum(float(total_loss))):
         raise TrainingError(
             f"the training loss left the real numbers at learning rate {config.learning_rate}; "
             "lower it, or check that the images are in [0, 1]"
@@ -292,7 +302,7 @@ def train_network(
 
 
 def make_network(
-    images: Tensor, num_classes: int, config: TrainingConfig, seed: int = 0
+    images: Images, num_classes: int, config: TrainingConfig, seed: int = 0
 ) -> Network:
     """Return the network that :func:`train_network` begins with, on the CPU.
 
@@ -338,10 +348,10 @@ def draw_epoch(
 
 def score(
     network: nn.Module,
-    images: Tensor,
+    images: Images,
     class_indices: Tensor,
     *,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     device: str | torch.device | None = None,
 ) -> float:
     """Return the share of images whose largest logit is that of their class.
@@ -351,7 +361,7 @@ def score(
             device, are as they were afterwards.
         images: float in [0, 1] or uint8, ``(N, C, H, W)``, N 1 or more, on any device.
         class_indices: int64 ``(N,)``; a value outside [0, K), such as -1, is never right.
-        batch_size: Images at a time.
+        batch_size: Images at a time. Default: :func:`hmn_replay.lookup.images_at_once`.
         device: Where to run. Default: where the network is.
 
     Returns:
@@ -361,6 +371,7 @@ def score(
         DataError: No image, or tensors of other shapes or dtypes.
     """
     _check_labelled(images, class_indices)
+    batch_size = images_at_once(images.shape[1:]) if batch_size is None else batch_size
     home = next(network.parameters(), torch.empty(0)).device
     target = home if device is None else resolve_device(device)
     modes = {module: module.training for module in network.modules()}
@@ -415,14 +426,6 @@ def draw_batch(
     return cutmix(augment(images), labels, generator, probability=cutmix_probability)
 
 
-def mixed_loss(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float) -> Tensor:
-    """Return the cross-entropy of a batch that CutMix mixed: ``lam`` of it with ``labels_a``."""
-    loss = F.cross_entropy(logits, labels_a)
-    if lam == 1.0:
-        return loss
-    return lam * loss + (1.0 - lam) * F.cross_entropy(logits, labels_b)
-
-
 def cosine_rate(step: float, num_steps: float, peak: float) -> float:
     """Return the learning rate of one step, from ``peak`` at step 0 to 0 at ``num_steps``."""
     return 0.5 * peak * (1.0 + math.cos(math.pi * step / num_steps))
@@ -432,7 +435,9 @@ def _floats(images: Tensor) -> Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
-def _images_and_labels(source: Decodable | ImageSource) -> tuple[Tensor, Tensor]:
+def _images_and_labels(source: Decodable | ImageSource) -> tuple[Images, Tensor]:
+    if isinstance(source, Container):
+        return source.decoded(), source.labels.cpu()
     if isinstance(source, Decodable):
         with torch.no_grad():
             images, labels = source.decode()
@@ -441,8 +446,9 @@ def _images_and_labels(source: Decodable | ImageSource) -> tuple[Tensor, Tensor]
     return labelled.images, labelled.labels
 
 
-def _check_labelled(images: Tensor, class_indices: Tensor) -> None:
-    if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
+def _check_labelled(images: Images, class_indices: Tensor) -> None:
+    is_number = images.dtype.is_floating_point or images.dtype == torch.uint8
+    if len(images.shape) != 4 or not is_number:
         raise DataError(
             f"expected uint8 or float images (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
         )

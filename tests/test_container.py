@@ -16,6 +16,7 @@ from hmn_replay.container_layout import MAX_CLASSES
 from hmn_replay.containers import make_container
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.formats import PLAIN_FORMATS, NumberFormat
+from hmn_replay.lookup import ImageLookup
 from hmn_replay.storage import serialise
 from tests.support import LAYOUTS, made, same_bits, trained
 
@@ -54,6 +55,23 @@ def test_what_is_decoded_is_what_training_sees(container: str, number_format: Nu
     memory = made(container, number_format, image_shape=(1, 9, 14))
     seen = memory(torch.arange(memory.num_images)).detach()
     torch.testing.assert_close(memory.decode()[0], seen, rtol=0, atol=2e-6)
+
+
+@every_container
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_all_images_may_be_decoded_when_they_are_asked_for(
+    container: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = made(container)
+    images, _ = memory.decode(dtype=dtype)
+    num_bytes = images.numel() * dtype.itemsize
+    for kept_bytes, kind in ((num_bytes, Tensor), (num_bytes - 1, ImageLookup)):
+        monkeypatch.setattr("hmn_replay.container._KEPT_BYTES", kept_bytes)
+        decoded = memory.decoded(dtype)
+        assert isinstance(decoded, kind)
+        assert (decoded.shape, decoded.dtype) == (images.shape, dtype)
+        assert same_bits(decoded[:], images)
+        assert same_bits(decoded[torch.tensor([3, 0])], images[[3, 0]])
 
 
 @every_container

@@ -17,6 +17,7 @@ from hmn_replay import errors
         (errors.DataError, ValueError),
         (errors.MemoryFileError, ValueError),
         (errors.CheckpointError, RuntimeError),
+        (errors.DistributedError, RuntimeError),
         (errors.ExpertError, RuntimeError),
         (errors.TrainingError, RuntimeError),
     ],

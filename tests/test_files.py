@@ -63,6 +63,24 @@ def test_a_link_is_written_through(path: Path) -> None:
     assert os.listdir(target.parent) == ["target"]
 
 
+def test_a_function_may_write_the_file(path: Path) -> None:
+    def write(name: str) -> None:
+        assert Path(name).parent == path.parent
+        assert not path.exists()
+        Path(name).write_bytes(b"new")
+
+    def fail(name: str) -> None:
+        Path(name).write_bytes(b"less")
+        raise ZeroDivisionError
+
+    write_atomically(path, write)
+    assert path.read_bytes() == b"new"
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"new"
+    assert os.listdir(path.parent) == [path.name]
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.timeout(10)
 def test_what_is_no_regular_file_is_left_alone(path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_new_memory_gets_its_share_and_a_little_more(
     assert growth.drops == [2, 2, 2]
     assert (growth.first_class, growth.num_old, len(growth.old_labels)) == (0, 0, 0)
     data = make_set()
-    assert growth.pool(data) is data
+    assert growth.pool(data).images[:].equal(data.images)
 
 
 def test_old_classes_make_room_for_new_ones(make_set: MakeSet, make_layout: MakeLayout) -> None:
@@ -65,10 +65,12 @@ def test_old_classes_make_room_for_new_ones(make_set: MakeSet, make_layout: Make
     assert growth.drops == [6, 3, 1, 1, 1]
     assert (growth.first_class, growth.num_old) == (2, 15)
     assert images_of(growth.memory, {7, -1}) == images_of(old, {7, -1})
-    assert growth.old_images.equal(old.decode(dtype=torch.uint8)[0])
-    pool = growth.pool(data)
-    assert len(pool) == len(data) + 15
-    assert pool.labels.tolist() == [*data.labels.tolist(), *[7] * 9, *[-1] * 6]
+    assert growth.old_images[:].equal(old.decode(dtype=torch.uint8)[0])
+    positions = torch.tensor([5, 2])
+    for given, chosen in ((None, slice(None)), (positions, positions)):
+        pool = growth.pool(data, given)
+        assert pool.images[:].equal(torch.cat([data.images[chosen], growth.old_images[:]]))
+        assert pool.labels.tolist() == [*data.labels[chosen].tolist(), *[7] * 9, *[-1] * 6]
 
 
 def test_a_class_without_images_has_none_to_give_up(
@@ -92,7 +94,10 @@ def test_a_class_that_comes_again_is_new_and_brings_its_old_images(
     assert (growth.first_class, growth.num_old) == (1, 4)
     assert images_of(growth.memory, {7}) == images_of(old, {7})
     # Its 5 old images stand three times beside its 15 new ones.
-    assert growth.old_labels.tolist() == [7] * 4 + [3] * 15
+    assert growth.old_labels.tolist() == [7] * 4 + [3] * 5
+    pool = growth.pool(data)
+    assert pool.labels.tolist() == [*data.labels.tolist(), *[7] * 4, *[3] * 15]
+    assert pool.images[-15:].equal(growth.old_images[-5:].repeat_interleave(3, dim=0))
 
 
 def test_where_every_class_comes_again_the_memory_is_new(

@@ -5,13 +5,20 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hmn_replay.data import LabelledImages
 from hmn_replay.layout import Layout
+from hmn_replay.storage import serialise
+from hmn_replay.training import TrainingConfig
 from tests.support import tiny
 
 MakeLayout = Callable[..., Layout]
@@ -115,3 +122,75 @@ def test_beta_is_the_one_whose_images_teach_most_about_held_out_ones(
     assert memory.report["beta"] == 0.5
     assert memory.report["beta_accuracies"] == {"0.0": 0.2, "0.5": 0.9, "1.0": 0.4}
     assert memory.decode()[0].equal(everything[pruned[0.5]])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that is made, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        made = func(*args, **(kwargs or {}))
+        for tensor in _tensors(made):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in given:
+                self.num_bytes = max(self.num_bytes, storage.nbytes())
+        return made
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def test_what_is_held_at_once_does_not_grow_with_images_and_classes(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, at_once = (3, 32, 32), 4
+    layout = make_layout(
+        image_shape=shape, stride=8, instance_channels=1, decoder_channels=(5, 4, 4)
+    )
+    for name, value in {
+        "config.TrainingConfig": partial(TrainingConfig, batch_size=2 * at_once),
+        "container._KEPT_BYTES": 0,
+        "container._PIXELS_PER_CHUNK": at_once * 32 * 32,
+        "data.CHUNK": at_once,
+        "lookup._IMAGES_AT_ONCE": at_once,
+        "memory._FITTED_FROM": at_once * 4 * 4,
+        "steps._PIXELS_PER_GROUP": at_once * 32 * 32,
+    }.items():
+        monkeypatch.setattr(f"hmn_replay.{name}", value)
+    largest = []
+    for num_classes, num_images in ((2, 12), (6, 60)):
+        first = make_set(num_images, shape, tuple(range(num_classes)))
+        # One class comes again.
+        second = make_set(num_images, shape, tuple(range(num_classes - 1, 2 * num_classes - 1)))
+        options: dict[str, Any] = {
+            "budget": layout.file_bytes(2 * num_classes - 1, num_images, 10**6),
+            "outer_steps": 1,
+        }
+        with Largest() as held:
+            path = tmp_path / f"{num_classes}.checkpoint"
+            memory = tiny(first, layout, checkpoint=path, **options)
+            tiny(second, layout, memory=memory, **options)
+        largest.append(held.num_bytes)
+    image_bytes = 4 * 3 * 32 * 32
+    assert at_once * image_bytes < largest[0] < 60 * image_bytes / 4
+    assert largest[1] == largest[0]
+
+
+def test_images_decoded_when_asked_for_are_pruned_alike(
+    make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, made = make_layout(), []
+    budget = layout.file_bytes(5, 20, 9999)
+    for kept_bytes in (2**30, 0):
+        monkeypatch.setattr("hmn_replay.container._KEPT_BYTES", kept_bytes)
+        memory = tiny(make_set(), layout, budget=budget)
+        grown = tiny(make_set(labels=(2, 3, 4)), layout, budget=budget, memory=memory)
+        made.append((serialise(memory), serialise(grown), grown.report["beta_accuracies"]))
+    assert made[0] == made[1]

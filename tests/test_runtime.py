@@ -98,6 +98,20 @@ def test_auto_is_a_device_that_works() -> None:
         assert device.type == "cuda"
 
 
+@pytest.mark.parametrize(
+    ("local_rank", "device"), [(None, "cuda"), ("0", "cuda:0"), ("2", "cuda:2"), ("5", "cuda:1")]
+)
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(
+    local_rank: str | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert resolve_device() == torch.device(device)
+
+
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
 def test_a_device_may_be_named_or_given(device: str | torch.device) -> None:
     assert resolve_device(device) == torch.device("cpu")

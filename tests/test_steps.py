@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import pytest
@@ -15,6 +15,7 @@ from hmn_replay import steps
 from hmn_replay.augment import draw_augmentation
 from hmn_replay.config import CondenseConfig, make_config
 from hmn_replay.data import LabelledImages, channel_stats
+from hmn_replay.distributed import ALONE, GradientPart, Team
 from hmn_replay.errors import ConfigError
 from hmn_replay.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.layout import Layout
@@ -51,19 +52,28 @@ class Scene:
         self, data: LabelledImages, layout: Layout, counts: list[int], **options: Any
     ) -> None:
         self.config: CondenseConfig = make_config(**{**WHOLE, **options})
+        self.data = data
         self.real = steps.RealImages.of(data)
         self.memory = HierarchicalMemory(layout, data.classes, counts, seed=3)
         self.network, self.learner = steps.fresh_network(self.memory, self.real, self.config, 5)
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.memory.parameters(), lr=0.0)
 
-    def match(self, seed: int = 0) -> int:
+    def match(self, seed: int = 0, team: Team = ALONE) -> int:
         return steps.match_step(
-            self.memory, self.optimizer, self.network, self.real, self.config, make_generator(seed)
+            self.memory,
+            self.optimizer,
+            self.network,
+            self.real,
+            self.config,
+            make_generator(seed),
+            team=team,
         )
 
-    def train(self, seed: int = 0) -> None:
+    def train(self, seed: int = 0, team: Team = ALONE) -> None:
         generator = make_generator(seed)
-        steps.train_step(self.network, self.learner, self.real, self.config, generator, self.memory)
+        steps.train_step(
+            self.network, self.learner, self.real, self.config, generator, self.memory, team
+        )
 
     def learn(self, rate: float = 0.01) -> None:
         """Let the memory move from now on."""
@@ -87,7 +97,7 @@ def make_scene(make_set: MakeSet, make_layout: MakeLayout) -> Callable[..., Scen
     return make
 
 
-def gradients_of(memory: HierarchicalMemory) -> list[Tensor]:
+def gradients_of(memory: nn.Module) -> list[Tensor]:
     return [p.grad if p.grad is not None else torch.zeros_like(p) for p in memory.parameters()]
 
 
@@ -111,7 +121,7 @@ def matching_gradients(
         if not own:
             continue
         decoded = torch.cat([memory(torch.tensor([i])) for i in own])
-        real = scene.real.data.images[scene.real.data.labels == label].to(dtype) / 255
+        real = scene.data.images[scene.data.labels == label].to(dtype) / 255
         for a, b in zip(
             described(augment(decoded), index), described(augment(real), index), strict=True
         ):
@@ -172,7 +182,7 @@ def test_each_image_starts_from_one_of_its_class(make_scene: Callable[..., Scene
     scene = make_scene(counts=(3, 5, 4))
     targets = steps.warm_start_targets(scene.memory, scene.real, seed=1)
     assert targets.dtype == torch.int64
-    assert scene.real.data.labels[targets].equal(scene.memory.labels)
+    assert scene.data.labels[targets].equal(scene.memory.labels)
     assert len(targets.unique()) == 12  # no real image twice
     assert targets.equal(steps.warm_start_targets(scene.memory, scene.real, seed=1))
     assert not targets.equal(steps.warm_start_targets(scene.memory, scene.real, seed=2))
@@ -194,7 +204,7 @@ def test_a_warm_start_step_follows_the_gradient_of_the_squared_error(
 ) -> None:
     scene = make_scene(number_format)
     indices = torch.tensor([7, 0, 3])
-    wanted = scene.real.data.floats(torch.tensor([2, 5, 1]))
+    wanted = scene.data.floats(torch.tensor([2, 5, 1]))
     memory = copy.deepcopy(scene.memory)
     total = torch.zeros(())
     for i, image in zip(indices, wanted, strict=True):
@@ -204,10 +214,26 @@ def test_a_warm_start_step_follows_the_gradient_of_the_squared_error(
     assert_close(gradients_of(scene.memory), gradients_of(memory))
 
 
+def test_a_warm_start_step_in_parts_is_the_same(
+    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients, decoded = list[list[Tensor]](), list[list[int]]()
+    for at_once in (9, 4):
+        monkeypatch.setattr(steps, "images_at_once", lambda _, number=at_once: number)
+        scene, sizes = make_scene("int8"), list[int]()
+        scene.memory.register_forward_hook(lambda _, __, out, sizes=sizes: sizes.append(len(out)))
+        wanted = scene.data.floats(torch.arange(9))
+        steps.warm_start_step(scene.memory, scene.optimizer, torch.arange(9), wanted)
+        gradients.append(gradients_of(scene.memory))
+        decoded.append(sizes)
+    assert decoded == [[9], [4, 4, 1]]
+    assert_close(gradients[1], gradients[0])
+
+
 def test_warm_start_steps_bring_the_images_near(make_scene: Callable[..., Scene]) -> None:
     scene = make_scene("int8")
     scene.learn()
-    wanted = scene.real.data.floats(torch.arange(9))
+    wanted = scene.data.floats(torch.arange(9))
 
     def error() -> float:
         return float((scene.memory.decode()[0] - wanted).square().mean())
@@ -266,7 +292,7 @@ def test_an_objective_of_trainings_has_no_batches_to_match(
 
 def test_gradients_do_not_add_up_over_the_steps(make_scene: Callable[..., Scene]) -> None:
     scene = make_scene()
-    indices, wanted = torch.arange(4), scene.real.data.floats(torch.arange(4))
+    indices, wanted = torch.arange(4), scene.data.floats(torch.arange(4))
     for _ in range(2):
         steps.warm_start_step(scene.memory, scene.optimizer, indices, wanted)
     expected = F.mse_loss(scene.memory(indices), wanted)
@@ -328,9 +354,9 @@ def test_batches_are_of_the_sizes_asked_for_and_of_one_class_each(
         network: Network, real: Tensor, real_labels: Tensor, own: Tensor, own_labels: Tensor
     ) -> Any:
         assert torch.cat([real_labels, own_labels]).unique().numel() == 1
-        label = scene.real.data.classes[own_labels[0]]
-        members = scene.real.data.of_class(int(label))
-        candidates = scene.real.data.floats(members).flatten(1)
+        label = scene.data.classes[own_labels[0]]
+        members = scene.data.of_class(int(label))
+        candidates = scene.data.floats(members).flatten(1)
         distances = torch.cdist(real.flatten(1), candidates)
         assert float(distances.amin(dim=1).max()) < 1e-2
         seen.append((int(own_labels[0]), len(real), len(own)))
@@ -397,12 +423,12 @@ def test_a_step_leaves_the_network_and_what_is_not_in_it_alone(
     scene.learn()
     scene.network.eval()
     scene.network.requires_grad_(False)
-    network, images = values_of(scene.network), scene.real.data.images.clone()
+    network, images = values_of(scene.network), scene.data.images.clone()
     memory = values_of(scene.memory)
     scene.match()
     assert not same(values_of(scene.memory), memory)
     assert same(values_of(scene.network), network)
-    assert scene.real.data.images.equal(images)
+    assert scene.data.images.equal(images)
     assert not scene.network.training
     assert all(p.grad is None and not p.requires_grad for p in scene.network.parameters())
 
@@ -414,7 +440,7 @@ def test_scales_follow_the_values(make_scene: Callable[..., Scene]) -> None:
     matched = values_of(scene.memory)
     scene.memory.update_scales()
     assert same(values_of(scene.memory), matched)
-    wanted = scene.real.data.floats(torch.arange(9))
+    wanted = scene.data.floats(torch.arange(9))
     steps.warm_start_step(scene.memory, scene.optimizer, torch.arange(9), wanted)
     fitted = values_of(scene.memory)
     assert not same(fitted, matched)
@@ -464,12 +490,12 @@ def test_a_training_step_changes_the_network_and_nothing_else(
     for seed in (1, 1, 2):
         scene = make_scene(network_images=8, augmentations=("color", "crop", "cutout"))
         network, memory = values_of(scene.network), values_of(scene.memory)
-        images = scene.real.data.images.clone()
+        images = scene.data.images.clone()
         scene.train(seed)
         assert not same(values_of(scene.network), network)
         assert all(bool(value.isfinite().all()) for value in values_of(scene.network))
         assert same(values_of(scene.memory), memory)
-        assert scene.real.data.images.equal(images)
+        assert scene.data.images.equal(images)
         assert all(p.grad is None for p in scene.memory.parameters())
         networks.append(values_of(scene.network))
     assert same(networks[0], networks[1])
@@ -478,7 +504,7 @@ def test_a_training_step_changes_the_network_and_nothing_else(
 
 def test_a_training_step_is_sgd_on_real_images(make_scene: Callable[..., Scene]) -> None:
     scene = make_scene(network_images=6, network_batch=4, network_cutmix_probability=0.0)
-    network, data = copy.deepcopy(scene.network), scene.real.data
+    network, data = copy.deepcopy(scene.network), scene.data
     parameters = list(network.parameters())
     velocity = [torch.zeros_like(parameter) for parameter in parameters]
     for chosen in torch.randint(16, (6,), generator=make_generator(4)).split(4):
@@ -518,7 +544,7 @@ def test_training_steps_teach_the_network_the_classes(make_scene: Callable[..., 
     scene = make_scene(num_images=60, network_images=32, network_batch=16, network_width=8)
     for step in range(25):
         scene.train(step)
-    data = scene.real.data
+    data = scene.data
     with torch.no_grad():
         answers = scene.network(data.floats()).argmax(dim=1)
     assert float((data.classes[answers] == data.labels).float().mean()) > 0.9
@@ -562,12 +588,63 @@ def test_the_network_learns_from_what_the_objective_says(
         if source is None:
             assert batches == []
             continue
-        everything = torch.arange(len(scene.real.data))
-        known = scene.real.data.floats(everything)
+        everything = torch.arange(len(scene.data))
+        known = scene.data.floats(everything)
         if source == "decoded":
             known = scene.memory.decode()[0]
         distances = torch.cdist(batches[0].flatten(1), known.flatten(1))
         assert float(distances.amin(dim=1).max()) < 1e-2
+
+
+class Member(Team):
+    """A process of several that keeps its share of the gradients to itself."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.summed: list[dict[int, Any]] = []
+
+    def sum_gradients(self, parts: Iterable[GradientPart]) -> None:
+        self.summed.append({id(parameter): rows for parameter, rows in parts})
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_the_shares_of_a_step_add_up_to_the_step(
+    make_scene: Callable[..., Scene], size: int
+) -> None:
+    options: dict[str, Any] = {
+        "classes_per_step": 2,
+        "real_batch": 3,
+        "decoded_batch": 2,
+        "augmentations": ("color", "crop", "cutout"),
+        "network_images": 7,
+        "network_batch": 7,
+    }
+
+    def gradients(kind: str, team: Team) -> list[Tensor]:
+        scene = make_scene("int8", **options)
+        owner: nn.Module = scene.network if kind == "train" else scene.memory
+        if kind == "warm start":
+            indices, wanted = torch.arange(7), scene.data.floats(torch.arange(7))
+            steps.warm_start_step(scene.memory, scene.optimizer, indices, wanted, team=team)
+        elif kind == "match":
+            assert scene.match(team=team) == 4
+        else:
+            scene.train(team=team)
+        if isinstance(team, Member):
+            (rows,) = team.summed
+            assert list(rows) == [id(parameter) for parameter in owner.parameters()]
+            if kind == "match":
+                # Of classes and images, those that were drawn by all; what is shared, whole.
+                memory = scene.memory
+                assert len(rows[id(memory.instance_memory)]) == 4
+                assert len(rows[id(memory.class_memory)]) == 2
+                assert rows[id(memory.dataset_memory)] is ...
+        return gradients_of(owner)
+
+    for kind in ("warm start", "match", "train"):
+        shares = [gradients(kind, Member(rank, size)) for rank in range(size)]
+        whole = gradients(kind, ALONE)
+        assert_close([sum(parts, torch.zeros(())) for parts in zip(*shares, strict=True)], whole)
 
 
 def test_both_batches_are_augmented_unless_the_objective_says_not(

@@ -33,7 +33,6 @@ from hmn_replay.formats import (
 __all__ = ["HaBa", "HaBaLayout"]
 
 _MAX_HALLUCINATORS = 64
-_FITTED_AT_ONCE = 256
 _WEIGHTS = ("encoder_weight", "scale", "shift", "decoder_weight")
 
 
@@ -196,7 +195,7 @@ class HaBa(Container):
         in 400 steps and to 28.3 in 1,500, and a ConvNet-3 of width 32 from 18 % to 29 %.
         """
         size, device = self.layout.group_size, self.bases.device
-        for positions in torch.arange(first_image, self.num_images, size).split(_FITTED_AT_ONCE):
+        for positions in torch.arange(first_image, self.num_images, size).split(self.chunk_size):
             self.bases[(positions // size).to(device)] = real_images(positions).to(device) - 0.5
         return False
 

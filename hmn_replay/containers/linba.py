@@ -34,7 +34,6 @@ __all__ = ["LinBa", "LinBaLayout"]
 _MAX_BASES = 1024
 # The basis is computed from about so many images, 64 for each of the paper's 16 vectors.
 _FITTED_FROM = 1024
-_FITTED_AT_ONCE = 256
 _BASIS_STD = 0.3
 
 
@@ -190,9 +189,10 @@ class LinBa(Container):
         positions = torch.arange(first_image, self.num_images)
         device = self.basis.device
         if not first_image:
-            some = self._reduced(real_images(positions[:: max(1, len(positions) // _FITTED_FROM)]))
+            some = positions[:: max(1, len(positions) // _FITTED_FROM)]
+            reduced = [self._reduced(real_images(part)) for part in some.split(self.chunk_size)]
             # Not centred: the first component stands for the mean.
-            *_, components = torch.linalg.svd(some, full_matrices=False)
+            *_, components = torch.linalg.svd(torch.cat(reduced), full_matrices=False)
             # Every basis image in the range of pixels; the size of its part is in A.
             components *= _BASIS_STD * math.sqrt(components.shape[1])
             found = components[: self.layout.num_bases].view(-1, *self.layout.basis_shape)
@@ -200,7 +200,7 @@ class LinBa(Container):
             self.basis_scale = max_abs_scale(self.basis, self.basis_scale)
         basis = self.basis.flatten(1).cpu().double()
         inverse = basis.T @ torch.linalg.pinv(basis @ basis.T, hermitian=True)
-        for chunk in positions.split(_FITTED_AT_ONCE):
+        for chunk in positions.split(self.chunk_size):
             coordinates = self._reduced(real_images(chunk)).double() @ inverse
             self.coefficients[chunk.to(device)] = coordinates.float().to(device)
         return True

@@ -27,8 +27,6 @@ __all__ = ["PIXEL_SCALE", "IDCLayout", "PixelContainer", "RawLayout", "to_unit_i
 PIXEL_SCALE = 0.5 / 127
 """The int8 scale of latent pixels in [-0.5, 0.5]: 255 steps of brightness, the ends among them."""
 
-_FITTED_AT_ONCE = 256
-
 
 @dataclass(frozen=True)
 class RawLayout(ContainerLayout):
@@ -198,7 +196,7 @@ class PixelContainer(Container):
         """
         f, size = self.layout.factor, self.layout.group_size
         groups = torch.arange(first_image, self.num_images).view(-1, size)
-        for chunk in groups.split(max(1, _FITTED_AT_ONCE // size)):
+        for chunk in groups.split(max(1, self.chunk_size // size)):
             pieces = F.adaptive_avg_pool2d(real_images(chunk.flatten()) - 0.5, self.layout.piece)
             stored = rearrange(pieces, "(n f g) c h w -> n c (f h) (g w)", f=f, g=f)
             device = self.images.device

@@ -1,0 +1,274 @@
+"""Several processes at one condensation: who does which share, and what they tell each other.
+
+A memory is tiny, so every process holds all of it. What a step draws depends on the seed and the
+step alone, so all draw alike; each computes its share of what was drawn, gradients are summed, and
+all move the memory alike. A checkpoint therefore says nothing of how many they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import EllipsisType
+from typing import Any, TypeAlias, TypeVar, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hmn_replay.errors import ConfigError, DistributedError
+from hmn_replay.runtime import resolve_device
+
+__all__ = ["ALONE", "TIMEOUT_SECONDS", "GradientPart", "Team", "join", "launched"]
+
+TIMEOUT_SECONDS = 1800.0
+
+GradientPart: TypeAlias = "tuple[Tensor, Tensor | EllipsisType]"
+"""A parameter, and the rows of it, int64, that may have a gradient; ``...`` for all."""
+
+_T = TypeVar("_T")
+
+
+class Team:
+    """A process that works alone: it does all there is, and tells the others nothing.
+
+    :func:`join` returns the team of several processes. As a context, it is left in the end.
+
+    Attributes:
+        rank: Number of this process, from 0; process 0 writes the files and shows progress.
+        size: How many processes there are.
+    """
+
+    rank = 0
+    size = 1
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """End the connections: a process that waits for this one fails at once."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is process 0."""
+        return self.rank == 0
+
+    @overload
+    def share(self, items: Tensor) -> Tensor: ...
+    @overload
+    def share(self, items: Sequence[_T]) -> Sequence[_T]: ...
+    def share(self, items: Any) -> Any:
+        """Return what is this process's to do: of N processes, every Nth item or row."""
+        return items[self.rank :: self.size]
+
+    def sum_gradients(self, parts: Iterable[GradientPart]) -> None:
+        """Replace ``.grad`` by its sum over the processes, all parts in one message.
+
+        Args:
+            parts: Of the same parameters and rows in every process; read by several processes only.
+                A parameter without a gradient counts as zero. Rows may not come twice.
+        """
+
+    def add_up(self, values: Tensor) -> None:
+        """Replace values, of one shape in every process, by their sum."""
+
+    def sum(self, *values: float) -> list[float]:
+        """Return each value's sum over the processes."""
+        return list(values)
+
+    def agree(self, decide: Callable[[], _T]) -> _T:
+        """Return in every process what process 0 decides; only there is it called."""
+        return decide()
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors, of the same shapes in every process, by those of process 0."""
+
+    def check_same(self, value: str, what: str) -> None:
+        """Raise a :class:`DistributedError` in every process if they were given different values.
+
+        Args:
+            value: To be the same.
+            what: Its name in the message.
+        """
+
+
+ALONE = Team()
+"""The team of one; it has no state."""
+
+
+def join(timeout_seconds: float = TIMEOUT_SECONDS) -> Team:
+    """Return the team of all processes of ``torch.distributed``; :data:`ALONE` without others.
+
+    To be called by all of them. The team has process groups of its own: gloo's, and NCCL's for
+    gradients on CUDA. The caller's groups are not used but to make these.
+
+    Args:
+        timeout_seconds: How long to wait for a process that does not answer, above 0. One that has
+            ended is noticed at once.
+
+    Raises:
+        ConfigError: A timeout that is not above 0.
+        DistributedError: Another process was lost.
+    """
+    if not 0 < timeout_seconds < math.inf:
+        raise ConfigError(f"the timeout is above 0 seconds and finite; got {timeout_seconds}")
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return ALONE
+    return _Processes(timeout_seconds)
+
+
+@contextlib.contextmanager
+def launched(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Team]:
+    """Join the processes that torchrun started, for a command; alone where it did not.
+
+    Any launcher will do that sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``.
+    SIGTERM, by which a launcher ends a job that lost a process, raises a
+    :class:`DistributedError` inside the block.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if size == 1 or not dist.is_available() or dist.is_initialized():
+        with join(timeout_seconds) as team:
+            yield team
+        return
+    with _telling("this process did not meet another one", timeout_seconds):
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(resolve_device("auto"))
+        with _heeding_the_launcher(), join(timeout_seconds) as team:
+            yield team
+    finally:
+        dist.destroy_process_group()
+
+
+class _Processes(Team):
+    """All processes of ``torch.distributed``."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.timeout_seconds = timeout_seconds
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._group("gloo")
+
+    def leave(self) -> None:
+        # Gloo closes its connections with the last reference, and so the others know.
+        while self._groups:
+            dist.destroy_process_group(self._groups.popitem()[1])
+
+    def sum_gradients(self, parts: Iterable[GradientPart]) -> None:
+        parts = list(parts)
+        if not parts:
+            return
+        gradients = []
+        for parameter, _ in parts:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        own = [gradient[rows] for gradient, (_, rows) in zip(gradients, parts, strict=True)]
+        flat = torch.cat([values.flatten() for values in own])
+        self.add_up(flat)
+        sums = flat.split([values.numel() for values in own])
+        for gradient, (_, rows), values, total in zip(gradients, parts, own, sums, strict=True):
+            gradient[rows] = total.view_as(values)
+
+    def add_up(self, values: Tensor) -> None:
+        if values.is_cuda and dist.is_nccl_available():
+            with self._telling():
+                dist.all_reduce(values, group=self._group("nccl"))
+            return
+        on_cpu = values.cpu()
+        with self._telling():
+            dist.all_reduce(on_cpu, group=self._group("gloo"))
+        if on_cpu is not values:
+            values.copy_(on_cpu)
+
+    def sum(self, *values: float) -> list[float]:
+        totals = torch.tensor(values, dtype=torch.float64)
+        self.add_up(totals)
+        sums: list[float] = totals.tolist()
+        return sums
+
+    def agree(self, decide: Callable[[], _T]) -> _T:
+        decided = [decide() if self.first else None]
+        with self._telling():
+            dist.broadcast_object_list(decided, group=self._group("gloo"))
+        return decided[0]  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        self.sum(0)
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            values = tensor.detach().cpu().contiguous()
+            with self._telling():
+                dist.broadcast(values, 0, group=self._group("gloo"))
+            tensor.detach().copy_(values)
+
+    def check_same(self, value: str, what: str) -> None:
+        values: list[Any] = [None] * self.size
+        with self._telling():
+            dist.all_gather_object(values, value, group=self._group("gloo"))
+        if others := [rank for rank, other in enumerate(values) if other != values[0]]:
+            raise DistributedError(
+                f"the processes were given different {what}: {others} not what process 0 was; give "
+                "all of them the same, or tell condense() that each works alone: team=ALONE"
+            )
+
+    def _group(self, backend: str) -> dist.ProcessGroup:
+        if backend not in self._groups:
+            timeout = datetime.timedelta(seconds=self.timeout_seconds)
+            with self._telling():
+                group = dist.new_group(backend=backend, timeout=timeout)
+            assert isinstance(group, dist.ProcessGroup)
+            self._groups[backend] = group
+        return self._groups[backend]
+
+    def _telling(self) -> contextlib.AbstractContextManager[None]:
+        what = f"process {self.rank} of {self.size} lost another one"
+        return _telling(what, self.timeout_seconds)
+
+
+@contextlib.contextmanager
+def _telling(what: str, timeout_seconds: float) -> Iterator[None]:
+    """Turn what torch says of a process that is gone into an error that says what it means."""
+    try:
+        yield
+    except DistributedError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        # Without the place in gloo's source that stands before, and the advice behind.
+        reason = str(error).split("] ", 1)[-1].split(". ")[0].split("\n")[0]
+        raise DistributedError(
+            f"{what} ({reason}): it ended, or did not answer for {timeout_seconds:,g} seconds; "
+            "see what it said"
+        ) from error
+
+
+@contextlib.contextmanager
+def _heeding_the_launcher() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(*_: object) -> None:
+        raise DistributedError(
+            "the launcher ended this process, as it does when another one is lost: see what that "
+            "one said"
+        )
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,116 @@
+"""Images that are brought when they are asked for, so that nobody holds a copy of them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["ImageLookup", "Images", "LabelledView", "images_at_once", "join_images", "take_images"]
+
+# 512 images of 32 x 32, 10 of 224 x 224.
+_PIXELS_AT_ONCE = 2**19
+_IMAGES_AT_ONCE = 512
+
+
+class ImageLookup:
+    """Images by position, brought when they are asked for.
+
+    It stands for a tensor ``(N, C, H, W)`` of them all, of which it has the shape, the dtype, the
+    length, and the indexing by positions, a mask or a slice.
+
+    Args:
+        fetch: From positions, int64 ``(B,)`` on the CPU, to images ``(B, C, H, W)``.
+        shape: ``(N, C, H, W)``.
+        dtype: Of the images.
+    """
+
+    def __init__(
+        self, fetch: Callable[[Tensor], Tensor], shape: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        self._fetch = fetch
+        self._positions = torch.arange(shape[0])
+        self._image_shape = tuple(shape[1:])
+        self.dtype = dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(N, C, H, W)``."""
+        return torch.Size((len(self), *self._image_shape))
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._positions)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """Return some images as a tensor ``(B, C, H, W)``."""
+        if isinstance(index, Tensor):
+            index = index.cpu()
+        return self._fetch(self._positions[index])
+
+    def take(self, positions: Tensor) -> ImageLookup:
+        """Return some of the images, still to be brought: int64 ``(B,)``, repeats are kept."""
+        taken = ImageLookup(self._fetch, self.shape, self.dtype)
+        taken._positions = self._positions[positions.cpu()]
+        return taken
+
+    def to(self, device: torch.device) -> ImageLookup:
+        """Return the same images, brought to a device."""
+        return ImageLookup(lambda positions: self[positions].to(device), self.shape, self.dtype)
+
+
+Images: TypeAlias = "Tensor | ImageLookup"
+"""Images ``(N, C, H, W)``, indexed by positions or slices."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledView:
+    """Some labelled images, without a copy; as far as it goes, ``LabelledImages``.
+
+    Attributes:
+        images: uint8 ``(N, C, H, W)``.
+        labels: int64 ``(N,)``.
+    """
+
+    images: ImageLookup
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def floats(self, indices: Tensor) -> Tensor:
+        """Return images as float32 ``(B, C, H, W)`` in [0, 1]."""
+        return self.images[indices].float().div_(255)
+
+
+def take_images(images: Images, positions: Tensor) -> Images:
+    """Return some of the images: of a tensor a copy, of a lookup another one."""
+    return images[positions] if isinstance(images, Tensor) else images.take(positions)
+
+
+def join_images(parts: Sequence[Images]) -> ImageLookup:
+    """Return images of several sets, one after another; of one dtype and image shape each."""
+    parts = [part for part in parts if len(part)]
+    starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
+
+    def fetch(positions: Tensor) -> Tensor:
+        if len(parts) == 1:
+            return parts[0][positions]
+        images = parts[0][:0].new_empty((len(positions), *parts[0].shape[1:]))
+        for part, start in zip(parts, starts.tolist(), strict=False):
+            own = (positions >= start) & (positions < start + len(part))
+            if own.any():
+                images[own] = part[positions[own] - start].to(images.device)
+        return images
+
+    return ImageLookup(fetch, (int(starts[-1]), *parts[0].shape[1:]), parts[0].dtype)
+
+
+def images_at_once(image_shape: Sequence[int]) -> int:
+    """Return how many images ``(C, H, W)`` go through a network at once: 512 of 32 x 32 at most."""
+    return max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // math.prod(image_shape[1:])))
