@@ -7,6 +7,8 @@ commands:
   replay            a training step with HMNReplay, with Avalanche's ReplayPlugin, with none
   extend            an experience, against the number of classes seen before it
   io                saving and loading memory files
+  processes         what a step of matching would take on more processes
+  memory            the peak memory of a condensation of many large images
   import            importing the package, against importing torch
   time-to-accuracy  accuracy against seconds of condensation, for ours and for IDC's loop
 
@@ -39,6 +41,8 @@ MODULES = {
     "replay": "replay",
     "extend": "extend",
     "io": "files",
+    "processes": "processes",
+    "memory": "memory",
     "import": "imports",
     "time-to-accuracy": "time_to_accuracy",
 }

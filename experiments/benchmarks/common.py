@@ -17,10 +17,11 @@ import torch
 
 import hmn_replay
 from hmn_replay.budget import Budget
-from hmn_replay.config import parse_option
+from hmn_replay.config import EFFORTS, parse_option
+from hmn_replay.data import LabelledImages
 from hmn_replay.formats import check_number_format
 from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.runtime import resolve_device
+from hmn_replay.runtime import make_generator, resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,6 +59,18 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=positive, default=10)
     parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
     parser.add_argument("--number-format", default="int8", help="float32, float16 or int8")
+
+
+def add_condense_arguments(parser: argparse.ArgumentParser, *, options: str = "") -> None:
+    """Add the arguments that say how :func:`hmn_replay.condense` is to work."""
+    parser.add_argument("--effort", default="quick", choices=tuple(EFFORTS))
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=options.split(),
+        metavar="NAME=VALUE",
+        help="of condense(); several times" + (f" (default: {options})" if options else ""),
+    )
 
 
 def positive(text: str) -> int:
@@ -155,6 +168,16 @@ def random_memory(
     each, extra = divmod(layout.max_images(budget, num_classes), num_classes)
     counts = [each + (position < extra) for position in range(num_classes)]
     return HierarchicalMemory(layout, range(num_classes), counts, budget=budget)
+
+
+def noise(
+    image_shape: tuple[int, int, int], num_classes: int, num_images: int, first_class: int = 0
+) -> LabelledImages:
+    """Return as many images of each class, whose labels follow each other: speed is the same."""
+    labels = torch.arange(first_class, first_class + num_classes).repeat_interleave(num_images)
+    images = torch.empty((len(labels), *image_shape), dtype=torch.uint8)
+    images.random_(0, 256, generator=make_generator(0, "images"))
+    return LabelledImages(images, labels)
 
 
 def readable(num_bytes: float) -> str:

@@ -17,18 +17,23 @@ import statistics
 from functools import partial
 from typing import Any
 
-import torch
-
 import hmn_replay
-from experiments.benchmarks.common import interleave, numbers, parse_options, positive
-from hmn_replay.config import EFFORTS, make_config
+from experiments.benchmarks.common import (
+    add_condense_arguments,
+    interleave,
+    noise,
+    numbers,
+    parse_options,
+    positive,
+)
+from hmn_replay.config import make_config
 from hmn_replay.container import Container
 from hmn_replay.container_layout import MAX_CLASSES
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import ConfigError
 from hmn_replay.formats import check_number_format
 from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.runtime import make_generator, resolve_device
+from hmn_replay.runtime import resolve_device
 
 SMOKE = {
     "seen": [1, 3],
@@ -67,14 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--real-images", type=positive, default=100, help="of each new class")
     parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
     parser.add_argument("--rounds", type=positive, default=3, help="how often each is timed")
-    parser.add_argument("--effort", default="quick", choices=tuple(EFFORTS))
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=SHORT.split(),
-        metavar="NAME=VALUE",
-        help=f"of condense(); several times (default: {SHORT})",
-    )
+    add_condense_arguments(parser, options=SHORT)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +103,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tasks = {}
     for count in seen:
         old = HierarchicalMemory(layout, range(count), args.images).to(device)
-        tasks[str(count)] = partial(extend, old, make_images(args, first_class=count))
+        new = noise(shape, args.classes, args.real_images, first_class=count)
+        tasks[str(count)] = partial(extend, old, new)
     seconds = interleave(tasks, args.rounds, device)
     phases = tuple(reports[seen[0]][-1]["phases"])
     print(f"{'seen':>6s}{'seconds':>10s}" + "".join(f"{phase:>12s}" for phase in phases))
@@ -127,12 +126,3 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ratio = rows[-1]["seconds"] / rows[0]["seconds"]
     print(f"after {seen[-1]} classes over after {seen[0]}: {ratio:.3f}")
     return {"experiences": rows, "ratio": ratio}
-
-
-def make_images(args: argparse.Namespace, *, first_class: int) -> LabelledImages:
-    """Return images of noise, of classes that come after others."""
-    labels = torch.arange(first_class, first_class + args.classes).repeat(args.real_images)
-    images = torch.randint(
-        256, (len(labels), 3, args.side, args.side), generator=make_generator(0, "images")
-    )
-    return LabelledImages(images.to(torch.uint8), labels)

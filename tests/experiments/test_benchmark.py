@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.benchmarks import common, imports, matching, objectives
+from experiments.benchmarks import common, imports, matching, objectives, processes
 from experiments.benchmarks.command import MODULES, main
 from experiments.reference import matching_loss
 from hmn_replay.budget import Budget
@@ -182,6 +182,39 @@ def test_extend_counts_old_and_new_classes(capsys: pytest.CaptureFixture[str]) -
     assert "1000 classes at most" in capsys.readouterr().err
 
 
+def test_processes_tells_what_more_of_them_would_take(measure: Any) -> None:
+    results = measure("processes", "--bandwidth", "2", "--latency", "50")
+    assert [row["processes"] for row in results["rows"]] == [1, 2, 5]
+    # A step's matching, and the network's two batches.
+    memory_bytes, *network_bytes = results["sums_bytes"]
+    assert memory_bytes > 0 and network_bytes == [network_bytes[0]] * 2
+    for row in results["rows"]:
+        size, one = row["processes"], results["rows"][0]
+        assert row["step"] == pytest.approx(row["match"] + row["train"] + row["send"])
+        assert row["speedup"] == pytest.approx(one["step"] / row["step"])
+        # Rings of bytes, and trees of messages: 0, 1 and 3 deep.
+        seconds = 2 * (size - 1) / size * sum(results["sums_bytes"]) / 2e9
+        depth = {1: 0, 2: 1, 5: 3}[size]
+        assert row["send"] == pytest.approx(seconds + 3 * 2 * depth * 50e-6)
+
+
+def test_processes_counts_what_is_summed() -> None:
+    counter = processes.Counter(4)
+    values = torch.zeros(5, 3)
+    counter.sum_gradients([(values, torch.tensor([4, 0])), (torch.zeros(7), ...)])
+    assert counter.sums == [4 * (2 * 3 + 7)]
+    assert list(counter.share(range(9))) == [0, 4, 8]
+
+
+def test_memory_gives_the_peak_of_every_phase(measure: Any) -> None:
+    results = measure("memory")
+    peaks = [phase["peak_memory_bytes"] for phase in results["phases"].values()]
+    assert 2**20 < results["peak_memory_before_bytes"] <= peaks[0]
+    assert peaks == sorted(peaks)
+    assert results["real_bytes"] == 2 * 4 * 3 * 8 * 8
+    assert results["values_bytes"] > 0 and results["num_images"] > 2
+
+
 def test_import_takes_torch_and_a_little_more(measure: Any) -> None:
     results = measure("import")
     assert results["ratio"] == pytest.approx(results["seconds"] / results["torch_seconds"])
@@ -249,6 +282,13 @@ def test_tasks_take_turns_and_their_medians_count(monkeypatch: pytest.MonkeyPatc
 
 def test_a_fresh_process_is_another_one() -> None:
     assert common.in_fresh_process(os.getpid) != os.getpid()
+
+
+def test_noise_has_the_classes_asked_for() -> None:
+    images = common.noise((3, 8, 9), 2, 3, first_class=5)
+    assert images.labels.tolist() == [5, 5, 5, 6, 6, 6]
+    assert images.image_shape == (3, 8, 9)
+    assert images.images.min() < 10 and images.images.max() > 245
 
 
 def test_random_memory_fills_its_budget() -> None:
