@@ -123,8 +123,9 @@ def _add_condense(commands: _Commands) -> None:
     )
     parser.add_argument(
         "--number-format",
-        choices=("float32", "float16", "int8"),
-        help="how values are stored (default: that of the effort)",
+        choices=("float32", "float16", "int8", "entropy"),
+        help="how values are stored; entropy codes integers by how rare they are, and weighs bits "
+        "in training (default: that of the effort)",
     )
     parser.add_argument(
         "--container",

@@ -144,13 +144,15 @@ def run_inspect(args: argparse.Namespace) -> Result:
     """Tell what is in a memory file; see ``hmn-replay inspect --help``."""
     memory = load(args.file)
     layout = memory.layout
-    specs = layout.tensors(memory.num_classes, memory.num_images)
+    specs = layout.file_tensors(memory.num_classes, memory.num_images, memory.code_bytes)
     tiers = {
         name: {"shape": list(spec.shape), "bytes": spec.num_bytes, "dtype": spec.dtype}
         for name, spec in specs.items()
     }
     header_bytes = memory.file_bytes - sum(spec.num_bytes for spec in specs.values())
     bits_per_class = 8 * memory.file_bytes / memory.num_classes
+    bits = memory.bits()
+    bits_per_image = bits[layout.per_image] / max(1, memory.num_images)
     result = {
         "file": str(args.file),
         "file_bytes": memory.file_bytes,
@@ -163,6 +165,8 @@ def run_inspect(args: argparse.Namespace) -> Result:
         "images_per_class": memory.images_per_class,
         "classes": memory.classes.tolist(),
         "bits_per_class": bits_per_class,
+        "bits_per_image": bits_per_image,
+        "bits": bits,
         "num_floats": memory.num_floats,
         "tiers": tiers,
         "header_bytes": header_bytes,
@@ -177,13 +181,19 @@ def run_inspect(args: argparse.Namespace) -> Result:
         ("classes", f"{memory.num_classes:,}, {per_class} images each"),
         ("container", layout.container),
         ("number format", layout.number_format),
-        ("bits per class", f"{bits_per_class:,.0f}"),
+        ("bits per class", f"{bits_per_class:,.0f}, header and all"),
+        ("bits per image", f"{bits_per_image:,.1f}, and what images share"),
         ("learned values", f"{memory.num_floats:,} (the paper's rule counts these)"),
     ]
     rows = [("tensor", "shape", "type", "bytes")]
     rows += [(n, _by(s.shape), s.dtype, f"{s.num_bytes:,}") for n, s in specs.items()]
     rows.append(("header", "", "", f"{header_bytes:,}"))
-    return result, f"{_table(lines)}\n\n{_table(rows, '<<<>')}"
+    shares = [("learned", "bits", "a class", "an image")]
+    for name, count in bits.items():
+        a_class, an_image = count / memory.num_classes, count / max(1, memory.num_images)
+        shares.append((name, f"{count:,.0f}", f"{a_class:,.1f}", f"{an_image:,.1f}"))
+    tables = _table(lines), _table(rows, "<<<>"), _table(shares, "<>>>")
+    return result, "\n\n".join(tables)
 
 
 def run_export(args: argparse.Namespace) -> Result:

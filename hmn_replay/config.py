@@ -42,7 +42,8 @@ class CondenseConfig:
     lets a student follow an expert, and moves the memory once.
 
     Attributes:
-        number_format: How values are stored: ``"float32"``, ``"float16"`` or ``"int8"``.
+        number_format: How values are stored: ``"float32"``, ``"float16"``, ``"int8"`` or
+            ``"entropy"``; see :mod:`hmn_replay.formats`.
         objective: ``"gradient"`` (IDC's), ``"distribution"``, ``"dc"``, ``"dsa"``, ``"dm"`` or
             ``"mtt"``; see :data:`hmn_replay.matching.OBJECTIVES`, which tells, too, whether both
             batches are augmented, and what the network learns from between steps.

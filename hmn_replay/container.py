@@ -21,7 +21,7 @@ from hmn_replay.container_layout import MAX_CLASSES, ContainerLayout
 from hmn_replay.decoded import DecodedDataset
 from hmn_replay.entropy import encode
 from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.formats import Stored, quantise
+from hmn_replay.formats import Stored, quantise, stored_bits
 from hmn_replay.lookup import ImageLookup, Images
 from hmn_replay.runtime import make_generator
 
@@ -59,7 +59,7 @@ class Container(nn.Module, abc.ABC):
         report: How the container was condensed; see :func:`hmn_replay.condense`. Not in the file.
         class_rows: Names of parameters and buffers with one row a class.
         group_rows: Names of those with one row an image, or a group of ``layout.group_size``.
-        private: Names of the parameters that few images share, which learn 10 times faster.
+        private: Names of the parameters that few images share, which learn faster.
     """
 
     class_rows: ClassVar[tuple[str, ...]] = ()
@@ -154,6 +154,11 @@ class Container(nn.Module, abc.ABC):
                 the classes before it are decoded from.
         """
 
+    @property
+    def private_rate(self) -> float:
+        """How many times faster than what all images share the :attr:`private` values learn."""
+        return 10.0
+
     def freeze_shared(self) -> None:
         """Let what images of several classes share learn no more."""
         private = {*self.class_rows, *self.group_rows}
@@ -219,6 +224,15 @@ class Container(nn.Module, abc.ABC):
             for part in parts
             if part.levels is not None
         ]
+
+    @torch.no_grad()
+    def bits(self) -> dict[str, float]:
+        """Return the bits that the file has for each learned tensor, by name.
+
+        Of values that are entropy-coded it is the length of their code; what rounds it up to whole
+        words, and their models, are not in it.
+        """
+        return {name: sum(map(stored_bits, parts)) for name, parts in self.stored().items()}
 
     @property
     def num_floats(self) -> int:

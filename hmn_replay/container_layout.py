@@ -200,10 +200,17 @@ class ContainerLayout(abc.ABC):
         Where values are entropy-coded, it is that of a code of ``code_bytes``: what the layout
         plans, where that is None.
         """
+        specs = self.file_tensors(num_classes, num_images, code_bytes)
+        return file_size(specs, {METADATA_KEY: self.metadata(budget_bytes)})
+
+    def file_tensors(
+        self, num_classes: int, num_images: int, code_bytes: int | None
+    ) -> dict[str, TensorSpec]:
+        """Return what :meth:`tensors` does, with a code of another size unless that is None."""
         specs = self.tensors(num_classes, num_images)
         if code_bytes is not None:
             specs["code"] = TensorSpec("U8", (code_bytes,))
-        return file_size(specs, {METADATA_KEY: self.metadata(budget_bytes)})
+        return specs
 
     @property
     def group_bytes(self) -> int:

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from hmn_replay.entropy import bits
 from hmn_replay.errors import ConfigError
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "max_abs_scale",
     "quantise",
     "round_to_format",
+    "stored_bits",
 ]
 
 NumberFormat = Literal["float32", "float16", "int8", "entropy"]
@@ -103,6 +105,14 @@ def dequantise(stored: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return the float32 values that ``stored`` stands for: the inverse of :func:`quantise`."""
     values = stored.to(torch.float32)
     return values if scale is None else values * scale
+
+
+def stored_bits(part: Stored) -> float:
+    """Return how many bits stored values take, code lengths if they are entropy-coded."""
+    stored = quantise(*part[:3])
+    if part.levels is None:
+        return float(8 * stored.numel() * stored.element_size())
+    return float(bits(stored.double(), part.levels).sum())
 
 
 def round_to_format(

@@ -65,6 +65,12 @@ class Growth:
     old_labels: Tensor
     old_repeats: Tensor
 
+    @property
+    def old_drops(self) -> int:
+        """How many images the old classes are to give up in all."""
+        old = self.memory.images_per_class[: self.first_class]
+        return sum(self.drops[: sum(count > 0 for count in old)])
+
     def pool(self, data: LabelledImages, positions: Tensor | None = None) -> LabelledView:
         """Return images of ``data`` and the old ones, to learn from together; nothing is copied.
 

@@ -26,8 +26,10 @@ from hmn_replay.experts import Experts
 from hmn_replay.fidelity import drift_psnr, reconstruction_psnr
 from hmn_replay.growth import make_room
 from hmn_replay.lookup import Images, LabelledView, images_at_once, join_images, take_images
+from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import Network
 from hmn_replay.pruning import aum, double_ended_prune, margins
+from hmn_replay.rate import RateControl, fit_code
 from hmn_replay.run import Run
 from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.steppers import BatchStepper, Stepper
@@ -112,7 +114,7 @@ class Condensation(Run):
         if warm and self.state["step"] == 0 and memory.fit(num_old, wanted_images):
             num_steps = 0
         memory.update_scales(self.first_class)
-        optimizer = self._optimizer((0.9, 0.99))
+        optimizer, rate_control = self._optimizer((0.9, 0.99)), self._rate_control()
         order, order_epoch = torch.empty(0), -1
         with self._bar("warm start", num_steps, batch_size) as bar:
             while (done := self._share_done(num_steps, config.warm_start_seconds)) < 1:
@@ -131,9 +133,10 @@ class Condensation(Run):
                     config.precision,
                     self.first_class,
                     self.team,
+                    rate_control,
                 )
                 bar.update(batch_size)
-                self._stepped(len(indices), optimizer=optimizer)
+                self._stepped(len(indices), optimizer=optimizer, **_kept(rate_control))
         if warm:
             new = torch.arange(num_old, memory.num_images)
             self.state["warm_start_psnr"] = reconstruction_psnr(memory, new, wanted_images)
@@ -151,8 +154,8 @@ class Condensation(Run):
 
     def _match(self) -> None:
         config, num_steps = self.config, self.config.num_steps
-        optimizer = self._optimizer((0.5, 0.99))
-        stepper = self._stepper()
+        optimizer, rate_control = self._optimizer((0.5, 0.99)), self._rate_control()
+        stepper = self._stepper(rate_control)
         if self.resumed and self.state["step"]:
             stepper.resume(self.resumed, self.state["step"])
         with self._bar("matching", num_steps, stepper.images_per_step) as bar:
@@ -160,15 +163,34 @@ class Condensation(Run):
                 steps.set_rate(optimizer, cosine_rate(done, 1, config.memory_learning_rate))
                 num_decoded = stepper.step(optimizer, self.state["step"])
                 bar.update(stepper.images_per_step)
-                self._stepped(num_decoded, optimizer=optimizer, **stepper.owners())
+                owners = {**stepper.owners(), **_kept(rate_control)}
+                self._stepped(num_decoded, optimizer=optimizer, **owners)
         self.state |= stepper.results()
         self._next_phase()
 
-    def _stepper(self) -> Stepper:
+    def _stepper(self, rate_control: RateControl | None) -> Stepper:
         arguments = (self.memory, self.real, self.config, self.seed, self.first_class, self.team)
         if self.experts is None:
-            return BatchStepper(*arguments)
-        return TrajectoryStepper(*arguments, experts=self.experts)
+            return BatchStepper(*arguments, rate_control)
+        return TrajectoryStepper(*arguments, rate_control, experts=self.experts)
+
+    def _rate_control(self) -> RateControl | None:
+        """Return what keeps the bits of an entropy-coded memory near the budget; else None."""
+        memory, growth = self.memory, self.growth
+        if not (isinstance(memory, HierarchicalMemory) and memory.layout.is_coded):
+            return None
+        budget_bytes = self.budget.num_bytes
+        file_bytes = memory.layout.file_bytes(memory.num_classes, 0, budget_bytes, code_bytes=0)
+        rate_control = RateControl(
+            memory,
+            budget_bytes - file_bytes,
+            memory.num_images - sum(growth.drops),
+            growth.num_old,
+            growth.num_old - growth.old_drops,
+        )
+        if self.resumed and "rate_control" in self.resumed.tensors:
+            rate_control.state = self.resumed.tensors["rate_control"].to(self.device)
+        return rate_control
 
     def _share_done(self, num_steps: int, most_seconds: float | None) -> float:
         """Return how much of a phase is done: 1 where steps or seconds, of all so far, are out."""
@@ -189,6 +211,9 @@ class Condensation(Run):
                 self.team.copy_first([scores])
                 self._stepped(self.config.pruning_passes, save=True, scores=scores)
             self.memory.keep(self._choose(images, scores))
+        if isinstance(self.memory, HierarchicalMemory) and self.memory.layout.is_coded:
+            num_old = sum(self.memory.images_per_class[: self.first_class])
+            fit_code(self.memory, self.budget.num_bytes, num_old)
         self.memory.budget_bytes = self.budget.num_bytes
         self.memory.requires_grad_(True)
         self._end_phase()
@@ -287,6 +312,11 @@ class Condensation(Run):
         if self.resumed and self.state["step"]:
             load_state(optimizer, self.resumed.group("optimizer"))
         return optimizer
+
+
+def _kept(rate_control: RateControl | None) -> dict[str, Any]:
+    """Return what a checkpoint keeps of it."""
+    return {} if rate_control is None else {"rate_control": rate_control.state}
 
 
 def _fingerprint(

@@ -10,8 +10,10 @@ start and every objective of matching: w rises while the memory takes more than 
 falls while it takes less (a proportional-integral controller of log w). It is known no better
 beforehand: what a bit is worth depends on the images, their number and the objective.
 
-What training leaves is within a hundredth of the target or so. :func:`fit_code` then makes sure of
-the budget, by rounding towards zero some of the values that are between two integers.
+The controller aims at a fortieth more than there is, and :func:`fit_code` rounds towards zero what
+is over. To end below the budget would be worse: bits not taken are lost, while of the values that
+are rounded most lie right between two integers, where training leaves very many, and cost little. A
+memory that trains too shortly to fill its budget, some tens of steps from noise, stays below it.
 """
 
 from __future__ import annotations
@@ -19,31 +21,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import BudgetError
 from hmn_replay.memory import HierarchicalMemory
 
 __all__ = ["RateControl", "fit_code"]
 
 # Of the code that a budget leaves room for, what is aimed at.
-_AIM = 0.993
-_PROPORTIONAL, _INTEGRAL, _SMOOTHING = 1.0, 0.02, 0.9
-_MAX_ERROR = 1.0
-_NUM_HALVINGS = 20
+_AIM = 1.025
+_PROPORTIONAL, _INTEGRAL, _SMOOTHING = 3.0, 0.05, 0.9
+_MAX_ERROR = 0.5
+_NUM_HALVINGS = 24
 
 
 class RateControl:
-    """Adds bits to losses, and keeps them near a target.
+    """Adds the gradient of bits to that of a distance, and keeps the bits near a target.
 
     Args:
-        memory: One that is entropy-coded, with more images than will be kept, maybe.
+        memory: One that is entropy-coded, maybe with more images than will be kept.
         code_bytes: What the code may take in the end.
         kept_images: How many images will be kept.
         num_old: The images before this position are not trained.
         kept_old: How many of them will be kept.
 
     Attributes:
-        state: Three numbers, float32 on the memory's device: the integral of log w, the smoothed
-            bits of an image, and the number of steps. What a checkpoint keeps.
+        state: float32 ``(3,)`` on the memory's device, which a checkpoint keeps: the integral of
+            log w, the smoothed bits of an image, and the number of steps.
     """
 
     def __init__(
@@ -54,44 +57,45 @@ class RateControl:
         num_old: int = 0,
         kept_old: int = 0,
     ) -> None:
+        self.memory = memory
+        self.first_class = int(memory.class_index[num_old])
         self.bits, self.kept_new = 8 * _AIM * code_bytes, kept_images - kept_old
         self.state = torch.zeros(3, device=memory.class_index.device)
         if num_old:
+            old = torch.arange(num_old, device=memory.class_index.device)
             with torch.no_grad():
-                old = torch.arange(num_old, device=memory.class_index.device)
                 self.bits -= float(memory.rate(old)[0]) * kept_old
 
-    def penalty(self, memory: HierarchicalMemory, indices: Tensor, distance: Tensor) -> Tensor:
-        """Return what to add to a distance; its gradient goes to what is coded.
+    def add_gradients(self, indices: Tensor, distance: Tensor, team: Team = ALONE) -> None:
+        """Add the gradient of the bits of some images, and of all that images share.
 
         Args:
-            memory: The memory.
-            indices: int64 ``(B,)``, on its device: positions of the images in the distance.
-            distance: A scalar, above 0; its gradient is not read.
+            indices: int64 ``(B,)``, positions of the images in the distance, the same in every
+                process of a team.
+            distance: A scalar, above 0 and without a graph: of this process's share.
+            team: The processes that share the distance, whose gradients are summed already.
         """
-        image_bits, shared_bits = memory.rate(indices)
-        target = (self.bits - shared_bits.detach()) / self.kept_new
-        target = target.clamp_min(1.0)
+        team.add_up(distance)
+        image_bits, shared_bits = self.memory.rate(indices.to(self.state.device), self.first_class)
+        target = ((self.bits - shared_bits.detach()) / self.kept_new).clamp_min(1.0)
         integral, smoothed, count = self.state.unbind()
-        smoothed = torch.where(
-            count > 0,
-            _SMOOTHING * smoothed + (1 - _SMOOTHING) * image_bits.detach(),
-            image_bits.detach(),
-        )
+        now = image_bits.detach()
+        smoothed = torch.where(count > 0, _SMOOTHING * smoothed + (1 - _SMOOTHING) * now, now)
         error = (smoothed / target).log().clamp(-_MAX_ERROR, _MAX_ERROR)
         integral = integral + _INTEGRAL * error
         self.state = torch.stack([integral, smoothed, count + 1])
-        weight = (integral + _PROPORTIONAL * error).exp() * distance.detach() / target
-        penalty: Tensor = weight * (image_bits + shared_bits / self.kept_new)
-        return penalty
+        weight = (integral + _PROPORTIONAL * error).exp() * distance / target
+        torch.autograd.backward(weight * (image_bits + shared_bits / self.kept_new))
 
 
 @torch.no_grad()
 def fit_code(memory: HierarchicalMemory, budget_bytes: int, first_image: int = 0) -> None:
     """Let the file of an entropy-coded memory be within a budget.
 
-    The integers of instance memories are |y| rounded, toward zero by a margin that is 0 where the
-    budget holds already, and otherwise the least that makes it hold.
+    Integers of instance memories are brought nearer to zero, by one and then by one more, those
+    first whose values are nearest to the next integer down: none where the budget holds already,
+    and otherwise as few as make it hold. It is their order that counts, not how near they are:
+    training leaves very many right at the border between two integers.
 
     Args:
         memory: The memory; its values become the rounded ones.
@@ -99,26 +103,31 @@ def fit_code(memory: HierarchicalMemory, budget_bytes: int, first_image: int = 0
         first_image: The images before it stay as they are, to the bit.
 
     Raises:
-        BudgetError: Even with the largest margin, a half, the file is over the budget.
+        BudgetError: The file is over the budget even if all of them are zero.
     """
     latent = memory.instance_memory
     scale = memory.instance_scale[memory.class_index[first_image:]]
     values = latent[first_image:] / scale
+    sizes = (values.abs() + 0.5).floor()
+    order = (values.abs() - sizes).flatten().argsort(stable=True)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order), device=order.device)
+    shares = (ranks.double() / max(1, len(order))).view_as(values)
 
-    def takes(margin: float) -> int:
-        rounded = values.sign() * (values.abs() + 0.5 - margin).floor()
-        latent[first_image:] = rounded * scale
+    def takes(steps: float) -> int:
+        rounded = (sizes + shares - steps).floor().clamp_min(0).to(values.dtype)
+        latent[first_image:] = rounded * values.sign() * scale
         return memory.layout.file_bytes(
             memory.num_classes, memory.num_images, budget_bytes, memory.code_bytes
         )
 
     if takes(0.0) <= budget_bytes:
         return
-    low, high = 0.0, 0.5
+    low, high = 0.0, float(sizes.max()) + 1
     if (smallest := takes(high)) > budget_bytes:
         raise BudgetError(
-            f"the memory's code takes {smallest:,} bytes at least, over its budget of "
-            f"{budget_bytes:,}; give a larger budget, or a layout of more image_bytes"
+            f"the memory takes {smallest:,} bytes even with all its images alike, over its budget "
+            f"of {budget_bytes:,}; give a larger budget, or a layout of fewer channels"
         )
     for _ in range(_NUM_HALVINGS):
         middle = (low + high) / 2

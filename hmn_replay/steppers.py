@@ -18,6 +18,7 @@ from hmn_replay.container import Container
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.matching import get_recipe
 from hmn_replay.networks import Network
+from hmn_replay.rate import RateControl
 from hmn_replay.runtime import derive_seed, make_generator
 
 __all__ = ["BatchStepper", "Stepper"]
@@ -33,6 +34,7 @@ class Stepper(abc.ABC):
         seed: Of all draws.
         first_class: The classes before it are not condensed.
         team: The processes that take the steps together.
+        rate_control: What adds bits to the distance, where the memory is entropy-coded.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Stepper(abc.ABC):
         seed: int,
         first_class: int = 0,
         team: Team = ALONE,
+        rate_control: RateControl | None = None,
     ) -> None:
         self.memory, self.real, self.config = memory, real, config
-        self.seed, self.first_class, self.team = seed, first_class, team
+        self.seed, self.first_class = seed, first_class
+        self.team, self.rate_control = team, rate_control
 
     @property
     @abc.abstractmethod
@@ -101,7 +105,15 @@ class BatchStepper(Stepper):
             self._draw_network(number // self.steps_per_network)
         generator = make_generator(self.seed, "match", number)
         num_decoded = steps.match_step(
-            memory, optimizer, self.network, real, config, generator, self.first_class, self.team
+            memory,
+            optimizer,
+            self.network,
+            real,
+            config,
+            generator,
+            self.first_class,
+            self.team,
+            self.rate_control,
         )
         if config.network_images:
             generator = make_generator(self.seed, "train", number)

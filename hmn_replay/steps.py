@@ -24,6 +24,7 @@ from hmn_replay.gradients import add_gradients
 from hmn_replay.lookup import LabelledView, images_at_once
 from hmn_replay.matching import get_recipe
 from hmn_replay.networks import Network, build_network
+from hmn_replay.rate import RateControl
 from hmn_replay.runtime import autocast, make_generator
 from hmn_replay.training import draw_batch
 
@@ -38,8 +39,6 @@ __all__ = [
     "warm_start_targets",
 ]
 
-# Class and instance memories learn this much faster than what all images share.
-_PRIVATE_RATE = 10
 # Decoded at once while matching: 512 images of 32 x 32, 10 of 224 x 224, and one class at least.
 _PIXELS_PER_GROUP = 2**19
 
@@ -91,13 +90,17 @@ def make_optimizer(memory: Container, betas: tuple[float, float]) -> torch.optim
         for name, parameter in memory.named_parameters()
         if parameter.requires_grad and name not in memory.private
     ]
-    return torch.optim.Adam([{"params": shared}, {"params": private}], betas=betas)
+    groups = [
+        {"params": shared, "factor": 1.0},
+        {"params": private, "factor": memory.private_rate},
+    ]
+    return torch.optim.Adam(groups, betas=betas)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of what images share; class and instance memories learn 10 times faster."""
-    for group, factor in zip(optimizer.param_groups, (1, _PRIVATE_RATE), strict=True):
-        group["lr"] = rate * factor
+    """Set the rate of what images share; class and instance memories learn faster, by a factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
 
 
 def warm_start_targets(
@@ -125,6 +128,7 @@ def warm_start_step(
     precision: str = "float32",
     first_class: int = 0,
     team: Team = ALONE,
+    rate_control: RateControl | None = None,
 ) -> None:
     """Move the memory so that some of its images come nearer to real ones, by squared error.
 
@@ -139,9 +143,11 @@ def warm_start_step(
         first_class: Scales of the classes before it stay as they are; see
             :meth:`Container.update_scales`.
         team: The processes that share the images; all are given the same ones.
+        rate_control: What adds bits to the error, where the memory is entropy-coded.
     """
     device, parts = memory.class_index.device, images_at_once(memory.image_shape)
     optimizer.zero_grad()
+    error = torch.zeros((), device=device)
     own = zip(team.share(indices).split(parts), team.share(wanted).split(parts), strict=True)
     for some, targets in own:
         if not len(some):
@@ -149,8 +155,12 @@ def warm_start_step(
         with autocast(device, precision):
             images = memory(some.to(device))
         loss = F.mse_loss(images.float(), targets.to(device, non_blocking=True))
-        torch.autograd.backward(loss * (len(some) / len(indices)))
+        loss = loss * (len(some) / len(indices))
+        torch.autograd.backward(loss)
+        error += loss.detach()
     team.sum_gradients(_parts_of(memory, [indices]))
+    if rate_control is not None:
+        rate_control.add_gradients(indices, error, team)
     optimizer.step()
     memory.update_scales(first_class)
 
@@ -164,6 +174,7 @@ def match_step(
     generator: torch.Generator,
     first_class: int = 0,
     team: Team = ALONE,
+    rate_control: RateControl | None = None,
 ) -> int:
     """Match a batch of some classes, each apart, and move the memory once.
 
@@ -180,6 +191,7 @@ def match_step(
         generator: Of classes, images and augmentations.
         first_class: The classes before it are not matched, and their scales stay as they are.
         team: The processes that share the classes; all call this alike.
+        rate_control: What adds bits to the distance, where the memory is entropy-coded.
 
     Returns:
         How many images were decoded, by all processes together.
@@ -217,6 +229,7 @@ def match_step(
             )
             drawn.append(_Match(label, own, chosen, augment))
     optimizer.zero_grad()
+    distance = torch.zeros((), device=device)
     shared = team.share(drawn)
     for first in range(0, len(shared), group_size):
         matches = shared[first : first + group_size]
@@ -230,16 +243,19 @@ def match_step(
             decoded = own.detach().requires_grad_()
             real_images, augmented = _not_alone(augment(real_images)), _not_alone(augment(decoded))
             with autocast(device, config.precision):
-                _, gradient = recipe.function(
+                loss, gradient = recipe.function(
                     network,
                     real_images,
                     torch.full((len(real_images),), label, device=device),
                     augmented,
                     torch.full((len(augmented),), label, device=device),
                 )
+            distance += loss
             gradients.extend(torch.autograd.grad(augmented, decoded, gradient))
         torch.autograd.backward(images, torch.cat(gradients))
     team.sum_gradients(_parts_of(memory, [match.decoded for match in drawn]))
+    if rate_control is not None:
+        rate_control.add_gradients(torch.cat([match.decoded for match in drawn]), distance, team)
     optimizer.step()
     memory.update_scales(first_class)
     return sum(len(match.decoded) for match in drawn)

@@ -32,7 +32,6 @@ from hmn_replay.containers import make_container, read_layout
 from hmn_replay.entropy import NUM_LEVELS, decode, encode, least_bits
 from hmn_replay.errors import BudgetError, HMNReplayError, MemoryFileError, TrainingError
 from hmn_replay.files import open_at_once, write_atomically
-from hmn_replay.filesize import TensorSpec
 from hmn_replay.formats import Stored, dequantise, quantise
 from hmn_replay.runtime import resolve_device
 
@@ -198,9 +197,7 @@ def _check_header(
                 raise MemoryFileError(f"it has {count!r} {name}")
         code_bytes: int | None = num_rows if layout.is_coded else None
         num_images: int = 0 if layout.is_coded else num_rows * layout.group_size
-        specs = layout.tensors(num_classes, num_images)
-        if code_bytes is not None:
-            specs["code"] = TensorSpec("U8", (code_bytes,))
+        specs = layout.file_tensors(num_classes, num_images, code_bytes)
         for name, spec in specs.items():
             entry = content[name]
             if entry["dtype"] != spec.dtype or tuple(entry["shape"]) != spec.shape:

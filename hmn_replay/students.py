@@ -25,6 +25,7 @@ from hmn_replay.distributed import ALONE, Team
 from hmn_replay.experts import Experts, experts_beside
 from hmn_replay.lookup import take_images
 from hmn_replay.matching import get_recipe
+from hmn_replay.rate import RateControl
 from hmn_replay.runtime import autocast, make_generator
 from hmn_replay.steppers import Stepper
 from hmn_replay.steps import RealImages
@@ -112,6 +113,7 @@ class TrajectoryStepper(Stepper):
         seed: As in :class:`Stepper`.
         first_class: As in :class:`Stepper`.
         team: As in :class:`Stepper`.
+        rate_control: As in :class:`Stepper`.
         experts: Those to follow; any that are not there yet are recorded here.
     """
 
@@ -123,10 +125,11 @@ class TrajectoryStepper(Stepper):
         seed: int,
         first_class: int = 0,
         team: Team = ALONE,
+        rate_control: RateControl | None = None,
         *,
         experts: Experts,
     ) -> None:
-        super().__init__(memory, real, config, seed, first_class, team)
+        super().__init__(memory, real, config, seed, first_class, team, rate_control)
         device = memory.class_index.device
         for number in team.agree(experts.missing):
             experts.record(number, device, team=team)
@@ -168,6 +171,7 @@ class TrajectoryStepper(Stepper):
             config,
             generator,
             self.first_class,
+            self.rate_control,
         )
         logarithm.grad = rate * of_rate
         self.learner.step()
@@ -198,6 +202,7 @@ def trajectory_step(
     config: CondenseConfig,
     generator: torch.Generator,
     first_class: int = 0,
+    rate_control: RateControl | None = None,
 ) -> tuple[int, Tensor]:
     """Let a student follow an expert on decoded images, and move the memory once.
 
@@ -219,6 +224,7 @@ def trajectory_step(
         generator: Of images and augmentations.
         first_class: The images of the classes before it are not shown, and their scales stay as
             they are.
+        rate_control: What adds bits to the distance, where the memory is entropy-coded.
 
     Returns:
         How many decoded images the student saw, repeats counted; and the gradient of the loss with
@@ -255,7 +261,7 @@ def trajectory_step(
     with torch.no_grad():
         images = torch.cat([decode(group) for group in groups])
     with autocast(device, config.precision):
-        _, gradient, of_rate = trajectory_matching(
+        loss, gradient, of_rate = trajectory_matching(
             network,
             start,
             target,
@@ -268,6 +274,8 @@ def trajectory_step(
     optimizer.zero_grad()
     for group, of_group in zip(groups, gradient.split([len(g) for g in groups]), strict=True):
         torch.autograd.backward(decode(group), of_group)
+    if rate_control is not None:
+        rate_control.add_gradients(seen, loss)
     optimizer.step()
     memory.update_scales(first_class)
     return sum(sizes), of_rate

@@ -451,3 +451,65 @@ def test_condensation_is_the_same_inside_other_modes(
 def test_a_seed_that_is_no_integer_is_refused(make_layout: MakeLayout, make_set: MakeSet) -> None:
     with pytest.raises(ConfigError, match="seed must be an integer, got None"):
         tiny(make_set(), make_layout(), seed=None)
+
+
+# Entropy-coded memories.
+
+
+LONGER = {"warm_start_steps": 300, "warm_start_batch": 30, "outer_steps": 0}
+
+
+def textured(num_images: int = 60) -> LabelledImages:
+    """Images with structure at several scales, so that bits buy likeness."""
+    generator = torch.Generator().manual_seed(5)
+    coarse = torch.rand(num_images, 3, 2, 2, generator=generator)
+    fine = torch.rand(num_images, 3, 8, 8, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, size=(8, 8), mode="bilinear")
+    return LabelledImages(
+        (0.8 * images + 0.2 * fine).mul(255).to(torch.uint8), torch.arange(num_images) % 3
+    )
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_a_coded_memory_fills_its_budget_without_a_knob(
+    make_layout: MakeLayout, share: float
+) -> None:
+    layout = make_layout("entropy", image_bytes=round(8 * share), instance_channels=8)
+    budget = layout.file_bytes(3, 60, 10_000)
+    memory = condense(
+        textured(),
+        budget,
+        layout=layout,
+        **{**TINY, **LONGER, "warm_start_steps": 1200, "over_budget": 0.0},
+    )
+    assert memory.num_images == layout.max_images(budget, 3)
+    assert 0.97 * budget < memory.file_bytes == len(serialise(memory)) <= budget
+
+
+def test_more_bits_an_image_make_it_more_like_what_it_was(make_layout: MakeLayout) -> None:
+    psnr: list[Any] = []
+    for image_bytes in (2, 6, 12):
+        layout = make_layout("entropy", image_bytes=image_bytes, instance_channels=8)
+        budget = layout.file_bytes(3, 60, 10_000)
+        memory = condense(textured(), budget, layout=layout, **{**TINY, **LONGER})
+        psnr.append(memory.report["warm_start_psnr"])
+    assert psnr == sorted(psnr)
+    assert psnr[-1] > psnr[0] + 1
+
+
+def test_dropping_coded_images_gives_their_bytes_back(make_layout: MakeLayout) -> None:
+    layout = make_layout("entropy", image_bytes=5)
+    memory = condense(textured(), layout.file_bytes(3, 60, 10_000), layout=layout, **TINY)
+    images, _ = memory.decode()
+    before = memory.file_bytes
+    kept = range(0, memory.num_images, 3)
+    memory.keep(kept)
+    assert memory.file_bytes < before - 0.4 * 5 * (len(images) - len(kept))
+    assert memory.file_bytes == len(serialise(memory))
+    assert memory.decode()[0].equal(images[::3])
+
+
+@pytest.mark.parametrize("container", ["raw", "idc", "haba", "linba"])
+def test_another_container_is_not_entropy_coded(container: str, make_set: MakeSet) -> None:
+    with pytest.raises(ConfigError, match=f"container '{container}' has one of the number formats"):
+        condense(make_set(), "9 KiB", container=container, **TINY, number_format="entropy")

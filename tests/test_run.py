@@ -104,16 +104,21 @@ def test_checkpoints_change_nothing(
     assert after == before
 
 
-@pytest.mark.parametrize("options", [{}, TINY_MTT], ids=["gradient", "mtt"])
+@pytest.mark.parametrize(
+    ("options", "number_format"),
+    [({}, "int8"), ({}, "entropy"), (TINY_MTT, "int8")],
+    ids=["gradient", "entropy", "mtt"],
+)
 def test_interrupted_at_any_checkpoint_it_ends_as_if_it_had_not_been(
     make_set: MakeSet,
     make_layout: MakeLayout,
     tmp_path: Path,
     every_step: None,
     options: dict[str, Any],
+    number_format: NumberFormat,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data, layout = make_set(), make_layout()
+    data, layout = make_set(), make_layout(number_format)
     with monkeypatch.context() as patch:
         calls = count_calls(patch, run, "write_checkpoint")
         expected = serialise(tiny(data, layout, checkpoint=tmp_path / "whole", **options))
@@ -128,7 +133,7 @@ def test_interrupted_at_any_checkpoint_it_ends_as_if_it_had_not_been(
         assert serialise(tiny(data, layout, checkpoint=path, **options)) == expected, number
 
 
-@pytest.mark.parametrize("number_format", ["float32", "int8"])
+@pytest.mark.parametrize("number_format", ["float32", "int8", "entropy"])
 @pytest.mark.parametrize("objective", ["gradient", "distribution"])
 def test_interrupted_again_and_again_between_rare_checkpoints_it_ends_the_same(
     make_set: MakeSet,

@@ -19,7 +19,7 @@ import hmn_replay
 from hmn_replay.budget import Budget
 from hmn_replay.config import EFFORTS, parse_option
 from hmn_replay.data import LabelledImages
-from hmn_replay.formats import check_number_format
+from hmn_replay.formats import NUMBER_FORMATS, check_number_format
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.runtime import make_generator, resolve_device
 
@@ -58,7 +58,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say what images a memory of :func:`random_memory` holds."""
     parser.add_argument("--classes", type=positive, default=10)
     parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
-    parser.add_argument("--number-format", default="int8", help="float32, float16 or int8")
+    parser.add_argument("--number-format", default="int8", choices=NUMBER_FORMATS)
 
 
 def add_condense_arguments(parser: argparse.ArgumentParser, *, options: str = "") -> None:
