@@ -66,18 +66,19 @@ class _Rule(NamedTuple):
         pixels_per_value: Values of an image for one of its instance memory.
         widest: Most channels in the decoder.
         narrowest: Those of its finest convolution but the last.
-        bytes_per_pixel: Bytes planned for a value of an image, if entropy-coded.
+        image_bytes: Bytes planned for an image, if entropy-coded, over the root of its number of
+            values.
     """
 
     cells_below: int
     pixels_per_value: int
     widest: int
     narrowest: int
-    bytes_per_pixel: float = 0.0
+    image_bytes: float = 0.0
 
 
 _RULE = _Rule(8, 32, widest=64, narrowest=16)
-_CODED_RULE = _Rule(12, 8, widest=48, narrowest=24, bytes_per_pixel=1 / 32)
+_CODED_RULE = _Rule(12, 8, widest=48, narrowest=24, image_bytes=1.73)
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ class Layout(ContainerLayout):
         cells = math.ceil(height / stride) * math.ceil(width / stride)
         num_values = channels * height * width
         instance_channels = max(1, round(num_values / rule.pixels_per_value / cells))
+        image_bytes = math.ceil(math.sqrt(num_values) * rule.image_bytes)
         for shrink in _SHRINKS:
             layout = cls(
                 (channels, height, width),
@@ -191,12 +193,15 @@ class Layout(ContainerLayout):
                     max(4, round(min(rule.widest, rule.narrowest * 2**level) * shrink))
                     for level in reversed(range(num_doublings))
                 ),
-                image_bytes=math.ceil(num_values * rule.bytes_per_pixel * min(1, 2 * shrink)),
+                image_bytes=image_bytes,
             )
             shared_bytes = layout.file_bytes(num_classes, 0, limit)
             instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * layout.group_bytes
             if shared_bytes <= min(_SHARED_SHARE * limit, limit - instances_bytes):
                 break
+        if layout.is_coded:
+            room = max(1, (limit - shared_bytes) // (_MIN_IMAGES_PER_CLASS * num_classes))
+            layout = dataclasses.replace(layout, image_bytes=min(image_bytes, room))
         num_real = math.inf
         if real_images_per_class is not None:
             num_real = real_images_per_class * num_classes

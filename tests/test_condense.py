@@ -488,7 +488,7 @@ def test_a_coded_memory_fills_its_budget_without_a_knob(
 
 def test_more_bits_an_image_make_it_more_like_what_it_was(make_layout: MakeLayout) -> None:
     psnr: list[Any] = []
-    for image_bytes in (2, 6, 12):
+    for image_bytes in (2, 4, 6):
         layout = make_layout("entropy", image_bytes=image_bytes, instance_channels=8)
         budget = layout.file_bytes(3, 60, 10_000)
         memory = condense(textured(), budget, layout=layout, **{**TINY, **LONGER})

@@ -1,0 +1,141 @@
+"""The comparison at equal bytes, on next to nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hmn_replay
+from experiments import equal_bytes
+from experiments.equal_bytes import best_quality, condensation, main, make_rows, parse_arguments
+from experiments.tables.settings import UNBOUNDED
+from experiments.tables.store import Store
+from hmn_replay.errors import ConfigError
+
+TINY = (
+    "--budgets 2500,4000 --seeds 0,1 --qualities 5,50 --width 2 --passes 20 --seconds 0.2 "
+    "--set inner_steps=2 --set real_batch=2 --set decoded_batch=2 --set network_width=2 "
+    "--set network_images=4 --set network_batch=4 --set pruning_passes=20 --set pruning_width=2 "
+    "--set warm_start_batch=8 --device cpu"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file of three classes of 16 x 16 pixels, each brighter than the one before."""
+    generator = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for split, count in (("train", 60), ("test", 12)):
+        labels = np.arange(count) % 3
+        pixels = generator.random((count, 16, 16, 3)) * 80 + labels.reshape(-1, 1, 1, 1) * 60
+        arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def run(data: Path, out: Path, rows: str, *arguments: str) -> int:
+    return main(["--data", str(data), "--out", str(out), "--rows", rows, *TINY, *arguments])
+
+
+def test_all_kinds_of_rows_are_within_their_budgets(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "raw,jpeg,int8,entropy,entropy-warm"
+    assert run(data, tmp_path, rows) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["budget"], row["row"]) for row in report["rows"]] == [
+        (budget, name) for budget in (2500, 4000) for name in rows.split(",")
+    ]
+    for row in report["rows"]:
+        assert 0 < row["bytes"] <= row["budget"]
+        assert len(row["accuracies"]) == 2
+        assert (row["psnr"] is None) == (row["row"] in ("raw", "jpeg"))
+    for path in tmp_path.glob("*.hmn"):
+        _, budget, _ = path.stem.rsplit("-", 2)
+        assert path.stat().st_size <= int(budget)
+    assert not list(tmp_path.glob("*.checkpoint"))
+    assert (tmp_path / "rate-accuracy.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.count("| JPEG, quality ") == table.count("## ") == 2
+
+    # Everything is there: nothing is computed again.
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(hmn_replay, "condense", never)
+    monkeypatch.setattr(hmn_replay, "evaluate", never)
+    assert run(data, tmp_path, rows) == 0
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_jpeg_is_shown_at_its_best_quality_and_tried_at_all_with_the_first_seed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.25, 0.5, 0.375, 0.5, 0.25, 0.125])
+
+    def evaluate(*_: Any, **__: Any) -> tuple[None, float]:
+        return None, next(scores)
+
+    monkeypatch.setattr(hmn_replay, "evaluate", evaluate)
+    assert run(data, tmp_path, "jpeg") == 0
+    store = Store(tmp_path, json.loads((tmp_path / "results.json").read_text())["configuration"])
+    assert [best_quality(store, budget) for budget in (2500, 4000)] == [50, 5]
+    first, second = make_rows(store)
+    assert (first["quality"], first["accuracies"]) == (50, [0.5, 0.375])
+    assert (second["quality"], second["accuracies"]) == (5, [0.5, 0.125])
+
+
+def test_every_format_has_the_same_seconds_and_an_effort_its_own_settings() -> None:
+    args = parse_arguments(["--seconds", "8", "--set", "real_batch=7"])
+    bounds = {"warm_start_seconds": 4, "max_seconds": 8, "real_batch": 7}
+    for row in ("float32", "float16", "int8", "entropy"):
+        options = condensation(row, args)
+        assert bounds.items() <= options.items()
+        assert options["number_format"] == row
+        assert options["warm_start_steps"] == options["outer_steps"] == UNBOUNDED
+    warm = condensation("int8-warm", args)
+    assert (warm["warm_start_seconds"], warm["outer_steps"], warm["over_budget"]) == (8, 0, 0)
+    assert condensation("standard", args) == {"effort": "standard", "real_batch": 7}
+
+
+def test_a_budget_that_holds_no_image_is_a_finding(data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path, "raw,jpeg", "--budgets", "300", "--seeds", "0") == 0
+    table = (tmp_path / "table.md").read_text()
+    assert "raw, 300 bytes: BudgetError: " in table
+
+
+def test_what_is_wrong_is_told_before_anything_is_made(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--rows has no 'webp'; choose from raw, jpeg, float32"):
+        run(data, tmp_path, "raw,webp")
+    with pytest.raises(ConfigError, match="nothing_such"):
+        run(data, tmp_path, "int8", "--set", "nothing_such=1")
+    with pytest.raises(ConfigError, match="--seeds is a number"):
+        run(data, tmp_path, "raw", "--seeds", "one")
+    assert not list(tmp_path.iterdir())
+    assert run(data, tmp_path, "raw") == 0
+    with pytest.raises(ConfigError, match="is of passes = 20, and now it is 30"):
+        run(data, tmp_path, "raw", "--passes", "30")
+
+
+def test_a_stopped_run_tells_how_to_go_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+    usual = equal_bytes.measure_one
+
+    def stop(row: str, *arguments: Any) -> None:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(row)
+        usual(row, *arguments)
+
+    monkeypatch.setattr(equal_bytes, "measure_one", stop)
+    assert run(data, tmp_path, "raw,jpeg") == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert " raw |" in (tmp_path / "table.md").read_text()
