@@ -16,12 +16,16 @@ from experiments.tables.settings import UNBOUNDED
 from experiments.tables.store import Store
 from hmn_replay.errors import ConfigError
 
-TINY = (
-    "--budgets 2500,4000 --seeds 0,1 --qualities 5,50 --width 2 --passes 20 --seconds 0.2 "
-    "--set inner_steps=2 --set real_batch=2 --set decoded_batch=2 --set network_width=2 "
-    "--set network_images=4 --set network_batch=4 --set pruning_passes=20 --set pruning_width=2 "
-    "--set warm_start_batch=8 --device cpu"
-).split()
+TINY = "--budgets 2500,4000 --seeds 0,1 --qualities 5,50 --width 2 --passes 20 --device cpu"
+TINY_OPTIONS = (
+    "inner_steps=2 warm_start_batch=8 real_batch=2 decoded_batch=2 network_width=2 "
+    "network_images=4 network_batch=4 pruning_passes=20 pruning_width=2"
+)
+ARGUMENTS = [
+    *TINY.split(),
+    *("--seconds", "0.2"),
+    *(f"--set={option}" for option in TINY_OPTIONS.split()),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(data: Path, out: Path, rows: str, *arguments: str) -> int:
-    return main(["--data", str(data), "--out", str(out), "--rows", rows, *TINY, *arguments])
+    return main(["--data", str(data), "--out", str(out), "--rows", rows, *ARGUMENTS, *arguments])
 
 
 def test_all_kinds_of_rows_are_within_their_budgets(
