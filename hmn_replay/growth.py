@@ -50,7 +50,7 @@ class Growth:
         memory: Old classes, then those of the data; more images than the budget holds.
         first_class: Position of the first class of the data; 0 where the memory is new.
         num_old: How many images the old classes have; they come first.
-        drops: How many images each class that has any is to give up, in the memory's order.
+        num_planned: How many images the budget is planned for, of all classes.
         old_images: uint8 ``(M, C, H, W)``, what the old memory decodes to, on the CPU.
         old_labels: int64 ``(M,)``, their labels.
         old_repeats: int64 ``(M,)``, how often each stands beside the new ones: images of a class
@@ -60,16 +60,33 @@ class Growth:
     memory: Container
     first_class: int
     num_old: int
-    drops: list[int]
+    num_planned: int
     old_images: Images
     old_labels: Tensor
     old_repeats: Tensor
 
+    def drops(self, num_images: int | None = None) -> list[int]:
+        """Return how many images each class that has any gives up, in the memory's order.
+
+        Args:
+            num_images: How many would stay if every class had its share. Default: as planned.
+        """
+        held, size = self.memory.images_per_class, self.memory.layout.group_size
+        num_groups = (self.num_planned if num_images is None else num_images) // size
+        shares = _shares(num_groups, len(held), size)
+        return [max(0, count - share) for count, share in zip(held, shares, strict=True) if count]
+
+    @property
+    def num_most(self) -> int:
+        """How many images may stay while classes that have any share alike."""
+        held = [count for count in self.memory.images_per_class if count]
+        return max(self.num_planned, min(held) * self.memory.num_classes)
+
     @property
     def old_drops(self) -> int:
-        """How many images the old classes are to give up in all."""
+        """How many images the old classes are to give up in all, as planned."""
         old = self.memory.images_per_class[: self.first_class]
-        return sum(self.drops[: sum(count > 0 for count in old)])
+        return sum(self.drops()[: sum(count > 0 for count in old)])
 
     def pool(self, data: LabelledImages, positions: Tensor | None = None) -> LabelledView:
         """Return images of ``data`` and the old ones, to learn from together; nothing is copied.
@@ -117,8 +134,7 @@ def make_room(
     num_classes = first_class + data.num_classes
     size = layout.group_size
     num_groups = layout.max_images(budget, num_classes) // size
-    fair, extra = divmod(num_groups, num_classes)
-    shares = [size * (fair + (position < extra)) for position in range(num_classes)]
+    shares = _shares(num_groups, num_classes, size)
     # Without another class there is no margin to prune by.
     num_over = size * math.ceil(over_budget * num_groups / num_classes) if num_classes > 1 else 0
     counts = [share + num_over for share in shares[first_class:]]
@@ -132,7 +148,6 @@ def make_room(
         memory.extend(data.classes, counts, seed=seed)
         memory.freeze_shared()
     held = memory.images_per_class
-    drops = [max(0, count - share) for count, share in zip(held, shares, strict=True) if count]
     old_images: Images = data.images[:0]
     labels = data.labels[:0]
     if old is not None:
@@ -143,4 +158,11 @@ def make_room(
         ours = labels == label
         repeats[ours] = max(1, len(data.of_class(label)) // max(1, int(ours.sum())))
     num_old = sum(held[:first_class])
-    return Growth(memory, first_class, num_old, drops, old_images, labels, repeats)
+    planned = size * num_groups
+    return Growth(memory, first_class, num_old, planned, old_images, labels, repeats)
+
+
+def _shares(num_groups: int, num_classes: int, size: int) -> list[int]:
+    """Return the images of each class where all share alike, the first having more."""
+    fair, extra = divmod(num_groups, num_classes)
+    return [size * (fair + (position < extra)) for position in range(num_classes)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from hmn_replay.lookup import Images, LabelledView, images_at_once, join_images,
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.networks import Network
 from hmn_replay.pruning import aum, double_ended_prune, margins
-from hmn_replay.rate import RateControl, fit_code
+from hmn_replay.rate import RateControl, fit_code, most_that_fit
 from hmn_replay.run import Run
 from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.steppers import BatchStepper, Stepper
@@ -64,7 +64,7 @@ class Condensation(Run):
         learned: Tensor | None = None
         self.held_out: LabelledView | None = None
         # Real images are kept back for the choice of beta only where there is a choice to make.
-        if len(config.beta_grid) > 1 and any(self.growth.drops) and len(data) > data.num_classes:
+        if len(config.beta_grid) > 1 and any(self.growth.drops()) and len(data) > data.num_classes:
             learned, kept_back = data.split_positions(config.holdout, derive_seed(seed, "holdout"))
             held_out = join_images([data.images]).take(kept_back)
             self.held_out = LabelledView(held_out, data.labels[kept_back])
@@ -177,14 +177,14 @@ class Condensation(Run):
     def _rate_control(self) -> RateControl | None:
         """Return what keeps the bits of an entropy-coded memory near the budget; else None."""
         memory, growth = self.memory, self.growth
-        if not (isinstance(memory, HierarchicalMemory) and memory.layout.is_coded):
+        if not _is_coded(memory):
             return None
         budget_bytes = self.budget.num_bytes
         file_bytes = memory.layout.file_bytes(memory.num_classes, 0, budget_bytes, code_bytes=0)
         rate_control = RateControl(
             memory,
             budget_bytes - file_bytes,
-            memory.num_images - sum(growth.drops),
+            memory.num_images - sum(growth.drops()),
             growth.num_old,
             growth.num_old - growth.old_drops,
         )
@@ -203,7 +203,7 @@ class Condensation(Run):
     def _prune(self) -> None:
         self.team.copy_first(self.memory.state_dict().values())
         self.state["drift_psnr"] = self._drift()
-        if any(self.growth.drops):
+        if any(self.growth.drops()):
             images = self.memory.decoded()
             scores = self.resumed.tensors.get("scores") if self.resumed else None
             if scores is None:
@@ -211,7 +211,7 @@ class Condensation(Run):
                 self.team.copy_first([scores])
                 self._stepped(self.config.pruning_passes, save=True, scores=scores)
             self.memory.keep(self._choose(images, scores))
-        if isinstance(self.memory, HierarchicalMemory) and self.memory.layout.is_coded:
+        if _is_coded(self.memory):
             num_old = sum(self.memory.images_per_class[: self.first_class])
             fit_code(self.memory, self.budget.num_bytes, num_old)
         self.memory.budget_bytes = self.budget.num_bytes
@@ -248,14 +248,7 @@ class Condensation(Run):
         accuracies: dict[str, float] = self.state["beta_accuracies"]
         class_index = self.memory.class_index
         grid = self.config.beta_grid
-        # Images that share stored values stand and fall together, by their mean.
-        size = self.memory.layout.group_size
-        group_scores, group_class = scores.view(-1, size).mean(dim=1), class_index.cpu()[::size]
-        group_drops = [drop // size for drop in self.growth.drops]
-        kept = {}
-        for beta in grid:
-            groups = double_ended_prune(group_scores, group_class, group_drops, beta)
-            kept[beta] = (groups.view(-1, 1) * size + torch.arange(size)).flatten()
+        kept = {beta: self._stays(scores, beta) for beta in grid}
         if self.held_out is not None:
             held_out = steps.RealImages.of(self.held_out, self.memory.classes)
             for beta in grid:
@@ -272,6 +265,24 @@ class Condensation(Run):
         best = max(grid, key=lambda beta: accuracies.get(str(beta), 0.0))
         self.state["beta"] = best
         return kept[best]
+
+    def _stays(self, scores: Tensor, beta: float) -> Tensor:
+        """Return the images that stay with a beta: as planned, or as many as fit if coded."""
+        memory, growth = self.memory, self.growth
+        # Images that share stored values stand and fall together, by their mean.
+        size = memory.layout.group_size
+        group_scores = scores.view(-1, size).mean(dim=1)
+        group_class = memory.class_index.cpu()[::size]
+
+        def stays(num_images: int) -> Tensor:
+            drops = [drop // size for drop in growth.drops(num_images)]
+            groups = double_ended_prune(group_scores, group_class, drops, beta)
+            return (groups.view(-1, 1) * size + torch.arange(size)).flatten()
+
+        if _is_coded(memory):
+            numbers = growth.num_planned, growth.num_most
+            return most_that_fit(memory, self.budget.num_bytes, stays, *numbers)
+        return stays(growth.num_planned)
 
     def _train_on(
         self,
@@ -312,6 +323,10 @@ class Condensation(Run):
         if self.resumed and self.state["step"]:
             load_state(optimizer, self.resumed.group("optimizer"))
         return optimizer
+
+
+def _is_coded(memory: Container) -> TypeGuard[HierarchicalMemory]:
+    return isinstance(memory, HierarchicalMemory) and memory.layout.is_coded
 
 
 def _kept(rate_control: RateControl | None) -> dict[str, Any]:

@@ -18,6 +18,9 @@ memory that trains too shortly to fill its budget, some tens of steps from noise
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,7 +28,7 @@ from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import BudgetError
 from hmn_replay.memory import HierarchicalMemory
 
-__all__ = ["RateControl", "fit_code"]
+__all__ = ["RateControl", "fit_code", "most_that_fit"]
 
 # Of the code that a budget leaves room for, what is aimed at.
 _AIM = 1.025
@@ -86,6 +89,45 @@ class RateControl:
         self.state = torch.stack([integral, smoothed, count + 1])
         weight = (integral + _PROPORTIONAL * error).exp() * distance / target
         torch.autograd.backward(weight * (image_bits + shared_bits / self.kept_new))
+
+
+@torch.no_grad()
+def most_that_fit(
+    memory: HierarchicalMemory,
+    budget_bytes: int,
+    choose: Callable[[int], Tensor],
+    fewest: int,
+    most: int,
+) -> Tensor:
+    """Return the images of an entropy-coded memory that stay, pruned in bytes.
+
+    Those that are pruned may take more than others, and all may take less than was planned.
+
+    Args:
+        memory: The memory.
+        budget_bytes: Of the file.
+        choose: From a number of images to the positions of those that would stay, int64. The more
+            images, the more stay.
+        fewest: Their number at least, though they be over the budget: :func:`fit_code` mends that.
+        most: Their number at most, no less than ``fewest``.
+
+    Returns:
+        What ``choose`` returns for the largest number whose file is within the budget.
+    """
+    device, layout = memory.class_index.device, memory.layout
+
+    def fits(num_images: int) -> bool:
+        chosen = choose(num_images)
+        image_bits, shared_bits = memory.rate(chosen.to(device))
+        code_bytes = math.ceil((float(image_bits) * len(chosen) + float(shared_bits)) / 8)
+        num_bytes = layout.file_bytes(memory.num_classes, len(chosen), budget_bytes, code_bytes)
+        return num_bytes <= budget_bytes
+
+    low, high = fewest, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return choose(low)
 
 
 @torch.no_grad()

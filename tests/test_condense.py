@@ -39,7 +39,10 @@ def check(memory: Container, data: LabelledImages) -> None:
     """Check what holds for every memory that was condensed."""
     assert memory.budget_bytes is not None
     assert len(serialise(memory)) == memory.file_bytes <= memory.budget_bytes
-    assert memory.num_images == memory.layout.max_images(memory.budget_bytes, data.num_classes)
+    planned = memory.layout.max_images(memory.budget_bytes, data.num_classes)
+    # What is coded is pruned in bytes.
+    is_coded = memory.layout.is_coded
+    assert memory.num_images >= planned if is_coded else memory.num_images == planned
     assert memory.classes.equal(data.classes)
     assert max(memory.images_per_class) - min(memory.images_per_class) <= 1
     images, labels = memory.decode()
@@ -484,6 +487,16 @@ def test_a_coded_memory_fills_its_budget_without_a_knob(
     )
     assert memory.num_images == layout.max_images(budget, 3)
     assert 0.97 * budget < memory.file_bytes == len(serialise(memory)) <= budget
+
+
+def test_coded_images_are_pruned_in_bytes(make_layout: MakeLayout) -> None:
+    layout = make_layout("entropy", image_bytes=8, instance_channels=8)
+    budget = layout.file_bytes(3, 60, 10_000)
+    options = {**LONGER, "warm_start_steps": 1200, "over_budget": 0.3, "beta_grid": (0.5,)}
+    memory = condense(textured(90), budget, layout=layout, **{**TINY, **options})
+    assert 60 <= memory.num_images < 78
+    assert 0.97 * budget < memory.file_bytes <= budget
+    assert max(memory.images_per_class) - min(memory.images_per_class) <= 1
 
 
 def test_more_bits_an_image_make_it_more_like_what_it_was(make_layout: MakeLayout) -> None:

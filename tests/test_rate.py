@@ -15,7 +15,7 @@ from torch import Tensor
 from hmn_replay.errors import BudgetError
 from hmn_replay.layout import Layout
 from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.rate import RateControl, fit_code
+from hmn_replay.rate import RateControl, fit_code, most_that_fit
 from hmn_replay.storage import serialise
 from tests.support import hmn_layout, trained
 
@@ -193,3 +193,27 @@ def test_a_budget_that_no_rounding_meets_is_refused() -> None:
     memory = coded_memory(std=20.0)
     with pytest.raises(BudgetError, match=r"takes [\d,]+ bytes even with all its images alike"):
         fit_code(memory, 300)
+
+
+def test_as_many_images_stay_as_bytes_hold() -> None:
+    memory = coded_memory(counts=(30, 30))
+    with torch.no_grad():
+        memory.instance_memory[10:30] *= 5
+    full = memory.file_bytes
+
+    def choose(num_images: int) -> Tensor:
+        return torch.arange(num_images)
+
+    def bytes_of(num_images: int) -> int:
+        own = coded_memory(counts=(30, 30))
+        own.load_state_dict(memory.state_dict())
+        own.keep(choose(num_images))
+        return own.layout.file_bytes(2, num_images, full, own.code_bytes)
+
+    for budget in (full - 1, full - 20, bytes_of(45), bytes_of(25) + 3):
+        kept = len(most_that_fit(memory, budget, choose, 20, 60))
+        # What is counted is the length of a perfect code.
+        assert bytes_of(kept) <= budget + 12
+        assert bytes_of(min(60, kept + 1)) > budget - 12
+    assert len(most_that_fit(memory, bytes_of(25), choose, 40, 60)) == 40
+    assert len(most_that_fit(memory, 2 * full, choose, 20, 50)) == 50
