@@ -29,6 +29,24 @@ instance        decoder          images   PSNR dB  accuracy %
 
 The optimum is flat: half as many images of twice the quality teach as much. Beyond about 130
 bytes an image, decoder and all, images are too few.
+
+With ``"entropy"`` values that are 0 cost little, so that there may be many: the grid is finer and
+has more channels (6 x 8 x 8 for CIFAR: 0.6 dB above 16 x 4 x 4 at equal bytes), the decoder is a
+little smaller (48 and 24 channels; 32 and 16, or 64 and 32, gave the same), and an image is planned
+1.73 bytes for the root of its number of values: 96 for CIFAR, 14 for digits of 8 x 8 pixels, whose
+pixels repeat each other less. As above, but with 600 steps, and a ConvNet-3 of width 32 after
+20,000 passes (three trainings each, with a deviation of 0.6 to 1):
+
+=============  =======  =======  ==========
+bytes planned  images   PSNR dB  accuracy %
+=============  =======  =======  ==========
+60             1,871    22.9     42.2
+96             1,169    25.3     43.6
+140            802      26.9     43.5
+=============  =======  =======  ==========
+
+Real images as JPEG taught 43.2 % with quality 10 (1,629 images), 43.7 with 20 (1,046) and 43.5 with
+30 (817). Digits at 2,048 bytes: 65 % with 4 bytes planned, 74 with 8, 76 with 14 and 72 with 22.
 """
 
 from __future__ import annotations
