@@ -70,6 +70,8 @@ __all__ = ["Layout"]
 _MAX_CHANNELS = 512
 _SHARED_SHARE = 0.3
 _MIN_IMAGES_PER_CLASS = 10
+# Below that, better images teach less than more of them: less than planned is then spent on each.
+_MIN_CODED_IMAGES_PER_CLASS = 5
 _LARGEST_INSTANCE = 4
 # Planned for a value that all images share, or those of a class, where values are entropy-coded.
 _SHARED_BITS = 4
@@ -218,7 +220,7 @@ class Layout(ContainerLayout):
             if shared_bytes <= min(_SHARED_SHARE * limit, limit - instances_bytes):
                 break
         if layout.is_coded:
-            room = max(1, (limit - shared_bytes) // (_MIN_IMAGES_PER_CLASS * num_classes))
+            room = max(1, (limit - shared_bytes) // (_MIN_CODED_IMAGES_PER_CLASS * num_classes))
             layout = dataclasses.replace(layout, image_bytes=min(image_bytes, room))
         num_real = math.inf
         if real_images_per_class is not None:
