@@ -179,3 +179,16 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
     assert largest > 0
     for one, two in zip(actual, expected, strict=True):
         torch.testing.assert_close(one.double(), two.double(), rtol=1e-4, atol=1e-5 * largest)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Return normal numbers in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+def make_norm(width: int) -> nn.GroupNorm:
+    """Return a normalisation of each channel whose scale and shift are not 1 and 0."""
+    norm = nn.GroupNorm(width, width, dtype=torch.double).requires_grad_(False)
+    norm.weight.copy_(1 + 0.3 * draw(width, seed=90))
+    norm.bias.copy_(0.3 * draw(width, seed=91))
+    return norm
