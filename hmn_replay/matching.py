@@ -14,12 +14,12 @@ with other work), beside a training step on the decoded images alone:
 objective                    forward passes   peak memory
                              of 64 images
 ===========================  ===============  ===========
-(training step)                          4.0       211 MB
-`gradient`                              10.9       219 MB
-`dc`, `dsa`                             11.0       219 MB
-`distribution`                           4.4       208 MB
-`dm`                                     4.3       208 MB
-`mtt`, each of 10 steps                 21.8       464 MB
+(training step)                          2.9       211 MB
+`gradient`                               5.1       122 MB
+`dc`, `dsa`                              5.1       119 MB
+`distribution`                           3.5       207 MB
+`dm`                                     3.5       210 MB
+`mtt`, each of 10 steps                 15.8       447 MB
 ===========================  ===============  ===========
 
 All but `mtt` are called once for each class of a step. With one step of the student `mtt` takes
@@ -92,9 +92,10 @@ def gradient_matching(
     does (Kim et al. 2022, arXiv 2205.14959).
 
     Costs a training step on the real batch, and on the decoded one 7 convolution passes for a
-    ConvNet, about 9 for other networks. Peak memory is a ConvNet's five maps of every layer on the
-    decoded batch, little more than a training step's; other networks' second-order graph is twice
-    that. It grows with the larger of the two batches.
+    ConvNet, about 9 for other networks. Peak memory is a ConvNet's three maps of every layer but
+    the first on the decoded batch, less than a training step's; other networks' second-order graph
+    is twice a training step's. It grows with the decoded batch, and for other networks with the
+    larger of the two.
 
     Args:
         network: Maps images to logits ``(N, K)``. Its parameters' ``.grad`` and ``requires_grad``

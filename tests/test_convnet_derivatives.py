@@ -111,17 +111,27 @@ def test_both_orders_equal_double_backward(
     check(network, make_batch(num_images, shape, num_classes), with_head=with_head)
 
 
-@pytest.mark.parametrize("num_values", [1, 4 * 64, 3 * 4 * 64, 2**20])
+@settings(max_examples=8, deadline=None)
+@given(height=st.integers(4, 13), width=st.integers(4, 13), with_head=st.booleans())
+def test_a_wide_network_takes_winograds_way(height: int, width: int, with_head: bool) -> None:
+    shape = (3, height, width)
+    network = make_network(shape, width=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(convnet_derivatives, "Direct")
+        check(network, make_batch(3, shape), with_head=with_head)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 8 * 4 * 64, 3 * 8 * 4 * 64, 2**22])
 def test_chunks_do_not_change_what_comes_out(
-    monkeypatch: pytest.MonkeyPatch, num_values: int
+    monkeypatch: pytest.MonkeyPatch, num_bytes: int
 ) -> None:
-    monkeypatch.setattr(convnet_derivatives, "_VALUES_PER_CHUNK", num_values)
+    monkeypatch.setattr(convnet_derivatives, "_BYTES_PER_CHUNK", num_bytes)
     check(make_network(), make_batch(7), with_head=True)
 
 
 def test_chunks_are_as_large_as_a_map_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     convnet, (images, labels) = ConvNet(make_network()), make_batch(7)
-    monkeypatch.setattr(convnet_derivatives, "_VALUES_PER_CHUNK", 3 * 4 * 8 * 8)
+    monkeypatch.setattr(convnet_derivatives, "_BYTES_PER_CHUNK", 3 * 8 * 4 * 8 * 8)
     _, trace = convnet.weight_gradients(images, labels, keep=True)
     assert [len(chunk.last_map) for chunk in trace.chunks] == [3, 3, 1]
     _, trace = convnet.weight_gradients(images, labels)
@@ -196,10 +206,77 @@ def test_autocast_decides_how_convolutions_compute_and_nothing_else() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         convnet = ConvNet(network)
     gradients, trace = convnet.weight_gradients(images.float(), labels, keep=True)
-    block = trace.chunks[0].blocks[1]
-    assert (block.input.dtype, block.gradient.dtype) == (torch.bfloat16, torch.bfloat16)
-    assert (block.normalised.dtype, block.rate.dtype) == (torch.float32, torch.float32)
+    patches, maps = trace.chunks[0].patches, trace.chunks[0].maps[0]
+    assert patches.values.dtype == maps.input.dtype == maps.gradient.dtype == torch.bfloat16
+    assert patches.gram.dtype == maps.normalised.dtype == maps.rate.dtype == torch.float32
     assert convnet.image_gradient(trace, directions).dtype == torch.float32
     for rough, gradient in zip(gradients, exact, strict=True):
         assert rough.dtype == torch.float32
         assert 0 < float((rough - gradient).norm()) < 0.15 * float(gradient.norm())
+
+
+def test_float32_at_full_width_is_close_to_float64() -> None:
+    """ReLUs whose input rounds to the other side of 0 are what the images' gradient differs by."""
+    shape = (3, 32, 32)
+    network = make_network(shape, 10, width=128, depth=3)
+    images, labels = make_batch(8, shape, 10)
+    directions = make_directions(network, with_head=True)
+    gradients, trace = ConvNet(network).weight_gradients(images, labels, keep=True)
+    to_images = ConvNet(network).image_gradient(trace, directions)
+    convnet = ConvNet(network.float())
+    rounded, trace = convnet.weight_gradients(images.float(), labels, keep=True)
+    rounded_to_images = convnet.image_gradient(trace, [v.float() for v in directions])
+    for ours, exact in zip(rounded, gradients, strict=True):
+        assert float((ours - exact).norm()) < 2e-4 * float(exact.norm())
+    assert float((rounded_to_images - to_images).norm()) < 2e-3 * float(to_images.norm())
+
+
+@pytest.mark.parametrize("width", [4, 64])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_trace_outlives_what_comes_between(width: int, keep: bool) -> None:
+    convnet = ConvNet(make_network(width=width))
+    directions = [torch.ones_like(weight) for weight in convnet.weights]
+    _, trace = convnet.weight_gradients(*make_batch(5), keep=True)
+    expected = convnet.image_gradient(trace, directions)
+    _, trace = convnet.weight_gradients(*make_batch(5), keep=True)
+    _, other = convnet.weight_gradients(*make_batch(6), keep=keep)
+    if keep:
+        convnet.image_gradient(other, directions)
+    assert torch.equal(convnet.image_gradient(trace, directions), expected)
+    assert torch.equal(convnet.image_gradient(trace, directions), expected)
+
+
+@pytest.mark.parametrize("width", [4, 64])
+def test_what_is_returned_is_the_callers(width: int) -> None:
+    convnet, images = ConvNet(make_network(width=width)), make_batch(5)[0]
+    labels = torch.zeros(5, dtype=torch.int64)
+    weights = [weight.clone() for weight in convnet.weights]
+    gradients, trace = convnet.weight_gradients(images, labels, keep=True)
+    to_images = convnet.image_gradient(trace, gradients)
+    results = [*gradients, to_images]
+    copies = [result.clone() for result in results]
+    _, other = convnet.weight_gradients(images + 1, labels + 1, keep=True)
+    convnet.image_gradient(other, gradients)
+    for result, copy in zip(results, copies, strict=True):
+        assert torch.equal(result, copy)
+        result.zero_()
+    again, trace = convnet.weight_gradients(images, labels, keep=True)
+    for gradient, copy in zip(again, copies[:-1], strict=True):
+        assert torch.equal(gradient, copy)
+    assert torch.equal(convnet.image_gradient(trace, again), copies[-1])
+    for weight, before in zip(convnet.weights, weights, strict=True):
+        assert torch.equal(weight, before)
+
+
+def test_two_convnets_of_a_network_share_no_memory() -> None:
+    network = make_network(width=64)
+    one, other = ConvNet(network), ConvNet(network)
+    directions = [torch.ones_like(weight) for weight in one.weights]
+    _, trace = one.weight_gradients(*make_batch(5), keep=True)
+    expected = one.image_gradient(trace, directions)
+    _, trace = one.weight_gradients(*make_batch(5), keep=True)
+    pointers = {buffer.untyped_storage().data_ptr() for buffer in one._scratch._buffers.values()}
+    other.weight_gradients(*make_batch(6))
+    for buffer in other._scratch._buffers.values():
+        assert buffer.untyped_storage().data_ptr() not in pointers
+    assert torch.equal(one.image_gradient(trace, directions), expected)

@@ -12,7 +12,8 @@ images 2, forward and to the weight; on decoded ones 5, these two, and for the s
 forward and two to the input. Of every other layer it needs 10: on real images also the one to the
 input, on decoded ones that too, and one more forward. The yardstick is a forward pass of the
 network's convolutions, and of nothing else, over one batch, in the memory format that is faster.
-peak_fraction is the FLOP/s of the step's necessary work over those of the yardstick.
+peak_fraction is the FLOP/s of the step's necessary work over those of the yardstick. Work is that
+of direct convolution: Winograd's does with fewer operations, so that the fraction may exceed 1.
 
 Peak memory is that of a fresh process which takes one step, and of which "before" is what it took
 before the step: torch, this package, network and images. On a GPU, that of tensors alone.
