@@ -13,9 +13,10 @@ decoded batch takes seven convolution passes: three for the gradients of the wei
 each of the tangents. The formulas of a block are in :mod:`hmn_replay.convnet_layers`, those of the
 first, which has its own, in :mod:`hmn_replay.convnet_first_layer`.
 
-For ConvNet-3 of width 128 and 64 real and 64 decoded images of 32 x 32,
-``python experiments/benchmark.py matching`` tells the cost beside that of double backward. Besides
-the formulas, what makes the difference on a CPU is
+For ConvNet-3 of width 128 and 64 real and 64 decoded images of 32 x 32 this takes a third of the
+time of double backward in float32, and a quarter with bfloat16 convolutions, on two cores with
+AVX-512 (``python experiments/benchmark.py matching``). Besides the formulas, what makes the
+difference on a CPU is
 
 * Winograd's convolution, of a quarter of the multiplications, in float32 and float64. In bfloat16,
   which rounds too coarsely for it, convolutions are torch's;
