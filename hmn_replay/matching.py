@@ -6,9 +6,9 @@ gradient on to the memory with ``decoded.backward(gradient)``. What else a calle
 them is in :data:`OBJECTIVES`. Trajectory matching, which compares whole trainings, is in
 :mod:`hmn_replay.trajectories`.
 
-What a call costs, of 64 real and 64 decoded images of 32 x 32 and a ConvNet-3 of width 128 in float32,
-on one core, the other busy (``python experiments/benchmark.py objectives --threads 1``), beside a
-training step on the decoded images alone:
+What a call costs in float32, of 64 real and 64 decoded images of 32 x 32 and a ConvNet-3 of width
+128, on one core, the other busy (``python experiments/benchmark.py objectives --threads 1``), beside
+a training step on the decoded images alone:
 
 ===========================  ===============  ===========
 objective                    forward passes   peak memory
