@@ -7,8 +7,8 @@ them is in :data:`OBJECTIVES`. Trajectory matching, which compares whole trainin
 :mod:`hmn_replay.trajectories`.
 
 What a call costs in float32, of 64 real and 64 decoded images of 32 x 32 and a ConvNet-3 of width
-128, on one core, the other busy (``python experiments/benchmark.py objectives --threads 1``), beside
-a training step on the decoded images alone:
+128, on one core, the other busy (``python experiments/benchmark.py objectives --threads 1``),
+beside a training step on the decoded images alone:
 
 ===========================  ===============  ===========
 objective                    forward passes   peak memory
