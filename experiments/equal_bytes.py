@@ -115,12 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_atomically(args.out / "table.md", text.encode())
     draw(found, args.out / "rate-accuracy.png")
     print(f"\n{text}\nWritten to {args.out}")
-    if stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    if store.failed:
-        print(f"failed: {'; '.join(store.failed)}; see {store.path}", file=sys.stderr)
-    return 1 if store.failed else 0
+    return store.exit_code(stopped=stopped)
 
 
 def condensation(row: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -111,12 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(table, "draw"):
         table.draw(rows, folder)
     print(f"\n{text}\nWritten to {folder}")
-    if stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    if store.failed:
-        print(f"failed: {'; '.join(store.failed)}; see {store.path}", file=sys.stderr)
-    return 1 if store.failed else 0
+    return store.exit_code(stopped=stopped)
 
 
 def make_settings(args: argparse.Namespace) -> Settings:

@@ -86,14 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ("data", "size", "budget", "steps", "seed", "set", "device")
     machine = {"machine": platform.machine(), "threads": torch.get_num_threads()}
     store = Store(args.out, {name: getattr(args, name) for name in names} | machine)
-    for rate in rates:
-        measure(train, rate, args, store)
+    stopped = False
+    try:
+        for rate in rates:
+            measure(train, rate, args, store)
+    except KeyboardInterrupt:
+        stopped = True
     store.report["rows"] = rows = make_rows(store)
     store.write()
     write_atomically(args.out / "table.md", markdown(rows).encode())
     draw(store, args.out / "reconstruction.png")
     print(f"\n{markdown(rows)}\nWritten to {args.out}")
-    return 1 if store.failed else 0
+    return store.exit_code(stopped=stopped)
 
 
 def measure(train: LabelledImages, rate: int, args: argparse.Namespace, store: Store) -> None:

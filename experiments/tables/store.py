@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,15 @@ class Store:
         self.report["cells"] = [*cells, cell]
         self.write()
         return cell
+
+    def exit_code(self, *, stopped: bool) -> int:
+        """Return that of a run, and say on standard error why it is not 0."""
+        if stopped:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return 130
+        if self.failed:
+            print(f"failed: {'; '.join(self.failed)}; see {self.path}", file=sys.stderr)
+        return 1 if self.failed else 0
 
     def write(self) -> None:
         """Write ``results.json``."""

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import hmn_replay
@@ -28,29 +27,18 @@ ARGUMENTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a file of three classes of 16 x 16 pixels, each brighter than the one before."""
-    generator = np.random.default_rng(0)
-    arrays: dict[str, Any] = {}
-    for split, count in (("train", 60), ("test", 12)):
-        labels = np.arange(count) % 3
-        pixels = generator.random((count, 16, 16, 3)) * 80 + labels.reshape(-1, 1, 1, 1) * 60
-        arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    np.savez(path, **arrays)
-    return path
-
-
-def run(data: Path, out: Path, rows: str, *arguments: str) -> int:
-    return main(["--data", str(data), "--out", str(out), "--rows", rows, *ARGUMENTS, *arguments])
+def run(cifar10: Path, out: Path, rows: str, *arguments: str) -> int:
+    return main(["--data", str(cifar10), "--out", str(out), "--rows", rows, *ARGUMENTS, *arguments])
 
 
 def test_all_kinds_of_rows_are_within_their_budgets(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cifar10: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = "raw,jpeg,int8,entropy,entropy-warm"
-    assert run(data, tmp_path, rows) == 0
+    assert run(cifar10, tmp_path, rows) == 0
     report = json.loads((tmp_path / "results.json").read_text())
     assert [(row["budget"], row["row"]) for row in report["rows"]] == [
         (budget, name) for budget in (2500, 4000) for name in rows.split(",")
@@ -74,12 +62,12 @@ def test_all_kinds_of_rows_are_within_their_budgets(
 
     monkeypatch.setattr(hmn_replay, "condense", never)
     monkeypatch.setattr(hmn_replay, "evaluate", never)
-    assert run(data, tmp_path, rows) == 0
+    assert run(cifar10, tmp_path, rows) == 0
     assert (tmp_path / "table.md").read_text() == table
 
 
 def test_jpeg_is_shown_at_its_best_quality_and_tried_at_all_with_the_first_seed(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.25, 0.5, 0.375, 0.5, 0.25, 0.125])
 
@@ -87,7 +75,7 @@ def test_jpeg_is_shown_at_its_best_quality_and_tried_at_all_with_the_first_seed(
         return None, next(scores)
 
     monkeypatch.setattr(hmn_replay, "evaluate", evaluate)
-    assert run(data, tmp_path, "jpeg") == 0
+    assert run(cifar10, tmp_path, "jpeg") == 0
     store = Store(tmp_path, json.loads((tmp_path / "results.json").read_text())["configuration"])
     assert [best_quality(store, budget) for budget in (2500, 4000)] == [50, 5]
     first, second = make_rows(store)
@@ -108,27 +96,30 @@ def test_every_format_has_the_same_seconds_and_an_effort_its_own_settings() -> N
     assert condensation("standard", args) == {"effort": "standard", "real_batch": 7}
 
 
-def test_a_budget_that_holds_no_image_is_a_finding(data: Path, tmp_path: Path) -> None:
-    assert run(data, tmp_path, "raw,jpeg", "--budgets", "300", "--seeds", "0") == 0
+def test_a_budget_that_holds_no_image_is_a_finding(cifar10: Path, tmp_path: Path) -> None:
+    assert run(cifar10, tmp_path, "raw,jpeg", "--budgets", "300", "--seeds", "0") == 0
     table = (tmp_path / "table.md").read_text()
     assert "raw, 300 bytes: BudgetError: " in table
 
 
-def test_what_is_wrong_is_told_before_anything_is_made(data: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_told_before_anything_is_made(cifar10: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--rows has no 'webp'; choose from raw, jpeg, float32"):
-        run(data, tmp_path, "raw,webp")
+        run(cifar10, tmp_path, "raw,webp")
     with pytest.raises(ConfigError, match="nothing_such"):
-        run(data, tmp_path, "int8", "--set", "nothing_such=1")
+        run(cifar10, tmp_path, "int8", "--set", "nothing_such=1")
     with pytest.raises(ConfigError, match="--seeds is a number"):
-        run(data, tmp_path, "raw", "--seeds", "one")
+        run(cifar10, tmp_path, "raw", "--seeds", "one")
     assert not list(tmp_path.iterdir())
-    assert run(data, tmp_path, "raw") == 0
+    assert run(cifar10, tmp_path, "raw") == 0
     with pytest.raises(ConfigError, match="is of passes = 20, and now it is 30"):
-        run(data, tmp_path, "raw", "--passes", "30")
+        run(cifar10, tmp_path, "raw", "--passes", "30")
 
 
 def test_a_stopped_run_tells_how_to_go_on(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cifar10: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     calls: list[str] = []
     usual = equal_bytes.measure_one
@@ -140,6 +131,6 @@ def test_a_stopped_run_tells_how_to_go_on(
         usual(row, *arguments)
 
     monkeypatch.setattr(equal_bytes, "measure_one", stop)
-    assert run(data, tmp_path, "raw,jpeg") == 130
+    assert run(cifar10, tmp_path, "raw,jpeg") == 130
     assert "the same command goes on from here" in capsys.readouterr().err
     assert " raw |" in (tmp_path / "table.md").read_text()

@@ -31,26 +31,12 @@ TINY_OPTIONS = (
 ARGUMENTS = [*TINY.split(), *(f"--set={option}" for option in TINY_OPTIONS.split())]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a file of three classes of 16 x 16 pixels, each brighter than the one before."""
-    generator = np.random.default_rng(0)
-    arrays: dict[str, Any] = {}
-    for split, count in (("train", 60), ("test", 12)):
-        labels = np.arange(count) % 3
-        pixels = generator.random((count, 16, 16, 3)) * 80 + labels.reshape(-1, 1, 1, 1) * 60
-        arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
-    path = tmp_path_factory.mktemp("data") / "cifar10.npz"
-    np.savez(path, **arrays)
-    return path
-
-
 @pytest.fixture
-def make(data: Path, tmp_path: Path) -> Callable[..., int]:
+def make(cifar10: Path, tmp_path: Path) -> Callable[..., int]:
     """Return a function that makes a table of that data in ``tmp_path / "out"``."""
 
     def make(table: str, *arguments: str) -> int:
-        places = ["--data", str(data), "--out", str(tmp_path / "out")]
+        places = ["--data", str(cifar10), "--out", str(tmp_path / "out")]
         return main(["--table", table, *places, *ARGUMENTS, *arguments])
 
     return make
@@ -126,10 +112,10 @@ def test_containers(make: Callable[..., int], tmp_path: Path) -> None:
 
 
 def test_other_data_has_no_numbers_of_the_paper(
-    make: Callable[..., int], data: Path, tmp_path: Path
+    make: Callable[..., int], cifar10: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.npz"
-    other.write_bytes(data.read_bytes())
+    other.write_bytes(cifar10.read_bytes())
     assert make("containers", "--rows", "raw", "--ipc", "4", "--data", str(other)) == 0
     line = table(tmp_path)["4 IPC", "learned pixels", "gradient"]
     assert line["paper %"] == "-" and line["ours %"] != "-"
@@ -197,7 +183,9 @@ def test_a_stopped_condensation_goes_on_from_its_checkpoint(
     assert not list((tmp_path / "out").glob("*.checkpoint"))
 
 
-def test_other_settings_are_refused(make: Callable[..., int], data: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused(
+    make: Callable[..., int], cifar10: Path, tmp_path: Path
+) -> None:
     arguments = ("containers", "--rows", "raw", "--ipc", "4")
     assert make(*arguments) == 0
     kept = (tmp_path / "out" / "results.json").read_bytes()
@@ -206,15 +194,15 @@ def test_other_settings_are_refused(make: Callable[..., int], data: Path, tmp_pa
     with pytest.raises(ConfigError, match="is of table = 'containers', and now it is 'pruning'"):
         make("pruning")
     assert (tmp_path / "out" / "results.json").read_bytes() == kept
-    with np.load(data) as file:
+    with np.load(cifar10) as file:
         np.savez(tmp_path / "less.npz", **{name: array[:-3] for name, array in file.items()})
-    whole = data.read_bytes()
+    whole = cifar10.read_bytes()
     try:
-        data.write_bytes((tmp_path / "less.npz").read_bytes())
+        cifar10.write_bytes((tmp_path / "less.npz").read_bytes())
         with pytest.raises(ConfigError, match=r"images of cifar10 = \[60, 12\], and now .*57, 9"):
             make(*arguments)
     finally:
-        data.write_bytes(whole)
+        cifar10.write_bytes(whole)
 
 
 def test_one_rows_failure_leaves_the_others_theirs_and_is_tried_again(
@@ -332,10 +320,10 @@ def test_a_fresh_process_is_one_and_its_errors_come_back() -> None:
         memory.in_fresh_process(partial(int, "a"))
 
 
-def test_datasets(make: Callable[..., int], data: Path, tmp_path: Path) -> None:
+def test_datasets(make: Callable[..., int], cifar10: Path, tmp_path: Path) -> None:
     second = tmp_path / "set-2.npz"
-    second.write_bytes(data.read_bytes())
-    sets = ("--datasets", f"{data},{second}")
+    second.write_bytes(cifar10.read_bytes())
+    sets = ("--datasets", f"{cifar10},{second}")
     assert make("datasets", *sets, "--rows", "hmn,raw,idc", "--ipc", "4") == 0
     rows = {row["data"]: row for row in results(tmp_path)["rows"]}
     assert set(rows) == {"cifar10", "cifar100", "svhn", "tiny_imagenet", "imagenet10", "set2"}
@@ -346,7 +334,7 @@ def test_datasets(make: Callable[..., int], data: Path, tmp_path: Path) -> None:
     assert line["which"] == {"raw": "learned pixels", "idc": "IDC"}[best] and line["of"] == "2"
     assert "-" in lines["", "svhn", "4"].values()
     with pytest.raises(ConfigError, match="of different names"):
-        make("datasets", "--datasets", f"{data},{data}")
+        make("datasets", "--datasets", f"{cifar10},{cifar10}")
 
 
 def test_the_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
