@@ -10,6 +10,12 @@ mean. A code length is thus linear in |k|,
 so that the rate of a memory is a weighted L1 norm: exact where values are integers, with a gradient
 where they are not.
 
+There is a model for each channel and position of an instance memory, and one for each of the other
+tensors' parts. Latents of CIFAR-10 after a warm start would take 1 % less under the best model of
+any form for each channel and position, and half a percent less with models for each class as well:
+a class's memory tells next to nothing of how large its images' latents are, so that models are not
+predicted from it.
+
 The probabilities that the coder works with come from integer arithmetic, from square roots and
 quotients that IEEE 754 rounds in one way only, and are multiples of 2**-24: a file decodes to the
 same integers on every machine. The coder is constriction's range coder (Bamler 2022,
