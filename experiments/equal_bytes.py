@@ -8,8 +8,8 @@ Every memory is of the same data and under a budget of bytes of a file, header a
 network is trained on it and scored on the test set, for every seed, which also draws the memory;
 the last epoch counts. Rows are
 
-raw, jpeg          real images. JPEG is tried at all --qualities with the first seed, and shown at
-                   the one with the highest test accuracy, which favours it
+raw, jpeg          real images. JPEG is tried at all --qualities, and shown at the one with the
+                   highest test accuracy, which favours it
 a number format    (float32, float16, int8, entropy) HMN, condensed for --seconds, half of them a
                    warm start
 FORMAT-warm        HMN, the warm start alone, for --seconds
@@ -136,13 +136,9 @@ def measure(
     row: str, budget: int, seed: int, data: Data, args: argparse.Namespace, store: Store
 ) -> None:
     """Make the memory of a row and learn from it, as far as that was not done."""
-    if row != "jpeg":
-        measure_one(row, None, budget, seed, data, args, store)
-        return
-    quality = best_quality(store, budget)
-    for tried in parse_numbers("--qualities", args.qualities):
-        if seed == parse_numbers("--seeds", args.seeds)[0] or tried == quality:
-            measure_one(row, tried, budget, seed, data, args, store)
+    qualities = parse_numbers("--qualities", args.qualities) if row == "jpeg" else (None,)
+    for quality in qualities:
+        measure_one(row, quality, budget, seed, data, args, store)
 
 
 def measure_one(
