@@ -69,7 +69,7 @@ def test_all_kinds_of_rows_are_within_their_budgets(
 def test_jpeg_is_shown_at_its_best_quality(
     cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([0.25, 0.375, 0.5, 0.25, 0.5, 0.0, 0.125, 0.25])
+    scores = iter([0.25, 0.375, 0.125, 0.5, 0.5, 0.0, 0.125, 0.25])
 
     def evaluate(*_: Any, **__: Any) -> tuple[None, float]:
         return None, next(scores)
@@ -77,9 +77,9 @@ def test_jpeg_is_shown_at_its_best_quality(
     monkeypatch.setattr(hmn_replay, "evaluate", evaluate)
     assert run(cifar10, tmp_path, "jpeg") == 0
     store = Store(tmp_path, json.loads((tmp_path / "results.json").read_text())["configuration"])
-    assert [best_quality(store, budget) for budget in (2500, 4000)] == [5, 5]
+    assert [best_quality(store, budget) for budget in (2500, 4000)] == [50, 5]
     first, second = make_rows(store)
-    assert (first["quality"], first["accuracies"]) == (5, [0.25, 0.5])
+    assert (first["quality"], first["accuracies"]) == (50, [0.375, 0.5])
     assert (second["quality"], second["accuracies"]) == (5, [0.5, 0.125])
 
 
