@@ -45,6 +45,7 @@ from hmn_replay.baselines import pack_jpeg_images
 from hmn_replay.container import Container
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import HMNReplayError
+from hmn_replay.fidelity import mean_psnr
 from hmn_replay.files import write_atomically
 from hmn_replay.jpeg import SUBSAMPLINGS, decode_jpeg_scans, encode_jpeg_scans
 from hmn_replay.layout import Layout
@@ -178,7 +179,7 @@ def webp(images: Tensor, quality: int) -> dict[str, Any]:
 def psnr(decoded: Tensor, wanted: Tensor) -> float:
     """Return the mean PSNR of images, uint8 ``(N, C, H, W)``, in dB; 100 for one that is equal."""
     errors = ((decoded.cpu().float() - wanted.float()) / 255).square().mean(dim=(1, 2, 3))
-    return float(-10 * errors.clamp_min(1e-10).log10().mean())
+    return mean_psnr(errors)
 
 
 def make_rows(store: Store) -> list[dict[str, Any]]:

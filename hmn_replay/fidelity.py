@@ -11,7 +11,7 @@ from torch import Tensor
 from hmn_replay.container import Container
 from hmn_replay.lookup import Images, images_at_once
 
-__all__ = ["drift_psnr", "reconstruction_psnr"]
+__all__ = ["drift_psnr", "mean_psnr", "reconstruction_psnr"]
 
 
 def reconstruction_psnr(
@@ -33,6 +33,11 @@ def reconstruction_psnr(
     parts = images_at_once(memory.image_shape)
     for own, part in zip(errors.split(parts), positions.split(parts), strict=True):
         own[:] = (memory.decode(part)[0].cpu() - wanted_images(part)).square().mean(dim=(1, 2, 3))
+    return mean_psnr(errors)
+
+
+def mean_psnr(errors: Tensor) -> float:
+    """Return the mean PSNR in dB of images by their mean squared errors; 100 for one of 1e-10."""
     return float(-10 * errors.clamp_min(1e-10).log10().mean())
 
 

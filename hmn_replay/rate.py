@@ -13,7 +13,8 @@ beforehand: what a bit is worth depends on the images, their number and the obje
 The controller aims at a fortieth more than there is, and :func:`fit_code` rounds towards zero what
 is over. To end below the budget would be worse: bits not taken are lost, while of the values that
 are rounded most lie right between two integers, where training leaves very many, and cost little. A
-memory that trains too shortly to fill its budget, some tens of steps from noise, stays below it.
+memory whose training is too short for its images stays below it: 3,034 of CIFAR-10 filled 92 % of
+122,880 bytes after 3,000 steps.
 """
 
 from __future__ import annotations
