@@ -181,7 +181,7 @@ def unpool(to_output: Tensor, rectified: Tensor, scratch: Scratch) -> Tensor:
     out = scratch("map", rectified.shape, rectified.dtype)
     if h % 2 or w % 2:
         out.zero_()
-    quarter = torch.mul(to_output, 0.25, out=scratch("quarter", (n, i, j, c), rectified.dtype))
+    quarter = scratch("quarter", (n, i, j, c), rectified.dtype).copy_(to_output).mul_(0.25)
     windows, into = (
         x[:, : 2 * i, : 2 * j].unflatten(2, (j, 2)).unflatten(1, (i, 2)) for x in (rectified, out)
     )

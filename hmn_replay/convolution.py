@@ -9,8 +9,9 @@ of its own: :class:`hmn_replay.winograd.Winograd` has the same methods.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ __all__ = ["Convolution", "Direct", "Kernel", "Lifted", "Scratch", "channels_fir
 
 _SLAB_BYTES = 2**24
 _ALIGNMENT = 64
+_MOST_SPARE = 16
+_SPARE: list[np.ndarray[Any, Any]] = []
 
 
 class Lifted(NamedTuple):
@@ -43,9 +46,10 @@ class Scratch:
     """Memory by name: what it gives is valid until the same name is asked for again.
 
     Memory that is new to a process comes page by page, which takes longer than to fill it with a
-    convolution's output. So it is asked for once, and in slabs: from 4 MiB on, numpy has the system
-    give huge pages, which torch does not, and they come four times as fast. On other devices than
-    the CPU, all memory is torch's, which keeps it.
+    convolution's output. So it is asked for in slabs of 16 MiB, and up to 16 that nobody uses any
+    longer are kept for the next who asks. From 4 MiB on, numpy has the system give huge pages,
+    which torch does not, and they come four times as fast. On other devices than the CPU, all
+    memory is torch's, which keeps it.
 
     Args:
         like: Of the device and of the dtype that is meant where none is given.
@@ -54,6 +58,7 @@ class Scratch:
     def __init__(self, like: Tensor) -> None:
         self.like = like.new_empty(0)
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
         self._slab = torch.empty(0, dtype=torch.uint8)
 
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -67,20 +72,42 @@ class Scratch:
         dtype = dtype or self.like.dtype
         if self.like.device.type != "cpu":
             return self.like.new_empty(shape, dtype=dtype)
-        size = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or len(buffer) < size:
-            buffer = self._buffers[name, dtype] = self._take(size * dtype.itemsize).view(dtype)
-        return buffer[:size].view(shape)
+        key = name, dtype, tuple(shape)
+        if key not in self._views:
+            size = math.prod(shape)
+            buffer = self._buffers.get((name, dtype))
+            if buffer is None or len(buffer) < size:
+                self._views = {k: v for k, v in self._views.items() if k[:2] != (name, dtype)}
+                buffer = self._buffers[name, dtype] = self._take(size * dtype.itemsize).view(dtype)
+            self._views[key] = buffer[:size].view(shape)
+        return self._views[key]
 
     def _take(self, num_bytes: int) -> Tensor:
         start = -self._slab.data_ptr() % _ALIGNMENT
         if start + num_bytes > len(self._slab):
-            size = max(_SLAB_BYTES, num_bytes + _ALIGNMENT)
-            self._slab = torch.from_numpy(np.empty(size, np.uint8))
+            self._slab = _take_slab(num_bytes + _ALIGNMENT)
             start = -self._slab.data_ptr() % _ALIGNMENT
         taken, self._slab = self._slab[start:].tensor_split([num_bytes])
         return taken
+
+
+def _take_slab(num_bytes: int) -> Tensor:
+    """Return as many bytes or more, which no other tensor uses."""
+    if num_bytes > _SLAB_BYTES:
+        return torch.from_numpy(np.empty(num_bytes, np.uint8))
+    try:
+        slab = _SPARE.pop()
+    except IndexError:
+        slab = np.empty(_SLAB_BYTES, np.uint8)
+    # The last tensor that uses it takes this view of it along.
+    lent = slab.view()
+    weakref.finalize(lent, _give_back, slab).atexit = False
+    return torch.from_numpy(lent)
+
+
+def _give_back(slab: np.ndarray[Any, Any]) -> None:
+    if len(_SPARE) < _MOST_SPARE:
+        _SPARE.append(slab)
 
 
 class Convolution(Protocol):

@@ -48,6 +48,7 @@ class Winograd:
 
     def __init__(self, scratch: Scratch) -> None:
         self.dtype, self._scratch = scratch.like.dtype, scratch
+        self._zeros: dict[tuple[str, torch.Size], Tensor] = {}
         b = torch.linalg.inv(_vandermonde(6)).T
         self._a, self._g, self._b = (
             torch.kron(c, c).to(scratch.like) for c in (_vandermonde(4), _vandermonde(3), b)
@@ -63,7 +64,7 @@ class Winograd:
         """See :class:`~hmn_replay.convolution.Convolution`."""
         n, h, w, c = x.shape
         i, j = _num_tiles(h, w)
-        padded = self._scratch("padded", (n, 4 * i + 2, 4 * j + 2, c)).zero_()
+        padded = self._padded("input", x.shape, (n, 4 * i + 2, 4 * j + 2, c))
         padded[:, 1 : h + 1, 1 : w + 1] = x
         windows = self._scratch("tiles", (n, i, j, 6, 6, c))
         windows.copy_(padded.unfold(1, 6, 4).unfold(2, 6, 4).movedim(3, 5))
@@ -74,7 +75,7 @@ class Winograd:
         n, h, w, c = g.shape
         i, j = _num_tiles(h, w)
         if h % 4 or w % 4:
-            padded = self._scratch("padded", (n, 4 * i, 4 * j, c)).zero_()
+            padded = self._padded("gradient", g.shape, (n, 4 * i, 4 * j, c))
             padded[:, :h, :w] = g
             g = padded
         tiles = self._scratch("tiles", (n, i, j, 4, 4, c))
@@ -98,9 +99,12 @@ class Winograd:
         products = self._sum([(g.values, kernel.backward) for g, kernel in terms])
         tiles = self._transform(self._b.T, products.transpose(0, 1), "tiles").transpose(0, 1)
         tiles = tiles.view(n, i, j, 6, 6, -1).transpose(2, 3)
-        # Windows overlap by two pixels: their last two lie in the next tile.
-        output = self._scratch("output", (n, i + 1, 4, j + 1, 4, tiles.shape[5])).zero_()
-        output[:, :i, :, :j] += tiles[:, :, :4, :, :4]
+        # Windows overlap by two pixels: their last two lie in the next tile, the last of which has
+        # no others.
+        output = self._scratch("output", (n, i + 1, 4, j + 1, 4, tiles.shape[5]))
+        output[:, :i, :, :j] = tiles[:, :, :4, :, :4]
+        output[:, i, :2] = 0
+        output[:, :i, :, j, :2] = 0
         output[:, 1:, :2, :j] += tiles[:, :, 4:, :, :4]
         output[:, :i, :, 1:, :2] += tiles[:, :, :4, :, 4:]
         output[:, 1:, :2, 1:, :2] += tiles[:, :, 4:, :, 4:]
@@ -120,6 +124,13 @@ class Winograd:
         _, i, o = total.shape
         gradient = (self._g.T @ total.flatten(1)).view(3, 3, i, o)
         return gradient.permute(3, 2, 0, 1).contiguous()
+
+    def _padded(self, kind: str, shape: torch.Size, padded_shape: tuple[int, ...]) -> Tensor:
+        """Return zeros, but where a map of that kind and shape was written to before."""
+        key = kind, shape
+        if key not in self._zeros:
+            self._zeros[key] = self._scratch.like.new_zeros(padded_shape)
+        return self._zeros[key]
 
     def _transform(self, matrix: Tensor, tiles: Tensor, name: str) -> Tensor:
         """Apply a matrix to tiles ``(..., P, c)``, and return them position first."""

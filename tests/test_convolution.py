@@ -68,6 +68,31 @@ def test_two_scratches_share_nothing() -> None:
     assert bool((one == 1).all())
 
 
+def test_memory_is_used_again_once_no_tensor_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hmn_replay.convolution._SPARE", [])
+    scratch = Scratch(torch.empty(0))
+    tensor, part = scratch("a", (4,)).fill_(1), scratch("b", (4,))[1:].fill_(2)
+    place = tensor.data_ptr()
+    del scratch, tensor
+    # A part of it is still in use.
+    other = Scratch(torch.empty(0))("a", (4,)).fill_(3)
+    assert other.data_ptr() != place and bool((part == 2).all())
+    del part
+    assert Scratch(torch.empty(0))("a", (4,)).data_ptr() == place
+    assert bool((other == 3).all())
+
+
+def test_memory_that_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    spare: list[object] = []
+    monkeypatch.setattr("hmn_replay.convolution._SPARE", spare)
+    monkeypatch.setattr("hmn_replay.convolution._MOST_SPARE", 2)
+    monkeypatch.setattr("hmn_replay.convolution._SLAB_BYTES", 1024)
+    taken = [Scratch(torch.empty(0))("a", (n,)).fill_(n) for n in (1, 100, 500, 2, 3)]
+    assert all(bool((tensor == len(tensor)).all()) for tensor in taken)
+    taken.clear()
+    assert len(spare) == 2
+
+
 def test_other_devices_have_new_memory_each_time() -> None:
     scratch = Scratch(torch.empty(0, device="meta"))
     tensor = scratch("a", (2, 3), torch.bfloat16)
