@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from hmn_replay.convnet_first_layer import Patches, PatchLayer
 from hmn_replay.convnet_layers import MapLayer, Maps
-from hmn_replay.convolution import Convolution, Direct, Scratch
+from hmn_replay.convolution import Convolution, Direct, Memory, Scratch
 from hmn_replay.networks import ConvBlock, Network
 from hmn_replay.winograd import Winograd
 
@@ -136,10 +136,10 @@ class ConvNet:
         to_first, to_others = first.zeros(), [layer.zeros() for layer in others]
         to_head = torch.zeros_like(self._head.weight)
         trace = Trace([], len(images))
+        memory = Memory(self._mean) if keep else self._scratch
         size = self._chunk_size(images)
         with torch.autocast(images.device.type, enabled=False):
             for own, own_labels in zip(images.split(size), labels.split(size), strict=True):
-                memory = Scratch(self._mean) if keep else self._scratch
                 patches, x = first.forward((own - self._mean) / self._std, memory)
                 maps = []
                 for layer in others:

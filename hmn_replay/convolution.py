@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-__all__ = ["Convolution", "Direct", "Kernel", "Lifted", "Scratch", "channels_first"]
+__all__ = ["Convolution", "Direct", "Kernel", "Lifted", "Memory", "Scratch", "channels_first"]
 
 _SLAB_BYTES = 2**24
 _ALIGNMENT = 64
@@ -71,24 +71,35 @@ class Scratch:
         """
         dtype = dtype or self.like.dtype
         if self.like.device.type != "cpu":
-            return self.like.new_empty(shape, dtype=dtype)
+            return self._new(shape, dtype)
         key = name, dtype, tuple(shape)
         if key not in self._views:
             size = math.prod(shape)
             buffer = self._buffers.get((name, dtype))
             if buffer is None or len(buffer) < size:
                 self._views = {k: v for k, v in self._views.items() if k[:2] != (name, dtype)}
-                buffer = self._buffers[name, dtype] = self._take(size * dtype.itemsize).view(dtype)
+                buffer = self._buffers[name, dtype] = self._new((size,), dtype)
             self._views[key] = buffer[:size].view(shape)
         return self._views[key]
 
-    def _take(self, num_bytes: int) -> Tensor:
+    def _new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self.like.device.type != "cpu":
+            return self.like.new_empty(shape, dtype=dtype)
+        num_bytes = math.prod(shape) * dtype.itemsize
         start = -self._slab.data_ptr() % _ALIGNMENT
         if start + num_bytes > len(self._slab):
             self._slab = _take_slab(num_bytes + _ALIGNMENT)
             start = -self._slab.data_ptr() % _ALIGNMENT
         taken, self._slab = self._slab[start:].tensor_split([num_bytes])
-        return taken
+        return taken.view(dtype).view(tuple(shape))
+
+
+class Memory(Scratch):
+    """Memory that is given once: it stays valid, whatever the name."""
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor of any values that shares memory with no other."""
+        return self._new(shape, dtype or self.like.dtype)
 
 
 def _take_slab(num_bytes: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmn_replay.convolution import Direct, Scratch, channels_first
+from hmn_replay.convolution import Direct, Memory, Scratch, channels_first
 from tests.support import draw
 
 
@@ -93,8 +93,17 @@ def test_memory_that_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(spare) == 2
 
 
+def test_memory_gives_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hmn_replay.convolution._SLAB_BYTES", 1024)
+    memory = Memory(torch.empty(0))
+    taken = [memory("a", (2, 50)).fill_(i) for i in range(20)]
+    assert all(bool((tensor == i).all()) for i, tensor in enumerate(taken))
+    assert memory("a", (3,), torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_other_devices_have_new_memory_each_time() -> None:
     scratch = Scratch(torch.empty(0, device="meta"))
     tensor = scratch("a", (2, 3), torch.bfloat16)
     assert tensor.device.type == "meta" and tensor.dtype == torch.bfloat16
     assert scratch("a", (2, 3), torch.bfloat16) is not tensor and not scratch._buffers
+    assert Memory(torch.empty(0, device="meta"))("a", (2,)).device.type == "meta"
