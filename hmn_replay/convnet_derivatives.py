@@ -13,10 +13,10 @@ decoded batch takes seven convolution passes: three for the gradients of the wei
 each of the tangents. The formulas of a block are in :mod:`hmn_replay.convnet_layers`, those of the
 first, which has its own, in :mod:`hmn_replay.convnet_first_layer`.
 
-For ConvNet-3 of width 128 and 64 real and 64 decoded images of 32 x 32 this takes a third of the
-time of double backward in float32, and a quarter with bfloat16 convolutions, on two cores with
-AVX-512 (``python experiments/benchmark.py matching``). Besides the formulas, what makes the
-difference on a CPU is
+For ConvNet-3 of width 128 and 64 real and 64 decoded images of 32 x 32 this takes less than a third
+of the time of double backward in float32, and less than a quarter with bfloat16 convolutions, on
+two cores with AVX-512 (``python experiments/benchmark.py matching``). Besides the formulas, what
+makes the difference on a CPU is
 
 * Winograd's convolution, of a quarter of the multiplications, in float32 and float64. In bfloat16,
   which rounds too coarsely for it, convolutions are torch's;
@@ -29,9 +29,10 @@ What did not pay: forward-mode differentiation under reverse mode, which takes t
 more; ``torch.compile`` of the whole step, half the time of double backward after a minute of
 compilation; all classes in one batch; one convolution of twice the channels for the sum of two;
 Winograd's F(2 x 2, 3 x 3) with products in bfloat16, which by its count of transforms saves nothing
-over direct convolution; F(4 x 4, 3 x 3) in bfloat16, which has 1.7 times the error; maps other than
-the first layer's in bfloat16, for most of torch's operations on elements take two or three times as
-long there as in float32.
+over direct convolution; F(4 x 4, 3 x 3) in bfloat16, which has 1.6 times the error and, with its
+transforms in float32, takes as long; chunks in threads of their own in place of threads within each
+operation; maps other than the first layer's in bfloat16, for most of torch's operations on elements
+take two or three times as long there as in float32.
 """
 
 from __future__ import annotations
