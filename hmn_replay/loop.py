@@ -188,7 +188,7 @@ class Condensation(Run):
             growth.num_old,
             growth.num_old - growth.old_drops,
         )
-        if self.resumed and "rate_control" in self.resumed.tensors:
+        if self.resumed and self.state["step"]:
             rate_control.state = self.resumed.tensors["rate_control"].to(self.device)
         return rate_control
 

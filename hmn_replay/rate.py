@@ -49,8 +49,9 @@ class RateControl:
         kept_old: How many of them will be kept.
 
     Attributes:
-        state: float32 ``(3,)`` on the memory's device, which a checkpoint keeps: the integral of
-            log w, the smoothed bits of an image, and the number of steps.
+        state: float32 ``(4,)`` on the memory's device, which a checkpoint keeps: the integral of
+            log w, the smoothed bits of an image, the number of steps, and the bits that all new
+            images and what they share may take.
     """
 
     def __init__(
@@ -63,12 +64,13 @@ class RateControl:
     ) -> None:
         self.memory = memory
         self.first_class = int(memory.class_index[num_old])
-        self.bits, self.kept_new = 8 * _AIM * code_bytes, kept_images - kept_old
-        self.state = torch.zeros(3, device=memory.class_index.device)
+        self.kept_new = kept_images - kept_old
+        device = memory.class_index.device
+        self.state = torch.zeros(4, device=device)
+        self.state[3] = 8 * _AIM * code_bytes
         if num_old:
-            old = torch.arange(num_old, device=memory.class_index.device)
             with torch.no_grad():
-                self.bits -= float(memory.rate(old)[0]) * kept_old
+                self.state[3] -= memory.rate(torch.arange(num_old, device=device))[0] * kept_old
 
     def add_gradients(self, indices: Tensor, distance: Tensor, team: Team = ALONE) -> None:
         """Add the gradient of the bits of some images, and of all that images share.
@@ -81,13 +83,13 @@ class RateControl:
         """
         team.add_up(distance)
         image_bits, shared_bits = self.memory.rate(indices.to(self.state.device), self.first_class)
-        target = ((self.bits - shared_bits.detach()) / self.kept_new).clamp_min(1.0)
-        integral, smoothed, count = self.state.unbind()
+        integral, smoothed, count, bits = self.state.unbind()
+        target = ((bits - shared_bits.detach()) / self.kept_new).clamp_min(1.0)
         now = image_bits.detach()
         smoothed = torch.where(count > 0, _SMOOTHING * smoothed + (1 - _SMOOTHING) * now, now)
         error = (smoothed / target).log().clamp(-_MAX_ERROR, _MAX_ERROR)
         integral = integral + _INTEGRAL * error
-        self.state = torch.stack([integral, smoothed, count + 1])
+        self.state = torch.stack([integral, smoothed, count + 1, bits])
         weight = (integral + _PROPORTIONAL * error).exp() * distance / target
         torch.autograd.backward(weight * (image_bits + shared_bits / self.kept_new))
 

@@ -23,6 +23,7 @@ from hmn_replay.data import LabelledImages
 from hmn_replay.errors import CheckpointError
 from hmn_replay.formats import NumberFormat
 from hmn_replay.layout import Layout
+from hmn_replay.rate import RateControl
 from hmn_replay.storage import load, serialise
 from tests.support import TINY, TINY_MTT, tiny
 
@@ -131,6 +132,42 @@ def test_interrupted_at_any_checkpoint_it_ends_as_if_it_had_not_been(
             with pytest.raises(Interruption):
                 tiny(data, layout, checkpoint=path, **options)
         assert serialise(tiny(data, layout, checkpoint=path, **options)) == expected, number
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_interrupted_at_any_step_the_rate_goes_on_as_if_it_had_not_been(
+    make_set: MakeSet,
+    make_layout: MakeLayout,
+    tmp_path: Path,
+    every_step: None,
+    grows: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, layout = make_set(), make_layout("entropy")
+    options: dict[str, Any] = {"beta_grid": (0.5,), "budget": 3000}
+    if grows:
+        options["memory"] = tiny(make_set(labels=(7, 8), seed=1), layout, budget=3000)
+    states: list[list[float]] = []
+    add_gradients = RateControl.add_gradients
+
+    def recorded(self: RateControl, *args: Any) -> None:
+        states.append(self.state.tolist())
+        add_gradients(self, *args)
+
+    monkeypatch.setattr(RateControl, "add_gradients", recorded)
+    tiny(data, layout, **options)
+    expected, phases = states.copy(), [state[2] for state in states].count(0.0)
+    assert phases == 2 and len(expected) >= 6
+    # The checkpoint after the warm start's last step is one of them.
+    for number in range(len(expected) - 1):
+        path = tmp_path / f"interrupted at {number}"
+        with monkeypatch.context() as patch:
+            interrupt(patch, run, "write_checkpoint", number)
+            with pytest.raises(Interruption):
+                tiny(data, layout, checkpoint=path, **options)
+        states.clear()
+        tiny(data, layout, checkpoint=path, **options)
+        assert states == expected[-len(states) :], number
 
 
 @pytest.mark.parametrize("number_format", ["float32", "int8", "entropy"])
