@@ -124,12 +124,15 @@ def condensation(row: str, args: argparse.Namespace) -> dict[str, Any]:
     if row in EFFORTS:
         return {"effort": row, **options}
     seconds: float = args.seconds
-    number_format, is_warm = row.removesuffix(WARM), row.endswith(WARM)
-    options = {"number_format": number_format, "warm_start_steps": UNBOUNDED, **options}
-    if is_warm:
-        return {**options, "warm_start_seconds": seconds, "outer_steps": 0, "over_budget": 0.0}
-    bounds = {"max_seconds": seconds, "warm_start_seconds": seconds / 2, "outer_steps": UNBOUNDED}
-    return {**bounds, **options}
+    row_sets = {"number_format": row.removesuffix(WARM), "warm_start_steps": UNBOUNDED}
+    if row.endswith(WARM):
+        row_sets |= {"warm_start_seconds": seconds, "outer_steps": 0, "over_budget": 0.0}
+    else:
+        row_sets |= {"warm_start_seconds": seconds / 2, "outer_steps": UNBOUNDED}
+        row_sets["max_seconds"] = seconds
+    if both := sorted(row_sets.keys() & options.keys()):
+        raise ConfigError(f"the row {row!r} sets {both[0]} itself; leave it out of --set")
+    return options | row_sets
 
 
 def measure(
@@ -157,6 +160,7 @@ def measure_one(
 
     def make() -> dict[str, Any]:
         started = time.monotonic()
+        report: dict[str, Any] = {}
         memory: RealImages | Container
         if row == "raw":
             memory = raw_images(train, budget, seed=seed)
@@ -172,13 +176,15 @@ def measure_one(
                 progress=sys.stderr.isatty(),
                 **condensation(row, args),
             )
+            report = memory.report
         memory.save(path)
         path.with_suffix(".checkpoint").unlink(missing_ok=True)
         return {
             "images": memory.num_images,
             "bytes": memory.file_bytes,
-            "seconds": time.monotonic() - started,
-            "report": {} if isinstance(memory, RealImages) else memory.report,
+            # Of a memory that was stopped on the way, the seconds before count too.
+            "seconds": report.get("seconds", time.monotonic() - started),
+            "report": report,
         }
 
     def score() -> dict[str, Any]:

@@ -42,9 +42,10 @@ from experiments.results import markdown_table
 from experiments.tables.rows import number
 from experiments.tables.store import Store
 from hmn_replay.baselines import pack_jpeg_images
+from hmn_replay.config import make_config
 from hmn_replay.container import Container
 from hmn_replay.data import LabelledImages
-from hmn_replay.errors import HMNReplayError
+from hmn_replay.errors import ConfigError, HMNReplayError
 from hmn_replay.fidelity import mean_psnr
 from hmn_replay.files import write_atomically
 from hmn_replay.jpeg import SUBSAMPLINGS, decode_jpeg_scans, encode_jpeg_scans
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     rates = parse_numbers("--image-bytes", args.image_bytes)
     args.device = str(resolve_device(args.device))
+    make_config(**condensation(args))
     train = load_dataset(
         args.data, "train", data_root=args.data_root, download=args.download, size=args.size
     )
@@ -95,10 +97,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped = True
     store.report["rows"] = rows = make_rows(store)
     store.write()
-    write_atomically(args.out / "table.md", markdown(rows).encode())
+    text = "\n".join([markdown(rows), *store.errors()])
+    write_atomically(args.out / "table.md", text.encode())
     draw(store, args.out / "reconstruction.png")
-    print(f"\n{markdown(rows)}\nWritten to {args.out}")
+    print(f"\n{text}\nWritten to {args.out}")
     return store.exit_code(stopped=stopped)
+
+
+def condensation(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of :func:`hmn_replay.condense`."""
+    options = parse_options(args.set)
+    own = {"warm_start_steps": args.steps, "outer_steps": 0, "over_budget": 0.0}
+    own["number_format"] = "entropy"
+    if both := sorted(own.keys() & options.keys()):
+        raise ConfigError(f"{both[0]} is not for --set: this is of a warm start's --steps alone")
+    return options | own
 
 
 def measure(train: LabelledImages, rate: int, args: argparse.Namespace, store: Store) -> None:
@@ -110,14 +123,11 @@ def measure(train: LabelledImages, rate: int, args: argparse.Namespace, store: S
             train,
             args.budget,
             layout=layout_at(rate, args.budget, train),
-            warm_start_steps=args.steps,
-            outer_steps=0,
-            over_budget=0.0,
             seed=args.seed,
             device=args.device,
             checkpoint=path.with_suffix(".checkpoint"),
             progress=sys.stderr.isatty(),
-            **parse_options(args.set),
+            **condensation(args),
         )
         memory.save(path)
         path.with_suffix(".checkpoint").unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from hmn_replay.config import make_config
 from hmn_replay.container import Container
 from hmn_replay.container_layout import ContainerLayout, check_num_classes
 from hmn_replay.containers import get_layout_type
+from hmn_replay.convolution import release_memory
 from hmn_replay.data import ImageSource, as_labelled_images
 from hmn_replay.distributed import Team, join
 from hmn_replay.errors import ConfigError
@@ -150,6 +151,7 @@ def condense(
         if checkpoint is not None:
             run.resume(Path(checkpoint))
         condensed = run.finish()
+    release_memory()
     settings = {"container": layout.container, "effort": effort, "seed": seed}
     condensed.report = {**settings, **dataclasses.asdict(config), **run.report()}
     return condensed

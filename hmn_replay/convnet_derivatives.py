@@ -82,7 +82,8 @@ class ConvNet:
     """A ConvNet of :func:`hmn_replay.networks.build_network`, as its derivatives read it.
 
     To be made anew when weights have changed. Where ``torch.autocast`` is enabled while it is made,
-    convolutions but the first compute in autocast's dtype, and all else in the network's. It keeps
+    convolutions compute in autocast's dtype, and the first layer has its maps in it; statistics,
+    coefficients and all other maps have the network's. It keeps
     the memory that it works in: not for two threads at once.
 
     Args:
@@ -126,8 +127,8 @@ class ConvNet:
         Args:
             images: ``(N, C, H, W)``, N 1 or more, of the network's dtype, float32 or float64.
             labels: int64 ``(N,)``, class indices.
-            keep: Whether to keep what :meth:`image_gradient` reads: patches and output of the first
-                layer, three maps of every other.
+            keep: Whether to keep what :meth:`image_gradient` reads: of the first layer patches and
+                the gradient to its output, of every other three maps, and the last layer's output.
 
         Returns:
             The gradients, in the order and of the shapes of :attr:`weights`; and the trace, which

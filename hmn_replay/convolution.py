@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-__all__ = ["Convolution", "Direct", "Kernel", "Lifted", "Memory", "Scratch", "channels_first"]
+__all__ = ["Convolution", "Direct", "Kernel", "Lifted", "Memory", "Scratch", "channels_first", "release_memory"]
 
 _SLAB_BYTES = 2**24
 _ALIGNMENT = 64
@@ -46,10 +46,10 @@ class Scratch:
     """Memory by name: what it gives is valid until the same name is asked for again.
 
     Memory that is new to a process comes page by page, which takes longer than to fill it with a
-    convolution's output. So it is asked for in slabs of 16 MiB, and up to 16 that nobody uses any
-    longer are kept for the next who asks. From 4 MiB on, numpy has the system give huge pages,
-    which torch does not, and they come four times as fast. On other devices than the CPU, all
-    memory is torch's, which keeps it.
+    convolution's output. So what takes less is asked for in slabs of 16 MiB, and up to 16 that
+    nobody uses any longer are kept for the next who asks, until :func:`release_memory`. From 4 MiB
+    on, numpy has the system give huge pages, which torch does not, and they come four times as
+    fast. On other devices than the CPU, all memory is torch's, which keeps it.
 
     Args:
         like: Of the device and of the dtype that is meant where none is given.
@@ -62,7 +62,7 @@ class Scratch:
         self._slab = torch.empty(0, dtype=torch.uint8)
 
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Return a tensor of any values that shares memory with the last one of that name.
+        """Return a tensor of any values; on a CPU it takes the place of the last of that name.
 
         Args:
             name: Tensors of two names, or of two dtypes, share nothing.
@@ -86,12 +86,16 @@ class Scratch:
         if self.like.device.type != "cpu":
             return self.like.new_empty(shape, dtype=dtype)
         num_bytes = math.prod(shape) * dtype.itemsize
-        start = -self._slab.data_ptr() % _ALIGNMENT
-        if start + num_bytes > len(self._slab):
-            self._slab = _take_slab(num_bytes + _ALIGNMENT)
-            start = -self._slab.data_ptr() % _ALIGNMENT
-        taken, self._slab = self._slab[start:].tensor_split([num_bytes])
-        return taken.view(dtype).view(tuple(shape))
+        return self._cut(num_bytes).view(dtype).view(tuple(shape))
+
+    def _cut(self, num_bytes: int) -> Tensor:
+        if num_bytes + _ALIGNMENT > _SLAB_BYTES:
+            alone = torch.from_numpy(np.empty(num_bytes + _ALIGNMENT, np.uint8))
+            return _aligned(alone)[:num_bytes]
+        if num_bytes > len(_aligned(self._slab)):
+            self._slab = _lend_slab()
+        taken, self._slab = _aligned(self._slab).tensor_split([num_bytes])
+        return taken
 
 
 class Memory(Scratch):
@@ -102,30 +106,36 @@ class Memory(Scratch):
         return self._new(shape, dtype or self.like.dtype)
 
 
-def _take_slab(num_bytes: int) -> Tensor:
-    """Return as many bytes or more, which no other tensor uses."""
-    if num_bytes > _SLAB_BYTES:
-        return torch.from_numpy(np.empty(num_bytes, np.uint8))
+def release_memory() -> None:
+    """Give back to the system the memory that is kept for the next who asks."""
+    _SPARE.clear()
+
+
+def _lend_slab() -> Tensor:
     try:
         slab = _SPARE.pop()
     except IndexError:
         slab = np.empty(_SLAB_BYTES, np.uint8)
     # The last tensor that uses it takes this view of it along.
     lent = slab.view()
-    weakref.finalize(lent, _give_back, slab).atexit = False
+    weakref.finalize(lent, _take_back, slab).atexit = False
     return torch.from_numpy(lent)
 
 
-def _give_back(slab: np.ndarray[Any, Any]) -> None:
+def _take_back(slab: np.ndarray[Any, Any]) -> None:
     if len(_SPARE) < _MOST_SPARE:
         _SPARE.append(slab)
+
+
+def _aligned(slab: Tensor) -> Tensor:
+    return slab[-slab.data_ptr() % _ALIGNMENT :]
 
 
 class Convolution(Protocol):
     """A 3 x 3 convolution with padding 1, and its derivatives.
 
     Maps that it returns are in scratch memory: valid until it is called again. A ``name`` is of the
-    memory that a lifted map may take.
+    memory that a lifted map may take; it may share the map's own instead.
 
     Attributes:
         dtype: In which maps can be kept without loss, where they are to be lifted.

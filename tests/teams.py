@@ -159,7 +159,7 @@ def grown(path: Path) -> dict[str, Any]:
 
 def same_results(scenes: Scenes) -> None:
     folder = scenes.folder
-    for number_format in ("float32", "int8"):
+    for number_format in ("float32", "int8", "entropy"):
         first = folder / f"first-{number_format}.hmn"
         condense(some_data(0, 1, 2), "5 KiB", **OPTIONS, number_format=number_format).save(first)
         for size in (1, 2):

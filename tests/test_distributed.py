@@ -79,7 +79,7 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], *, exact: bool
 # What they make.
 
 
-@pytest.mark.parametrize("number_format", ["float32", "int8"])
+@pytest.mark.parametrize("number_format", ["float32", "int8", "entropy"])
 @pytest.mark.parametrize("kind", ["new", "grown"])
 def test_two_processes_condense_to_the_memory_of_one(
     outcomes: Outcomes, kind: str, number_format: str

@@ -23,6 +23,7 @@ from torch import Tensor
 import hmn_replay
 from experiments.benchmarks.common import in_fresh_process, interleave, positive
 from experiments.results import reset_peak_memory
+from hmn_replay.convolution import release_memory
 from hmn_replay.matching import OBJECTIVES, get_recipe
 from hmn_replay.runtime import make_generator, peak_memory_bytes, resolve_device
 
@@ -95,6 +96,7 @@ def peak_memory(
     where = torch.device(device)
     make_tasks(width, 2, side, 1, where)[name]()
     task = make_tasks(width, batch, side, student_steps, where)[name]
+    release_memory()
     reset_peak_memory()
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)

@@ -107,6 +107,9 @@ def test_what_is_wrong_is_told_before_anything_is_made(cifar10: Path, tmp_path: 
         run(cifar10, tmp_path, "raw,webp")
     with pytest.raises(ConfigError, match="nothing_such"):
         run(cifar10, tmp_path, "int8", "--set", "nothing_such=1")
+    for setting in ("number_format=int8", "max_seconds=9", "warm_start_seconds=9"):
+        with pytest.raises(ConfigError, match=f"'float16' sets {setting.split('=')[0]} itself"):
+            run(cifar10, tmp_path, "raw,float16", "--set", setting)
     with pytest.raises(ConfigError, match="--seeds is a number"):
         run(cifar10, tmp_path, "raw", "--seeds", "one")
     assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ from torch import Tensor
 import hmn_replay
 from experiments.reconstruction import interpolate, jpeg, layout_at, main, psnr, webp
 from hmn_replay.data import LabelledImages
+from hmn_replay.errors import BudgetError, ConfigError
 
 BUDGET = 6000
 
@@ -74,6 +75,24 @@ def test_each_rate_has_a_memory_and_what_others_make_of_as_many_bytes(
 
     monkeypatch.setattr(hmn_replay, "condense", never)
     assert run(data, tmp_path)["rows"] == report["rows"]
+
+
+def test_what_a_warm_start_settles_is_not_for_set(data: Path, tmp_path: Path) -> None:
+    for setting in ("warm_start_steps=9", "outer_steps=1", "over_budget=0.1", "number_format=int8"):
+        with pytest.raises(ConfigError, match=f"{setting.split('=')[0]} is not for --set"):
+            run(data, tmp_path, "--set", setting)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_failed_is_told_in_the_table(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise BudgetError("too small")
+
+    monkeypatch.setattr(hmn_replay, "condense", fails)
+    run(data, tmp_path)
+    assert "BudgetError: too small" in (tmp_path / "table.md").read_text()
 
 
 def test_a_layout_holds_about_as_many_images_as_fit_at_a_rate() -> None:
