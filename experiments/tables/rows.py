@@ -24,9 +24,9 @@ def memories(store: Store, **identity: Any) -> Row:
     """Return what there is of a system's memories, over all seeds.
 
     Returns:
-        The identity; ``images``, ``bytes`` and ``values`` of a memory, which are the same for each
-        seed; the mean of ``seconds``; and ``errors``, those of trainings too. A number is None
-        where nothing was run.
+        The identity; ``images``, ``bytes`` and ``values`` of the first memory (those of another
+        seed differ where values are entropy-coded); the mean of ``seconds``; and ``errors``, those
+        of trainings too. A number is None where nothing was run.
     """
     cells = store.find("memory", **identity)
     first = cells[0] if cells else {}
