@@ -20,7 +20,16 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-__all__ = ["Convolution", "Direct", "Kernel", "Lifted", "Memory", "Scratch", "channels_first", "release_memory"]
+__all__ = [
+    "Convolution",
+    "Direct",
+    "Kernel",
+    "Lifted",
+    "Memory",
+    "Scratch",
+    "channels_first",
+    "release_memory",
+]
 
 _SLAB_BYTES = 2**24
 _ALIGNMENT = 64
