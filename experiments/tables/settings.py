@@ -22,6 +22,7 @@ class Settings:
         over_budget: Share of HMN's images condensed beyond the budget, and pruned in the end.
         width: Channels of ConvNet's blocks in evaluation.
         passes: Images that an evaluated network is shown; None for as many as in IDC's evaluation.
+        most_passes: Of those of IDC's evaluation, the most; None for all of them.
         selection_epochs: On all real images, of the networks that some are chosen by.
         ipc: Budgets, in images a class of float32.
         seeds: One condensation each.
@@ -40,6 +41,7 @@ class Settings:
     ipc: tuple[int, ...]
     seeds: tuple[int, ...]
     trainings: int
+    most_passes: int | None = None
     number_format: NumberFormat = "float32"
     options: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
@@ -72,7 +74,8 @@ SCALES = {
         seconds=600,
         over_budget=0.0,
         width=64,
-        passes=40_000,
+        passes=None,
+        most_passes=120_000,
         selection_epochs=10,
         ipc=(1, 10),
         seeds=(0,),

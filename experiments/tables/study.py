@@ -256,6 +256,7 @@ def training(study: Study, ipc: int, network: str = "convnet") -> TrainingConfig
     if passes is None:
         layout, _ = study.fit("idc", ipc)
         passes = IDC_EPOCHS * layout.group_size * ipc * study.train.num_classes
+        passes = min(passes, settings.most_passes or passes)
     return TrainingConfig(
         network=network,
         width=settings.width,

@@ -80,6 +80,9 @@ def test_networks_are_shown_as_many_images_as_by_idc(
     assert training(study, 1, "vgg16").network == "vgg16"
     settings = dataclasses.replace(study.settings, passes=77)
     assert training(dataclasses.replace(study, settings=settings), 10).num_passes == 77
+    settings = dataclasses.replace(study.settings, most_passes=50_000)
+    bounded = dataclasses.replace(study, settings=settings)
+    assert [training(bounded, ipc).num_passes for ipc in (1, 10)] == [12_000, 50_000]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "fashionmnist", "svhn", "mnist", "digits"])
