@@ -32,7 +32,8 @@ Winograd's F(2 x 2, 3 x 3) with products in bfloat16, which by its count of tran
 over direct convolution; F(4 x 4, 3 x 3) in bfloat16, which has 1.6 times the error and, with its
 transforms in float32, takes as long; chunks in threads of their own in place of threads within each
 operation; maps other than the first layer's in bfloat16, for most of torch's operations on elements
-take two or three times as long there as in float32.
+take two or three times as long there as in float32. Not tried: real gradients taken once for
+several steps of the memory, between which the network learns.
 """
 
 from __future__ import annotations
