@@ -118,7 +118,7 @@ def _add_condense(commands: _Commands) -> None:
         choices=("quick", "standard", "paper"),
         default="quick",
         help="quick takes about 3 minutes for CIFAR-10 at 120KiB on 2 cores with native bfloat16, "
-        "standard does five times the work, paper has the paper's settings and needs a GPU "
+        "standard does twelve times the matching, paper has the paper's settings and needs a GPU "
         "(default: quick)",
     )
     parser.add_argument(

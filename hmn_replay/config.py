@@ -228,7 +228,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "quick": {},
     "standard": {
         "warm_start_steps": 3000,
-        "outer_steps": 25,
+        "outer_steps": 60,
         "inner_steps": 20,
         "beta_grid": (0.0, 0.25, 0.5, 0.75, 1.0),
         "pruning_passes": 20_000,
