@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,12 @@ from hmn_replay.data import LabelledImages
 from hmn_replay.formats import NumberFormat
 from hmn_replay.layout import Layout
 from tests.support import hmn_layout
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C, which tests send, also where a shell that runs us in the background ignores it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
