@@ -16,7 +16,7 @@ from tests.support import hmn_layout
 
 
 def pytest_configure() -> None:
-    """Hear Ctrl-C, which tests send, also where a shell that runs us in the background ignores it."""
+    """Hear Ctrl-C, which tests send, also where a shell in the background ignores it."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
