@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmn_replay.convolution import Direct, Memory, Scratch, channels_first
+from hmn_replay import convolution
+from hmn_replay.convolution import Direct, Memory, Scratch, channels_first, release_memory
 from tests.support import draw
+
+
+@pytest.fixture(autouse=True)
+def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither use the memory that others have left, nor leave any: some here is in small slabs."""
+    monkeypatch.setattr("hmn_replay.convolution._SPARE", [])
 
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.bfloat16])
@@ -68,8 +75,7 @@ def test_two_scratches_share_nothing() -> None:
     assert bool((one == 1).all())
 
 
-def test_memory_is_used_again_once_no_tensor_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hmn_replay.convolution._SPARE", [])
+def test_memory_is_used_again_once_no_tensor_uses_it() -> None:
     scratch = Scratch(torch.empty(0))
     tensor, part = scratch("a", (4,)).fill_(1), scratch("b", (4,))[1:].fill_(2)
     place = tensor.data_ptr()
@@ -91,6 +97,27 @@ def test_memory_that_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(bool((tensor == len(tensor)).all()) for tensor in taken)
     taken.clear()
     assert len(spare) == 2
+
+
+def test_memory_that_is_kept_can_be_released() -> None:
+    tensor = Scratch(torch.empty(0))("a", (4,)).fill_(1)
+    other = Scratch(torch.empty(0))("a", (4,))
+    del tensor
+    assert len(convolution._SPARE) == 1
+    release_memory()
+    assert convolution._SPARE == []
+    del other
+    assert len(convolution._SPARE) == 1
+    release_memory()
+    assert convolution._SPARE == []
+
+
+def test_large_tensors_have_memory_of_their_own() -> None:
+    scratch = Scratch(torch.empty(0))
+    small, large = scratch("a", (5,)).fill_(1), scratch("b", (2**22 + 3,)).fill_(2)
+    after = scratch("c", (5,)).fill_(3)
+    assert large.data_ptr() % 64 == 0 and 0 < after.data_ptr() - small.data_ptr() < 1024
+    assert bool((small == 1).all()) and bool((large == 2).all())
 
 
 def test_memory_gives_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
