@@ -47,3 +47,15 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
     """Read settings of :class:`hmn_replay.CondenseConfig`, each as ``NAME=VALUE``."""
     pairs = [assignment.partition("=") for assignment in assignments]
     return {name: parse_option(name, value) for name, _, value in pairs}
+
+
+def add_options(assignments: Sequence[str], settled: dict[str, Any], by: str) -> dict[str, Any]:
+    """Return settings that a script settles, and those of ``--set`` beside them.
+
+    Raises:
+        ConfigError: ``--set`` has one that is settled.
+    """
+    options = parse_options(assignments)
+    if both := sorted(settled.keys() & options.keys()):
+        raise ConfigError(f"{by} sets {both[0]} itself: {both[0]} is not for --set")
+    return options | settled

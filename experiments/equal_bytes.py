@@ -35,7 +35,7 @@ from typing import Any, TypeAlias
 import torch
 
 import hmn_replay
-from experiments.arguments import add_data, make_parser, parse_numbers, parse_options
+from experiments.arguments import add_data, add_options, make_parser, parse_numbers, parse_options
 from experiments.figures import save
 from experiments.results import deviation, markdown_table
 from experiments.tables.rows import accuracies, percent
@@ -120,9 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def condensation(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of :func:`hmn_replay.condense` for a row that is condensed."""
-    options = parse_options(args.set)
     if row in EFFORTS:
-        return {"effort": row, **options}
+        return {"effort": row, **parse_options(args.set)}
     seconds: float = args.seconds
     row_sets = {"number_format": row.removesuffix(WARM), "warm_start_steps": UNBOUNDED}
     if row.endswith(WARM):
@@ -130,9 +129,7 @@ def condensation(row: str, args: argparse.Namespace) -> dict[str, Any]:
     else:
         row_sets |= {"warm_start_seconds": seconds / 2, "outer_steps": UNBOUNDED}
         row_sets["max_seconds"] = seconds
-    if both := sorted(row_sets.keys() & options.keys()):
-        raise ConfigError(f"the row {row!r} sets {both[0]} itself; leave it out of --set")
-    return options | row_sets
+    return add_options(args.set, row_sets, f"the row {row!r}")
 
 
 def measure(

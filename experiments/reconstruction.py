@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 import hmn_replay
-from experiments.arguments import add_data, make_parser, parse_numbers, parse_options
+from experiments.arguments import add_data, add_options, make_parser, parse_numbers
 from experiments.figures import save
 from experiments.results import markdown_table
 from experiments.tables.rows import number
@@ -45,7 +45,7 @@ from hmn_replay.baselines import pack_jpeg_images
 from hmn_replay.config import make_config
 from hmn_replay.container import Container
 from hmn_replay.data import LabelledImages
-from hmn_replay.errors import ConfigError, HMNReplayError
+from hmn_replay.errors import HMNReplayError
 from hmn_replay.fidelity import mean_psnr
 from hmn_replay.files import write_atomically
 from hmn_replay.jpeg import SUBSAMPLINGS, decode_jpeg_scans, encode_jpeg_scans
@@ -106,12 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def condensation(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of :func:`hmn_replay.condense`."""
-    options = parse_options(args.set)
-    own = {"warm_start_steps": args.steps, "outer_steps": 0, "over_budget": 0.0}
-    own["number_format"] = "entropy"
-    if both := sorted(own.keys() & options.keys()):
-        raise ConfigError(f"{both[0]} is not for --set: this is of a warm start's --steps alone")
-    return options | own
+    settled = {"warm_start_steps": args.steps, "outer_steps": 0, "over_budget": 0.0}
+    settled["number_format"] = "entropy"
+    return add_options(args.set, settled, "a warm start of --steps")
 
 
 def measure(train: LabelledImages, rate: int, args: argparse.Namespace, store: Store) -> None:
