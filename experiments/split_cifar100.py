@@ -90,8 +90,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=0.01, help="learning rate of SGD with momentum 0.9")
     add("--mode", choices=("replay", "memory_only"), default="replay",
         help="memory_only: later experiences train on the memory alone")  # fmt: skip
-    add("--loss", choices=("plain", "asymmetric", "auto"), default="auto",
-        help="of HMN and JPEG replay: asymmetric, as auto is here, is ER-ACE's")  # fmt: skip
+    add("--loss", choices=("plain", "balanced", "asymmetric", "auto"), default="auto",
+        help="of HMN and JPEG replay: auto is balanced here; asymmetric is ER-ACE's")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
     add("--expected-classes", type=int, help="tell HMN how many classes will come in all")
     add("--effort", default="quick", help="of HMN's condensation: quick, standard, paper")

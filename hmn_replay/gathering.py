@@ -155,6 +155,11 @@ class Gatherer:
         self._gathered, self._waiting = self._waiting, self._empty()
         return ended
 
+    @property
+    def num_seen(self) -> Counter[int]:
+        """For each label, how many of its images were added since an experience last ended."""
+        return self._gathered.num_seen + self._waiting.num_seen
+
     def images(self) -> LabelledImages | None:
         """Return all that was gathered since an experience last ended; None where nothing was."""
         if len(self._waiting):

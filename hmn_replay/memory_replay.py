@@ -31,6 +31,7 @@ from hmn_replay.minibatch import (
     check_settings,
     finish_images,
     is_plain_cross_entropy,
+    log_prior,
     part_loss,
 )
 from hmn_replay.replay_state import ReplayState
@@ -80,12 +81,16 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         replay_weight: w in [0, 1]: the loss is ``(1 - w) * criterion(current) + w *
             criterion(replayed)``, whatever the batch sizes; what other plugins add to the loss
             stays as it is. Default: ``None``, the criterion of the whole mini-batch.
-        loss: ``"plain"``, or ``"asymmetric"``, that of ER-ACE (Caccia et al. 2022): classes of the
-            memory that the experience does not have are left out of the current images' softmax, so
-            that these are told apart from each other alone; the replayed ones from all. So the many
-            images of a few new classes do not push the old classes down, which the few images of
-            each cannot make up for. With task labels above 0 nothing is left out. ``"auto"``:
-            ``"asymmetric"`` where the strategy's loss is a cross-entropy, else ``"plain"``.
+        loss: ``"plain"``, ``"balanced"``, ``"asymmetric"`` or ``"auto"``. The many images of a few
+            new classes push old classes down, and the few images of each of these cannot make up
+            for it. ``"balanced"``, the logit-adjusted loss of Menon et al. (2021, eq. 10): while
+            training, the logarithm of each class's share of the loss is added to its logit. What
+            the network learns is then free of how often a class is shown. ``"asymmetric"``, that of
+            ER-ACE (Caccia et al. 2022): classes of the memory that the experience does not have are
+            left out of the current images' softmax, so that these are told apart from each other
+            alone; the replayed ones from all. With task labels above 0 both are ``"plain"``.
+            ``"auto"``: ``"balanced"`` where the strategy's loss is a cross-entropy, else
+            ``"plain"``.
         normalization: ``(mean, std)`` that the benchmark's transforms apply. Default: ``None``,
             that of torchvision's ``Normalize`` in the eval transforms, or none.
         max_raw_images: Bound on the raw images gathered of an online experience. They do not count
@@ -114,7 +119,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         mode: Literal["replay", "memory_only"] = "replay",
         replay_transform: Callable[[Tensor], Tensor] | None = None,
         replay_weight: float | None = None,
-        loss: Literal["plain", "asymmetric", "auto"] = "plain",
+        loss: Literal["plain", "balanced", "asymmetric", "auto"] = "plain",
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -132,7 +137,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._batch_size = self._item_length = 0
         self._device = torch.device("cpu")
         self._found: Normalization | None = None
-        self._is_renewed = self._is_asymmetric = False
+        self._is_renewed = False
+        self._loss_now = "plain"
+        self._current_counts: Tensor | None = None
         self._decoded: DecodedImages | None = None
 
     @abstractmethod
@@ -190,7 +197,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Note the device, and check that the loss is one that can be weighted."""
         self._device = torch.device(strategy.device)
         self._num_pieces = 0
-        if self.replay_weight is not None or self.loss == "asymmetric":
+        if self.replay_weight is not None or self.loss not in ("plain", "auto"):
             check_loss(strategy, self.loss)
 
     def before_train_dataset_adaptation(
@@ -222,10 +229,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Gather a piece of an online stream; decode the memory."""
         experience = strategy.experience
         has_tasks = any(getattr(experience, "task_labels", ()))
-        wanted = self.loss == "asymmetric" or (
-            self.loss == "auto" and is_plain_cross_entropy(strategy)
-        )
-        self._is_asymmetric = wanted and not has_tasks
+        self._loss_now = "plain" if has_tasks else self.loss
+        if self._loss_now == "auto":
+            self._loss_now = "balanced" if is_plain_cross_entropy(strategy) else "plain"
+        self._current_counts = None
         if isinstance(experience, OnlineCLExperience):
             self._num_pieces += 1
             is_first = experience.is_first_subexp if experience.access_task_boundaries else None
@@ -268,12 +275,21 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def before_backward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Part the loss into that of the current images and that of the replayed."""
-        decoded, weight = self._decoded, self.replay_weight
-        if self.mode == "memory_only" or not (self.last_replay_size and decoded):
+        decoded, num_replayed = self._decoded, self.last_replay_size
+        if self.mode == "memory_only" or not (num_replayed and decoded):
             return
-        if weight is not None or self._is_asymmetric:
-            known = decoded.known if self._is_asymmetric else None
-            part_loss(strategy, self.last_replay_size, weight, known)
+        if self.replay_weight is None and self._loss_now == "plain":
+            return
+        labels, weight = strategy.mb_y, self.replay_weight
+        if weight is None:
+            weight = num_replayed / len(labels)
+        known = prior = None
+        if self._loss_now == "asymmetric":
+            known = decoded.known
+        elif self._loss_now == "balanced":
+            counts = self._count(labels[:-num_replayed], strategy.mb_output.shape[1])
+            prior = log_prior(counts, decoded, weight)
+        part_loss(strategy, num_replayed, weight, known=known, log_prior=prior)
 
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Make the experience into the memory."""
@@ -289,6 +305,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if self._num_pieces > 1:
             self.finish()
         self.last_replay_size = self._batch_size = 0
+        self._current_counts = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the plugin has learned, as tensors, numbers and texts.
@@ -357,6 +374,16 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         # Through JSON, so that what a checkpoint gives back has the same types.
         self.report.append(json.loads(json.dumps(entry)))
         self.memory, self._num_updates = memory, index + 1
+
+    def _count(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Count the labels of a mini-batch with those of its experience so far: ``(K,)``."""
+        if self._current_counts is None:
+            counts = torch.zeros(num_classes)
+            for label, count in self._gatherer.num_seen.items():
+                counts[label] = count
+            self._current_counts = counts.to(labels.device)
+        ones = torch.ones(len(labels), device=labels.device)
+        return self._current_counts.index_add_(0, labels, ones)
 
     def _decode(self) -> DecodedImages | None:
         """Decode the memory, once until it is another one."""

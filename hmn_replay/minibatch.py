@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +26,13 @@ __all__ = [
     "check_settings",
     "finish_images",
     "is_plain_cross_entropy",
+    "log_prior",
     "part_loss",
 ]
 
 MODES = ("replay", "memory_only")
-LOSSES = ("plain", "asymmetric", "auto")
+_PARTED = ("balanced", "asymmetric")
+LOSSES = ("plain", "balanced", "asymmetric", "auto")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +45,8 @@ class DecodedImages:
         images: uint8 ``(N, C, H, W)``: a quarter of the bytes that floats would take.
         labels: int64 ``(N,)``.
         tasks: int64 ``(N,)``, the task labels.
-        known: int64, the labels that occur; none where task labels tell classes apart.
+        known: int64 ``(K,)``, the labels that occur; none where task labels tell classes apart.
+        counts: float32 ``(K,)``, how often they do.
     """
 
     memory: Any
@@ -51,15 +55,17 @@ class DecodedImages:
     labels: Tensor
     tasks: Tensor
     known: Tensor
+    counts: Tensor
 
     @classmethod
     def of(cls, memory: Any, device: torch.device) -> DecodedImages:
         """Decode a memory where it is, and bring its images to a device."""
         images, keys = memory.decode(dtype=torch.uint8)
         labels, tasks = split_class_keys(keys)
-        known = labels.unique() if not bool(tasks.any()) else labels[:0]
-        on_device = (tensor.to(device) for tensor in (images, labels, tasks, known))
-        return cls(memory, device, *on_device)
+        alike = labels if not bool(tasks.any()) else labels[:0]
+        known, counts = alike.unique(return_counts=True)
+        parts = images, labels, tasks, known, counts.float()
+        return cls(memory, device, *(part.to(device) for part in parts))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -146,7 +152,7 @@ def check_settings(
             raise ConfigError(f"{name} is a whole number of 1 or more; got {size!r}")
     if replay_weight is not None and not 0 <= replay_weight <= 1:
         raise ConfigError(f"replay_weight is in [0, 1]; got {replay_weight!r}")
-    if mode == "memory_only" and (replay_weight is not None or loss == "asymmetric"):
+    if mode == "memory_only" and (replay_weight is not None or loss in _PARTED):
         raise ConfigError(
             "replay_weight and loss tell a memory from raw data, which "
             'mode="memory_only" does not train on; leave them out'
@@ -175,9 +181,9 @@ def is_plain_cross_entropy(strategy: Any) -> bool:
 
 def check_loss(strategy: Any, loss: str) -> None:
     """Raise a ConfigError unless a strategy's loss can be parted as is asked for."""
-    if loss == "asymmetric" and can_be_parted(strategy) and not is_plain_cross_entropy(strategy):
+    if loss in _PARTED and can_be_parted(strategy) and not is_plain_cross_entropy(strategy):
         raise ConfigError(
-            'loss="asymmetric" leaves classes out of a softmax: the criterion must be '
+            f'loss="{loss}" changes the logits of a softmax: the criterion must be '
             f"nn.CrossEntropyLoss without label smoothing; got {strategy._criterion}"
         )
     if not can_be_parted(strategy):
@@ -188,17 +194,45 @@ def check_loss(strategy: Any, loss: str) -> None:
         )
 
 
-def part_loss(strategy: Any, num_replayed: int, weight: float | None, known: Tensor | None) -> None:
+def log_prior(current: Tensor, decoded: DecodedImages, weight: float) -> Tensor:
+    """Return the logarithm of each class's share of the loss, ``(K,)``.
+
+    A class that neither has is given the lowest share of those that one has.
+
+    Args:
+        current: ``(K,)``, how often each class occurs among the current images.
+        decoded: The memory's images.
+        weight: Their share of the loss, in (0, 1).
+    """
+    replayed = decoded.counts * (weight / decoded.counts.sum())
+    prior = current * ((1 - weight) / current.sum())
+    prior = prior.index_add(0, decoded.known, replayed.to(prior.dtype))
+    is_absent = prior <= 0
+    lowest = prior.masked_fill(is_absent, math.inf).min()
+    return torch.where(is_absent, lowest, prior).log()
+
+
+def part_loss(
+    strategy: Any,
+    num_replayed: int,
+    weight: float,
+    *,
+    known: Tensor | None = None,
+    log_prior: Tensor | None = None,
+) -> None:
     """Replace the criterion's part of a strategy's loss by one of current and of replayed images.
 
     Args:
         strategy: After its forward pass; the replayed images are the last of the mini-batch.
         num_replayed: How many they are, 1 or more.
-        weight: The replayed images' share of the loss; None for their share of the mini-batch.
+        weight: The replayed images' share of the loss.
         known: int64, labels that the current images are not to be told apart from, but for those
             that are theirs; None for none.
+        log_prior: ``(K,)``, added to all logits; None for nothing.
     """
     output, labels, criterion = strategy.mb_output, strategy.mb_y, strategy._criterion
+    if log_prior is not None:
+        output = output + log_prior
     current, replayed = output[:-num_replayed], output[-num_replayed:]
     own, replayed_labels = labels[:-num_replayed], labels[-num_replayed:]
     if known is not None:
@@ -209,7 +243,7 @@ def part_loss(strategy: Any, num_replayed: int, weight: float | None, known: Ten
     loss = torch.lerp(
         criterion(current, own),
         criterion(replayed, replayed_labels),
-        num_replayed / len(labels) if weight is None else weight,
+        weight,
     )
     # Another plugin may have added a term of its own before: only the criterion's is taken out.
     strategy.loss = strategy.loss - strategy.criterion() + loss

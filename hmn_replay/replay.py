@@ -75,7 +75,7 @@ class HMNReplay(MemoryReplay):
         mode: Literal["replay", "memory_only"] = "replay",
         replay_transform: Callable[[Tensor], Tensor] | None = None,
         replay_weight: float | None = None,
-        loss: Literal["plain", "asymmetric", "auto"] = "auto",
+        loss: Literal["plain", "balanced", "asymmetric", "auto"] = "auto",
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,

@@ -71,7 +71,7 @@ class JPEGReplay(MemoryReplay):
         expected_classes: int | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
-        loss: Literal["plain", "asymmetric", "auto"] = "auto",
+        loss: Literal["plain", "balanced", "asymmetric", "auto"] = "auto",
         quality: int | None = None,
         training: TrainingConfig = TRAINING,
     ) -> None:

@@ -276,9 +276,60 @@ def test_replay_weight_is_a_weighted_mean_of_the_two_losses() -> None:
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("loss", "weight"), [("asymmetric", None), ("auto", 0.75)])
+@pytest.mark.parametrize(
+    ("loss", "kind", "weight"),
+    [("balanced", "nc", None), ("auto", "nc", 0.75), ("auto", "online", None)],
+)
+def test_the_balanced_loss_adds_the_log_of_each_class_share(
+    loss: Any, kind: str, weight: float | None
+) -> None:
+    losses: list[tuple[float, float]] = []
+    gathered: list[int] = []
+    seen: list[int] = []
+
+    class Check(SupervisedPlugin[Any]):
+        def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+            if kind == "online":
+                if strategy.experience.is_first_subexp:
+                    gathered.clear()
+                gathered.extend(label for _, label, *_ in strategy.experience.dataset)
+            seen[:] = gathered
+
+        def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+            n, outputs, labels = replay.last_replay_size, strategy.mb_output, strategy.mb_y
+            current, criterion = labels[: len(labels) - n].tolist(), strategy._criterion
+            expected = criterion(outputs, labels).item()
+            if n:
+                seen.extend(current)
+                kept = replay.memory.decode(dtype=torch.uint8)[1].tolist()
+                share = n / len(labels) if weight is None else weight
+                prior = [
+                    (1 - share) * seen.count(label) / len(seen)
+                    + share * kept.count(label) / len(kept)
+                    for label in range(outputs.shape[1])
+                ]
+                least = min(value for value in prior if value > 0)
+                adjusted = outputs + torch.tensor([math.log(max(p, least)) for p in prior])
+                own, replayed = adjusted.split([len(current), n])
+                expected = (1 - share) * criterion(own, labels[: len(current)]).item()
+                expected += share * criterion(replayed, labels[len(current) :]).item()
+            losses.append((strategy.loss.item(), expected))
+
+    replay = RawReplay(batch_size_mem=3, replay_weight=weight, loss=loss)
+    check = Check()  # type: ignore[no-untyped-call]
+    strategy = make_strategy([check, replay])
+    stream = streams().train_stream
+    if kind == "online":
+        stream = in_pieces(stream, 5, access_task_boundaries=True)
+    train(strategy, stream)
+    assert len(losses) == (8 if kind == "online" else 6)
+    for value, expected in losses:
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", [None, 0.75])
 def test_the_asymmetric_loss_leaves_old_classes_out_of_the_current_images(
-    loss: Any, weight: float | None
+    weight: float | None,
 ) -> None:
     losses: list[tuple[float, float]] = []
 
@@ -300,7 +351,7 @@ def test_the_asymmetric_loss_leaves_old_classes_out_of_the_current_images(
                 expected = (1 - share) * current + share * replayed
             losses.append((strategy.loss.item(), expected))
 
-    replay = RawReplay(batch_size_mem=3, replay_weight=weight, loss=loss)
+    replay = RawReplay(batch_size_mem=3, replay_weight=weight, loss="asymmetric")
     check = Check()  # type: ignore[no-untyped-call]
     train(make_strategy([check, replay]), streams().train_stream)
     assert len(losses) == 6
@@ -320,8 +371,9 @@ def test_auto_leaves_other_losses_and_task_labels_alone() -> None:
     for options in ({"criterion": smooth}, {"kind": "nc_tasks"}):
         assert torch.equal(trained("auto", **options), trained("plain", **options))
     assert not torch.equal(trained("auto"), trained("plain"))
-    with pytest.raises(ConfigError, match="without label smoothing"):
-        trained("asymmetric", criterion=smooth)
+    for loss in ("balanced", "asymmetric"):
+        with pytest.raises(ConfigError, match="without label smoothing"):
+            trained(loss, criterion=smooth)
 
 
 def test_a_weight_without_a_criterion_to_weigh_is_refused() -> None:
@@ -332,6 +384,8 @@ def test_a_weight_without_a_criterion_to_weigh_is_refused() -> None:
         RawReplay(mode="memory_only", replay_weight=0.5)
     with pytest.raises(ConfigError, match="memory_only"):
         RawReplay(mode="memory_only", loss="asymmetric")
+    with pytest.raises(ConfigError, match="memory_only"):
+        RawReplay(mode="memory_only", loss="balanced")
 
 
 @pytest.mark.parametrize(
