@@ -50,7 +50,7 @@ class CondenseConfig:
         warm_start_steps: Steps of fitting the memory to real images before matching; 0 for none.
         warm_start_batch: Images a step of the warm start.
         warm_start_learning_rate: Of Adam, for extractors, decoder and dataset memory; class and
-            instance memories take 10 times that.
+            instance memories take 10 times that, and 30 times where new classes come to a memory.
         warm_start_seconds: Seconds after which the warm start ends, as ``max_seconds`` ends
             matching. ``warm_start_steps`` still bounds it. Default: None, no bound.
         outer_steps: How many random networks are drawn one after another; 0 for no matching.
