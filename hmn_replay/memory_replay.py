@@ -83,7 +83,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             stays as it is. Default: ``None``, the criterion of the whole mini-batch.
         loss: ``"plain"``, ``"balanced"``, ``"asymmetric"`` or ``"auto"``. The many images of a few
             new classes push old classes down, and the few images of each of these cannot make up
-            for it. ``"balanced"``, the logit-adjusted loss of Menon et al. (2021, eq. 10): while
+            for it. ``"balanced"``, the logit-adjusted loss of Menon et al. (2021): while
             training, the logarithm of each class's share of the loss is added to its logit. What
             the network learns is then free of how often a class is shown. ``"asymmetric"``, that of
             ER-ACE (Caccia et al. 2022): classes of the memory that the experience does not have are
