@@ -103,7 +103,7 @@ def test_a_class_that_comes_late_is_no_new_experience() -> None:
     assert gatherer.add(piece([0])) is None
     assert gatherer.add(piece([2, 1])) is None
     data = gatherer.images()
-    assert data is not None and counts(data) == {0: 11, 1: 11, 2: 2}
+    assert data is not None and counts(data) == {0: 11, 1: 11, 2: 2} == gatherer.num_seen
 
 
 def test_a_told_boundary_is_believed() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from hmn_replay.errors import DataError
 from hmn_replay.experiences import Normalization
-from hmn_replay.minibatch import DecodedImages, add_to_minibatch, finish_images
+from hmn_replay.minibatch import DecodedImages, add_to_minibatch, finish_images, log_prior
 from tests.streams import Memory
 
 PIXELS = torch.arange(7 * 12, dtype=torch.uint8).view(7, 3, 2, 2)
@@ -45,6 +45,21 @@ def test_images_are_drawn_uniformly_and_none_twice(
 def test_integers_are_refused(decoded: DecodedImages) -> None:
     with pytest.raises(DataError, match=r"a mini-batch of floats, came torch\.uint8"):
         decoded.draw(1, torch.uint8, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        # Two of three replayed images are of class 0, the third is of 2; class 3 is in neither.
+        (0.5, [1 / 3, 3 / 8, 1 / 6 + 1 / 8, 1 / 6 + 1 / 8]),
+        (0.0, [1 / 4, 3 / 4, 1 / 4, 1 / 4]),
+        (1.0, [2 / 3, 1 / 3, 1 / 3, 1 / 3]),
+    ],
+)
+def test_a_class_that_is_nowhere_has_the_lowest_share(weight: float, expected: list[float]) -> None:
+    decoded = DecodedImages.of(Memory(PIXELS[:3], torch.tensor([0, 2, 0])), torch.device("cpu"))
+    prior = log_prior(torch.tensor([0.0, 6.0, 2.0, 0.0]), decoded, weight)
+    assert torch.allclose(prior.exp(), torch.tensor(expected))
 
 
 def test_images_are_augmented_and_then_normalised() -> None:
