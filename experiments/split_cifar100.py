@@ -38,10 +38,10 @@ from hmn_replay.budget import Budget
 from hmn_replay.config import make_config
 from hmn_replay.data import LabelledImages, channel_stats
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError
+from hmn_replay.evaluation import score
 from hmn_replay.files import write_atomically
 from hmn_replay.runtime import make_generator, peak_memory_bytes, resolve_device, seeded
 from hmn_replay.sources import TORCHVISION
-from hmn_replay.training import score
 
 # Digits must not be mirrored, nor recoloured, neither by us nor while HMN condenses them.
 DIGITS = ("digits", "mnist", "svhn")

@@ -22,6 +22,7 @@ from hmn_replay.errors import (
     MemoryFileError,
     TrainingError,
 )
+from hmn_replay.evaluation import evaluate
 from hmn_replay.experts import record_experts
 from hmn_replay.formats import NUMBER_FORMATS
 from hmn_replay.layout import Layout
@@ -37,7 +38,7 @@ from hmn_replay.networks import NETWORKS, build_network
 from hmn_replay.pruning import aum, double_ended_prune, margins
 from hmn_replay.sources import load_dataset
 from hmn_replay.storage import load
-from hmn_replay.training import TrainingConfig, evaluate, train_network
+from hmn_replay.training import TrainingConfig, train_network
 from hmn_replay.trajectories import trajectory_matching
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from hmn_replay.config import parse_option
 from hmn_replay.data import LabelledImages
 from hmn_replay.distributed import Team, launched
 from hmn_replay.errors import CheckpointError, ConfigError
+from hmn_replay.evaluation import Decodable, evaluate
 from hmn_replay.experts import experts_beside
 from hmn_replay.export import contact_sheet, export_images, export_npz
 from hmn_replay.files import check_target
@@ -31,7 +32,7 @@ from hmn_replay.real_images import RealImages
 from hmn_replay.selection import select_images
 from hmn_replay.sources import DATASETS, Split, load_dataset
 from hmn_replay.storage import load
-from hmn_replay.training import Decodable, TrainingConfig, evaluate
+from hmn_replay.training import TrainingConfig
 
 __all__ = [
     "COMMANDS",

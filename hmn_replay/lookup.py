@@ -10,7 +10,18 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["ImageLookup", "Images", "LabelledView", "images_at_once", "join_images", "take_images"]
+from hmn_replay.errors import DataError
+
+__all__ = [
+    "ImageLookup",
+    "Images",
+    "LabelledView",
+    "as_floats",
+    "check_labelled",
+    "images_at_once",
+    "join_images",
+    "take_images",
+]
 
 # 512 images of 32 x 32, 10 of 224 x 224.
 _PIXELS_AT_ONCE = 2**19
@@ -85,7 +96,7 @@ class LabelledView:
 
     def floats(self, indices: Tensor) -> Tensor:
         """Return images as float32 ``(B, C, H, W)`` in [0, 1]."""
-        return self.images[indices].float().div_(255)
+        return as_floats(self.images[indices])
 
 
 def take_images(images: Images, positions: Tensor) -> Images:
@@ -114,3 +125,24 @@ def join_images(parts: Sequence[Images]) -> ImageLookup:
 def images_at_once(image_shape: Sequence[int]) -> int:
     """Return how many images ``(C, H, W)`` go through a network at once: 512 of 32 x 32 at most."""
     return max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // math.prod(image_shape[1:])))
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Return images, float in [0, 1] or uint8, as float32 in [0, 1]."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+
+
+def check_labelled(images: Images, class_indices: Tensor) -> None:
+    """Raise a DataError unless these are images, float or uint8, and a class index of each."""
+    is_number = images.dtype.is_floating_point or images.dtype == torch.uint8
+    if len(images.shape) != 4 or not is_number:
+        raise DataError(
+            f"expected uint8 or float images (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
+        )
+    if not len(images):
+        raise DataError("expected one image or more, got none")
+    if class_indices.dtype != torch.int64 or class_indices.shape != images.shape[:1]:
+        raise DataError(
+            f"expected int64 class indices of shape ({len(images)},), got "
+            f"{class_indices.dtype} {tuple(class_indices.shape)}"
+        )

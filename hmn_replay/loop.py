@@ -22,6 +22,7 @@ from hmn_replay.container import Container
 from hmn_replay.container_layout import ContainerLayout
 from hmn_replay.data import LabelledImages
 from hmn_replay.distributed import ALONE, Team
+from hmn_replay.evaluation import score
 from hmn_replay.experts import Experts
 from hmn_replay.fidelity import drift_psnr, reconstruction_psnr
 from hmn_replay.growth import make_room
@@ -35,7 +36,7 @@ from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.steppers import BatchStepper, Stepper
 from hmn_replay.storage import serialise
 from hmn_replay.students import TrajectoryStepper, needs_experts, open_experts
-from hmn_replay.training import cosine_rate, score, train_network
+from hmn_replay.training import cosine_rate, train_network
 
 __all__ = ["Condensation"]
 

@@ -1,24 +1,21 @@
-"""Train a fresh network on images, and score it: the evaluation protocol."""
+"""Train a fresh network on images: by SGD, CutMix and differentiable augmentation."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from hmn_replay.augment import STRATEGIES, cutmix, draw_augmentation
-from hmn_replay.container import Container
-from hmn_replay.data import ImageSource, as_labelled_images, channel_stats
+from hmn_replay.data import channel_stats
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError, DataError, TrainingError
 from hmn_replay.gradients import add_gradients
-from hmn_replay.lookup import Images, images_at_once
+from hmn_replay.lookup import Images, as_floats, check_labelled
 from hmn_replay.networks import NETWORKS, Network, build_network
 from hmn_replay.options import convert_fields
 from hmn_replay.runtime import (
@@ -30,14 +27,11 @@ from hmn_replay.runtime import (
 
 __all__ = [
     "SCHEDULES",
-    "Decodable",
     "TrainingConfig",
     "cosine_rate",
     "draw_batch",
     "draw_epoch",
-    "evaluate",
     "make_network",
-    "score",
     "train_network",
 ]
 
@@ -113,77 +107,6 @@ class TrainingConfig:
                 raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
 
 
-@runtime_checkable
-class Decodable(Protocol):
-    """Anything that gives labelled images back, such as a memory."""
-
-    def decode(self) -> tuple[Tensor, Tensor]:
-        """Return float images ``(N, C, H, W)`` in [0, 1] and int64 labels ``(N,)``."""
-        ...
-
-
-def evaluate(
-    source: Decodable | ImageSource,
-    test_set: Decodable | ImageSource,
-    *,
-    network: str | None = None,
-    seed: int = 0,
-    device: str | torch.device = "auto",
-    config: TrainingConfig | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> tuple[Network, float]:
-    """Train a fresh network on a memory or a set of images, and score it on a test set.
-
-    The accuracy is that of the last epoch: no choice is made by the test set. Pixels are normalised
-    by the mean and deviation of the source's own images.
-
-    Args:
-        source: What to learn from: a memory (anything with ``decode()``), or anything that
-            :func:`hmn_replay.data.as_labelled_images` takes.
-        test_set: The same. A label that the source does not have counts as an error.
-        network: Name of the architecture. Default: that of ``config``, else ConvNet.
-        seed: The same seed gives the same accuracy, on the same machine and number of threads.
-        device: Where to train. Default: the best device present.
-        config: The training. Default: ``TrainingConfig()``.
-        progress: Whether to show a bar on standard error.
-        **options: Fields of :class:`TrainingConfig` that replace those of ``config``.
-
-    Returns:
-        The network, in evaluation mode on ``device``, whose buffer ``classes`` holds the label of
-        each logit; and its accuracy in [0, 1].
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-        DataError: Images or labels that cannot be used, or of different shapes.
-        TrainingError: The loss left the real numbers.
-    """
-    if network is not None:
-        options["network"] = network
-    config = _replace(config or TrainingConfig(), options)
-    images, labels = _images_and_labels(source)
-    test_images, test_labels = _images_and_labels(test_set)
-    if images.shape[1:] != test_images.shape[1:]:
-        raise DataError(
-            f"the source has images of {tuple(images.shape[1:])} and the test set of "
-            f"{tuple(test_images.shape[1:])}; both must have the same (C, H, W)"
-        )
-    classes, class_indices = torch.unique(labels, return_inverse=True)
-    trained = train_network(
-        images,
-        class_indices,
-        len(classes),
-        config=config,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
-    trained.classes.copy_(classes)
-    positions = torch.searchsorted(classes, test_labels).clamp(max=len(classes) - 1)
-    known = classes[positions] == test_labels
-    return trained, score(trained, test_images, torch.where(known, positions, -1))
-
-
 @torch.inference_mode(False)
 def train_network(
     images: Images,
@@ -225,7 +148,7 @@ def train_network(
         TrainingError: The loss left the real numbers.
     """
     config = config or TrainingConfig()
-    _check_labelled(images, class_indices)
+    check_labelled(images, class_indices)
     if not 0 <= int(class_indices.min()) <= int(class_indices.max()) < num_classes:
         raise DataError(
             f"expected class indices in [0, {num_classes}), got {int(class_indices.min())} to "
@@ -267,7 +190,7 @@ def train_network(
                     for group in optimizer.param_groups:
                         group["lr"] = cosine_rate(step, num_steps, config.learning_rate)
                 batch, labels_a, labels_b, lam = draw_batch(
-                    _floats(images[indices].to(device)),
+                    as_floats(images[indices].to(device)),
                     class_indices[indices],
                     mean,
                     std,
@@ -346,50 +269,6 @@ def draw_epoch(
     return order.tensor_split(num_batches)
 
 
-def score(
-    network: nn.Module,
-    images: Images,
-    class_indices: Tensor,
-    *,
-    batch_size: int | None = None,
-    device: str | torch.device | None = None,
-) -> float:
-    """Return the share of images whose largest logit is that of their class.
-
-    Args:
-        network: From float images in [0, 1] to logits ``(N, K)``; every module's mode, and the
-            device, are as they were afterwards.
-        images: float in [0, 1] or uint8, ``(N, C, H, W)``, N 1 or more, on any device.
-        class_indices: int64 ``(N,)``; a value outside [0, K), such as -1, is never right.
-        batch_size: Images at a time. Default: :func:`hmn_replay.lookup.images_at_once`.
-        device: Where to run. Default: where the network is.
-
-    Returns:
-        The accuracy, in [0, 1].
-
-    Raises:
-        DataError: No image, or tensors of other shapes or dtypes.
-    """
-    _check_labelled(images, class_indices)
-    batch_size = images_at_once(images.shape[1:]) if batch_size is None else batch_size
-    home = next(network.parameters(), torch.empty(0)).device
-    target = home if device is None else resolve_device(device)
-    modes = {module: module.training for module in network.modules()}
-    num_right = torch.zeros((), dtype=torch.int64, device=target)
-    try:
-        network.to(target).eval()
-        with torch.no_grad():
-            for start in range(0, len(images), batch_size):
-                chunk = slice(start, start + batch_size)
-                predicted = network(_floats(images[chunk].to(target))).argmax(dim=1)
-                num_right += (predicted == class_indices[chunk].to(target)).sum()
-    finally:
-        network.to(home)
-        for module, mode in modes.items():
-            module.training = mode
-    return float(num_right) / len(images)
-
-
 def draw_batch(
     images: Tensor,
     labels: Tensor,
@@ -429,40 +308,3 @@ def draw_batch(
 def cosine_rate(step: float, num_steps: float, peak: float) -> float:
     """Return the learning rate of one step, from ``peak`` at step 0 to 0 at ``num_steps``."""
     return 0.5 * peak * (1.0 + math.cos(math.pi * step / num_steps))
-
-
-def _floats(images: Tensor) -> Tensor:
-    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
-
-
-def _images_and_labels(source: Decodable | ImageSource) -> tuple[Images, Tensor]:
-    if isinstance(source, Container):
-        return source.decoded(), source.labels.cpu()
-    if isinstance(source, Decodable):
-        with torch.no_grad():
-            images, labels = source.decode()
-        return images.detach().cpu(), labels.cpu()
-    labelled = as_labelled_images(source)
-    return labelled.images, labelled.labels
-
-
-def _check_labelled(images: Images, class_indices: Tensor) -> None:
-    is_number = images.dtype.is_floating_point or images.dtype == torch.uint8
-    if len(images.shape) != 4 or not is_number:
-        raise DataError(
-            f"expected uint8 or float images (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
-        )
-    if not len(images):
-        raise DataError("expected one image or more, got none")
-    if class_indices.dtype != torch.int64 or class_indices.shape != images.shape[:1]:
-        raise DataError(
-            f"expected int64 class indices of shape ({len(images)},), got "
-            f"{class_indices.dtype} {tuple(class_indices.shape)}"
-        )
-
-
-def _replace(config: TrainingConfig, options: dict[str, Any]) -> TrainingConfig:
-    names = [field.name for field in dataclasses.fields(TrainingConfig)]
-    if unknown := sorted(set(options).difference(names)):
-        raise ConfigError(f"unknown option {unknown[0]!r}; choose from {', '.join(names)}")
-    return dataclasses.replace(config, **options)

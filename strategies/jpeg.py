@@ -15,11 +15,12 @@ from hmn_replay.baselines import jpeg_images, pack_jpeg_images
 from hmn_replay.budget import as_int
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.evaluation import evaluate
 from hmn_replay.jpeg import SUBSAMPLINGS, encode_jpeg_scans
 from hmn_replay.memory_replay import MemoryReplay
 from hmn_replay.real_images import RealImages, parse_real_images
 from hmn_replay.runtime import derive_seed
-from hmn_replay.training import TrainingConfig, evaluate
+from hmn_replay.training import TrainingConfig
 from strategies.settings import Settings, Strategy
 
 __all__ = ["QUALITIES", "TRAINING", "JPEGReplay", "build", "choose_quality", "extend_jpeg"]

@@ -16,10 +16,11 @@ from hmn_replay import baselines
 from hmn_replay.baselines import jpeg_images, pack_jpeg_images, raw_images
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, DataError
+from hmn_replay.evaluation import evaluate
 from hmn_replay.jpeg import decode_jpeg_scans, encode_jpeg_scans
 from hmn_replay.real_images import RealImages
 from hmn_replay.selection import SELECTIONS, select_images
-from hmn_replay.training import TrainingConfig, evaluate
+from hmn_replay.training import TrainingConfig
 
 LABELS = (-3, 7, 1000)
 

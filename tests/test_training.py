@@ -1,12 +1,10 @@
-"""The evaluation protocol on toy sets, where the right answer is known."""
+"""Training on toy sets, where the right answer is known."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,11 +13,9 @@ from torch import Tensor, nn
 
 from hmn_replay import training
 from hmn_replay.augment import draw_augmentation
-from hmn_replay.data import LabelledImages
 from hmn_replay.errors import ConfigError, DataError, TrainingError
-from hmn_replay.layout import Layout
-from hmn_replay.lookup import ImageLookup, join_images
-from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.evaluation import evaluate, score
+from hmn_replay.lookup import join_images
 from hmn_replay.networks import Network
 from hmn_replay.runtime import PRECISIONS, make_generator
 from hmn_replay.training import (
@@ -27,93 +23,10 @@ from hmn_replay.training import (
     TrainingConfig,
     cosine_rate,
     draw_batch,
-    evaluate,
     make_network,
-    score,
     train_network,
 )
-
-# Any: what this module says is replaced in a test.
-container: Any = importlib.import_module("hmn_replay.container")
-
-TINY = TrainingConfig(width=8, num_passes=1_600, batch_size=16)
-PLAIN = TrainingConfig(
-    width=8, num_passes=640, batch_size=16, cutmix_probability=0.0, augmentations=()
-)
-
-
-def stripes(num_images: int, labels: tuple[int, ...] = (-3, 7, 1000), seed: int = 0) -> Any:
-    """Horizontal, vertical and checked stripes under noise, as a pair of tensors."""
-    generator = torch.Generator().manual_seed(seed)
-    kinds = torch.arange(num_images) % 3
-    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
-    patterns = torch.stack((rows // 2 % 2, columns // 2 % 2, (rows // 2 + columns // 2) % 2))
-    noise = torch.rand((num_images, 3, 8, 8), generator=generator)
-    images = 0.6 * patterns[kinds].unsqueeze(1) + 0.4 * noise
-    return (images * 255).round().to(torch.uint8), torch.tensor(labels)[kinds]
-
-
-class Memory:
-    """Decodes to what it was given."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def decode(self) -> tuple[Tensor, Tensor]:
-        return self.images, self.labels
-
-
-class Constant(nn.Module):
-    """Always answers with the same class."""
-
-    def __init__(self, answer: int, num_classes: int = 3) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout()
-        self.logits = nn.Parameter(torch.eye(num_classes)[answer])
-
-    def forward(self, images: Tensor) -> Tensor:
-        assert images.dtype == torch.float32
-        assert not self.training
-        assert not torch.is_grad_enabled()
-        return self.logits.expand(len(images), -1)
-
-
-def weights(network: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
-
-
-def test_learns_a_separable_set() -> None:
-    network, accuracy = evaluate(
-        stripes(60), stripes(90, seed=1), config=TINY, num_passes=6_400, device="cpu"
-    )
-    assert accuracy > 0.9
-    assert network.classes.tolist() == [-3, 7, 1000]
-    assert not any(module.training for module in network.modules())
-
-
-@pytest.mark.parametrize("name", ["vgg16", "resnet18", "densenet121"])
-def test_every_network_trains(name: str) -> None:
-    images, labels = stripes(6)
-    network, accuracy = evaluate(
-        (images, labels), (images, labels), network=name, config=TINY, num_passes=12, device="cpu"
-    )
-    assert 0 <= accuracy <= 1
-    assert weights(network).isfinite().all()
-
-
-def test_every_kind_of_source_gives_the_same_accuracy() -> None:
-    images, labels = stripes(30)
-    test = stripes(60, seed=1)
-    sources: list[Any] = [
-        (images, labels),
-        (images.numpy(), labels.numpy()),
-        LabelledImages(images, labels, {}),
-        [(image, int(label)) for image, label in zip(images, labels, strict=True)],
-        Memory(images / 255, labels),
-    ]
-    accuracies = {evaluate(source, test, config=PLAIN, device="cpu")[1] for source in sources}
-    assert len(accuracies) == 1
-    assert evaluate(sources[0], Memory(*test), config=PLAIN, device="cpu")[1] in accuracies
+from tests.stripes import PLAIN, TINY, stripes, weights
 
 
 def test_the_seed_alone_decides_and_the_global_state_is_untouched() -> None:
@@ -130,17 +43,6 @@ def test_the_seed_alone_decides_and_the_global_state_is_untouched() -> None:
     torch.random.set_rng_state(before)
     train_network(images, labels.clamp(0, 2), 3, config=TINY)
     assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_a_test_label_that_the_source_lacks_is_an_error() -> None:
-    images, labels = stripes(60)
-    test_images, test_labels = stripes(90, seed=1)
-    _, complete = evaluate((images, labels), (test_images, test_labels), config=TINY, device="cpu")
-    for stranger in (-100, 8, 5000):
-        strange = torch.where(test_labels == 7, stranger, test_labels)
-        _, accuracy = evaluate((images, labels), (test_images, strange), config=TINY, device="cpu")
-        assert accuracy <= 2 / 3
-        assert accuracy >= complete - 1 / 3 - 1e-9
 
 
 def test_pixels_are_normalised_by_the_statistics_of_the_source() -> None:
@@ -160,20 +62,6 @@ def test_images_may_be_looked_up() -> None:
     network = train_network(images, labels, 3, **options)
     assert weights(train_network(lookup, labels, 3, **options)).equal(weights(network))
     assert score(network, lookup, labels) == score(network, images, labels)
-
-
-def test_a_memory_is_decoded_batch_by_batch_where_all_its_images_take_too_much(
-    make_layout: Callable[..., Layout], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memory = HierarchicalMemory(make_layout(), [4, 7, 9], 6, seed=1)
-    trained = []
-    for kept_bytes in (2**30, 0):
-        monkeypatch.setattr(container, "_KEPT_BYTES", kept_bytes)
-        assert isinstance(memory.decoded(), ImageLookup) == (not kept_bytes)
-        for source, test_set in ((memory, stripes(9)), (stripes(9), memory)):
-            network, accuracy = evaluate(source, test_set, config=PLAIN, device="cpu")
-            trained.append((weights(network).tolist(), network.classes.tolist(), accuracy))
-    assert trained[:2] == trained[2:]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -349,15 +237,6 @@ def test_a_training_begins_with_the_network_that_can_be_made() -> None:
     assert torch.equal(network.std, trained.std)
 
 
-def test_progress_bar_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate(stripes(6), stripes(6), config=PLAIN, num_passes=6, progress=True, device="cpu")
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "train: 100%" in captured.err
-    evaluate(stripes(6), stripes(6), config=PLAIN, num_passes=6, device="cpu")
-    assert capsys.readouterr().err == ""
-
-
 def test_trains_where_the_caller_has_switched_gradients_off() -> None:
     images, labels = stripes(12)
     expected = train_network(images, labels.clamp(0, 2), 3, config=PLAIN)
@@ -367,62 +246,12 @@ def test_trains_where_the_caller_has_switched_gradients_off() -> None:
     assert torch.equal(weights(network), weights(expected))
 
 
-def test_bfloat16_learns_too() -> None:
-    _, accuracy = evaluate(
-        stripes(60),
-        stripes(90, seed=1),
-        config=TINY,
-        num_passes=6_400,
-        precision="bfloat16",
-        device="cpu",
-    )
-    assert accuracy > 0.9
-
-
-def test_score_counts_right_answers() -> None:
-    images = torch.zeros(7, 3, 8, 8, dtype=torch.uint8)
-    labels = torch.tensor([0, 1, 1, 2, -1, 1, 99])
-    network = Constant(answer=1)
-    network.dropout.eval()
-    for batch_size in (1, 3, 512):
-        assert score(network, images, labels, batch_size=batch_size) == 3 / 7
-        assert score(network, images.double(), labels, batch_size=batch_size) == 3 / 7
-    assert network.training
-    assert not network.dropout.training
-
-
-def test_score_restores_the_modes_after_an_error() -> None:
-    one = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64)
-    network = Constant(answer=1)
-    with pytest.raises(RuntimeError):
-        score(nn.Sequential(network, nn.Unflatten(1, (2, 2))), *one)
-    assert network.training
-
-
-def test_score_refuses_what_it_cannot_count() -> None:
-    images, labels = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(DataError, match="one image or more, got none"):
-        score(Constant(0), images[:0], labels[:0])
-    with pytest.raises(
-        DataError, match=r"int64 class indices of shape \(2,\), got torch.int64 \(1"
-    ):
-        score(Constant(0), images, labels[:1])
-    with pytest.raises(DataError, match=r"images \(N, C, H, W\), got torch.float32 \(3, 8, 8\)"):
-        score(Constant(0), images[0], labels)
-
-
 def test_refuses_labels_in_place_of_class_indices() -> None:
     images, labels = stripes(6)
     with pytest.raises(
         DataError, match=r"class indices in \[0, 3\), got -3 to 1000; give positions"
     ):
         train_network(images, labels, 3, config=PLAIN)
-
-
-def test_refuses_a_test_set_of_another_shape() -> None:
-    other = (torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.arange(4))
-    with pytest.raises(DataError, match=r"images of \(3, 8, 8\) and the test set of \(3, 16, 16\)"):
-        evaluate(stripes(6), other, config=PLAIN)
 
 
 def test_a_training_that_leaves_the_real_numbers_says_so() -> None:
@@ -461,11 +290,6 @@ def test_configuration_is_checked(options: dict[str, Any], message: str) -> None
         TrainingConfig(**options)
 
 
-def test_unknown_options_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"unknown option 'epochs'.*network, width, depth"):
-        evaluate(stripes(6), stripes(6), epochs=3)
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_configuration_takes_every_precision(precision: str) -> None:
     assert TrainingConfig(precision=precision).precision == precision
@@ -475,21 +299,3 @@ def test_configuration_takes_a_list_and_hashes() -> None:
     config = TrainingConfig(augmentations=["flip"])  # type: ignore[arg-type]
     assert config == TrainingConfig(augmentations=("flip",))
     assert hash(config) == hash(TrainingConfig(augmentations=("flip",)))
-
-
-def test_training_is_the_same_inside_other_modes() -> None:
-    train, test = stripes(12), stripes(6, seed=1)
-    options: dict[str, Any] = {"num_passes": 36, "width": 4, "device": "cpu"}
-    network, accuracy = evaluate(train, test, **options)
-    with torch.inference_mode():
-        inside, same = evaluate(stripes(12), stripes(6, seed=1), **options)
-    assert same == accuracy
-    torch.set_default_dtype(torch.float64)
-    try:
-        other, same = evaluate(train, test, **options)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert same == accuracy
-    for name, value in network.state_dict().items():
-        assert inside.state_dict()[name].equal(value)
-        assert other.state_dict()[name].equal(value)

@@ -42,10 +42,10 @@ from hmn_replay.budget import Budget
 from hmn_replay.config import EFFORTS
 from hmn_replay.data import LabelledImages
 from hmn_replay.errors import ConfigError
+from hmn_replay.evaluation import Decodable
 from hmn_replay.files import write_atomically
 from hmn_replay.runtime import resolve_device
 from hmn_replay.sources import load_dataset
-from hmn_replay.training import Decodable
 
 SMOKE: dict[str, Any] = {
     "data": "digits",

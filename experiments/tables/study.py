@@ -26,11 +26,12 @@ from hmn_replay.container import Container
 from hmn_replay.container_layout import ContainerLayout
 from hmn_replay.containers import get_layout_type
 from hmn_replay.data import LabelledImages
+from hmn_replay.evaluation import Decodable
 from hmn_replay.formats import NumberFormat
 from hmn_replay.runtime import derive_seed
 from hmn_replay.selection import select_images
 from hmn_replay.sources import load_dataset
-from hmn_replay.training import Decodable, TrainingConfig
+from hmn_replay.training import TrainingConfig
 
 # IDC trains on its own images for so many epochs; others are shown as many images as those.
 IDC_EPOCHS = 1000

@@ -13,7 +13,7 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 
 import strategies
 from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.training import score
+from hmn_replay.evaluation import score
 from tests.strategies.support import (
     BUDGET,
     accuracy,

@@ -1,0 +1,152 @@
+"""The evaluation protocol: train a fresh network on decoded images, and score it on real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from hmn_replay.container import Container
+from hmn_replay.data import ImageSource, as_labelled_images
+from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.lookup import Images, as_floats, check_labelled, images_at_once
+from hmn_replay.networks import Network
+from hmn_replay.runtime import resolve_device
+from hmn_replay.training import TrainingConfig, train_network
+
+__all__ = ["Decodable", "evaluate", "score"]
+
+
+@runtime_checkable
+class Decodable(Protocol):
+    """Anything that gives labelled images back, such as a memory."""
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """Return float images ``(N, C, H, W)`` in [0, 1] and int64 labels ``(N,)``."""
+        ...
+
+
+def evaluate(
+    source: Decodable | ImageSource,
+    test_set: Decodable | ImageSource,
+    *,
+    network: str | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    config: TrainingConfig | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> tuple[Network, float]:
+    """Train a fresh network on a memory or a set of images, and score it on a test set.
+
+    The accuracy is that of the last epoch: no choice is made by the test set. Pixels are normalised
+    by the mean and deviation of the source's own images.
+
+    Args:
+        source: What to learn from: a memory (anything with ``decode()``), or anything that
+            :func:`hmn_replay.data.as_labelled_images` takes.
+        test_set: The same. A label that the source does not have counts as an error.
+        network: Name of the architecture. Default: that of ``config``, else ConvNet.
+        seed: The same seed gives the same accuracy, on the same machine and number of threads.
+        device: Where to train. Default: the best device present.
+        config: The training. Default: ``TrainingConfig()``.
+        progress: Whether to show a bar on standard error.
+        **options: Fields of :class:`TrainingConfig` that replace those of ``config``.
+
+    Returns:
+        The network, in evaluation mode on ``device``, whose buffer ``classes`` holds the label of
+        each logit; and its accuracy in [0, 1].
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+        DataError: Images or labels that cannot be used, or of different shapes.
+        TrainingError: The loss left the real numbers.
+    """
+    if network is not None:
+        options["network"] = network
+    config = _replace(config or TrainingConfig(), options)
+    images, labels = _images_and_labels(source)
+    test_images, test_labels = _images_and_labels(test_set)
+    if images.shape[1:] != test_images.shape[1:]:
+        raise DataError(
+            f"the source has images of {tuple(images.shape[1:])} and the test set of "
+            f"{tuple(test_images.shape[1:])}; both must have the same (C, H, W)"
+        )
+    classes, class_indices = torch.unique(labels, return_inverse=True)
+    trained = train_network(
+        images,
+        class_indices,
+        len(classes),
+        config=config,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    trained.classes.copy_(classes)
+    positions = torch.searchsorted(classes, test_labels).clamp(max=len(classes) - 1)
+    known = classes[positions] == test_labels
+    return trained, score(trained, test_images, torch.where(known, positions, -1))
+
+
+def score(
+    network: nn.Module,
+    images: Images,
+    class_indices: Tensor,
+    *,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+) -> float:
+    """Return the share of images whose largest logit is that of their class.
+
+    Args:
+        network: From float images in [0, 1] to logits ``(N, K)``; every module's mode, and the
+            device, are as they were afterwards.
+        images: float in [0, 1] or uint8, ``(N, C, H, W)``, N 1 or more, on any device.
+        class_indices: int64 ``(N,)``; a value outside [0, K), such as -1, is never right.
+        batch_size: Images at a time. Default: :func:`hmn_replay.lookup.images_at_once`.
+        device: Where to run. Default: where the network is.
+
+    Returns:
+        The accuracy, in [0, 1].
+
+    Raises:
+        DataError: No image, or tensors of other shapes or dtypes.
+    """
+    check_labelled(images, class_indices)
+    batch_size = images_at_once(images.shape[1:]) if batch_size is None else batch_size
+    home = next(network.parameters(), torch.empty(0)).device
+    target = home if device is None else resolve_device(device)
+    modes = {module: module.training for module in network.modules()}
+    num_right = torch.zeros((), dtype=torch.int64, device=target)
+    try:
+        network.to(target).eval()
+        with torch.no_grad():
+            for start in range(0, len(images), batch_size):
+                chunk = slice(start, start + batch_size)
+                predicted = network(as_floats(images[chunk].to(target))).argmax(dim=1)
+                num_right += (predicted == class_indices[chunk].to(target)).sum()
+    finally:
+        network.to(home)
+        for module, mode in modes.items():
+            module.training = mode
+    return float(num_right) / len(images)
+
+
+def _images_and_labels(source: Decodable | ImageSource) -> tuple[Images, Tensor]:
+    if isinstance(source, Container):
+        return source.decoded(), source.labels.cpu()
+    if isinstance(source, Decodable):
+        with torch.no_grad():
+            images, labels = source.decode()
+        return images.detach().cpu(), labels.cpu()
+    labelled = as_labelled_images(source)
+    return labelled.images, labelled.labels
+
+
+def _replace(config: TrainingConfig, options: dict[str, Any]) -> TrainingConfig:
+    names = [field.name for field in dataclasses.fields(TrainingConfig)]
+    if unknown := sorted(set(options).difference(names)):
+        raise ConfigError(f"unknown option {unknown[0]!r}; choose from {', '.join(names)}")
+    return dataclasses.replace(config, **options)
