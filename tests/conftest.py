@@ -1,9 +1,10 @@
-"""Fixtures that several test files share: small data, small layouts."""
+"""Fixtures that several test files share: small data, small layouts, the command."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from hmn_replay.data import LabelledImages
 from hmn_replay.formats import NumberFormat
 from hmn_replay.layout import Layout
+from hmn_replay.memory import HierarchicalMemory
+from tests.console import Console
 from tests.support import hmn_layout
 
 
@@ -61,3 +64,18 @@ def make_set() -> Callable[..., LabelledImages]:
         return LabelledImages(images, torch.tensor(labels)[index])
 
     return make
+
+
+@pytest.fixture
+def memory_file(make_layout: Callable[..., Layout], tmp_path: Path) -> Path:
+    """A memory of nine images that look like digits to nobody."""
+    layout = make_layout(image_shape=(1, 8, 8))
+    path = tmp_path / "memory.hmn"
+    HierarchicalMemory(layout, [0, 1, 7], [4, 3, 2], budget=20_000).save(path)
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Console:
+    """Return what runs the command."""
+    return Console(capsys)
