@@ -159,6 +159,11 @@ class Container(nn.Module, abc.ABC):
         """How many times faster than what all images share the :attr:`private` values learn."""
         return 10.0
 
+    @property
+    def added_rate(self) -> float:
+        """How many times faster a warm start of classes that are added to others learns."""
+        return 1.0
+
     def freeze_shared(self) -> None:
         """Let what images of several classes share learn no more."""
         private = {*self.class_rows, *self.group_rows}

@@ -40,12 +40,6 @@ from hmn_replay.training import cosine_rate, train_network
 
 __all__ = ["Condensation"]
 
-# A warm start of new classes alone, whose decoder stays as it is, bears larger steps. The images of
-# the second ten classes of CIFAR-100 (300 KiB, entropy-coded) came to 25.4 dB in place of 24.8 with
-# warm_start_steps=2000, and to 25.5 with 6000, with or without; in int8, those at 100 KiB to 21.4
-# in place of 21.3 with 1000, and to 21.6 with 4000. Other containers were not tried.
-_EXTENDING = 3.0
-
 
 class Condensation(Run):
     """One run: the images, the memory, and how far it is; arguments as for ``condense``."""
@@ -112,9 +106,7 @@ class Condensation(Run):
         num_steps = math.ceil(config.warm_start_steps * num_images / max(1, memory.num_images))
         batch_size = max(1, min(config.warm_start_batch, num_images))
         steps_per_epoch = math.ceil(num_images / batch_size)
-        rate = config.warm_start_learning_rate
-        if self.first_class and isinstance(memory, HierarchicalMemory):
-            rate *= _EXTENDING
+        rate = config.warm_start_learning_rate * (memory.added_rate if self.first_class else 1.0)
         targets = steps.warm_start_targets(memory, self.real, self.seed, self.first_class)
         warm = num_steps > 0
 

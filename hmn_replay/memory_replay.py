@@ -25,13 +25,15 @@ from hmn_replay.experiences import (
 )
 from hmn_replay.gathering import Gatherer
 from hmn_replay.minibatch import (
+    PARTED_LOSSES,
     DecodedImages,
+    Loss,
     add_to_minibatch,
     check_loss,
     check_settings,
     finish_images,
     is_plain_cross_entropy,
-    log_prior,
+    log_shares,
     part_loss,
 )
 from hmn_replay.replay_state import ReplayState
@@ -119,7 +121,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         mode: Literal["replay", "memory_only"] = "replay",
         replay_transform: Callable[[Tensor], Tensor] | None = None,
         replay_weight: float | None = None,
-        loss: Literal["plain", "balanced", "asymmetric", "auto"] = "plain",
+        loss: Loss = "plain",
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -197,7 +199,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Note the device, and check that the loss is one that can be weighted."""
         self._device = torch.device(strategy.device)
         self._num_pieces = 0
-        if self.replay_weight is not None or self.loss not in ("plain", "auto"):
+        if self.replay_weight is not None or self.loss in PARTED_LOSSES:
             check_loss(strategy, self.loss)
 
     def before_train_dataset_adaptation(
@@ -283,13 +285,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         labels, weight = strategy.mb_y, self.replay_weight
         if weight is None:
             weight = num_replayed / len(labels)
-        known = prior = None
+        known = shift = None
         if self._loss_now == "asymmetric":
             known = decoded.known
         elif self._loss_now == "balanced":
             counts = self._count(labels[:-num_replayed], strategy.mb_output.shape[1])
-            prior = log_prior(counts, decoded, weight)
-        part_loss(strategy, num_replayed, weight, known=known, log_prior=prior)
+            shift = log_shares(counts, decoded, weight)
+        part_loss(strategy, num_replayed, weight, known=known, shift=shift)
 
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Make the experience into the memory."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from avalanche.core import BasePlugin
@@ -19,20 +19,24 @@ from hmn_replay.experiences import Normalization, split_class_keys
 __all__ = [
     "LOSSES",
     "MODES",
+    "PARTED_LOSSES",
     "DecodedImages",
+    "Loss",
     "add_to_minibatch",
     "can_be_parted",
     "check_loss",
     "check_settings",
     "finish_images",
     "is_plain_cross_entropy",
-    "log_prior",
+    "log_shares",
     "part_loss",
 ]
 
 MODES = ("replay", "memory_only")
-_PARTED = ("balanced", "asymmetric")
-LOSSES = ("plain", "balanced", "asymmetric", "auto")
+Loss: TypeAlias = Literal["plain", "balanced", "asymmetric", "auto"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+PARTED_LOSSES: tuple[Loss, ...] = ("balanced", "asymmetric")
+"""Those that change the logits: their criterion must be a cross-entropy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +156,7 @@ def check_settings(
             raise ConfigError(f"{name} is a whole number of 1 or more; got {size!r}")
     if replay_weight is not None and not 0 <= replay_weight <= 1:
         raise ConfigError(f"replay_weight is in [0, 1]; got {replay_weight!r}")
-    if mode == "memory_only" and (replay_weight is not None or loss in _PARTED):
+    if mode == "memory_only" and (replay_weight is not None or loss in PARTED_LOSSES):
         raise ConfigError(
             "replay_weight and loss tell a memory from raw data, which "
             'mode="memory_only" does not train on; leave them out'
@@ -181,7 +185,7 @@ def is_plain_cross_entropy(strategy: Any) -> bool:
 
 def check_loss(strategy: Any, loss: str) -> None:
     """Raise a ConfigError unless a strategy's loss can be parted as is asked for."""
-    if loss in _PARTED and can_be_parted(strategy) and not is_plain_cross_entropy(strategy):
+    if loss in PARTED_LOSSES and can_be_parted(strategy) and not is_plain_cross_entropy(strategy):
         raise ConfigError(
             f'loss="{loss}" changes the logits of a softmax: the criterion must be '
             f"nn.CrossEntropyLoss without label smoothing; got {strategy._criterion}"
@@ -194,22 +198,22 @@ def check_loss(strategy: Any, loss: str) -> None:
         )
 
 
-def log_prior(current: Tensor, decoded: DecodedImages, weight: float) -> Tensor:
+def log_shares(current: Tensor, decoded: DecodedImages, weight: float) -> Tensor:
     """Return the logarithm of each class's share of the loss, ``(K,)``.
 
     A class that neither has is given the lowest share of those that one has.
 
     Args:
-        current: ``(K,)``, how often each class occurs among the current images.
+        current: float32 ``(K,)``, how often each class occurs among the current images.
         decoded: The memory's images.
-        weight: Their share of the loss, in (0, 1).
+        weight: Their share of the loss, in [0, 1].
     """
     replayed = decoded.counts * (weight / decoded.counts.sum())
-    prior = current * ((1 - weight) / current.sum())
-    prior = prior.index_add(0, decoded.known, replayed.to(prior.dtype))
-    is_absent = prior <= 0
-    lowest = prior.masked_fill(is_absent, math.inf).min()
-    return torch.where(is_absent, lowest, prior).log()
+    shares = current * ((1 - weight) / current.sum())
+    shares = shares.index_add(0, decoded.known, replayed)
+    is_absent = shares <= 0
+    lowest = shares.masked_fill(is_absent, math.inf).min()
+    return torch.where(is_absent, lowest, shares).log()
 
 
 def part_loss(
@@ -218,7 +222,7 @@ def part_loss(
     weight: float,
     *,
     known: Tensor | None = None,
-    log_prior: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> None:
     """Replace the criterion's part of a strategy's loss by one of current and of replayed images.
 
@@ -228,11 +232,11 @@ def part_loss(
         weight: The replayed images' share of the loss.
         known: int64, labels that the current images are not to be told apart from, but for those
             that are theirs; None for none.
-        log_prior: ``(K,)``, added to all logits; None for nothing.
+        shift: ``(K,)``, added to the logits of all; None for nothing.
     """
     output, labels, criterion = strategy.mb_output, strategy.mb_y, strategy._criterion
-    if log_prior is not None:
-        output = output + log_prior
+    if shift is not None:
+        output = output + shift
     current, replayed = output[:-num_replayed], output[-num_replayed:]
     own, replayed_labels = labels[:-num_replayed], labels[-num_replayed:]
     if known is not None:

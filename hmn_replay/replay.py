@@ -29,6 +29,7 @@ from hmn_replay.errors import BudgetError
 from hmn_replay.formats import check_number_format
 from hmn_replay.layout import Layout
 from hmn_replay.memory_replay import MemoryReplay, Strategy
+from hmn_replay.minibatch import Loss
 from hmn_replay.runtime import derive_seed, resolve_device
 from hmn_replay.storage import deserialise, serialise
 
@@ -75,7 +76,7 @@ class HMNReplay(MemoryReplay):
         mode: Literal["replay", "memory_only"] = "replay",
         replay_transform: Callable[[Tensor], Tensor] | None = None,
         replay_weight: float | None = None,
-        loss: Literal["plain", "balanced", "asymmetric", "auto"] = "auto",
+        loss: Loss = "auto",
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,

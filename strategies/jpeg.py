@@ -18,6 +18,7 @@ from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.evaluation import evaluate
 from hmn_replay.jpeg import SUBSAMPLINGS, encode_jpeg_scans
 from hmn_replay.memory_replay import MemoryReplay
+from hmn_replay.minibatch import Loss
 from hmn_replay.real_images import RealImages, parse_real_images
 from hmn_replay.runtime import derive_seed
 from hmn_replay.training import TrainingConfig
@@ -72,7 +73,7 @@ class JPEGReplay(MemoryReplay):
         expected_classes: int | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
-        loss: Literal["plain", "balanced", "asymmetric", "auto"] = "auto",
+        loss: Loss = "auto",
         quality: int | None = None,
         training: TrainingConfig = TRAINING,
     ) -> None:

@@ -19,7 +19,7 @@ from hmn_replay.data import LabelledImages
 from hmn_replay.layout import Layout
 from hmn_replay.storage import serialise
 from hmn_replay.training import TrainingConfig
-from tests.support import tiny
+from tests.support import LAYOUTS, tiny
 
 MakeLayout = Callable[..., Layout]
 MakeSet = Callable[..., LabelledImages]
@@ -62,6 +62,22 @@ def test_a_few_new_images_are_warmed_up_as_often_as_many(
         for mem, num_new in ((memory, memory.num_images), (grown, grown.images_per_class[-1]))
     ]
     assert shown[1] == pytest.approx(shown[0], rel=0.15)
+
+
+@pytest.mark.parametrize(("container", "times"), [("hmn", 3.0), ("haba", 1.0)])
+def test_added_classes_are_warmed_up_at_a_rate_of_their_own(
+    container: str, times: float, make_set: MakeSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(loop.steps, "set_rate", lambda _, rate: rates.append(rate))
+    layout = LAYOUTS[container]((3, 8, 8), "int8")
+    budget = layout.file_bytes(4, 4 * 3 * layout.group_size, 10**5)
+    options: dict[str, Any] = {"budget": budget, "warm_start_steps": 4, "outer_steps": 0}
+    memory = tiny(make_set(labels=(0, 1)), layout, **options)
+    first = rates[0]
+    rates.clear()
+    tiny(make_set(labels=(2, 3)), layout, memory=memory, **options)
+    assert rates[0] == pytest.approx(times * first)
 
 
 def test_seconds_end_a_phase_and_bring_its_rate_down(

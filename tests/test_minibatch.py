@@ -7,7 +7,7 @@ import torch
 
 from hmn_replay.errors import DataError
 from hmn_replay.experiences import Normalization
-from hmn_replay.minibatch import DecodedImages, add_to_minibatch, finish_images, log_prior
+from hmn_replay.minibatch import DecodedImages, add_to_minibatch, finish_images, log_shares
 from tests.streams import Memory
 
 PIXELS = torch.arange(7 * 12, dtype=torch.uint8).view(7, 3, 2, 2)
@@ -58,8 +58,8 @@ def test_integers_are_refused(decoded: DecodedImages) -> None:
 )
 def test_a_class_that_is_nowhere_has_the_lowest_share(weight: float, expected: list[float]) -> None:
     decoded = DecodedImages.of(Memory(PIXELS[:3], torch.tensor([0, 2, 0])), torch.device("cpu"))
-    prior = log_prior(torch.tensor([0.0, 6.0, 2.0, 0.0]), decoded, weight)
-    assert torch.allclose(prior.exp(), torch.tensor(expected))
+    shares = log_shares(torch.tensor([0.0, 6.0, 2.0, 0.0]), decoded, weight)
+    assert torch.allclose(shares.exp(), torch.tensor(expected))
 
 
 def test_images_are_augmented_and_then_normalised() -> None:
