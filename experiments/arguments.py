@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hmn_replay.config import parse_option
+from hmn_replay.condensation.config import parse_option
 from hmn_replay.errors import ConfigError
 
 

@@ -41,18 +41,18 @@ from experiments.results import deviation, markdown_table
 from experiments.tables.rows import accuracies, percent
 from experiments.tables.settings import UNBOUNDED
 from experiments.tables.store import Store
-from hmn_replay.baselines import jpeg_images, raw_images
+from hmn_replay.baselines.fill import jpeg_images, raw_images
+from hmn_replay.baselines.real_images import RealImages, load_real_images
 from hmn_replay.budget import Budget
-from hmn_replay.config import EFFORTS, make_config
-from hmn_replay.container import Container
-from hmn_replay.data import LabelledImages
+from hmn_replay.condensation.config import EFFORTS, make_config
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.sources import load_dataset
 from hmn_replay.errors import ConfigError, HMNReplayError
 from hmn_replay.files import write_atomically
-from hmn_replay.formats import NUMBER_FORMATS
-from hmn_replay.real_images import RealImages, load_real_images
+from hmn_replay.memory.base import Container
+from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.runtime import resolve_device
-from hmn_replay.sources import load_dataset
-from hmn_replay.training import TrainingConfig
+from hmn_replay.training.train import TrainingConfig
 
 Data: TypeAlias = "tuple[LabelledImages, LabelledImages]"
 

@@ -53,12 +53,12 @@ import torch
 from experiments.arguments import add_data, make_parser, parse_numbers, parse_options
 from experiments.tables.settings import SCALES, Settings
 from experiments.tables.store import Store
-from hmn_replay.config import make_config
+from hmn_replay.condensation.config import make_config
 from hmn_replay.errors import ConfigError, HMNReplayError
 from hmn_replay.files import write_atomically
-from hmn_replay.formats import NUMBER_FORMATS
+from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.runtime import resolve_device
-from hmn_replay.training import TrainingConfig
+from hmn_replay.training.train import TrainingConfig
 
 TABLES = ("containers", "architectures", "pruning", "memory", "datasets")
 

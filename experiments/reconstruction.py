@@ -41,18 +41,18 @@ from experiments.figures import save
 from experiments.results import markdown_table
 from experiments.tables.rows import number
 from experiments.tables.store import Store
-from hmn_replay.baselines import pack_jpeg_images
-from hmn_replay.config import make_config
-from hmn_replay.container import Container
-from hmn_replay.data import LabelledImages
+from hmn_replay.baselines.fill import pack_jpeg_images
+from hmn_replay.baselines.jpeg import SUBSAMPLINGS, decode_jpeg_scans, encode_jpeg_scans
+from hmn_replay.condensation.config import make_config
+from hmn_replay.condensation.fidelity import mean_psnr
+from hmn_replay.condensation.steps import RealImages, warm_start_targets
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.sources import load_dataset
 from hmn_replay.errors import HMNReplayError
-from hmn_replay.fidelity import mean_psnr
 from hmn_replay.files import write_atomically
-from hmn_replay.jpeg import SUBSAMPLINGS, decode_jpeg_scans, encode_jpeg_scans
-from hmn_replay.layout import Layout
+from hmn_replay.memory.base import Container
+from hmn_replay.memory.layout import Layout
 from hmn_replay.runtime import resolve_device
-from hmn_replay.sources import load_dataset
-from hmn_replay.steps import RealImages, warm_start_targets
 
 # RIFF (12 bytes), VP8 chunk (8), frame header with size and key frame's start code (10).
 WEBP_HEADERS = 30

@@ -33,15 +33,15 @@ from torch import Tensor, nn
 import hmn_replay
 from experiments.arguments import make_parser, parse_numbers, parse_options
 from experiments.results import make_table, reset_peak_memory, resumed, summarise, versions
-from hmn_replay.augment import draw_augmentation
 from hmn_replay.budget import Budget
-from hmn_replay.config import make_config
-from hmn_replay.data import LabelledImages, channel_stats
+from hmn_replay.condensation.config import make_config
+from hmn_replay.data.augment import draw_augmentation
+from hmn_replay.data.images import LabelledImages, channel_stats
+from hmn_replay.data.sources import TORCHVISION
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError
 from hmn_replay.evaluation import score
 from hmn_replay.files import write_atomically
 from hmn_replay.runtime import make_generator, peak_memory_bytes, resolve_device, seeded
-from hmn_replay.sources import TORCHVISION
 
 # Digits must not be mirrored, nor recoloured, neither by us nor while HMN condenses them.
 DIGITS = ("digits", "mnist", "svhn")
@@ -286,7 +286,7 @@ def run(
     }
 
 
-def load(args: argparse.Namespace, split: hmn_replay.sources.Split) -> LabelledImages:
+def load(args: argparse.Namespace, split: hmn_replay.data.sources.Split) -> LabelledImages:
     """Load a split, of each class at most as many images as are wanted."""
     try:
         data = hmn_replay.load_dataset(

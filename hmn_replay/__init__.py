@@ -8,9 +8,11 @@
 from typing import TYPE_CHECKING
 
 from hmn_replay.budget import Budget
-from hmn_replay.condense import condense
-from hmn_replay.config import EFFORTS, CondenseConfig
-from hmn_replay.data import LabelledImages, as_labelled_images
+from hmn_replay.condensation.condense import condense
+from hmn_replay.condensation.config import EFFORTS, CondenseConfig
+from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
+from hmn_replay.data.images import LabelledImages, as_labelled_images
+from hmn_replay.data.sources import load_dataset
 from hmn_replay.errors import (
     BudgetError,
     CheckpointError,
@@ -23,26 +25,24 @@ from hmn_replay.errors import (
     TrainingError,
 )
 from hmn_replay.evaluation import evaluate
-from hmn_replay.experts import record_experts
-from hmn_replay.formats import NUMBER_FORMATS
-from hmn_replay.layout import Layout
-from hmn_replay.matching import (
+from hmn_replay.memory.file import load
+from hmn_replay.memory.formats import NUMBER_FORMATS
+from hmn_replay.memory.hierarchical import HierarchicalMemory
+from hmn_replay.memory.layout import Layout
+from hmn_replay.objectives.experts import record_experts
+from hmn_replay.objectives.matching import (
     OBJECTIVES,
     cosine_matching,
     distribution_matching,
     gradient_matching,
     last_block_matching,
 )
-from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.networks import NETWORKS, build_network
-from hmn_replay.pruning import aum, double_ended_prune, margins
-from hmn_replay.sources import load_dataset
-from hmn_replay.storage import load
-from hmn_replay.training import TrainingConfig, train_network
-from hmn_replay.trajectories import trajectory_matching
+from hmn_replay.objectives.trajectories import trajectory_matching
+from hmn_replay.training.networks import NETWORKS, build_network
+from hmn_replay.training.train import TrainingConfig, train_network
 
 if TYPE_CHECKING:
-    from hmn_replay.replay import HMNReplay, MemoryReplay, reattach_optim_modules
+    from hmn_replay.avalanche.plugin import HMNReplay, MemoryReplay, reattach_optim_modules
 
 __version__ = "0.1.0"
 
@@ -95,7 +95,7 @@ def __getattr__(name: str) -> object:
     """Import what needs Avalanche when it is asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hmn_replay import replay
+    from hmn_replay.avalanche import plugin as replay
 
     return getattr(replay, name)
 

@@ -146,7 +146,7 @@ def _add_condense(commands: _Commands) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="any other setting of hmn_replay.config.CondenseConfig; may be given several times, "
+        help="any other setting of hmn_replay.condensation.config.CondenseConfig; may be given several times, "
         "such as --set outer_steps=40 --set beta_grid=0,0.5,1",
     )
     parser.add_argument(

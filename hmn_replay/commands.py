@@ -17,22 +17,22 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from hmn_replay.baselines import jpeg_images, raw_images
+from hmn_replay.baselines.fill import jpeg_images, raw_images
+from hmn_replay.baselines.real_images import RealImages
+from hmn_replay.baselines.selection import select_images
 from hmn_replay.budget import Budget
-from hmn_replay.condense import condense
-from hmn_replay.config import parse_option
-from hmn_replay.data import LabelledImages
+from hmn_replay.condensation.condense import condense
+from hmn_replay.condensation.config import parse_option
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.sources import DATASETS, Split, load_dataset
 from hmn_replay.distributed import Team, launched
 from hmn_replay.errors import CheckpointError, ConfigError
 from hmn_replay.evaluation import Decodable, evaluate
-from hmn_replay.experts import experts_beside
-from hmn_replay.export import contact_sheet, export_images, export_npz
 from hmn_replay.files import check_target
-from hmn_replay.real_images import RealImages
-from hmn_replay.selection import select_images
-from hmn_replay.sources import DATASETS, Split, load_dataset
-from hmn_replay.storage import load
-from hmn_replay.training import TrainingConfig
+from hmn_replay.memory.export import contact_sheet, export_images, export_npz
+from hmn_replay.memory.file import load
+from hmn_replay.objectives.experts import experts_beside
+from hmn_replay.training.train import TrainingConfig
 
 __all__ = [
     "COMMANDS",

@@ -8,13 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from hmn_replay.container import Container
-from hmn_replay.data import ImageSource, as_labelled_images
+from hmn_replay.data.images import ImageSource, as_labelled_images
+from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
 from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.lookup import Images, as_floats, check_labelled, images_at_once
-from hmn_replay.networks import Network
+from hmn_replay.memory.base import Container
 from hmn_replay.runtime import resolve_device
-from hmn_replay.training import TrainingConfig, train_network
+from hmn_replay.training.networks import Network
+from hmn_replay.training.train import TrainingConfig, train_network
 
 __all__ = ["Decodable", "evaluate", "score"]
 
@@ -46,7 +46,7 @@ def evaluate(
 
     Args:
         source: What to learn from: a memory (anything with ``decode()``), or anything that
-            :func:`hmn_replay.data.as_labelled_images` takes.
+            :func:`hmn_replay.data.images.as_labelled_images` takes.
         test_set: The same. A label that the source does not have counts as an error.
         network: Name of the architecture. Default: that of ``config``, else ConvNet.
         seed: The same seed gives the same accuracy, on the same machine and number of threads.
@@ -105,7 +105,7 @@ def score(
             device, are as they were afterwards.
         images: float in [0, 1] or uint8, ``(N, C, H, W)``, N 1 or more, on any device.
         class_indices: int64 ``(N,)``; a value outside [0, K), such as -1, is never right.
-        batch_size: Images at a time. Default: :func:`hmn_replay.lookup.images_at_once`.
+        batch_size: Images at a time. Default: :func:`hmn_replay.data.lookup.images_at_once`.
         device: Where to run. Default: where the network is.
 
     Returns:

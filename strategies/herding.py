@@ -17,8 +17,8 @@ from avalanche.training.supervised import Naive
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from hmn_replay.baselines.selection import herding
 from hmn_replay.errors import ConfigError
-from hmn_replay.selection import herding
 from strategies.buffers import MeasuredBuffer, replay_plugin
 from strategies.settings import Settings, Strategy
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from avalanche.training.supervised import Naive
 
-from hmn_replay.replay import HMNReplay
+from hmn_replay.avalanche.plugin import HMNReplay
 from strategies.settings import Settings, Strategy
 
 __all__ = ["build"]

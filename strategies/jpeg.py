@@ -11,17 +11,17 @@ from typing import Any, Literal
 import torch
 from avalanche.training.supervised import Naive
 
-from hmn_replay.baselines import jpeg_images, pack_jpeg_images
+from hmn_replay.avalanche.losses import Loss
+from hmn_replay.avalanche.memory_replay import MemoryReplay
+from hmn_replay.baselines.fill import jpeg_images, pack_jpeg_images
+from hmn_replay.baselines.jpeg import SUBSAMPLINGS, encode_jpeg_scans
+from hmn_replay.baselines.real_images import RealImages, parse_real_images
 from hmn_replay.budget import as_int
-from hmn_replay.data import LabelledImages
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.evaluation import evaluate
-from hmn_replay.jpeg import SUBSAMPLINGS, encode_jpeg_scans
-from hmn_replay.memory_replay import MemoryReplay
-from hmn_replay.minibatch import Loss
-from hmn_replay.real_images import RealImages, parse_real_images
 from hmn_replay.runtime import derive_seed
-from hmn_replay.training import TrainingConfig
+from hmn_replay.training.train import TrainingConfig
 from strategies.settings import Settings, Strategy
 
 __all__ = ["QUALITIES", "TRAINING", "JPEGReplay", "build", "choose_quality", "extend_jpeg"]

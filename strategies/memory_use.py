@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn_replay.data import as_labelled_images
-from hmn_replay.memory_replay import MemoryReplay
+from hmn_replay.avalanche.memory_replay import MemoryReplay
+from hmn_replay.data.images import as_labelled_images
 from strategies.buffers import MeasuredBuffer
 from strategies.settings import Strategy
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from hmn_replay.data import LabelledImages
-from hmn_replay.formats import NumberFormat
-from hmn_replay.layout import Layout
-from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.memory.formats import NumberFormat
+from hmn_replay.memory.hierarchical import HierarchicalMemory
+from hmn_replay.memory.layout import Layout
 from tests.console import Console
 from tests.support import hmn_layout
 

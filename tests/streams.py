@@ -19,8 +19,8 @@ from avalanche.training.supervised import Naive
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hmn_replay.data import LabelledImages
-from hmn_replay.memory_replay import MemoryReplay
+from hmn_replay.avalanche.memory_replay import MemoryReplay
+from hmn_replay.data.images import LabelledImages
 
 SHAPE = (3, 8, 8)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hmn_replay.training import TrainingConfig
+from hmn_replay.training.train import TrainingConfig
 
 TINY = TrainingConfig(width=8, num_passes=1_600, batch_size=16)
 PLAIN = TrainingConfig(

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hmn_replay.condense import condense
-from hmn_replay.container import Container
-from hmn_replay.container_layout import ContainerLayout
-from hmn_replay.containers import make_container
-from hmn_replay.containers.haba import HaBaLayout
-from hmn_replay.containers.linba import LinBaLayout
-from hmn_replay.containers.pixels import IDCLayout, RawLayout
-from hmn_replay.data import LabelledImages
-from hmn_replay.formats import NumberFormat
-from hmn_replay.layout import Layout
+from hmn_replay.condensation.condense import condense
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.memory.base import Container
+from hmn_replay.memory.container_layout import ContainerLayout
+from hmn_replay.memory.formats import NumberFormat
+from hmn_replay.memory.haba import HaBaLayout
+from hmn_replay.memory.layout import Layout
+from hmn_replay.memory.linba import LinBaLayout
+from hmn_replay.memory.pixels import IDCLayout, RawLayout
+from hmn_replay.memory.registry import make_container
 
 AnyContainer = TypeVar("AnyContainer", bound=Container)
 

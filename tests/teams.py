@@ -25,18 +25,18 @@ import torch._dynamo  # an optimizer imports it at its first step
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hmn_replay import run, steps
 from hmn_replay.cli import main
-from hmn_replay.condense import condense
-from hmn_replay.container import Container
-from hmn_replay.containers import get_layout_type
-from hmn_replay.data import LabelledImages
+from hmn_replay.condensation import run, steps
+from hmn_replay.condensation.condense import condense
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.sources import load_dataset
 from hmn_replay.distributed import ALONE, join
 from hmn_replay.errors import HMNReplayError
-from hmn_replay.gradients import add_gradients
+from hmn_replay.memory.base import Container
+from hmn_replay.memory.file import load
+from hmn_replay.memory.registry import get_layout_type
 from hmn_replay.runtime import seeded
-from hmn_replay.sources import load_dataset
-from hmn_replay.storage import load
+from hmn_replay.training.gradients import add_gradients
 
 Work = Callable[[int], Any]
 

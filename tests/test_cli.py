@@ -12,12 +12,12 @@ import pytest
 
 import hmn_replay
 from hmn_replay import cli, commands
+from hmn_replay.baselines.selection import SELECTIONS
 from hmn_replay.cli import main
-from hmn_replay.containers import CONTAINERS
 from hmn_replay.errors import DataError
-from hmn_replay.networks import NETWORKS
-from hmn_replay.selection import SELECTIONS
-from hmn_replay.training import TrainingConfig
+from hmn_replay.memory.registry import CONTAINERS
+from hmn_replay.training.networks import NETWORKS
+from hmn_replay.training.train import TrainingConfig
 from tests.console import BUDGET, Console
 
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from hmn_replay import commands
-from hmn_replay.data import LabelledImages
+from hmn_replay.baselines.selection import SELECTIONS
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.sources import load_dataset
 from hmn_replay.errors import CheckpointError
-from hmn_replay.layout import Layout
-from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.selection import SELECTIONS
-from hmn_replay.sources import load_dataset
-from hmn_replay.storage import load
-from hmn_replay.training import TrainingConfig
+from hmn_replay.memory.file import load
+from hmn_replay.memory.hierarchical import HierarchicalMemory
+from hmn_replay.memory.layout import Layout
+from hmn_replay.training.train import TrainingConfig
 from tests.console import BUDGET, TINY_CONDENSATION, TINY_TRAINING, Console
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from hmn_replay.distributed import ALONE, Team, join, launched
 from hmn_replay.errors import ConfigError
-from hmn_replay.storage import load
+from hmn_replay.memory.file import load
 from tests.support import TINY, TINY_MTT
 
 ROOT = Path(__file__).parents[1]

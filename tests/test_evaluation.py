@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hmn_replay.data import LabelledImages
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.lookup import ImageLookup
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.evaluation import evaluate, score
-from hmn_replay.layout import Layout
-from hmn_replay.lookup import ImageLookup
-from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.memory.hierarchical import HierarchicalMemory
+from hmn_replay.memory.layout import Layout
 from tests.stripes import PLAIN, TINY, stripes, weights
 
 # Any: what this module says is replaced in a test.
-container: Any = importlib.import_module("hmn_replay.container")
+container: Any = importlib.import_module("hmn_replay.memory.base")
 
 
 class Memory:

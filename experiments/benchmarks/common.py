@@ -17,10 +17,10 @@ import torch
 
 import hmn_replay
 from hmn_replay.budget import Budget
-from hmn_replay.config import EFFORTS, parse_option
-from hmn_replay.data import LabelledImages
-from hmn_replay.formats import NUMBER_FORMATS, check_number_format
-from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.condensation.config import EFFORTS, parse_option
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.memory.formats import NUMBER_FORMATS, check_number_format
+from hmn_replay.memory.hierarchical import HierarchicalMemory
 from hmn_replay.runtime import make_generator, resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,13 +26,13 @@ from experiments.benchmarks.common import (
     parse_options,
     positive,
 )
-from hmn_replay.config import make_config
-from hmn_replay.container import Container
-from hmn_replay.container_layout import MAX_CLASSES
-from hmn_replay.data import LabelledImages
+from hmn_replay.condensation.config import make_config
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
-from hmn_replay.formats import check_number_format
-from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.memory.base import Container
+from hmn_replay.memory.container_layout import MAX_CLASSES
+from hmn_replay.memory.formats import check_number_format
+from hmn_replay.memory.hierarchical import HierarchicalMemory
 from hmn_replay.runtime import resolve_device
 
 SMOKE = {

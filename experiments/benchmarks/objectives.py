@@ -23,8 +23,8 @@ from torch import Tensor
 import hmn_replay
 from experiments.benchmarks.common import in_fresh_process, interleave, positive
 from experiments.results import reset_peak_memory
-from hmn_replay.convolution import release_memory
-from hmn_replay.matching import OBJECTIVES, get_recipe
+from hmn_replay.objectives.convolution import release_memory
+from hmn_replay.objectives.matching import OBJECTIVES, get_recipe
 from hmn_replay.runtime import make_generator, peak_memory_bytes, resolve_device
 
 SMOKE = {"width": 4, "batch": 2, "side": 8, "student_steps": 2, "rounds": 1}

@@ -29,8 +29,8 @@ from experiments.benchmarks.common import (
     positive,
     random_memory,
 )
-from hmn_replay import steps
-from hmn_replay.config import make_config
+from hmn_replay.condensation import steps
+from hmn_replay.condensation.config import make_config
 from hmn_replay.distributed import GradientPart, Team
 from hmn_replay.runtime import make_generator, resolve_device
 

@@ -25,9 +25,9 @@ from torch.utils.data import TensorDataset
 
 import hmn_replay
 from experiments.benchmarks.common import now, parse_options, positive
-from hmn_replay.container import Container
-from hmn_replay.data import LabelledImages
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
+from hmn_replay.memory.base import Container
 from hmn_replay.runtime import make_generator, resolve_device
 
 SMOKE = {

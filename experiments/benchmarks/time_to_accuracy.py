@@ -39,13 +39,13 @@ from experiments.benchmarks.common import description, now, numbers, parse_optio
 from experiments.reference import FACTOR, ReferenceLoop
 from experiments.results import resumed
 from hmn_replay.budget import Budget
-from hmn_replay.config import EFFORTS
-from hmn_replay.data import LabelledImages
+from hmn_replay.condensation.config import EFFORTS
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.sources import load_dataset
 from hmn_replay.errors import ConfigError
 from hmn_replay.evaluation import Decodable
 from hmn_replay.files import write_atomically
 from hmn_replay.runtime import resolve_device
-from hmn_replay.sources import load_dataset
 
 SMOKE: dict[str, Any] = {
     "data": "digits",

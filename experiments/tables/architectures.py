@@ -12,8 +12,8 @@ from experiments.tables.rows import Row, accuracies, budgets, memories, number, 
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
 from experiments.tables.study import condense_once, load_study, train_once
-from hmn_replay.containers import CONTAINERS
-from hmn_replay.networks import NETWORKS
+from hmn_replay.memory.registry import CONTAINERS
+from hmn_replay.training.networks import NETWORKS
 
 DEFAULT_ROWS = "hmn,idc"
 

@@ -22,7 +22,7 @@ from experiments.tables.rows import (
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
 from experiments.tables.study import Study, condense_once, load_study, select_once, train_once
-from hmn_replay.real_images import load_real_images
+from hmn_replay.baselines.real_images import load_real_images
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class System:
         container: As for :func:`hmn_replay.condense`; None where nothing is condensed, or where the
             objective is not among ours, and the paper's numbers alone are shown.
         objective: The rival's own; None for the one that all share.
-        selection: As for :func:`hmn_replay.selection.select_images`.
+        selection: As for :func:`hmn_replay.baselines.selection.select_images`.
     """
 
     label: str

@@ -13,8 +13,8 @@ from experiments.tables.rows import NOTHING, Row, accuracies, budgets, memories,
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
 from experiments.tables.study import load_study
-from hmn_replay.containers import CONTAINERS
 from hmn_replay.errors import ConfigError
+from hmn_replay.memory.registry import CONTAINERS
 
 DEFAULT_ROWS = "hmn,linba,idc"
 

@@ -28,9 +28,9 @@ from experiments.tables.rows import NOTHING, Row, budgets, number, sections
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
 from experiments.tables.study import fit
-from hmn_replay.containers import CONTAINERS
-from hmn_replay.data import LabelledImages
-from hmn_replay.matching import OBJECTIVES
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.memory.registry import CONTAINERS
+from hmn_replay.objectives.matching import OBJECTIVES
 from hmn_replay.runtime import make_generator, peak_memory_bytes
 
 T = TypeVar("T")

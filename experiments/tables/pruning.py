@@ -44,13 +44,13 @@ from experiments.tables.study import (
     train_once,
     training,
 )
-from hmn_replay.container import Container
+from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
 from hmn_replay.errors import ConfigError
 from hmn_replay.files import write_atomically
-from hmn_replay.networks import Network
-from hmn_replay.pruning import aum, double_ended_prune, margins
+from hmn_replay.memory.base import Container
 from hmn_replay.runtime import derive_seed
-from hmn_replay.training import train_network
+from hmn_replay.training.networks import Network
+from hmn_replay.training.train import train_network
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hmn_replay.formats import NumberFormat
+from hmn_replay.memory.formats import NumberFormat
 
 # Where seconds bound a phase, steps do not.
 UNBOUNDED = 10**6

@@ -20,18 +20,18 @@ import hmn_replay
 from experiments.tables.published import dataset_name
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
-from hmn_replay.baselines import raw_images
+from hmn_replay.baselines.fill import raw_images
+from hmn_replay.baselines.selection import select_images
 from hmn_replay.budget import Budget
-from hmn_replay.container import Container
-from hmn_replay.container_layout import ContainerLayout
-from hmn_replay.containers import get_layout_type
-from hmn_replay.data import LabelledImages
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.sources import load_dataset
 from hmn_replay.evaluation import Decodable
-from hmn_replay.formats import NumberFormat
+from hmn_replay.memory.base import Container
+from hmn_replay.memory.container_layout import ContainerLayout
+from hmn_replay.memory.formats import NumberFormat
+from hmn_replay.memory.registry import get_layout_type
 from hmn_replay.runtime import derive_seed
-from hmn_replay.selection import select_images
-from hmn_replay.sources import load_dataset
-from hmn_replay.training import TrainingConfig
+from hmn_replay.training.train import TrainingConfig
 
 # IDC trains on its own images for so many epochs; others are shown as many images as those.
 IDC_EPOCHS = 1000

@@ -19,9 +19,9 @@ from experiments import paper_tables
 from experiments.paper_tables import main
 from experiments.tables import memory
 from experiments.tables.store import Store
-from hmn_replay.containers import CONTAINERS
+from hmn_replay.baselines.real_images import load_real_images
 from hmn_replay.errors import ConfigError, TrainingError
-from hmn_replay.real_images import load_real_images
+from hmn_replay.memory.registry import CONTAINERS
 
 TINY = "--ipc 1,4 --trainings 1 --width 2 --passes 20 --device cpu"
 TINY_OPTIONS = (
@@ -164,8 +164,10 @@ def test_a_stopped_condensation_goes_on_from_its_checkpoint(
     make: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("containers", "--rows", "raw", "--ipc", "4", "--set", "inner_steps=6")
-    steps: Any = importlib.import_module("hmn_replay.steps")
-    monkeypatch.setattr(importlib.import_module("hmn_replay.run"), "_CHECKPOINT_SECONDS", 0)
+    steps: Any = importlib.import_module("hmn_replay.condensation.steps")
+    monkeypatch.setattr(
+        importlib.import_module("hmn_replay.condensation.run"), "_CHECKPOINT_SECONDS", 0
+    )
     match_step, taken = steps.match_step, []
 
     def stop_at_the_fifth(*args: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import hmn_replay
 from experiments.reconstruction import interpolate, jpeg, layout_at, main, psnr, webp
-from hmn_replay.data import LabelledImages
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError
 
 BUDGET = 6000

@@ -18,7 +18,7 @@ from experiments.reference import (
     matching_loss,
     matching_step,
 )
-from hmn_replay.data import LabelledImages
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import nn
 import strategies
 from hmn_replay import LabelledImages, build_network
 from hmn_replay.evaluation import score
-from hmn_replay.training import TrainingConfig
+from hmn_replay.training.train import TrainingConfig
 
 IMAGE_BYTES = 3 * 8 * 8
 BUDGET = 24 * IMAGE_BYTES

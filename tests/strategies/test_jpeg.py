@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from hmn_replay.data import LabelledImages
+from hmn_replay.baselines.jpeg import encode_jpeg_scans
+from hmn_replay.baselines.real_images import RealImages
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.jpeg import encode_jpeg_scans
-from hmn_replay.real_images import RealImages
-from hmn_replay.training import TrainingConfig
+from hmn_replay.training.train import TrainingConfig
 from strategies import jpeg
 from strategies.jpeg import QUALITIES, JPEGReplay, choose_quality, extend_jpeg
 from tests.strategies.support import BUDGET, build, easy_set, make_stream

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from experiments.tables.pruning import pruned
-from hmn_replay.layout import Layout
-from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.memory.hierarchical import HierarchicalMemory
+from hmn_replay.memory.layout import Layout
 
 
 @pytest.mark.parametrize(

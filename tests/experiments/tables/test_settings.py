@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from experiments.tables.settings import SCALES
-from hmn_replay.config import make_config
-from hmn_replay.containers import CONTAINERS
+from hmn_replay.condensation.config import make_config
+from hmn_replay.memory.registry import CONTAINERS
 
 
 @pytest.mark.parametrize("scale", ["quick", "standard"])

@@ -12,9 +12,9 @@ from experiments.tables.settings import SCALES
 from experiments.tables.store import Store
 from experiments.tables.study import Study, file_budget, fit, training
 from hmn_replay.budget import Budget
-from hmn_replay.containers import CONTAINERS
-from hmn_replay.data import LabelledImages
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError
+from hmn_replay.memory.registry import CONTAINERS
 
 CIFAR = ((3, 32, 32), 10)
 

@@ -1,0 +1,343 @@
+"""An Avalanche experience's data, as the labelled images of [0, 1] that a memory is made of.
+
+Images are read through the experience's *eval* transforms: what a memory keeps is not augmented.
+Those transforms may normalise; the normalisation is undone here, and applied again to what is
+replayed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from hmn_replay.data.convert import to_image, to_label
+from hmn_replay.data.images import LabelledImages, stack_images
+from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.runtime import derive_seed
+
+__all__ = [
+    "Normalization",
+    "as_experience_data",
+    "check_experience",
+    "class_key",
+    "find_normalization",
+    "isolated_random_state",
+    "read_experience",
+    "split_class_keys",
+]
+
+# A class key holds the task's label in its upper half, the class's in its lower.
+_LABEL_BITS = 32
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What a benchmark's transforms do to images in [0, 1]: ``(images - mean) / std``.
+
+    Args:
+        mean: One number a channel, or one for all.
+        std: The same, above 0.
+
+    Raises:
+        ConfigError: Numbers that are not so.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        values = torch.tensor([*self.mean, *self.std])
+        if not (len(self.mean) == len(self.std) in (1, 3) and values.isfinite().all()):
+            raise ConfigError(
+                "a normalisation is (mean, std) with 1 or 3 finite numbers each, one a channel; "
+                f"got {self.mean} and {self.std}"
+            )
+        if min(self.std) <= 0:
+            raise ConfigError(f"the std of a normalisation is above 0; got {self.std}")
+
+    @classmethod
+    def of(cls, pair: tuple[Any, Any]) -> Normalization:
+        """Read ``(mean, std)``, each a number, or a sequence or a tensor of them.
+
+        Raises:
+            ConfigError: As the class.
+        """
+        try:
+            mean, std = (
+                tuple(torch.as_tensor(part, dtype=torch.float64).flatten().tolist())
+                for part in pair
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"a normalisation is (mean, std), numbers each; got {pair!r}"
+            ) from error
+        return cls(mean, std)
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Normalise float images ``(..., C, H, W)`` in [0, 1], bit for bit as torchvision does."""
+        mean, std = _constants(self, images.dtype, images.device)
+        return images.sub(mean).div_(std)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Bring normalised images ``(..., C, H, W)`` back to [0, 1]."""
+        mean, std = _constants(self, images.dtype, images.device)
+        return images.mul(std).add_(mean)
+
+
+@functools.lru_cache
+def _constants(
+    normalization: Normalization, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return mean and std, ``(C, 1, 1)`` each; kept, so that no step copies them to a device."""
+    mean, std = (
+        torch.tensor(values, dtype=dtype).view(-1, 1, 1).to(device)
+        for values in (normalization.mean, normalization.std)
+    )
+    return mean, std
+
+
+def find_normalization(dataset: Any) -> Normalization | None:
+    """Find the ``Normalize`` of torchvision among a data set's eval transforms.
+
+    Both of torchvision's (``transforms`` and ``transforms.v2``) are found, inside any ``Compose``,
+    in Avalanche's transform groups, and in the wrapped data set's own ``transform``.
+
+    Args:
+        dataset: An ``AvalancheDataset``.
+
+    Returns:
+        The normalisation, or None where there is none.
+
+    Raises:
+        DataError: There are several, or the train transforms have another.
+    """
+    found = {group: set(_normalizations(dataset, group)) for group in ("train", "eval")}
+    if len(found["eval"]) > 1 or found["train"] != found["eval"]:
+        raise DataError(
+            "expected one normalisation, the same in the train and the eval transforms, found "
+            f"{sorted(map(str, found['train']))} and {sorted(map(str, found['eval']))}; "
+            "pass the one that training sees as normalization=(mean, std)"
+        )
+    return next(iter(found["eval"]), None)
+
+
+def check_experience(experience: Any, normalization: Normalization | None) -> int:
+    """Read the first image of an experience, so that what cannot be used is told before training.
+
+    Returns:
+        How many parts an item has: 2, or 3 with a task label; 0 where there is no item.
+
+    Raises:
+        DataError: As :func:`read_experience`.
+    """
+    dataset = experience.dataset.eval()
+    if not len(dataset):
+        return 0
+    image, _ = _fetch(dataset, 0, normalization)
+    to_image(image, "image 0 of the experience")
+    return len(dataset[0])
+
+
+def read_experience(experience: Any, normalization: Normalization | None) -> LabelledImages:
+    """Read an experience through its eval transforms.
+
+    Args:
+        experience: An Avalanche experience. Its items are ``(image, label)`` or ``(image, label,
+            task label)``; nothing but its data set is used.
+        normalization: What its transforms end in, or None.
+
+    Returns:
+        The images, whose labels are class keys; see :func:`class_key`.
+
+    Raises:
+        DataError: Items of another form, images of other than 1 or 3 channels, values outside
+            [0, 1] once the normalisation is undone, or labels that are not single integers.
+    """
+    dataset = experience.dataset.eval()
+    return stack_images(
+        lambda position: _fetch(dataset, position, normalization),
+        len(dataset),
+        describe="image {} of the experience".format,
+    )
+
+
+def class_key(label: int, task: int = 0) -> int:
+    """Return the integer that a memory knows a class by, of 64 bits.
+
+    Args:
+        label: Below 2**32; not negative where the task label is above 0.
+        task: The task label, 0 to 2**31 - 1.
+
+    Returns:
+        The label where the task label is 0, else ``(task << 32) | label``.
+
+    Raises:
+        DataError: A number is outside its range.
+    """
+    least = 0 if task else -(2**63)
+    if not (least <= label < 2**_LABEL_BITS and 0 <= task < 2**31):
+        raise DataError(
+            "expected labels below 2**32, not negative where the task label is above 0, and task "
+            f"labels from 0 to 2**31 - 1; came label {label}, task label {task}"
+        )
+    return (task << _LABEL_BITS) | label if task else label
+
+
+def split_class_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the labels and the task labels, int64 ``(N,)`` each, of :func:`class_key`."""
+    tasks = (keys >> _LABEL_BITS).clamp(min=0)
+    return torch.where(tasks == 0, keys, keys & (2**_LABEL_BITS - 1)), tasks
+
+
+def as_experience_data(
+    memory: Any, normalization: Normalization | None, *, with_tasks: bool
+) -> AvalancheDataset[Any]:
+    """Decode a memory into an Avalanche data set, in the space that training sees.
+
+    Args:
+        memory: Its labels are class keys.
+        normalization: Applied to each image as it is read, or None.
+        with_tasks: Whether items are ``(image, label, task label)`` or ``(image, label)``.
+    """
+    images, keys = memory.decode(dtype=torch.uint8)
+    labels, tasks = (values.tolist() for values in split_class_keys(keys))
+    attributes = [DataAttribute(labels, "targets")]
+    if with_tasks:
+        attributes.append(DataAttribute(tasks, "targets_task_labels", use_in_getitem=True))
+    decoded = _Decoded(images.cpu(), labels, normalization)
+    return AvalancheDataset([decoded], data_attributes=attributes)
+
+
+@contextlib.contextmanager
+def isolated_random_state(device: torch.device, seed: int, *names: int | str) -> Iterator[None]:
+    """Seed the global generators of torch, numpy and Python inside the block; restore them after.
+
+    For code that is not ours: a benchmark's transforms, and whatever makes a memory.
+    """
+    state, numpy_state = random.getstate(), np.random.get_state()
+    value = derive_seed(seed, *names)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(value)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(value)
+        random.seed(value)
+        np.random.seed(value % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+
+
+class _Decoded(Dataset[tuple[Tensor, int]]):
+    def __init__(
+        self, images: Tensor, targets: list[int], normalization: Normalization | None
+    ) -> None:
+        self.images, self.targets, self.normalization = images, targets, normalization
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index].float().div_(255)
+        if self.normalization is not None:
+            image = self.normalization.apply(image)
+        return image, self.targets[index]
+
+
+def _fetch(
+    dataset: Any, position: int, normalization: Normalization | None
+) -> tuple[object, object]:
+    """Return an image as :func:`hmn_replay.data.images.stack_images` takes it, and its class key."""
+    item = dataset[position]
+    name = f"image {position} of the experience"
+    if not isinstance(item, (tuple, list)) or len(item) not in (2, 3):
+        count = f" of {len(item)}" if isinstance(item, (tuple, list, dict)) else ""
+        raise DataError(
+            f"{name}: expected (image, label) or (image, label, task label), came "
+            f"{type(item).__name__}{count}"
+        )
+    image, label = item[0], to_label(item[1], name)
+    task = to_label(item[2], f"{name}, task label") if len(item) == 3 else 0
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+        image = torch.from_numpy(image.copy())
+    if isinstance(image, Tensor) and image.is_floating_point():
+        image = _to_unit_range(image, normalization, name)
+    return image, class_key(label, task)
+
+
+def _to_unit_range(image: Tensor, normalization: Normalization | None, name: str) -> Tensor:
+    tolerance = 1e-5
+    if normalization is not None:
+        if image.ndim != 3 or len(normalization.mean) not in (1, len(image)):
+            raise DataError(
+                f"{name}: expected an image (C, H, W) with the {len(normalization.mean)} channels "
+                f"of its normalisation, came {tuple(image.shape)}"
+            )
+        # What rounding may have moved out of the range goes back into it.
+        image, tolerance = normalization.undo(image.float()), 1e-3
+    low, high = (float(bound) for bound in image.aminmax()) if image.numel() else (0.0, 0.0)
+    if low < -tolerance or high > 1 + tolerance:
+        undone = (
+            "no torchvision Normalize was found in the eval transforms"
+            if normalization is None
+            else f"once the normalisation with {normalization.mean} and {normalization.std} is "
+            "undone"
+        )
+        raise DataError(
+            f"{name}: expected floats in [0, 1], came [{low:.3g}, {high:.3g}]; {undone}; pass the "
+            "one that the benchmark applies as normalization=(mean, std)"
+        )
+    return image.clamp(0, 1)
+
+
+def _normalizations(dataset: Any, group: str) -> Iterator[Normalization]:
+    """Walk a tree of data sets, and yield each normalisation that its transforms apply."""
+    flat = getattr(dataset, "_flat_data", None)
+    if flat is not None:
+        yield from _normalizations(flat, group)
+    for name in ("_frozen_transform_groups", "_transform_groups"):
+        groups = getattr(dataset, name, None)
+        if groups is not None:
+            # A group may be made when it is asked for, and only then.
+            with contextlib.suppress(KeyError):
+                yield from _walk(groups[group])
+    for child in getattr(dataset, "_datasets", ()):
+        yield from _normalizations(child, group)
+    if flat is None and not hasattr(dataset, "_datasets"):
+        yield from _walk(getattr(dataset, "transform", None))
+        wrapped = getattr(dataset, "dataset", None)
+        if isinstance(wrapped, Dataset):
+            yield from _normalizations(wrapped, group)
+
+
+def _walk(transform: Any) -> Iterator[Normalization]:
+    if isinstance(transform, (transforms.Normalize, v2.Normalize)):
+        yield Normalization.of((transform.mean, transform.std))
+    elif isinstance(transform, nn.Sequential):
+        for child in transform:
+            yield from _walk(child)
+    elif type(transform).__name__ == "TupleTransform":
+        # The others are for labels.
+        yield from _walk(transform.transforms[0] if transform.transforms else None)
+    elif isinstance(transform, (list, tuple)):
+        for child in transform:
+            yield from _walk(child)
+    elif transform is not None:
+        yield from _walk(list(getattr(transform, "transforms", ())))
+        inner = getattr(transform, "transform", None)
+        if inner is not transform:
+            yield from _walk(inner)

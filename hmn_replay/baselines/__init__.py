@@ -1,0 +1,1 @@
+"""Real images under the same bytes, and which of them to keep."""

@@ -1,0 +1,1 @@
+"""From labelled images to a memory under a budget of bytes."""

@@ -1,0 +1,157 @@
+"""Condensation: from labelled images to a memory under a budget of bytes.
+
+Three phases follow each other. The *warm start* fits the memory to real images, *matching* makes
+networks learn from its images what they learn from real ones, and *pruning* brings it back from
+the over-budget to the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hmn_replay.budget import Budget
+from hmn_replay.condensation.config import make_config
+from hmn_replay.condensation.loop import Condensation
+from hmn_replay.data.images import ImageSource, as_labelled_images
+from hmn_replay.distributed import Team, join
+from hmn_replay.errors import ConfigError
+from hmn_replay.memory.base import Container
+from hmn_replay.memory.container_layout import ContainerLayout, check_num_classes
+from hmn_replay.memory.formats import check_number_format
+from hmn_replay.memory.registry import get_layout_type
+from hmn_replay.objectives.convolution import release_memory
+from hmn_replay.runtime import deterministic_cudnn, resolve_device
+
+__all__ = ["condense"]
+
+
+@torch.inference_mode(False)
+def condense(
+    source: ImageSource,
+    budget: Budget | int | str,
+    *,
+    effort: str = "quick",
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    container: str = "hmn",
+    layout: ContainerLayout | None = None,
+    memory: Container | None = None,
+    expected_classes: int | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+    team: Team | None = None,
+    **options: Any,
+) -> Container:
+    """Condense a labelled image set into a memory (Zheng et al. 2024, Algorithm 1).
+
+    Args:
+        source: A map-style data set of ``(image, label)``, a pair of arrays or tensors, or
+            :class:`LabelledImages`; see :func:`hmn_replay.data.images.as_labelled_images`.
+        budget: Bytes that the saved file may take, header and all: a number, a text such as
+            ``"120 KiB"``, or a :class:`Budget`.
+        effort: ``"quick"``, ``"standard"`` or ``"paper"``: a set of
+            :class:`~hmn_replay.condensation.config.CondenseConfig` fields.
+        seed: The same seed gives the same memory, bit for bit, on the same machine with the same
+            number of threads. The caller's random state is not touched.
+        device: Where to compute; ``"auto"`` is the best device present.
+        container: What holds the images: ``"hmn"``, the hierarchical memory, or one that it is
+            compared with: ``"raw"``, ``"idc"``, ``"haba"`` or ``"linba"``; see
+            :mod:`hmn_replay.memory.registry`. To be left out with ``layout`` or ``memory``, which have
+            one.
+        layout: The shapes of the container's tensors, and the number format. Default: what the
+            container chooses for the budget, such as :meth:`Layout.choose`.
+        memory: A memory to add to. Its classes stay and make room: each gives up images by
+            double-ended pruning until all classes, old and new, share the budget alike; no image
+            that stays changes by one bit. What all images are decoded with stays too, and only the
+            classes of ``source`` are condensed, against the old ones. A class that the memory has
+            already is renewed: condensed again, from its new images and its old ones. The given
+            memory is not changed. Default: None, a new memory.
+        expected_classes: How many classes are to come in all, where more are to be added later: the
+            layout is chosen for so many. Default: those of ``source``. With ``memory`` or
+            ``layout``, which have one, it is not read.
+        checkpoint: A file to go on from where it exists, and that is written every minute; None
+            for none. It stays there in the end, and so does ``NAME.experts`` beside it, a folder
+            that ``objective="mtt"`` makes where no other is named.
+        progress: Whether to show bars on standard error.
+        team: The processes that share the work, from :func:`hmn_replay.distributed.join`, which
+            tells how long to wait for one; all call this alike, with the same arguments, and leave
+            the team when it ends. Process 0 alone reads and writes the checkpoint. Default: all
+            that ``torch.distributed`` was initialised for, or this process alone;
+            :data:`hmn_replay.distributed.ALONE` makes each work for itself.
+        **options: Fields of :class:`~hmn_replay.condensation.config.CondenseConfig`, to replace the effort's.
+
+    Returns:
+        The memory, on ``device``. ``memory.report`` is a dict with the settings, ``seconds``, and
+        for each phase ``seconds``, ``images``, ``images_per_second`` and
+        ``peak_memory_bytes`` (so far); ``warm_start_psnr`` in dB (None without a warm start);
+        ``beta`` (None where nothing was pruned) and ``beta_accuracies``, in [0, 1] on held-out real
+        images;
+        ``drift_psnr``, dB of the old images to what they were (None where no bit changed);
+        ``student_rate``, the learning rate that ``"mtt"`` ended with (None for other objectives),
+        whose phases count the recording of experts, ``experts``, by itself;
+        ``images_per_class`` and ``file_bytes``.
+
+    Raises:
+        BudgetError: The budget does not hold one image a class; the message says what would.
+        ConfigError: An unknown option, or a value outside its range.
+        DataError: Images or labels that cannot be used.
+        CheckpointError: The checkpoint belongs to another run, or cannot be read.
+        DistributedError: A process of the team was lost, or was given something else; the message
+            names the checkpoint, from which any number of processes may go on.
+        ExpertError: The folder ``experts`` has those of other images or settings, or a damaged one.
+        TrainingError: The optimisation left the real numbers.
+    """
+    if memory is not None:
+        if layout not in (None, memory.layout):
+            raise ConfigError("a memory that is added to keeps its layout; leave layout= out")
+        layout = memory.layout
+    if layout is not None:
+        if container not in ("hmn", layout.container):
+            raise ConfigError(
+                f"the layout is one for {layout.container!r}, not for {container!r}; leave "
+                "container= out"
+            )
+        options.setdefault("number_format", layout.number_format)
+    config = make_config(effort, **options)
+    data = as_labelled_images(source)
+    limit = Budget.parse(budget)
+    if layout is None:
+        number_format = check_number_format(config.number_format)
+        num_classes = data.num_classes
+        if expected_classes is not None:
+            num_classes = max(num_classes, check_num_classes(expected_classes, "expected_classes"))
+        layout = get_layout_type(container).choose(
+            limit, data.image_shape, num_classes, number_format, len(data) // data.num_classes
+        )
+    elif (layout.image_shape, layout.number_format) != (data.image_shape, config.number_format):
+        raise ConfigError(
+            f"the layout is for {layout.number_format} images of {layout.image_shape}; the data "
+            f"and options ask for {config.number_format} and {data.image_shape}"
+        )
+    with (
+        torch.enable_grad(),
+        deterministic_cudnn(),
+        join() if team is None else team as team,
+    ):
+        run = Condensation(
+            data,
+            limit,
+            layout,
+            config,
+            old=memory,
+            seed=seed,
+            device=resolve_device(device),
+            progress=progress,
+            team=team,
+        )
+        if checkpoint is not None:
+            run.resume(Path(checkpoint))
+        condensed = run.finish()
+    release_memory()
+    settings = {"container": layout.container, "effort": effort, "seed": seed}
+    condensed.report = {**settings, **dataclasses.asdict(config), **run.report()}
+    return condensed

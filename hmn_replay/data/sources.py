@@ -1,0 +1,283 @@
+"""Where labelled images come from: data sets by name, ``.npz`` arrays and folders of pictures."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from hmn_replay.data.convert import check_size
+from hmn_replay.data.images import LabelledImages, as_labelled_images, stack_images
+from hmn_replay.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["DATASETS", "Split", "load_dataset"]
+
+Split: TypeAlias = Literal["train", "test"]
+
+TORCHVISION = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "svhn": "SVHN",
+    "mnist": "MNIST",
+    "fashion_mnist": "FashionMNIST",
+}
+
+DATASETS = (*TORCHVISION, "digits")
+"""The names that :func:`load_dataset` knows; ``digits`` alone needs no file."""
+
+DIGITS_TEST_PER_CLASS = 36
+PICTURES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+
+
+def load_dataset(
+    name_or_path: str | os.PathLike[str],
+    split: Split = "train",
+    *,
+    data_root: str | os.PathLike[str] = "data",
+    download: bool = False,
+    size: int | None = None,
+) -> LabelledImages:
+    """Load one split of a data set.
+
+    Args:
+        name_or_path: One of
+
+            * a name of :data:`DATASETS`, in any case: ``cifar10``, ``cifar100``, ``svhn``,
+              ``mnist`` and ``fashion_mnist`` are read from torchvision's files; ``digits``, 8 x 8
+              pixels in grey, comes with scikit-learn (1,437 training and 360 test images, the
+              latter 36 a class, spread evenly over the writers);
+            * an ``.npz`` file of arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``, each
+              as :func:`~hmn_replay.data.images.as_labelled_images` takes it, read without pickle;
+              optionally ``class_names``, texts of which the one at position k names label k;
+            * a folder of pictures: ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``), or
+              Tiny-ImageNet's own (``val/val_annotations.txt``, whose images then are the test
+              split), or just ``CLASS/``, which has no test split. A class folder is searched
+              through. Where all class folders are named by integers these are the labels;
+              otherwise the positions in the sorted names are.
+
+            A path that is also a name is written with its folder, as ``./digits``.
+        split: ``"train"`` or ``"test"``. Default: ``"train"``.
+        data_root: Folder of torchvision's files. Default: ``"data"``.
+        download: Fetch a missing torchvision data set into ``data_root``. Default: ``False``.
+        size: Side in pixels to resize the shorter side and crop the centre to; needed where the
+            pictures of a folder differ in size. Default: ``None``, as they are.
+
+    Raises:
+        DataError: There is no such data set, it is not on this machine, or it cannot be read.
+        ConfigError: ``split`` or ``size`` is not as said above.
+    """
+    if split not in ("train", "test"):
+        raise ConfigError(f"split is expected to be 'train' or 'test', came {split!r}")
+    check_size(size)
+    name = name_or_path.lower().replace("-", "_") if isinstance(name_or_path, str) else ""
+    if name in DATASETS:
+        loaded = (
+            _load_digits(split)
+            if name == "digits"
+            else _load_torchvision(TORCHVISION[name], split, Path(data_root), download)
+        )
+        return as_labelled_images(loaded, size=size)
+    path = Path(os.path.expanduser(name_or_path))  # an unknown user is no error of its own
+    if path.is_dir():
+        return _load_folder(path, split, size)
+    if path.is_file():
+        return _load_npz(path, split, size)
+    close = difflib.get_close_matches(os.fspath(name_or_path).lower(), DATASETS, n=1)
+    raise DataError(
+        f"no data set is called {os.fspath(name_or_path)!r} and no file or folder lies there"
+        + (f" (did you mean {close[0]!r}?)" if close else "")
+        + f"; expected one of {', '.join(DATASETS)}, an .npz file, or a folder of pictures"
+    )
+
+
+def _load_digits(split: Split) -> LabelledImages:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    levels = torch.from_numpy(images).reshape(-1, 1, 8, 8)
+    digits = LabelledImages(
+        (levels * (255 / 16)).round().to(torch.uint8),
+        torch.from_numpy(labels).long(),
+        {digit: str(digit) for digit in range(10)},
+    )
+    # The file goes from writer to writer: evenly spaced test images come from all of them.
+    in_test = torch.zeros(len(digits), dtype=torch.bool)
+    for digit in range(10):
+        positions = digits.of_class(digit)
+        steps = torch.arange(DIGITS_TEST_PER_CLASS) * len(positions) // DIGITS_TEST_PER_CLASS
+        in_test[positions[steps]] = True
+    return digits.take(in_test if split == "test" else ~in_test)
+
+
+def _load_torchvision(name: str, split: Split, root: Path, download: bool) -> LabelledImages:
+    from torchvision import datasets
+
+    which: dict[str, Any] = {"split": split} if name == "SVHN" else {"train": split == "train"}
+    try:
+        source = getattr(datasets, name)(root.expanduser(), download=download, **which)
+    except Exception as error:  # downloads and parsers fail in ways that torchvision does not list
+        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        if download:
+            raise DataError(
+                f"{name} could not be fetched into {root} ({first_line}); put torchvision's files "
+                "there yourself, or name their folder with --data-root (data_root=); the data set "
+                "'digits' needs no file"
+            ) from error
+        reason = "is not" if "not found" in first_line else f"cannot be read ({first_line})"
+        raise DataError(
+            f"{name} {reason} in {root}; pass --download (download=True) to fetch it, or name the "
+            "folder of torchvision's files with --data-root (data_root=); the data set 'digits' "
+            "needs no file"
+        ) from error
+    labels = source.labels if name == "SVHN" else source.targets
+    plain = as_labelled_images((source.data, labels))
+    names = getattr(source, "classes", [str(digit) for digit in range(10)])
+    return LabelledImages(plain.images, plain.labels, dict(enumerate(names)))
+
+
+def _load_npz(path: Path, split: Split, size: int | None) -> LabelledImages:
+    wanted = (f"x_{split}", f"y_{split}")
+    if not zipfile.is_zipfile(path):
+        raise DataError(
+            f"{path} is not a whole .npz file of arrays x_train, y_train, x_test and y_test; write "
+            "it again with numpy.savez"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            present = list(file)
+            arrays = {key: file[key] for key in (*wanted, "class_names") if key in present}
+    except Exception as error:  # a zip file can be damaged in more ways than numpy lists
+        raise DataError(
+            f"{path} cannot be read ({error}); write plain arrays of numbers and texts, not "
+            "pickled objects, with numpy.savez"
+        ) from error
+    missing = [key for key in wanted if key not in arrays]
+    if missing:
+        raise DataError(
+            f"{path} has no {' and no '.join(missing)}: expected arrays x_train, y_train, x_test "
+            f"and y_test, came {', '.join(present) or 'none'}"
+        )
+    names = arrays.get("class_names", np.empty(0, np.str_))
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise DataError(
+            f"{path}: expected class_names as an array of texts, shape (K,), came {names.dtype} "
+            f"{names.shape}; write it as numpy.array(list_of_str)"
+        )
+    try:
+        plain = as_labelled_images((arrays[wanted[0]], arrays[wanted[1]]), size=size)
+    except DataError as error:
+        raise DataError(f"{path}, {split} split: {error}") from error
+    return LabelledImages(plain.images, plain.labels, dict(enumerate(names.tolist())))
+
+
+def _load_folder(path: Path, split: Split, size: int | None) -> LabelledImages:
+    has_splits = (path / "train").is_dir() and bool(_class_folders(path / "train"))
+    class_folders = _class_folders(path / "train" if has_splits else path)
+    if not class_folders:
+        raise DataError(
+            f"{path} has no folder of pictures a class: expected train/CLASS/ and test/CLASS/, or "
+            "CLASS/"
+        )
+    labels = _number_classes([folder.name for folder in class_folders])
+    if split == "train":
+        pictures = _list_pictures(class_folders, labels)
+    elif has_splits:
+        pictures = _list_test_pictures(path, labels)
+    else:
+        raise DataError(
+            f"{path} has no test split: expected train/CLASS/ and test/CLASS/ (or val/CLASS/) in "
+            "it, came CLASS/ alone; move the test pictures to a folder of their own"
+        )
+    return stack_images(
+        lambda position: (_open_picture(pictures[position][0]), pictures[position][1]),
+        len(pictures),
+        size=size,
+        class_names={label: name for name, label in labels.items()},
+        describe=lambda position: str(pictures[position][0]),
+    )
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(
+        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
+    )
+
+
+def _number_classes(names: list[str]) -> dict[str, int]:
+    """Number class folders: by their names where these are integers, else by their order."""
+    if all(re.fullmatch("-?[0-9]{1,18}", name) for name in names):
+        numbers = [int(name) for name in names]
+        if len(set(numbers)) == len(numbers):
+            return dict(zip(names, numbers, strict=True))
+    return {name: position for position, name in enumerate(names)}
+
+
+def _list_pictures(folders: list[Path], labels: dict[str, int]) -> list[tuple[Path, int]]:
+    pictures = []
+    for folder in folders:
+        if folder.name not in labels:
+            raise DataError(f"{folder} is of a class that train/ does not have; add it there too")
+        paths = sorted(path for path in folder.rglob("*") if _is_picture(path))
+        if not paths:
+            raise DataError(
+                f"the class folder {folder} holds no picture ({', '.join(sorted(PICTURES))}); fill "
+                "it or remove it"
+            )
+        pictures += [(path, labels[folder.name]) for path in paths]
+    return pictures
+
+
+def _list_test_pictures(path: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
+    annotations = path / "val" / "val_annotations.txt"
+    if annotations.is_file():
+        return _list_annotated(annotations, labels)
+    for folder in (path / "test", path / "val"):
+        class_folders = _class_folders(folder) if folder.is_dir() else []
+        if any(child.name in labels for child in class_folders):
+            return _list_pictures(class_folders, labels)
+    raise DataError(
+        f"{path} has no test split: expected test/CLASS/ or val/CLASS/ with the classes of train/"
+    )
+
+
+def _list_annotated(annotations: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
+    """Read Tiny-ImageNet's list: a picture's name, a tab, its class, then what we leave."""
+    pictures = []
+    for number, line in enumerate(annotations.read_text("utf-8", "replace").splitlines(), 1):
+        name, _, rest = line.partition("\t")
+        class_name = rest.partition("\t")[0]
+        if class_name not in labels:
+            raise DataError(
+                f"{annotations}, line {number}: expected a picture, a tab and a class of train/, "
+                f"came {line[:60]!r}"
+            )
+        pictures.append((annotations.parent / "images" / name, labels[class_name]))
+    return pictures
+
+
+def _is_picture(path: Path) -> bool:
+    is_hidden = path.name.startswith(".")
+    return path.suffix.lower() in PICTURES and not is_hidden and path.is_file()
+
+
+def _open_picture(path: Path) -> Image:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.copy()
+    except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path} cannot be read as a picture ({error}); repair or remove it"
+        ) from error

@@ -1,0 +1,1 @@
+"""What is stored: memories, number formats and the file."""

@@ -1,0 +1,1 @@
+"""What is matched, as functions of a network and two batches."""

@@ -1,0 +1,107 @@
+"""Things that are chosen by name: memory kinds, objectives, losses, number formats, networks."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+from hmn_replay.errors import ConfigError
+
+__all__ = ["Registry", "suggest"]
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """A table from names to things, to which users may add their own.
+
+    Args:
+        what: What is registered, as error messages call it, such as ``"objective"``.
+
+    Example:
+        >>> COLOURS: Registry[int] = Registry("colour")
+        >>> COLOURS.add("red", 0xFF0000)
+        >>> list(COLOURS)
+        ['red']
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> None:
+        """Register an entry.
+
+        Args:
+            name: Letters, digits, ``-``, ``_``, ``:`` and ``.``, beginning with a letter.
+            entry: What the name stands for.
+
+        Raises:
+            ConfigError: The name is taken, or has other characters.
+        """
+        words = name.replace("-", "_").replace(":", "_").replace(".", "_") if name else ""
+        if not words.isidentifier() or not words.isascii():
+            raise ConfigError(
+                f"the name of a registered {self.what} has letters, digits, '-', '_', ':' and '.', "
+                f"and begins with a letter; got {name!r}"
+            )
+        if name in self._entries:
+            raise ConfigError(f"there is a {self.what} {name!r} already; register another name")
+        self._entries[name] = entry
+
+    def register(self, name: str) -> Callable[[U], U]:
+        """Return a decorator that registers a class or function, and returns it as it is."""
+
+        def decorate(entry: U) -> U:
+            self.add(name, entry)  # type: ignore[arg-type]
+            return entry
+
+        return decorate
+
+    def remove(self, name: str) -> None:
+        """Remove an entry, such as one that a test added.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
+        self[name]
+        del self._entries[name]
+
+    def __getitem__(self, name: str) -> T:
+        """Return the entry of that name.
+
+        Raises:
+            ConfigError: There is none; the message lists the names, and the nearest one.
+        """
+        if not isinstance(name, str) or name not in self._entries:
+            raise UnknownNameError(self.what, name, list(self._entries))
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Registry({self.what!r}: {', '.join(self)})"
+
+
+class UnknownNameError(ConfigError, KeyError):
+    """A name that is not registered. Also a KeyError, which a mapping raises."""
+
+    def __init__(self, what: str, name: object, known: list[str]) -> None:
+        self.message = f"{what} must be one of {', '.join(known)}; got {name!r}"
+        self.message += suggest(name, known)
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def suggest(name: object, known: list[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``."""
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

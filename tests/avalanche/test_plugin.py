@@ -1,0 +1,178 @@
+"""The plugin with the hierarchical memory, from stream to file, and its checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
+
+import hmn_replay
+from hmn_replay.avalanche.plugin import HMNReplay, reattach_optim_modules
+from hmn_replay.errors import BudgetError, CheckpointError, ConfigError
+from hmn_replay.memory.base import Container
+from hmn_replay.memory.file import load, serialise
+from tests.streams import (
+    Images,
+    in_pieces,
+    labelled_streams,
+    make_strategy,
+    streams,
+    train,
+    weights,
+)
+from tests.support import TINY
+
+BUDGET = 6000
+
+
+def make_replay(**options: Any) -> HMNReplay:
+    return HMNReplay(BUDGET, **{**TINY, "beta_grid": (0.5,), "batch_size_mem": 4, **options})
+
+
+def without_times(report: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in entry.items() if k not in ("seconds", "phases")} for entry in report]
+
+
+def test_the_memory_grows_within_its_budget(tmp_path: Path) -> None:
+    replay = make_replay()
+    strategy = make_strategy([replay])
+    assert replay.memory is None and replay.memory_bytes == 0
+    for number, experience in enumerate(streams(num_experiences=4).train_stream):
+        strategy.train(experience)
+        memory = _memory(replay)
+        assert memory.classes.tolist() == list(range(number + 1))
+        memory.save(tmp_path / "seen.hmn")
+        size = (tmp_path / "seen.hmn").stat().st_size
+        assert size == replay.memory_bytes == replay.report[-1]["file_bytes"] <= BUDGET
+        assert replay.report[-1]["images_per_class"] == memory.images_per_class
+    assert len(replay.report) == 4
+    assert {"seconds", "drift_psnr", "phases", "num_images"} <= set(replay.report[-1])
+    images, labels = load(tmp_path / "seen.hmn").decode(dtype=torch.uint8)
+    assert (
+        torch.equal(images, _memory(replay).decode(dtype=torch.uint8)[0])
+        and len(labels.unique()) == 4
+    )
+
+
+def test_classes_that_come_again_are_renewed() -> None:
+    replay = make_replay()
+    benchmark = labelled_streams((0, 1), (1, 2), (0, 1))
+    train(make_strategy([replay]), benchmark.train_stream)
+    assert replay.memory is not None
+    assert sorted(replay.memory.classes.tolist()) == [0, 1, 2]
+    assert replay.memory_bytes <= BUDGET and min(replay.memory.images_per_class) > 0
+
+
+def test_memory_only_condenses_before_training() -> None:
+    replay = make_replay(mode="memory_only")
+    train(make_strategy([replay], eval_every=1), streams("ci").train_stream)
+    assert [len(entry["images_per_class"]) for entry in replay.report] == [2, 4]
+
+
+def test_an_online_stream_is_condensed_at_class_boundaries() -> None:
+    online = in_pieces(streams().train_stream, 5)
+    replay = make_replay()
+    train(make_strategy([replay]), online)
+    assert [len(entry["images_per_class"]) for entry in replay.report] == [2]
+    assert replay.finish()
+    assert replay.memory is not None and replay.memory.num_classes == 4
+
+
+@pytest.mark.parametrize("mode", ["replay", "memory_only"])
+def test_a_run_that_goes_on_from_avalanches_checkpoint_ends_with_the_same_bits(
+    mode: Any, tmp_path: Path
+) -> None:
+    reattach_optim_modules()
+    stream = streams(num_experiences=3, data=Images((0, 1, 2))).train_stream
+    replay = make_replay(mode=mode)
+    strategy = make_strategy([replay])
+    for number in range(3):
+        train(strategy, stream[number : number + 1], seed=number)
+        save_checkpoint(strategy, tmp_path / f"{number}.pt")
+    for stop in range(2):
+        resumed, start = maybe_load_checkpoint(make_strategy(), tmp_path / f"{stop}.pt")
+        assert start == stop + 1
+        plugin = resumed.plugins[0]
+        assert isinstance(plugin, HMNReplay) and plugin is not replay
+        for number in range(start, 3):
+            train(resumed, stream[number : number + 1], seed=number)
+        assert torch.equal(weights(resumed), weights(strategy))
+        assert serialise(_memory(plugin)) == serialise(_memory(replay))
+        assert without_times(plugin.report) == without_times(replay.report)
+
+
+def test_a_checkpoint_holds_the_file_and_no_decoded_image(tmp_path: Path) -> None:
+    replay = make_replay()
+    train(make_strategy([replay]), streams().train_stream)
+    torch.save(replay.state_dict(), tmp_path / "state.pt")
+    report = len(str(replay.report))
+    assert (tmp_path / "state.pt").stat().st_size < replay.memory_bytes + report + 8000
+
+
+def test_a_state_is_safe_to_load_and_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    stream = streams(num_experiences=3, data=Images((0, 1, 2), each=8)).train_stream
+    first = make_replay()
+    strategy = make_strategy([first])
+    train(strategy, stream[:2])
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = make_replay()
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert second.report == first.report and second.memory_bytes == first.memory_bytes
+    ends = []
+    for plugin in (first, second):
+        going = make_strategy([plugin], model=copy.deepcopy(strategy.model))
+        train(going, stream[2:])
+        ends.append(weights(going))
+    assert torch.equal(*ends)
+    assert serialise(_memory(first)) == serialise(_memory(second))
+    assert without_times(first.report) == without_times(second.report)
+
+
+def test_a_damaged_memory_in_a_state_is_refused() -> None:
+    replay = make_replay()
+    train(make_strategy([replay]), streams().train_stream[:1])
+    state = replay.state_dict()
+    state["memory"][-5] ^= 1
+    with pytest.raises(CheckpointError, match=r"not a whole state of HMNReplay.*digest"):
+        make_replay().load_state_dict(state)
+
+
+def test_settings_are_checked_at_once() -> None:
+    with pytest.raises(BudgetError):
+        HMNReplay("much")
+    with pytest.raises(ConfigError):
+        HMNReplay(BUDGET, outer_step=3)
+    with pytest.raises(ConfigError):
+        HMNReplay(BUDGET, device="abacus")
+
+
+def test_the_strategys_device_may_be_used() -> None:
+    replay = make_replay(device=None)
+    train(make_strategy([replay]), streams().train_stream[:1])
+    assert _memory(replay).classes.device.type == "cpu"
+
+
+def test_a_loaded_memory_is_replayed_and_extended(tmp_path: Path) -> None:
+    first = make_replay()
+    train(make_strategy([first]), streams().train_stream[:1])
+    _memory(first).save(tmp_path / "seen.hmn")
+    second = make_replay()
+    second.memory = load(tmp_path / "seen.hmn")
+    train(make_strategy([second]), streams().train_stream[1:])
+    assert _memory(second).classes.tolist() == [0, 1, 2, 3]
+
+
+def test_names_are_imported_when_they_are_asked_for() -> None:
+    assert hmn_replay.HMNReplay is HMNReplay
+    assert {"HMNReplay", "MemoryReplay", "reattach_optim_modules"} <= set(dir(hmn_replay))
+    with pytest.raises(AttributeError, match="has no attribute 'HMNRepaly'"):
+        _ = hmn_replay.HMNRepaly
+
+
+def _memory(replay: HMNReplay) -> Container:
+    assert replay.memory is not None
+    return replay.memory

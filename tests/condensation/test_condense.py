@@ -1,0 +1,528 @@
+"""Condensation from end to end on tiny data: what it makes, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from hmn_replay.condensation import steps
+from hmn_replay.condensation.condense import condense
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    HMNReplayError,
+    TrainingError,
+)
+from hmn_replay.memory.base import Container
+from hmn_replay.memory.file import load, serialise
+from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
+from hmn_replay.memory.layout import Layout
+from hmn_replay.objectives.matching import Objective, Recipe, get_recipe
+from tests.support import TINY, tiny
+
+MakeLayout = Callable[..., Layout]
+MakeSet = Callable[..., LabelledImages]
+
+pytestmark = pytest.mark.usefixtures("untouched_random_state")
+
+
+def check(memory: Container, data: LabelledImages) -> None:
+    """Check what holds for every memory that was condensed."""
+    assert memory.budget_bytes is not None
+    assert len(serialise(memory)) == memory.file_bytes <= memory.budget_bytes
+    planned = memory.layout.max_images(memory.budget_bytes, data.num_classes)
+    # What is coded is pruned in bytes.
+    is_coded = memory.layout.is_coded
+    assert memory.num_images >= planned if is_coded else memory.num_images == planned
+    assert memory.classes.equal(data.classes)
+    assert max(memory.images_per_class) - min(memory.images_per_class) <= 1
+    images, labels = memory.decode()
+    assert images.shape == (memory.num_images, *data.image_shape)
+    assert bool(images.isfinite().all())
+    assert labels.unique().equal(data.classes)
+
+
+# What it makes.
+
+
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+@pytest.mark.parametrize("objective", ["gradient", "distribution"])
+def test_a_set_becomes_a_memory_within_its_budget(
+    make_set: MakeSet, make_layout: MakeLayout, number_format: NumberFormat, objective: str
+) -> None:
+    data = make_set()
+    before = data.images.clone()
+    memory = tiny(data, make_layout(number_format), objective=objective)
+    check(memory, data)
+    assert data.images.equal(before)
+    assert memory.layout.number_format == number_format
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 20), (1, 9, 15)])
+def test_images_may_be_grey_and_need_not_be_square(
+    make_set: MakeSet, make_layout: MakeLayout, shape: tuple[int, int, int]
+) -> None:
+    data = make_set(image_shape=shape)
+    check(tiny(data, make_layout(image_shape=shape)), data)
+
+
+def test_labels_may_be_any_integers(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    data = make_set(labels=(10**12, 5, -3))
+    memory = tiny(data, make_layout())
+    check(memory, data)
+    assert memory.classes.tolist() == [-3, 5, 10**12]
+    # Each class looks like its own images, not like another's.
+    images, labels = tiny(data, make_layout(), warm_start_steps=150, outer_steps=0).decode()
+    for label in memory.classes.tolist():
+        own = data.floats(data.of_class(label)).mean()
+        assert float(images[labels == label].mean()) == pytest.approx(float(own), abs=0.1)
+
+
+def test_a_class_may_have_fewer_images_than_instance_memories(make_layout: MakeLayout) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (14, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    data = LabelledImages(images, torch.tensor([7] * 11 + [8] * 2 + [9]))
+    memory = tiny(data, make_layout())
+    check(memory, data)
+    assert min(memory.images_per_class) == 3
+
+
+def test_every_class_may_have_a_single_image(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    data = make_set(num_images=3)
+    memory = tiny(data, make_layout())
+    check(memory, data)
+    assert memory.report["beta"] == 0.0  # nothing can be held out: the first of the grid is taken
+    assert memory.report["beta_accuracies"] == {}
+
+
+def test_there_may_be_one_class_alone(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    data = make_set(labels=(4,))
+    check(tiny(data, make_layout()), data)
+
+
+def test_there_may_be_more_classes_than_a_step_draws(
+    make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_set(num_images=36, labels=tuple(range(12)))
+    drawn = list[int]()
+
+    def watched(name: str) -> Recipe:
+        recipe = get_recipe(name)
+        function: Any = recipe.function
+
+        def record(*batches: Any) -> Any:
+            drawn.append(int(batches[4][0]))
+            return function(*batches)
+
+        return dataclasses.replace(recipe, function=cast(Objective, record))
+
+    monkeypatch.setattr(steps, "get_recipe", watched)
+    for classes_per_step, expected in ((5, 5), (None, 12), (99, 12)):
+        drawn.clear()
+        check(tiny(data, make_layout(), classes_per_step=classes_per_step), data)
+        draws = [drawn[i : i + expected] for i in range(0, len(drawn), expected)]
+        assert len(draws) == 2 * 3
+        assert all(len(set(draw)) == expected for draw in draws)
+        assert len({tuple(draw) for draw in draws}) > 1  # another draw every step
+
+
+def test_no_shared_value_is_clipped_in_the_end(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    memory = tiny(make_set(), make_layout("int8"), memory_learning_rate=0.1)
+    names = ("dataset_scale", "class_scale", "extractor_scale", "decoder_scale")
+    scales = {name: memory.get_buffer(name).clone() for name in names}
+    memory.update_scales()
+    for name in names:
+        assert memory.get_buffer(name).equal(scales[name]), name
+
+
+def test_bfloat16_is_for_the_computation_alone(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    data = make_set()
+    memory = tiny(data, make_layout(), precision="bfloat16")
+    check(memory, data)
+    assert all(parameter.dtype == torch.float32 for parameter in memory.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"warm_start_steps": 0},
+        {"outer_steps": 0},
+        {"inner_steps": 0},
+        {"network_images": 0},
+        {"over_budget": 0},
+        {"over_budget": 2.0},
+        {"beta_grid": (0.5,)},
+        {"augmentations": ()},
+        {"warm_start_batch": 1000, "real_batch": 1000, "decoded_batch": 1000},
+        {"network": "resnet18", "outer_steps": 1, "inner_steps": 1, "beta_grid": (0.0,)},
+    ],
+    ids=str,
+)
+def test_every_part_may_be_left_out_or_be_large(
+    make_set: MakeSet, make_layout: MakeLayout, options: dict[str, Any]
+) -> None:
+    data = make_set()
+    check(tiny(data, make_layout(), **options), data)
+
+
+def test_the_layout_is_chosen_where_none_is_given(make_set: MakeSet) -> None:
+    data = make_set(image_shape=(3, 32, 32))
+    memory = condense(data, "60 KiB", **{**TINY, "warm_start_steps": 1, "outer_steps": 0})
+    check(memory, data)
+    num_real = len(data) // data.num_classes
+    assert memory.layout == Layout.choose("60 KiB", (3, 32, 32), 3, "int8", num_real)
+    assert memory.file_bytes > 0.97 * 60 * 1024
+
+
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+@pytest.mark.parametrize("effort", ["quick", "paper"])
+def test_a_layout_decides_the_number_format(
+    make_set: MakeSet, make_layout: MakeLayout, number_format: NumberFormat, effort: str
+) -> None:
+    layout = make_layout(number_format)
+    options = {**TINY, "warm_start_steps": 1, "outer_steps": 0, "over_budget": 0}
+    budget = layout.file_bytes(3, 10, 10_000)
+    memory = condense(make_set(), budget, effort=effort, layout=layout, **options)
+    assert memory.layout == layout
+    assert memory.report["number_format"] == number_format
+    assert memory.report["effort"] == effort
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_the_precision_may_be_chosen(
+    make_set: MakeSet, make_layout: MakeLayout, precision: str
+) -> None:
+    data = make_set()
+    memory = tiny(data, make_layout(), precision=precision)
+    check(memory, data)
+    assert memory.report["precision"] == precision
+
+
+def test_any_source_of_labelled_images_will_do(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    data, layout = make_set(), make_layout()
+    budget = layout.file_bytes(3, 10, 10_000)
+    expected = serialise(condense(data, budget, layout=layout, **TINY))
+    for source in ((data.images, data.labels), [(data[i][0], data[i][1]) for i in range(24)]):
+        assert serialise(condense(source, budget, layout=layout, **TINY)) == expected
+
+
+def test_what_was_saved_is_what_was_condensed(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
+) -> None:
+    memory = tiny(make_set(), make_layout())
+    memory.save(tmp_path / "memory.hmn")
+    images, labels = memory.decode()
+    loaded_images, loaded_labels = load(tmp_path / "memory.hmn").decode()
+    assert loaded_images.numpy().tobytes() == images.numpy().tobytes()
+    assert loaded_labels.equal(labels)
+
+
+# That it learns.
+
+
+def test_the_warm_start_brings_the_images_near_real_ones(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    data, layout = make_set(), make_layout()
+    few, many = (
+        tiny(data, layout, warm_start_steps=number, outer_steps=0).report["warm_start_psnr"]
+        for number in (1, 100)
+    )
+    assert isinstance(few, float)
+    assert isinstance(many, float)
+    assert many > few + 3
+
+
+@pytest.mark.parametrize("objective", ["gradient", "distribution"])
+def test_matching_moves_the_memory_to_a_lower_loss(
+    make_set: MakeSet,
+    make_layout: MakeLayout,
+    objective: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses: list[float] = []
+
+    def watched(name: str) -> Recipe:
+        recipe = get_recipe(name)
+        function: Any = recipe.function
+
+        def record(*batches: Any) -> Any:
+            loss, gradient = function(*batches)
+            losses.append(float(loss))
+            return loss, gradient
+
+        return dataclasses.replace(recipe, function=cast(Objective, record))
+
+    monkeypatch.setattr(steps, "get_recipe", watched)
+    tiny(
+        make_set(num_images=60),
+        make_layout("float32"),
+        objective=objective,
+        warm_start_steps=0,
+        outer_steps=1,
+        inner_steps=60,
+        real_batch=100,
+        decoded_batch=100,
+        network_images=0,
+        network_width=8,
+        augmentations=(),
+        over_budget=0,
+        memory_learning_rate=0.01,
+    )
+    assert len(losses) == 60 * 3
+    assert sum(losses[-15:]) < 0.5 * sum(losses[:15])
+
+
+# What it tells.
+
+
+def test_the_report_tells_settings_and_measurements(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    report: dict[str, Any] = tiny(make_set(), make_layout(), seed=5).report
+    assert report["container"] == "hmn"
+    assert report["effort"] == "quick"
+    assert report["seed"] == 5
+    assert {name: report[name] for name in TINY if name != "device"} == {
+        name: value for name, value in TINY.items() if name != "device"
+    }
+    assert list(report["phases"]) == ["warm_start", "matching", "pruning"]
+    for phase in report["phases"].values():
+        assert phase["seconds"] > 0
+        assert phase["images"] > 0
+        assert phase["images_per_second"] == pytest.approx(phase["images"] / phase["seconds"])
+        assert type(phase["peak_memory_bytes"]) is int
+        assert phase["peak_memory_bytes"] >= 0
+    assert report["seconds"] == pytest.approx(
+        sum(phase["seconds"] for phase in report["phases"].values())
+    )
+    assert report["warm_start_psnr"] > 5
+    assert list(report["beta_accuracies"]) == ["0.0", "1.0"]
+    assert all(0 <= accuracy <= 1 for accuracy in report["beta_accuracies"].values())
+    best = max(report["beta_accuracies"], key=report["beta_accuracies"].__getitem__)
+    assert report["beta"] == float(best)
+    json.dumps(report)
+
+
+@pytest.mark.parametrize("options", [{"over_budget": 0}, {"labels": (4,)}], ids=str)
+def test_where_nothing_was_pruned_there_is_no_beta(
+    make_set: MakeSet, make_layout: MakeLayout, options: dict[str, Any]
+) -> None:
+    data = make_set(labels=options.pop("labels", (0, 1, 2)))
+    report = tiny(data, make_layout(), **options).report
+    assert report["beta"] is None
+    assert report["beta_accuracies"] == {}
+
+
+def test_without_a_warm_start_there_is_no_psnr(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    report = tiny(make_set(), make_layout(), warm_start_steps=0).report
+    assert report["warm_start_psnr"] is None
+    json.dumps(report)
+
+
+def test_bars_are_for_those_who_ask(
+    make_set: MakeSet, make_layout: MakeLayout, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny(make_set(), make_layout())
+    assert capfd.readouterr() == ("", "")
+    tiny(make_set(), make_layout(), progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    for name in ("warm start", "matching", "AUM", "beta 0", "beta 1"):
+        assert name in err
+    assert "img/s" in err
+
+
+# That the seed decides, and nothing else.
+
+
+def test_the_seed_gives_the_file_bit_for_bit(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    data, layout = make_set(), make_layout()
+    first = serialise(tiny(data, layout, seed=1))
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        assert serialise(tiny(data, layout, seed=1)) == first
+    assert serialise(tiny(data, layout, seed=2)) != first
+
+
+def test_the_callers_settings_are_neither_read_nor_changed(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    data, layout = make_set(), make_layout()
+    expected = serialise(tiny(data, layout))
+    with torch.no_grad():
+        assert serialise(tiny(data, layout)) == expected
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
+# What it refuses.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"warm_start_learning_rate": 1e30, "outer_steps": 0},
+        {"memory_learning_rate": 1e30},
+        {"network_learning_rate": 1e30},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+def test_an_optimisation_that_diverges_is_told(
+    make_set: MakeSet,
+    make_layout: MakeLayout,
+    number_format: NumberFormat,
+    options: dict[str, Any],
+) -> None:
+    with pytest.raises(TrainingError, match=r"lower .*learning.rate"):
+        serialise(tiny(make_set(), make_layout(number_format), **options))
+
+
+def test_a_budget_too_small_is_refused_with_one_that_does(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    data, layout = make_set(), make_layout()
+    with pytest.raises(BudgetError, match="the smallest that does is") as error:
+        tiny(data, layout, budget=999)
+    smallest = re.findall(r"([\d,]+) bytes", str(error.value))[-1]
+    memory = tiny(data, layout, budget=f"{smallest.replace(',', '')} B")
+    check(memory, data)
+    assert memory.images_per_class == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"effort": "slow"}, ConfigError, "effort is one of quick"),
+        ({"outer_step": 3}, ConfigError, "no option 'outer_step'"),
+        ({"outer_steps": -1}, ConfigError, "outer_steps must be 0 or more"),
+        ({"device": "gpu"}, ConfigError, "device 'gpu' cannot be used"),
+        ({"number_format": "float32"}, ConfigError, "the layout is for int8 images of"),
+        ({"budget": "much"}, BudgetError, "cannot read 'much' as a budget"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_an_option_that_cannot_be_is_refused(
+    make_set: MakeSet,
+    make_layout: MakeLayout,
+    options: dict[str, Any],
+    error: type[HMNReplayError],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        tiny(make_set(), make_layout(), **options)
+
+
+def test_data_that_cannot_be_is_refused(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    with pytest.raises(
+        ConfigError, match=r"the layout is for int8 images of \(3, 8, 8\); the data"
+    ):
+        tiny(make_set(image_shape=(3, 9, 8)), make_layout())
+    with pytest.raises(ConfigError, match="image_shape is"):
+        condense(make_set(image_shape=(3, 6, 6)), "1 MiB", **TINY)
+    with pytest.raises(DataError):
+        condense((torch.full((4, 3, 8, 8), float("nan")), torch.zeros(4)), "1 MiB", **TINY)
+
+
+def test_condensation_is_the_same_inside_other_modes(
+    make_layout: MakeLayout, make_set: MakeSet
+) -> None:
+    data = make_set()
+    wanted = tiny(data, make_layout())
+    with torch.inference_mode():
+        memory = tiny(make_set(), make_layout())
+        grown = tiny(make_set(labels=(7, 8)), memory.layout, memory=memory, budget=10**4)
+    assert serialise(memory) == serialise(wanted)
+    assert grown.num_classes == 5
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert serialise(tiny(data, make_layout())) == serialise(wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_seed_that_is_no_integer_is_refused(make_layout: MakeLayout, make_set: MakeSet) -> None:
+    with pytest.raises(ConfigError, match="seed must be an integer, got None"):
+        tiny(make_set(), make_layout(), seed=None)
+
+
+# Entropy-coded memories.
+
+
+LONGER = {"warm_start_steps": 300, "warm_start_batch": 30, "outer_steps": 0}
+
+
+def textured(num_images: int = 60) -> LabelledImages:
+    """Images with structure at several scales, so that bits buy likeness."""
+    generator = torch.Generator().manual_seed(5)
+    coarse = torch.rand(num_images, 3, 2, 2, generator=generator)
+    fine = torch.rand(num_images, 3, 8, 8, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, size=(8, 8), mode="bilinear")
+    return LabelledImages(
+        (0.8 * images + 0.2 * fine).mul(255).to(torch.uint8), torch.arange(num_images) % 3
+    )
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_a_coded_memory_fills_its_budget_without_a_knob(
+    make_layout: MakeLayout, share: float
+) -> None:
+    layout = make_layout("entropy", image_bytes=round(8 * share), instance_channels=8)
+    budget = layout.file_bytes(3, 60, 10_000)
+    memory = condense(
+        textured(),
+        budget,
+        layout=layout,
+        **{**TINY, **LONGER, "warm_start_steps": 1200, "over_budget": 0.0},
+    )
+    assert memory.num_images == layout.max_images(budget, 3)
+    assert 0.97 * budget < memory.file_bytes == len(serialise(memory)) <= budget
+
+
+def test_coded_images_are_pruned_in_bytes(make_layout: MakeLayout) -> None:
+    layout = make_layout("entropy", image_bytes=8, instance_channels=8)
+    budget = layout.file_bytes(3, 60, 10_000)
+    options = {**LONGER, "warm_start_steps": 1200, "over_budget": 0.3, "beta_grid": (0.5,)}
+    memory = condense(textured(90), budget, layout=layout, **{**TINY, **options})
+    assert 60 <= memory.num_images < 78
+    assert 0.97 * budget < memory.file_bytes <= budget
+    assert max(memory.images_per_class) - min(memory.images_per_class) <= 1
+
+
+def test_more_bits_an_image_make_it_more_like_what_it_was(make_layout: MakeLayout) -> None:
+    psnr: list[Any] = []
+    for image_bytes in (2, 4, 6):
+        layout = make_layout("entropy", image_bytes=image_bytes, instance_channels=8)
+        budget = layout.file_bytes(3, 60, 10_000)
+        memory = condense(textured(), budget, layout=layout, **{**TINY, **LONGER})
+        psnr.append(memory.report["warm_start_psnr"])
+    assert psnr == sorted(psnr)
+    assert psnr[-1] > psnr[0] + 1
+
+
+def test_dropping_coded_images_gives_their_bytes_back(make_layout: MakeLayout) -> None:
+    layout = make_layout("entropy", image_bytes=5)
+    memory = condense(textured(), layout.file_bytes(3, 60, 10_000), layout=layout, **TINY)
+    images, _ = memory.decode()
+    before = memory.file_bytes
+    kept = range(0, memory.num_images, 3)
+    memory.keep(kept)
+    assert memory.file_bytes < before - 0.4 * 5 * (len(images) - len(kept))
+    assert memory.file_bytes == len(serialise(memory))
+    assert memory.decode()[0].equal(images[::3])
+
+
+@pytest.mark.parametrize("container", ["raw", "idc", "haba", "linba"])
+def test_another_container_is_not_entropy_coded(container: str, make_set: MakeSet) -> None:
+    with pytest.raises(ConfigError, match=f"container '{container}' has one of the number formats"):
+        condense(make_set(), "9 KiB", container=container, **TINY, number_format="entropy")

@@ -1,0 +1,663 @@
+"""Single steps of a condensation, against the same step written out, and what they draw."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hmn_replay.condensation import steps
+from hmn_replay.condensation.config import CondenseConfig, make_config
+from hmn_replay.data.augment import draw_augmentation
+from hmn_replay.data.images import LabelledImages, channel_stats
+from hmn_replay.distributed import ALONE, GradientPart, Team
+from hmn_replay.errors import ConfigError
+from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
+from hmn_replay.memory.hierarchical import HierarchicalMemory
+from hmn_replay.memory.layout import Layout
+from hmn_replay.objectives.matching import Objective, Recipe, gradient_matching
+from hmn_replay.runtime import make_generator
+from hmn_replay.training.networks import Network
+from hmn_replay.training.train import draw_batch
+from tests.support import assert_close, same, values_of
+
+MakeLayout = Callable[..., Layout]
+MakeSet = Callable[..., LabelledImages]
+Augment = Callable[[Tensor], Tensor]
+
+# Batches of all the images that a class has, so that a step depends on no draw.
+WHOLE: dict[str, Any] = {
+    "classes_per_step": None,
+    "real_batch": 1000,
+    "decoded_batch": 1000,
+    "augmentations": (),
+    "network_width": 4,
+    "precision": "float32",
+}
+
+both_objectives = pytest.mark.parametrize("objective", ["gradient", "distribution"])
+
+pytestmark = pytest.mark.usefixtures("untouched_random_state")
+
+
+class Scene:
+    """A memory, real images, a network that matches them, and an optimizer that stands still."""
+
+    def __init__(
+        self, data: LabelledImages, layout: Layout, counts: list[int], **options: Any
+    ) -> None:
+        self.config: CondenseConfig = make_config(**{**WHOLE, **options})
+        self.data = data
+        self.real = steps.RealImages.of(data)
+        self.memory = HierarchicalMemory(layout, data.classes, counts, seed=3)
+        self.network, self.learner = steps.fresh_network(self.memory, self.real, self.config, 5)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.memory.parameters(), lr=0.0)
+
+    def match(self, seed: int = 0, team: Team = ALONE) -> int:
+        return steps.match_step(
+            self.memory,
+            self.optimizer,
+            self.network,
+            self.real,
+            self.config,
+            make_generator(seed),
+            team=team,
+        )
+
+    def train(self, seed: int = 0, team: Team = ALONE) -> None:
+        generator = make_generator(seed)
+        steps.train_step(
+            self.network, self.learner, self.real, self.config, generator, self.memory, team
+        )
+
+    def learn(self, rate: float = 0.01) -> None:
+        """Let the memory move from now on."""
+        self.optimizer = steps.make_optimizer(self.memory, (0.5, 0.99))
+        steps.set_rate(self.optimizer, rate)
+
+
+@pytest.fixture
+def make_scene(make_set: MakeSet, make_layout: MakeLayout) -> Callable[..., Scene]:
+    """Return a function that makes a scene of three classes with labels 4, 9 and -2."""
+
+    def make(
+        number_format: NumberFormat = "float32",
+        counts: tuple[int, ...] = (3, 2, 4),
+        num_images: int = 16,
+        **options: Any,
+    ) -> Scene:
+        data = make_set(num_images=num_images, labels=(4, 9, -2))
+        return Scene(data, make_layout(number_format), list(counts), **options)
+
+    return make
+
+
+def gradients_of(memory: nn.Module) -> list[Tensor]:
+    return [p.grad if p.grad is not None else torch.zeros_like(p) for p in memory.parameters()]
+
+
+def matching_gradients(
+    scene: Scene, dtype: torch.dtype, augment: Augment = lambda images: images
+) -> list[Tensor]:
+    """Return the gradients of the loss of all classes, through one graph from end to end."""
+    memory = copy.deepcopy(scene.memory).to(dtype)
+    network = copy.deepcopy(scene.network).to(dtype)
+    kernels = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)]
+
+    def described(images: Tensor, index: int) -> list[Tensor]:
+        if scene.config.objective == "distribution":
+            return [stage.mean(dim=0) for stage in network.features(images)]
+        loss = -F.log_softmax(network(images), dim=1)[:, index].mean()
+        return list(torch.autograd.grad(loss, kernels, create_graph=True))
+
+    losses = []
+    for index, label in enumerate(memory.classes.tolist()):
+        own = [i for i in range(memory.num_images) if int(memory.labels[i]) == label]
+        if not own:
+            continue
+        decoded = torch.cat([memory(torch.tensor([i])) for i in own])
+        real = scene.data.images[scene.data.labels == label].to(dtype) / 255
+        for a, b in zip(
+            described(augment(decoded), index), described(augment(real), index), strict=True
+        ):
+            squares = (a - b.detach()).square()
+            losses.append(
+                squares.mean() if scene.config.objective == "distribution" else squares.sum()
+            )
+    parameters = list(memory.parameters())
+    gradients = torch.autograd.grad(sum(losses, torch.zeros(())), parameters, allow_unused=True)
+    return [
+        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)
+    ]
+
+
+# Real images.
+
+
+def test_real_images_are_sorted_by_class(make_set: MakeSet) -> None:
+    data = make_set(num_images=11, labels=(4, 9, -2))
+    real = steps.RealImages.of(data)
+    assert [data.labels[members].tolist() for members in real.members] == [
+        [-2] * 3,
+        [4] * 4,
+        [9] * 4,
+    ]
+    assert torch.cat(real.members).sort().values.tolist() == list(range(11))
+    assert data.classes[real.class_indices].equal(data.labels)
+    mean, std = channel_stats(data.images)
+    assert real.mean.equal(mean)
+    assert real.std.equal(std)
+
+
+# The optimizer.
+
+
+def test_the_optimizer_has_every_parameter_once(make_scene: Callable[..., Scene]) -> None:
+    memory = make_scene().memory
+    optimizer = steps.make_optimizer(memory, (0.5, 0.99))
+    shared, private = (group["params"] for group in optimizer.param_groups)
+    assert sorted(map(id, [*shared, *private])) == sorted(map(id, memory.parameters()))
+    assert {id(p) for p in private} == {id(memory.class_memory), id(memory.instance_memory)}
+    assert all(group["betas"] == (0.5, 0.99) for group in optimizer.param_groups)
+
+
+def test_class_and_instance_memories_learn_10_times_faster(
+    make_scene: Callable[..., Scene],
+) -> None:
+    optimizer = steps.make_optimizer(make_scene().memory, (0.9, 0.99))
+    for rate in (0.01, 0.25, 0.0):
+        steps.set_rate(optimizer, rate)
+        assert [group["lr"] for group in optimizer.param_groups] == [rate, 10 * rate]
+
+
+# The warm start.
+
+
+def test_each_image_starts_from_one_of_its_class(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene(counts=(3, 5, 4))
+    targets = steps.warm_start_targets(scene.memory, scene.real, seed=1)
+    assert targets.dtype == torch.int64
+    assert scene.data.labels[targets].equal(scene.memory.labels)
+    assert len(targets.unique()) == 12  # no real image twice
+    assert targets.equal(steps.warm_start_targets(scene.memory, scene.real, seed=1))
+    assert not targets.equal(steps.warm_start_targets(scene.memory, scene.real, seed=2))
+
+
+def test_a_class_of_few_images_takes_them_in_turn(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene(num_images=8, counts=(5, 0, 7))  # 2, 3 and 3 real images
+    targets = steps.warm_start_targets(scene.memory, scene.real, seed=0).tolist()
+    few, many = targets[:5], targets[5:]
+    assert few == [few[0], few[1]] * 2 + [few[0]]
+    assert sorted(set(few)) == scene.real.members[0].tolist()
+    assert many == many[:3] * 2 + many[:1]
+    assert sorted(set(many)) == scene.real.members[2].tolist()
+
+
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+def test_a_warm_start_step_follows_the_gradient_of_the_squared_error(
+    make_scene: Callable[..., Scene], number_format: NumberFormat
+) -> None:
+    scene = make_scene(number_format)
+    indices = torch.tensor([7, 0, 3])
+    wanted = scene.data.floats(torch.tensor([2, 5, 1]))
+    memory = copy.deepcopy(scene.memory)
+    total = torch.zeros(())
+    for i, image in zip(indices, wanted, strict=True):
+        total = total + (memory(i[None])[0] - image).square().mean() / 3
+    total.backward()
+    steps.warm_start_step(scene.memory, scene.optimizer, indices, wanted)
+    assert_close(gradients_of(scene.memory), gradients_of(memory))
+
+
+def test_a_warm_start_step_in_parts_is_the_same(
+    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients, decoded = list[list[Tensor]](), list[list[int]]()
+    for at_once in (9, 4):
+        monkeypatch.setattr(steps, "images_at_once", lambda _, number=at_once: number)
+        scene, sizes = make_scene("int8"), list[int]()
+        scene.memory.register_forward_hook(lambda _, __, out, sizes=sizes: sizes.append(len(out)))
+        wanted = scene.data.floats(torch.arange(9))
+        steps.warm_start_step(scene.memory, scene.optimizer, torch.arange(9), wanted)
+        gradients.append(gradients_of(scene.memory))
+        decoded.append(sizes)
+    assert decoded == [[9], [4, 4, 1]]
+    assert_close(gradients[1], gradients[0])
+
+
+def test_warm_start_steps_bring_the_images_near(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene("int8")
+    scene.learn()
+    wanted = scene.data.floats(torch.arange(9))
+
+    def error() -> float:
+        return float((scene.memory.decode()[0] - wanted).square().mean())
+
+    before = error()
+    for _ in range(60):
+        steps.warm_start_step(scene.memory, scene.optimizer, torch.arange(9), wanted)
+    assert error() < 0.5 * before
+
+
+# Matching.
+
+
+@both_objectives
+@pytest.mark.parametrize(
+    ("number_format", "dtype"),
+    [("float32", torch.float32), ("float32", torch.float64), ("int8", torch.float32)],
+    ids=["float32", "float64", "int8"],
+)
+def test_the_gradient_of_a_step_is_that_of_the_loss_of_all_classes(
+    make_scene: Callable[..., Scene],
+    number_format: NumberFormat,
+    dtype: torch.dtype,
+    objective: str,
+) -> None:
+    scene = make_scene(number_format, objective=objective)
+    assert scene.match() == 9
+    expected = matching_gradients(scene, dtype)
+    assert all(float(gradient.abs().max()) > 0 for gradient in expected)
+    assert_close(gradients_of(scene.memory), expected)
+
+
+@both_objectives
+def test_the_gradient_goes_through_the_augmentation_that_both_batches_share(
+    make_scene: Callable[..., Scene], objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def augment(images: Tensor) -> Tensor:
+        return 0.5 * images.flip(3).roll(1, 2) ** 2 + 0.1
+
+    monkeypatch.setattr(steps, "draw_augmentation", lambda *args, **options: augment)
+    scene = make_scene(objective=objective)
+    plain = matching_gradients(scene, torch.float64)
+    expected = matching_gradients(scene, torch.float64, augment)
+    scene.match()
+    assert_close(gradients_of(scene.memory), expected)
+    with pytest.raises(AssertionError):
+        assert_close(gradients_of(scene.memory), plain)
+
+
+def test_an_objective_of_trainings_has_no_batches_to_match(
+    make_scene: Callable[..., Scene],
+) -> None:
+    with pytest.raises(ConfigError, match="objective 'mtt' compares no batches"):
+        make_scene(objective="mtt").match()
+
+
+def test_gradients_do_not_add_up_over_the_steps(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene()
+    indices, wanted = torch.arange(4), scene.data.floats(torch.arange(4))
+    for _ in range(2):
+        steps.warm_start_step(scene.memory, scene.optimizer, indices, wanted)
+    expected = F.mse_loss(scene.memory(indices), wanted)
+    assert_close(
+        [g for g in gradients_of(scene.memory) if g.any()],
+        [g for g in torch.autograd.grad(expected, list(scene.memory.parameters())) if g.any()],
+    )
+    for seed in (0, 1):
+        scene.match(seed)
+    assert_close(gradients_of(scene.memory), matching_gradients(scene, torch.float64))
+
+
+def test_augmentation_is_drawn_once_a_class_with_the_datas_statistics(
+    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, drawn = draw_augmentation, list[dict[str, Any]]()
+
+    def watched(names: Any, size: Any, generator: Any, **options: Any) -> Any:
+        assert names == ("color", "cutout")
+        assert size == (8, 8)
+        drawn.append(options)
+        return original(names, size, generator, **options)
+
+    monkeypatch.setattr(steps, "draw_augmentation", watched)
+    scene = make_scene(augmentations=("color", "cutout"))
+    scene.match()
+    assert len(drawn) == 3
+    for options in drawn:
+        assert options.get("batch") is None  # one draw for both batches
+        assert options["fill"].equal(scene.real.mean)
+        assert options["std"].equal(scene.real.std)
+
+
+@both_objectives
+def test_grouping_of_classes_changes_nothing_but_the_last_bits(
+    make_scene: Callable[..., Scene], objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, gradients = list[list[int]](), list[list[Tensor]]()
+    for pixels in (2**30, 2 * 1000 * 64, 1):  # all classes at once, two, one
+        monkeypatch.setattr(steps, "_PIXELS_PER_GROUP", pixels)
+        scene = make_scene(objective=objective)
+        sizes: list[int] = []
+        scene.memory.register_forward_hook(lambda _, __, out, sizes=sizes: sizes.append(len(out)))
+        assert scene.match() == 9
+        decoded.append(sizes)
+        gradients.append(gradients_of(scene.memory))
+    assert [len(sizes) for sizes in decoded] == [1, 2, 3]
+    assert [sum(sizes) for sizes in decoded] == [9, 9, 9]
+    assert_close(gradients[1], gradients[0])
+    assert_close(gradients[2], gradients[0])
+
+
+def test_batches_are_of_the_sizes_asked_for_and_of_one_class_each(
+    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def watched(
+        network: Network, real: Tensor, real_labels: Tensor, own: Tensor, own_labels: Tensor
+    ) -> Any:
+        assert torch.cat([real_labels, own_labels]).unique().numel() == 1
+        label = scene.data.classes[own_labels[0]]
+        members = scene.data.of_class(int(label))
+        candidates = scene.data.floats(members).flatten(1)
+        distances = torch.cdist(real.flatten(1), candidates)
+        assert float(distances.amin(dim=1).max()) < 1e-2
+        seen.append((int(own_labels[0]), len(real), len(own)))
+        return gradient_matching(network, real, real_labels, own, own_labels)
+
+    monkeypatch.setattr(steps, "get_recipe", lambda name: Recipe(cast(Objective, watched)))
+    scene = make_scene(classes_per_step=2, real_batch=4, decoded_batch=3, counts=(5, 2, 9))
+    classes = set[int]()
+    for seed in range(8):
+        seen.clear()
+        assert scene.match(seed) == sum(num_decoded for _, _, num_decoded in seen)
+        assert len({index for index, _, _ in seen}) == 2
+        classes.update(index for index, _, _ in seen)
+        for index, num_real, num_decoded in seen:
+            assert num_real == 4
+            assert num_decoded == (3, 2, 3)[index]
+    assert classes == {0, 1, 2}
+
+
+@both_objectives
+def test_classes_without_images_are_passed_over(
+    make_scene: Callable[..., Scene], objective: str
+) -> None:
+    scene = make_scene(counts=(3, 0, 4), objective=objective)
+    assert scene.match() == 7
+    assert_close(gradients_of(scene.memory), matching_gradients(scene, torch.float64))
+    scene.learn()
+    before = copy.deepcopy(scene.memory)
+    scene.match()
+    for name in ("class_memory", "extractor_weight", "extractor_bias"):
+        moved = (scene.memory.get_parameter(name) != before.get_parameter(name)).flatten(1).any(1)
+        assert moved.tolist() == [True, False, True], name
+
+
+def test_a_memory_without_images_stays_as_it_is(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene("int8", counts=(0, 0, 0))
+    scene.learn()
+    before = values_of(scene.memory)
+    assert scene.match() == 0
+    assert same(values_of(scene.memory), before)
+
+
+def test_the_same_generator_makes_the_same_step(make_scene: Callable[..., Scene]) -> None:
+    options: dict[str, Any] = {
+        "classes_per_step": 2,
+        "real_batch": 2,
+        "decoded_batch": 2,
+        "augmentations": ("color", "crop", "cutout"),
+    }
+    memories = []
+    for seed in (7, 7, 8):
+        scene = make_scene("int8", **options)
+        scene.learn()
+        scene.match(seed)
+        memories.append(values_of(scene.memory))
+    assert same(memories[0], memories[1])
+    assert not same(memories[0], memories[2])
+
+
+def test_a_step_leaves_the_network_and_what_is_not_in_it_alone(
+    make_scene: Callable[..., Scene],
+) -> None:
+    scene = make_scene("int8")
+    scene.learn()
+    scene.network.eval()
+    scene.network.requires_grad_(False)
+    network, images = values_of(scene.network), scene.data.images.clone()
+    memory = values_of(scene.memory)
+    scene.match()
+    assert not same(values_of(scene.memory), memory)
+    assert same(values_of(scene.network), network)
+    assert scene.data.images.equal(images)
+    assert not scene.network.training
+    assert all(p.grad is None and not p.requires_grad for p in scene.network.parameters())
+
+
+def test_scales_follow_the_values(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene("int8")
+    scene.learn(rate=1.0)
+    scene.match()
+    matched = values_of(scene.memory)
+    scene.memory.update_scales()
+    assert same(values_of(scene.memory), matched)
+    wanted = scene.data.floats(torch.arange(9))
+    steps.warm_start_step(scene.memory, scene.optimizer, torch.arange(9), wanted)
+    fitted = values_of(scene.memory)
+    assert not same(fitted, matched)
+    scene.memory.update_scales()
+    assert same(values_of(scene.memory), fitted)
+
+
+@both_objectives
+def test_in_bfloat16_the_gradient_points_the_same_way(
+    make_scene: Callable[..., Scene], objective: str
+) -> None:
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        scene = make_scene(objective=objective, precision=precision, network_width=16)
+        scene.match()
+        gradient = torch.cat([g.flatten() for g in gradients_of(scene.memory)])
+        assert gradient.dtype == torch.float32
+        gradients.append(gradient)
+    exact, rounded = gradients
+    assert not exact.equal(rounded)
+    assert float(F.cosine_similarity(exact, rounded, dim=0)) > 0.95
+
+
+# The networks.
+
+
+def test_a_fresh_network_is_what_the_settings_say(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene(network_width=6, network_learning_rate=0.03)
+    network, learner = steps.fresh_network(scene.memory, scene.real, scene.config, 1)
+    assert network.mean.flatten().equal(scene.real.mean)
+    assert network.std.flatten().equal(scene.real.std)
+    assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
+    assert network.features(torch.zeros(1, 3, 8, 8))[0].shape[1] == 6
+    (group,) = learner.param_groups
+    assert sorted(map(id, group["params"])) == sorted(map(id, network.parameters()))
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.03, 0.9, 5e-4)
+    again, _ = steps.fresh_network(scene.memory, scene.real, scene.config, 1)
+    other, _ = steps.fresh_network(scene.memory, scene.real, scene.config, 2)
+    assert same(values_of(again), values_of(network))
+    assert not same(values_of(other), values_of(network))
+
+
+def test_a_training_step_changes_the_network_and_nothing_else(
+    make_scene: Callable[..., Scene],
+) -> None:
+    networks = []
+    for seed in (1, 1, 2):
+        scene = make_scene(network_images=8, augmentations=("color", "crop", "cutout"))
+        network, memory = values_of(scene.network), values_of(scene.memory)
+        images = scene.data.images.clone()
+        scene.train(seed)
+        assert not same(values_of(scene.network), network)
+        assert all(bool(value.isfinite().all()) for value in values_of(scene.network))
+        assert same(values_of(scene.memory), memory)
+        assert scene.data.images.equal(images)
+        assert all(p.grad is None for p in scene.memory.parameters())
+        networks.append(values_of(scene.network))
+    assert same(networks[0], networks[1])
+    assert not same(networks[0], networks[2])
+
+
+def test_a_training_step_is_sgd_on_real_images(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene(network_images=6, network_batch=4, network_cutmix_probability=0.0)
+    network, data = copy.deepcopy(scene.network), scene.data
+    parameters = list(network.parameters())
+    velocity = [torch.zeros_like(parameter) for parameter in parameters]
+    for chosen in torch.randint(16, (6,), generator=make_generator(4)).split(4):
+        labels = torch.searchsorted(data.classes, data.labels[chosen])
+        loss = F.cross_entropy(network(data.images[chosen] / 255), labels)
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for parameter, gradient, v in zip(parameters, gradients, velocity, strict=True):
+                v.mul_(0.9).add_(gradient + 5e-4 * parameter)
+                parameter.sub_(0.01 * v)
+    scene.train(4)
+    for actual, expected in zip(scene.network.parameters(), parameters, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_training_step_goes_by_batches(
+    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, sizes = draw_batch, list[int]()
+
+    def watched(images: Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(len(images))
+        assert options == {"augmentations": ("flip",), "cutmix_probability": 0.75}
+        return original(images, *args, **options)
+
+    monkeypatch.setattr(steps, "draw_batch", watched)
+    make_scene(
+        network_images=11,
+        network_batch=4,
+        augmentations=("flip",),
+        network_cutmix_probability=0.75,
+    ).train()
+    assert sizes == [4, 4, 3]
+
+
+def test_training_steps_teach_the_network_the_classes(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene(num_images=60, network_images=32, network_batch=16, network_width=8)
+    for step in range(25):
+        scene.train(step)
+    data = scene.data
+    with torch.no_grad():
+        answers = scene.network(data.floats()).argmax(dim=1)
+    assert float((data.classes[answers] == data.labels).float().mean()) > 0.9
+
+
+@both_objectives
+def test_a_lone_image_is_enough_for_batch_normalisation(
+    objective: str, make_layout: MakeLayout, make_set: MakeSet
+) -> None:
+    scene = Scene(
+        make_set(3),
+        make_layout(),
+        [1, 1, 1],
+        network="vgg16",
+        objective=objective,
+        real_batch=1,
+        network_images=3,
+        network_batch=1,
+    )
+    assert scene.match() == 3
+    scene.train()
+    gradient = scene.memory.instance_memory.grad
+    assert gradient is not None
+    assert bool(gradient.isfinite().all())
+
+
+def test_the_network_learns_from_what_the_objective_says(
+    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[Tensor] = []
+
+    def watched(images: Tensor, labels: Tensor, *rest: Any, **options: Any) -> Any:
+        batches.append(images)
+        return draw_batch(images, labels, *rest, **options)
+
+    monkeypatch.setattr(steps, "draw_batch", watched)
+    for objective, source in (("gradient", "real"), ("dc", "decoded"), ("dm", None)):
+        batches.clear()
+        scene = make_scene(objective=objective, network_images=6, network_batch=6)
+        scene.train(0)
+        if source is None:
+            assert batches == []
+            continue
+        everything = torch.arange(len(scene.data))
+        known = scene.data.floats(everything)
+        if source == "decoded":
+            known = scene.memory.decode()[0]
+        distances = torch.cdist(batches[0].flatten(1), known.flatten(1))
+        assert float(distances.amin(dim=1).max()) < 1e-2
+
+
+class Member(Team):
+    """A process of several that keeps its share of the gradients to itself."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.summed: list[dict[int, Any]] = []
+
+    def sum_gradients(self, parts: Iterable[GradientPart]) -> None:
+        self.summed.append({id(parameter): rows for parameter, rows in parts})
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_the_shares_of_a_step_add_up_to_the_step(
+    make_scene: Callable[..., Scene], size: int
+) -> None:
+    options: dict[str, Any] = {
+        "classes_per_step": 2,
+        "real_batch": 3,
+        "decoded_batch": 2,
+        "augmentations": ("color", "crop", "cutout"),
+        "network_images": 7,
+        "network_batch": 7,
+    }
+
+    def gradients(kind: str, team: Team) -> list[Tensor]:
+        scene = make_scene("int8", **options)
+        owner: nn.Module = scene.network if kind == "train" else scene.memory
+        if kind == "warm start":
+            indices, wanted = torch.arange(7), scene.data.floats(torch.arange(7))
+            steps.warm_start_step(scene.memory, scene.optimizer, indices, wanted, team=team)
+        elif kind == "match":
+            assert scene.match(team=team) == 4
+        else:
+            scene.train(team=team)
+        if isinstance(team, Member):
+            (rows,) = team.summed
+            assert list(rows) == [id(parameter) for parameter in owner.parameters()]
+            if kind == "match":
+                # Of classes and images, those that were drawn by all; what is shared, whole.
+                memory = scene.memory
+                assert len(rows[id(memory.instance_memory)]) == 4
+                assert len(rows[id(memory.class_memory)]) == 2
+                assert rows[id(memory.dataset_memory)] is ...
+        return gradients_of(owner)
+
+    for kind in ("warm start", "match", "train"):
+        shares = [gradients(kind, Member(rank, size)) for rank in range(size)]
+        whole = gradients(kind, ALONE)
+        assert_close([sum(parts, torch.zeros(())) for parts in zip(*shares, strict=True)], whole)
+
+
+def test_both_batches_are_augmented_unless_the_objective_says_not(
+    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, ...]] = []
+
+    def watched(strategies: Any, *rest: Any, **options: Any) -> Any:
+        drawn.append(tuple(strategies))
+        return draw_augmentation(strategies, *rest, **options)
+
+    monkeypatch.setattr(steps, "draw_augmentation", watched)
+    for objective, expected in (("dsa", ("color",)), ("dc", ())):
+        drawn.clear()
+        make_scene(objective=objective, augmentations=("color",)).match(0)
+        assert set(drawn) == {expected}

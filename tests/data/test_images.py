@@ -1,0 +1,347 @@
+"""LabelledImages, what becomes one, and the statistics of its channels."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+
+from hmn_replay.data.images import LabelledImages, as_labelled_images, channel_stats, stack_images
+from hmn_replay.errors import ConfigError, DataError
+
+
+def some_images(labels: list[int], channels: int = 3, side: int = 4) -> LabelledImages:
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(labels), channels, side, side)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return LabelledImages(images, torch.tensor(labels))
+
+
+class Pairs:
+    """A map-style data set of the items given, in torchvision's way."""
+
+    def __init__(self, *items: Any, **attributes: Any) -> None:
+        self.items = items
+        vars(self).update(attributes)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+# --- LabelledImages
+
+
+def test_it_is_a_data_set_of_floats_and_integers() -> None:
+    data = some_images([7, -3, 1000, 7])
+    image, label = data[-2]
+    assert (image.dtype, image.shape, label) == (torch.float32, (3, 4, 4), 1000)
+    assert image.equal(data.images[2] / 255)
+    assert len(data) == 4
+    assert data.targets is data.labels
+    assert data.image_shape == (3, 4, 4)
+    assert repr(data) == "LabelledImages(4 images of 3x4x4, 3 classes)"
+    with pytest.raises(IndexError):
+        data[4]
+
+
+def test_a_loader_batches_it() -> None:
+    images, labels = next(iter(DataLoader(some_images([7, -3, 1000, 7]), batch_size=4)))
+    assert images.shape == (4, 3, 4, 4)
+    assert labels.tolist() == [7, -3, 1000, 7]
+
+
+def test_classes_are_sorted_and_indexed() -> None:
+    data = some_images([7, -3, 1000, 7])
+    assert data.classes.tolist() == [-3, 7, 1000]
+    assert data.num_classes == 3
+    assert data.class_indices.tolist() == [1, 0, 2, 1]
+    assert data.of_class(7).tolist() == [0, 3]
+    assert data.of_class(8).tolist() == []
+
+
+def test_it_cannot_be_changed_but_can_be_copied() -> None:
+    data = some_images([0, 1])
+    assert data.num_classes == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        data.labels = data.labels + 1  # type: ignore[misc]
+    assert copy.deepcopy(data).labels.equal(data.labels)
+
+
+@pytest.mark.parametrize(
+    "indices", [[2, 0, 2], torch.tensor([2, 0, -2]), np.array([2, 0, 2])], ids=str
+)
+def test_take_keeps_order_and_names(indices: Any) -> None:
+    data = dataclasses.replace(some_images([5, 6, 7, 6]), class_names={5: "five"})
+    taken = data.take(indices)
+    assert taken.labels.tolist() == [7, 5, 7]
+    assert taken.images.equal(data.images[[2, 0, 2]])
+    assert taken.class_names == {5: "five"}
+
+
+def test_take_reads_masks_and_refuses_nothing() -> None:
+    data = some_images([5, 6, 7])
+    assert data.take([True, False, True]).labels.tolist() == [5, 7]
+    with pytest.raises(DataError, match="at least 1 image"):
+        data.take([])
+    with pytest.raises(IndexError):
+        data.take([3])
+
+
+def test_floats_are_in_the_unit_range() -> None:
+    data = some_images([0, 1, 2])
+    assert data.floats().equal(data.images.float() / 255)
+    assert data.floats(torch.tensor([2])).equal(data.images[2:].float() / 255)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 9),
+)
+def test_a_split_is_a_partition_of_every_class(
+    counts: list[int], fraction: float, seed: int
+) -> None:
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    data = LabelledImages(
+        torch.arange(len(labels), dtype=torch.uint8).reshape(-1, 1, 1, 1), torch.tensor(labels)
+    )
+    if max(counts) == 1:
+        with pytest.raises(DataError, match="no class has 2 images"):
+            data.split(fraction, seed)
+        return
+    first, second = data.split(fraction, seed)
+    kept, held_out = first.images.flatten().tolist(), second.images.flatten().tolist()
+    assert kept == sorted(kept)
+    assert held_out == sorted(held_out)
+    assert sorted(kept + held_out) == list(range(len(labels)))
+    for label, count in enumerate(counts):
+        num_second = int((second.labels == label).sum())
+        if count == 1:
+            assert num_second == 0
+        else:
+            assert 1 <= num_second <= count - 1
+            assert abs(num_second - fraction * count) <= 1
+
+
+def test_a_split_hangs_on_the_seed_and_on_the_class_alone() -> None:
+    state = torch.random.get_rng_state()
+    data = some_images([0] * 20 + [1] * 20)
+    once, again = data.split(0.5, seed=1)[1], data.split(0.5, seed=1)[1]
+    other, alone = data.split(0.5, seed=2)[1], data.take(data.of_class(1)).split(0.5, seed=1)[1]
+    assert once.images.equal(again.images)
+    assert not once.images.equal(other.images)
+    assert once.take(once.of_class(1)).images.equal(alone.images)
+    assert torch.random.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
+def test_a_split_of_nothing_or_everything_is_refused(fraction: float) -> None:
+    with pytest.raises(ConfigError, match=r"in \(0, 1\), came"):
+        some_images([0, 0]).split(fraction)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), "a uint8 tensor .* came float32"),
+        (torch.zeros(2, 4, 4).byte(), torch.zeros(2).long(), r"\(N, C, H, W\).* \(2, 4, 4\)"),
+        (np.zeros((2, 3, 4, 4), np.uint8), torch.zeros(2).long(), "came ndarray; as_labelled"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2).int(), "labels as a int64 .* int32"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2, 1).long(), r"\(N\).* \(2, 1\)"),
+        (torch.zeros(2, 3, 4, 4).byte(), [0, 1], "came list"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(3).long(), "came 2 images and 3 labels"),
+        (torch.zeros(0, 3, 4, 4).byte(), torch.zeros(0).long(), "at least 1 image"),
+        (torch.zeros(2, 2, 4, 4).byte(), torch.zeros(2).long(), "1 or 3 channels"),
+        (torch.zeros(2, 3, 0, 4).byte(), torch.zeros(2).long(), "at least 1 pixel"),
+        (torch.zeros(2, 3, 4, 4).byte().to("meta"), torch.zeros(2).long(), "on meta"),
+    ],
+)
+def test_other_tensors_are_refused(images: Any, labels: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        LabelledImages(images, labels)
+
+
+# --- as_labelled_images
+
+
+def test_labelled_images_come_back_as_they_are() -> None:
+    data = some_images([0, 1])
+    assert as_labelled_images(data) is data
+    assert as_labelled_images(data, size=4) is data
+    assert as_labelled_images(data, size=2).image_shape == (3, 2, 2)
+
+
+def test_a_pair_of_arrays_is_read() -> None:
+    data = some_images([7, -3])
+    for pair in [
+        (data.images, data.labels),
+        [data.floats(), [7, -3]],
+        (data.images.permute(0, 2, 3, 1).numpy(), np.array([[7], [-3]], np.int16)),
+    ]:
+        read = as_labelled_images(pair)
+        assert read.images.equal(data.images)
+        assert read.labels.equal(data.labels)
+    assert as_labelled_images((data.images, data.labels), size=2).image_shape == (3, 2, 2)
+
+
+def test_pictures_tensors_and_arrays_of_a_data_set_are_read() -> None:
+    data = some_images([7, -3, 1000])
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in data.images]
+    arrays = [np.asarray(picture) for picture in pictures]
+    kinds: list[list[Any]] = [pictures, arrays, list(data.images), list(data.floats())]
+    for images in kinds:
+        for extra in [(), (0,)]:
+            items = [
+                (image, label, *extra)
+                for image, label in zip(images, data.labels.tolist(), strict=True)
+            ]
+            sources: list[Any] = [items, Pairs(*items)]
+            for source in sources:
+                read = as_labelled_images(source)
+                assert read.images.equal(data.images)
+                assert read.labels.equal(data.labels)
+
+
+def test_torch_data_sets_are_read() -> None:
+    data = some_images([7, -3, 1000])
+    read = as_labelled_images(TensorDataset(data.floats(), data.labels))
+    assert read.images.equal(data.images)
+    assert as_labelled_images(Subset(data, [2, 0])).labels.tolist() == [1000, 7]
+
+
+def test_grey_among_colour_is_repeated() -> None:
+    grey, colour = Image.new("L", (2, 2), 9), Image.new("RGB", (2, 2), (1, 2, 3))
+    for items in itertools.permutations([(grey, 0), (grey, 0), (colour, 1)]):
+        read = as_labelled_images(list(items))
+        assert read.image_shape == (3, 2, 2)
+        assert read.images[read.labels == 0].unique().tolist() == [9]
+        assert read.images[read.labels == 1].flatten().tolist() == [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_images_of_many_sizes_need_a_size() -> None:
+    items = [(Image.new("L", (4, 4)), 0), (Image.new("L", (5, 4)), 1)]
+    with pytest.raises(DataError, match=r"item 1 is 4 x 5 .* first image is 4 x 4: .* pass size="):
+        as_labelled_images(items)
+    assert as_labelled_images(items, size=3).image_shape == (1, 3, 3)
+
+
+def test_class_names_are_those_of_the_data_set() -> None:
+    image = torch.zeros(1, 2, 2)
+    named = Pairs((image, 0), (image, 1), classes=["cat", "dog"])
+    assert as_labelled_images(named).class_names == {0: "cat", 1: "dog"}
+    numbered = Pairs((image, 4), classes=["x"], class_to_idx={"cat": 4})
+    assert as_labelled_images(numbered).class_names == {4: "cat"}
+    remapped = Pairs((image, 4), classes=["x"], target_transform=abs)
+    assert as_labelled_images(remapped).class_names == {}
+    assert as_labelled_images(Pairs((image, 4), classes=[3])).class_names == {}
+
+
+class Stream(IterableDataset[tuple[Tensor, int]]):
+    """A data set with no length."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        yield IMAGE, 0
+
+
+IMAGE = torch.zeros(1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], "at least 1 image, came an empty data set"),
+        ((torch.zeros(0, 3, 4, 4), torch.zeros(0).long()), "empty data set"),
+        ((torch.zeros(2, 3, 4, 4), torch.zeros(3).long()), "2 images and 3 labels"),
+        ((torch.zeros(2, 3, 4, 4), torch.zeros(2, 5)), "multi-label"),
+        ((torch.full((2, 3, 4, 4), -1.5), torch.zeros(2).long()), "undo your normalisation"),
+        ("cifar10", "came the name 'cifar10': pass it to load_dataset"),
+        (torch.zeros(2, 3, 4, 4), "came Tensor"),
+        ({"train": [(IMAGE, 0)]}, "came dict"),
+        (Stream(), "with a length, came Stream"),
+        (None, "came NoneType"),
+        ([IMAGE], r"item 0: expected \(image, label\), came Tensor"),
+        ([(IMAGE, 0), (IMAGE,)], r"item 1: expected \(image, label\), came tuple"),
+        ([(IMAGE, 0), ("a.png", 0)], "item 1: expected an image .* came str"),
+        ([(IMAGE, 0), (IMAGE, torch.ones(3))], "item 1: .* multi-label"),
+        ([(IMAGE, 0), (IMAGE, 0.5)], "item 1: expected an integer as label, came float"),
+        ([(IMAGE, 0), (IMAGE - 1, 0)], "item 1: .* undo your normalisation"),
+        ([(IMAGE, 0), (IMAGE * torch.nan, 0)], "item 1: .* NaN"),
+    ],
+)
+def test_other_sources_are_refused(source: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_labelled_images(source)
+
+
+def test_a_size_below_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="1 or more; came 0"):
+        as_labelled_images(some_images([0]), size=0)
+
+
+def test_images_are_fetched_once_and_in_order() -> None:
+    fetched: Counter[int] = Counter()
+
+    def fetch(position: int) -> tuple[object, object]:
+        fetched[position] += 1
+        return IMAGE, position
+
+    assert stack_images(fetch, 5).labels.tolist() == list(fetched) == [0, 1, 2, 3, 4]
+    assert set(fetched.values()) == {1}
+
+
+# --- channel_stats
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channel_stats_are_those_of_numpy(channels: int) -> None:
+    data = some_images([0] * 300, channels, side=5)
+    values = data.images.numpy().astype(np.float64) / 255
+    for images in [data.images, data.floats(), data.floats().double().requires_grad_()]:
+        mean, std = channel_stats(images)
+        assert mean.dtype == std.dtype == torch.float32
+        np.testing.assert_allclose(mean, values.mean((0, 2, 3)), rtol=1e-6)
+        np.testing.assert_allclose(std, values.std((0, 2, 3)), rtol=1e-6)
+
+
+def test_a_constant_channel_can_be_divided_by() -> None:
+    mean, std = channel_stats(torch.full((3, 1, 2, 2), 51, dtype=torch.uint8))
+    assert mean.item() == pytest.approx(0.2)
+    assert std.item() == pytest.approx(1e-3)
+
+
+def test_channel_stats_leave_the_images_alone() -> None:
+    for dtype in (torch.float64, torch.uint8):
+        images = torch.ones(2, 1, 2, 2).to(dtype)
+        channel_stats(images)
+        assert images.unique().tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 4, 4), r"\(N, C, H, W\).* came float32 \(3, 4, 4\)"),
+        (torch.zeros(0, 3, 4, 4), "not empty"),
+        (torch.zeros(2, 3, 4, 4).int(), "came int32"),
+        (torch.full((2, 3, 4, 4), 1.5), "undo your normalisation"),
+        (torch.full((2, 3, 4, 4), torch.nan), "NaN"),
+    ],
+)
+def test_channel_stats_refuse_other_tensors(images: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        channel_stats(images)

@@ -1,0 +1,306 @@
+"""Experts are recorded once, epoch by epoch, and only used for what they were recorded for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.errors import ExpertError, TrainingError
+from hmn_replay.objectives import experts
+from hmn_replay.objectives.experts import EXPERT_TRAINING, Experts, experts_beside, record_experts
+from hmn_replay.runtime import derive_seed
+from hmn_replay.training.train import TrainingConfig, train_network
+
+MakeSet = Callable[..., LabelledImages]
+
+CONFIG = dataclasses.replace(
+    EXPERT_TRAINING, width=3, batch_size=4, learning_rate=0.1, augmentations=("flip",)
+)
+
+pytestmark = pytest.mark.usefixtures("untouched_random_state")
+
+
+def record(folder: Path, data: LabelledImages, **options: Any) -> Experts:
+    usual: dict[str, Any] = {"num_experts": 2, "num_epochs": 2, "config": CONFIG, "device": "cpu"}
+    return record_experts(
+        folder, data.images, data.class_indices, data.num_classes, **{**usual, **options}
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(value.equal(two[name]) for name, value in one.items())
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[TrainingConfig]:
+    """Collect the trainings that take place."""
+    seen: list[TrainingConfig] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        seen.append(options["config"])
+        return train_network(*args, **options)
+
+    monkeypatch.setattr(experts, "train_network", watched)
+    return seen
+
+
+def test_an_expert_is_kept_as_it_is_after_every_epoch(make_set: MakeSet, tmp_path: Path) -> None:
+    data = make_set()
+    recorded = record(tmp_path, data)
+    assert recorded.num_images == 2 * 24
+    for number in range(2):
+        beginning, *later = recorded.read(number, 0, 1, 2)
+        assert same(beginning, dict(recorded.network(number).named_parameters()))
+        for epoch, found in enumerate(later, start=1):
+            # Without a schedule, a longer training begins as a shorter one.
+            trained = train_network(
+                data.images,
+                data.class_indices,
+                3,
+                config=dataclasses.replace(CONFIG, num_passes=24 * epoch),
+                seed=derive_seed(0, "expert", number),
+                device="cpu",
+            )
+            assert same(found, dict(trained.named_parameters()))
+    assert not same(recorded.read(0, 0)[0], recorded.read(1, 0)[0])
+    assert all(value.dtype == torch.float32 for value in recorded.read(0, 2)[0].values())
+
+
+def test_an_epoch_may_be_of_some_images(
+    make_set: MakeSet, tmp_path: Path, trainings: list[TrainingConfig]
+) -> None:
+    config = dataclasses.replace(CONFIG, epoch_images=6)
+    assert record(tmp_path / "few", make_set(), config=config).num_images == 2 * 6
+    assert trainings[0].num_passes == 12
+    config = dataclasses.replace(CONFIG, epoch_images=1000)
+    assert record(tmp_path / "many", make_set(), config=config).num_images == 2 * 24
+
+
+def test_experts_have_their_architectures_in_turn(make_set: MakeSet, tmp_path: Path) -> None:
+    data = make_set(num_images=6)
+    networks = ("convnet", "resnet18")
+    recorded = record(tmp_path, data, networks=networks, num_experts=3, num_epochs=1)
+    for number in range(3):
+        expected = [name for name, _ in recorded.network(number).named_parameters()]
+        assert sorted(recorded.read(number, 0)[0]) == sorted(expected)
+    lengths = [len(recorded.read(number, 0)[0]) for number in range(3)]
+    assert lengths[0] == lengths[2] < lengths[1]
+
+
+def test_what_is_there_is_used_and_what_is_missing_recorded(
+    make_set: MakeSet, tmp_path: Path, trainings: list[TrainingConfig]
+) -> None:
+    data = make_set()
+    record(tmp_path, data, num_experts=3)
+    assert len(trainings) == 3
+    whole = files(tmp_path)
+    assert list(whole) == [f"expert-000{number}.safetensors" for number in range(3)]
+    record(tmp_path, data, num_experts=3)
+    record(tmp_path, data, num_experts=2, num_epochs=1)
+    assert len(trainings) == 3
+    (tmp_path / "expert-0001.safetensors").unlink()
+    record(tmp_path, data, num_experts=3)
+    assert len(trainings) == 4
+    record(tmp_path / "anew" / "and deeper", data, num_experts=3)
+    assert files(tmp_path / "anew" / "and deeper") == whole
+    shutil.rmtree(tmp_path / "anew")
+    assert files(tmp_path) == whole
+
+
+def test_a_recording_that_was_stopped_goes_on(
+    make_set: MakeSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, calls = make_set(), [0]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            options["on_epoch"] = stop
+        return train_network(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "train_network", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            record(tmp_path / "stopped", data)
+    assert list(files(tmp_path / "stopped")) == ["expert-0000.safetensors"]
+    record(tmp_path / "stopped", data)
+    record(tmp_path / "whole", data)
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    make_set: MakeSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        record(tmp_path, make_set())
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_training_that_diverges_leaves_no_file(make_set: MakeSet, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, learning_rate=1e30)
+    with pytest.raises(TrainingError, match="learning rate"):
+        record(tmp_path, make_set(), config=config)
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_but_the_epochs_asked_for_is_read(
+    make_set: MakeSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded, opened = record(tmp_path, make_set(), num_epochs=4), list[str]()
+    safe_open = safetensors.safe_open
+
+    class Watched:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.file: Any = safe_open(*args, **options)
+
+        def __enter__(self) -> Watched:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *args: Any) -> None:
+            self.file.__exit__(*args)
+
+        def keys(self) -> list[str]:
+            return list(self.file.keys())
+
+        def get_tensor(self, name: str) -> Tensor:
+            opened.append(name)
+            tensor: Tensor = self.file.get_tensor(name)
+            return tensor
+
+    monkeypatch.setattr("safetensors.safe_open", Watched)
+    start, target = recorded.read(1, 1, 3)
+    assert opened == [f"1/{name}" for name in start] + [f"3/{name}" for name in target]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1}, "with seed 0, not 1"),
+        ({"networks": ("resnet18",)}, "with network 'convnet', not 'resnet18'"),
+        ({"config": dataclasses.replace(CONFIG, width=4)}, "with width 3, not 4"),
+        ({"config": dataclasses.replace(CONFIG, epoch_images=6)}, "with epoch_images None, not 6"),
+        (
+            {"config": dataclasses.replace(CONFIG, augmentations=())},
+            r"with augmentations \['flip'\], not \[\]",
+        ),
+        ({"num_epochs": 3}, "has 2 epochs, not 3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_experts_of_other_settings_are_refused_and_left(
+    make_set: MakeSet, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    record(tmp_path, make_set())
+    before = files(tmp_path)
+    advice = r"; delete '.*' to record its experts anew, or give another folder$"
+    with pytest.raises(ExpertError, match=f"expert-0000.* {message}{advice}") as one:
+        record(tmp_path, make_set(), **options)
+    assert repr(str(tmp_path)) in str(one.value)
+    assert files(tmp_path) == before
+
+
+def test_experts_of_other_data_are_refused(make_set: MakeSet, tmp_path: Path) -> None:
+    data = make_set()
+    record(tmp_path, data)
+    images = data.images.clone()
+    images[-1, -1, -1, -1] ^= 1
+    for other in (
+        LabelledImages(images, data.labels),
+        LabelledImages(data.images, data.labels.flip(0)),
+    ):
+        with pytest.raises(ExpertError, match="with other images or labels, not these; delete"):
+            record(tmp_path, other)
+    with pytest.raises(ExpertError, match="with other images or labels"):
+        record_experts(
+            tmp_path,
+            data.images,
+            data.class_indices,
+            4,
+            num_experts=1,
+            num_epochs=2,
+            config=CONFIG,
+        )
+
+
+def test_an_expert_under_another_name_is_refused(make_set: MakeSet, tmp_path: Path) -> None:
+    record(tmp_path, make_set())
+    shutil.copy(tmp_path / "expert-0000.safetensors", tmp_path / "expert-0001.safetensors")
+    with pytest.raises(ExpertError, match=r"expert-0001.* was recorded with number 0, not 1"):
+        record(tmp_path, make_set())
+
+
+def damaged(whole: bytes) -> list[bytes]:
+    tensors = {"0/weight": torch.zeros(3)}
+    strange: list[Any] = [
+        None,
+        {"format": "pt"},
+        *({"hmn_replay_expert": text} for text in ("", "{", "3", "{}", '{"settings": 3}')),
+    ]
+    return [
+        b"",
+        whole[:50],
+        whole[:-1],
+        b"\0" * 999,
+        *(safetensors.torch.save(tensors, metadata) for metadata in strange),
+    ]
+
+
+def test_a_file_that_is_no_expert_is_refused(make_set: MakeSet, tmp_path: Path) -> None:
+    record(tmp_path, make_set())
+    path = tmp_path / "expert-0001.safetensors"
+    for content in damaged(path.read_bytes()):
+        path.unlink()  # it may be mapped
+        path.write_bytes(content)
+        with pytest.raises(ExpertError, match=r"cannot read the expert '.*' \(.*\); delete that"):
+            record(tmp_path, make_set())
+        assert path.read_bytes() == content
+
+
+def test_what_cannot_be_read_later_is_told(make_set: MakeSet, tmp_path: Path) -> None:
+    recorded = record(tmp_path, make_set())
+    with pytest.raises(ExpertError, match=r"cannot read the expert .*9/"):
+        recorded.read(0, 9)
+    recorded.path(0).unlink()
+    assert recorded.missing() == [0]
+    with pytest.raises(ExpertError, match="cannot read the expert"):
+        recorded.read(0, 0)
+
+
+def test_a_folder_that_is_a_file_is_refused(make_set: MakeSet, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match="file"):
+        record(tmp_path / "file", make_set())
+
+
+def test_experts_lie_beside_a_checkpoint() -> None:
+    assert experts_beside("folder/run.checkpoint") == Path("folder/run.checkpoint.experts")
+
+
+def test_the_defaults_are_those_of_mtt() -> None:
+    config = EXPERT_TRAINING
+    assert (config.learning_rate, config.schedule, config.batch_size) == (0.01, "constant", 256)
+    assert (config.momentum, config.weight_decay, config.cutmix_probability) == (0, 0, 0)
+    assert config.epoch_images is None

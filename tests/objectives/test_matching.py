@@ -1,0 +1,374 @@
+"""The objectives and their gradients, against references written out in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hmn_replay.errors import ConfigError
+from hmn_replay.objectives.matching import (
+    OBJECTIVES,
+    Objective,
+    cosine_matching,
+    distribution_matching,
+    get_recipe,
+    gradient_matching,
+    last_block_matching,
+)
+from hmn_replay.training.networks import Network, build_network
+
+Batches = tuple[Tensor, Tensor, Tensor, Tensor]
+
+FUNCTIONS: dict[str, Objective] = {
+    "gradient": gradient_matching,
+    "dc": cosine_matching,
+    "dsa": cosine_matching,
+    "distribution": distribution_matching,
+    "dm": last_block_matching,
+}
+objectives = pytest.mark.parametrize("objective", dict.fromkeys(FUNCTIONS.values()))
+
+
+def some_network(num_classes: int = 3, width: int = 4, seed: int = 0) -> Network:
+    network = build_network(
+        "convnet", (3, 8, 8), num_classes, width=width, depth=2, mean=(0.5,) * 3, std=(0.25,) * 3
+    ).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # biases and norms begin at 0 and 1, which would hide mistakes
+        for parameter in network.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.double)
+            parameter.add_(noise, alpha=0.2)
+    return network
+
+
+def some_batches(num_real: int = 5, num_decoded: int = 4, seed: int = 1) -> Batches:
+    generator = torch.Generator().manual_seed(seed)
+    real = torch.rand(num_real, 3, 8, 8, generator=generator, dtype=torch.double)
+    decoded = torch.rand(num_decoded, 3, 8, 8, generator=generator, dtype=torch.double)
+    real_labels = torch.randint(3, (num_real,), generator=generator)
+    decoded_labels = torch.randint(3, (num_decoded,), generator=generator)
+    return real, real_labels, decoded, decoded_labels
+
+
+def written_out(weights: dict[str, Tensor], images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the blocks' outputs and the logits of :func:`some_network`, one image at a time."""
+    outputs: list[list[Tensor]] = [[], []]
+    logits = []
+    for image in images:
+        x = (image - 0.5) / 0.25
+        for block in range(2):
+            weight, bias = weights[f"stages.{block}.0.weight"], weights[f"stages.{block}.0.bias"]
+            x = F.conv2d(x[None], weight, bias, padding=1)[0]
+            mean, var = x.mean(dim=(1, 2)), x.var(dim=(1, 2), unbiased=False)
+            x = (x - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None]
+            gain, shift = weights[f"stages.{block}.1.weight"], weights[f"stages.{block}.1.bias"]
+            x = (x * gain[:, None, None] + shift[:, None, None]).clamp(min=0)
+            x = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+            outputs[block].append(x)
+        logits.append(weights["head.1.weight"] @ x.flatten() + weights["head.1.bias"])
+    return [torch.stack(of_block) for of_block in outputs], torch.stack(logits)
+
+
+def parameters_of(network: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone().requires_grad_() for k, v in network.named_parameters()}
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    own = logits[torch.arange(len(labels)), labels]
+    return (logits.logsumexp(dim=1) - own).mean()
+
+
+def naive_gradient_matching(network: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
+    real, real_labels, decoded, decoded_labels = batches
+    weights = parameters_of(network)
+    convolutions = [weights["stages.0.0.weight"], weights["stages.1.0.weight"]]
+    decoded = decoded.detach().clone().requires_grad_()
+    wanted = torch.autograd.grad(
+        cross_entropy(written_out(weights, real)[1], real_labels), convolutions
+    )
+    found = torch.autograd.grad(
+        cross_entropy(written_out(weights, decoded)[1], decoded_labels),
+        convolutions,
+        create_graph=True,
+    )
+    loss = sum(((a - b) ** 2).sum() for a, b in zip(found, wanted, strict=True))
+    assert isinstance(loss, Tensor)
+    return loss.detach(), torch.autograd.grad(loss, decoded)[0]
+
+
+def naive_cosine_matching(network: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
+    real, real_labels, decoded, decoded_labels = batches
+    weights = parameters_of(network)
+    matrices = [weights[f"{name}.weight"] for name in ("stages.0.0", "stages.1.0", "head.1")]
+    decoded = decoded.detach().clone().requires_grad_()
+    wanted = torch.autograd.grad(
+        cross_entropy(written_out(weights, real)[1], real_labels), matrices
+    )
+    found = torch.autograd.grad(
+        cross_entropy(written_out(weights, decoded)[1], decoded_labels),
+        matrices,
+        create_graph=True,
+    )
+    loss = torch.zeros((), dtype=torch.double)
+    for of_layer, wanted_of_layer in zip(found, wanted, strict=True):
+        for of_filter, wanted_of_filter in zip(of_layer, wanted_of_layer, strict=True):
+            a, b = of_filter.flatten(), wanted_of_filter.flatten()
+            loss = loss + 1 - (a @ b) / ((a @ a).sqrt() * (b @ b).sqrt() + 1e-6)
+    return loss.detach(), torch.autograd.grad(loss, decoded)[0]
+
+
+def naive_distribution_matching(network: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
+    real, _, decoded, _ = batches
+    weights = parameters_of(network)
+    decoded = decoded.detach().clone().requires_grad_()
+    loss = torch.zeros((), dtype=torch.double)
+    for of_real, of_decoded in zip(
+        written_out(weights, real)[0], written_out(weights, decoded)[0], strict=True
+    ):
+        difference = sum(of_decoded) / len(of_decoded) - sum(of_real) / len(of_real)
+        assert isinstance(difference, Tensor)
+        loss = loss + (difference**2).sum() / difference.numel()
+    return loss.detach(), torch.autograd.grad(loss, decoded)[0]
+
+
+def naive_last_block_matching(network: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
+    real, _, decoded, _ = batches
+    weights = parameters_of(network)
+    decoded = decoded.detach().clone().requires_grad_()
+    embedded = [written_out(weights, images)[0][-1].flatten(1) for images in (decoded, real)]
+    means = [sum(rows) / len(rows) for rows in embedded]
+    loss = torch.zeros((), dtype=torch.double)
+    for ours, theirs in zip(*means, strict=True):
+        loss = loss + (ours - theirs) ** 2
+    return loss.detach(), torch.autograd.grad(loss, decoded)[0]
+
+
+NAIVE: dict[Objective, Callable[[nn.Module, Batches], tuple[Tensor, Tensor]]] = {
+    gradient_matching: naive_gradient_matching,
+    cosine_matching: naive_cosine_matching,
+    distribution_matching: naive_distribution_matching,
+    last_block_matching: naive_last_block_matching,
+}
+
+
+@objectives
+@pytest.mark.parametrize("num_decoded", [1, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_gradient_equal_a_naive_reference(
+    objective: Objective, num_decoded: int, seed: int
+) -> None:
+    network, batches = some_network(seed=seed), some_batches(5, num_decoded, seed)
+    loss, gradient = objective(network, *batches)
+    expected_loss, expected = NAIVE[objective](network, batches)
+    assert gradient.shape == batches[2].shape
+    assert float((loss - expected_loss).abs()) <= 1e-9 * float(expected_loss)
+    assert float((gradient - expected).norm()) <= 1e-9 * float(expected.norm())
+    assert float(expected.norm()) > 1e-6
+
+
+@objectives
+def test_the_gradient_is_the_slope_of_the_loss(objective: Objective) -> None:
+    network, (real, real_labels, decoded, labels) = some_network(), some_batches()
+    _, gradient = objective(network, real, real_labels, decoded, labels)
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(3):
+        direction = torch.randn(decoded.shape, generator=generator, dtype=torch.double)
+        up, _ = objective(network, real, real_labels, decoded + 1e-6 * direction, labels)
+        down, _ = objective(network, real, real_labels, decoded - 1e-6 * direction, labels)
+        slope = float(up - down) / 2e-6
+        assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
+
+
+@objectives
+def test_the_batch_itself_is_matched_perfectly(objective: Objective) -> None:
+    real, labels, _, _ = some_batches()
+    loss, gradient = objective(some_network(), real, labels, real.clone(), labels)
+    # The floor under the cosine's norms leaves a trace.
+    trace = 2e-2 if objective is cosine_matching else 1e-10
+    assert float(loss) == pytest.approx(0, abs=trace**2)
+    assert float(gradient.abs().max()) < trace
+
+
+@objectives
+def test_a_step_against_the_gradient_lowers_the_loss(objective: Objective) -> None:
+    network, (real, real_labels, decoded, labels) = some_network(), some_batches()
+    loss, gradient = objective(network, real, real_labels, decoded, labels)
+    step = 1e-3 * loss / gradient.square().sum()
+    lower, _ = objective(network, real, real_labels, decoded - step * gradient, labels)
+    assert float(lower) < float(loss)
+
+
+def test_gradient_matching_reads_convolution_weights_alone() -> None:
+    """A part that has no convolution may be anything: its own gradients are not compared."""
+    network, batches = some_network(), some_batches()
+    scaled = copy.deepcopy(network)
+    # Twice the head's weights with half of its input's scale: the same logits and the same
+    # gradients of the convolutions, but another gradient of head and norm.
+    with torch.no_grad():
+        scaled.get_parameter("head.1.weight").mul_(2)
+        scaled.get_parameter("stages.1.1.weight").mul_(0.5)
+        scaled.get_parameter("stages.1.1.bias").mul_(0.5)
+    loss, gradient = gradient_matching(network, *batches)
+    same_loss, same_gradient = gradient_matching(scaled, *batches)
+    torch.testing.assert_close(same_loss, loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(same_gradient, gradient, rtol=1e-9, atol=1e-15)
+
+
+@objectives
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_network_and_the_batches_are_left_as_they_were(
+    objective: Objective, frozen: bool, training: bool
+) -> None:
+    network, batches = some_network(), some_batches()
+    network.train(training)
+    network.requires_grad_(not frozen)
+    network.get_parameter("head.1.bias").requires_grad_(frozen)
+    network.get_parameter("stages.0.0.weight").grad = torch.ones(4, 3, 3, 3, dtype=torch.double)
+    state = copy.deepcopy(network.state_dict())
+    flags = [parameter.requires_grad for parameter in network.parameters()]
+    copies = [batch.clone() for batch in batches]
+    batches[2].requires_grad_()
+
+    loss, gradient = objective(network, *batches)
+
+    assert all(module.training == training for module in network.modules())
+    assert flags == [parameter.requires_grad for parameter in network.parameters()]
+    assert all(state[name].equal(value) for name, value in network.state_dict().items())
+    for name, parameter in network.named_parameters():
+        if name == "stages.0.0.weight":
+            assert parameter.grad is not None
+            assert parameter.grad.eq(1).all()
+        else:
+            assert parameter.grad is None
+    assert all(batch.equal(before) for batch, before in zip(batches, copies, strict=True))
+    assert batches[2].grad is None
+    assert not loss.requires_grad
+    assert not gradient.requires_grad
+
+
+@objectives
+def test_it_works_inside_no_grad(objective: Objective) -> None:
+    network, batches = some_network(), some_batches()
+    expected = objective(network, *batches)
+    with torch.no_grad():
+        loss, gradient = objective(network, *batches)
+        assert not torch.is_grad_enabled()
+    assert loss.equal(expected[0])
+    assert gradient.equal(expected[1])
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+def test_flags_are_restored_when_a_network_fails(name: str) -> None:
+    network = build_network(name, (3, 8, 8), 3, width=4).double()
+    real, labels, decoded, _ = some_batches()
+    network.requires_grad_(False)
+    with pytest.raises(IndexError):
+        gradient_matching(network, real, labels + 99, decoded, labels[:4])
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("objective", [distribution_matching, last_block_matching])
+def test_matching_means_reads_no_labels(objective: Objective) -> None:
+    network, (real, real_labels, decoded, labels) = some_network(), some_batches()
+    loss, gradient = objective(network, real, real_labels, decoded, labels)
+    same = objective(network, real, 0 * real_labels, decoded, 0 * labels)
+    assert loss.equal(same[0])
+    assert gradient.equal(same[1])
+
+
+@objectives
+def test_bfloat16_is_near_float32(objective: Objective) -> None:
+    network = some_network(width=16).float()
+    real, real_labels, decoded, labels = some_batches(16, 16)
+    batches = (real.float(), real_labels, decoded.float(), labels)
+    loss, gradient = objective(network, *batches)
+    with torch.autocast("cpu", torch.bfloat16):
+        near, rough = objective(network, *batches)
+    assert rough.dtype == torch.float32
+    assert float(near) == pytest.approx(float(loss), rel=0.2)
+    assert float(F.cosine_similarity(rough.flatten(), gradient.flatten(), dim=0)) > 0.9
+
+
+def test_cosine_matching_reads_directions_alone() -> None:
+    network, (real, real_labels, decoded, labels) = some_network(), some_batches()
+    loss, _ = cosine_matching(network, real, real_labels, decoded, labels)
+    num_filters = 4 + 4 + 3
+    assert 0 < float(loss) < 2 * num_filters
+    # Shown twice, a batch has the same mean gradient; a filter that is passed over, none at all.
+    twice, _ = cosine_matching(
+        network, real.repeat(2, 1, 1, 1), real_labels.repeat(2), decoded, labels
+    )
+    assert float(twice) == pytest.approx(float(loss), rel=1e-9)
+    with torch.no_grad():
+        network.get_parameter("head.1.weight").zero_()
+    unseen, gradient = cosine_matching(network, real, real_labels, decoded, labels)
+    assert 8 <= float(unseen) <= 8 + 2 * 3
+    assert gradient.isfinite().all()
+
+
+def test_of_one_block_dm_takes_the_sum_and_distribution_matching_the_mean() -> None:
+    network = build_network("convnet", (3, 8, 8), 3, width=4, depth=1).double()
+    total, gradient = last_block_matching(network, *some_batches())
+    mean, mean_gradient = distribution_matching(network, *some_batches())
+    torch.testing.assert_close(total, 4 * 4 * 4 * mean)
+    torch.testing.assert_close(gradient, 4 * 4 * 4 * mean_gradient)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_objective_is_known_by_its_name(name: str) -> None:
+    assert get_recipe(name).function is FUNCTIONS[name]
+    # Trainings are compared elsewhere.
+    assert {name for name in OBJECTIVES if get_recipe(name).function} == set(FUNCTIONS)
+
+
+def test_the_table_tells_what_published_loops_do() -> None:
+    assert [name for name in OBJECTIVES if not get_recipe(name).augments] == ["dc"]
+    learns = {name: get_recipe(name).learns_from for name in OBJECTIVES}
+    assert learns == {
+        "gradient": "real",
+        "dc": "decoded",
+        "dsa": "decoded",
+        "distribution": "real",
+        "dm": "nothing",
+        "mtt": "nothing",
+    }
+
+
+def test_another_name_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match="gradient, dc, dsa, distribution, dm, mtt; got 'ntk'"):
+        get_recipe("ntk")
+
+
+def test_a_network_without_convolutions_is_refused() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double()
+    with pytest.raises(ConfigError, match="convolution weights; Sequential has none"):
+        gradient_matching(network, *some_batches())
+
+
+def test_a_network_without_matrices_is_refused() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()).double()
+    with pytest.raises(ConfigError, match="convolutions and linear layers; Sequential has none"):
+        cosine_matching(network, *some_batches())
+
+
+@pytest.mark.parametrize("objective", [distribution_matching, last_block_matching])
+def test_a_network_without_features_is_refused(objective: Objective) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
+    with pytest.raises(ConfigError, match=r"needs a network with features\(images\); Sequential"):
+        objective(network, *some_batches())
+
+
+@objectives
+def test_running_statistics_are_left_as_they_are(objective: Objective) -> None:
+    network = build_network("vgg16", (3, 8, 8), 3).double()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    objective(network, *some_batches())
+    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+    network(some_batches()[0])
+    assert int(network.get_buffer("stages.0.1.num_batches_tracked")) == 1

@@ -1,0 +1,199 @@
+"""Shapes, parameter counts and randomness of the networks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hmn_replay.errors import ConfigError
+from hmn_replay.training.networks import NETWORKS, Network, build_network, default_depth
+
+
+def conv_weights(network: Network) -> list[torch.Tensor]:
+    return [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
+
+
+def num_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_convnet_3_has_the_parameters_of_the_literature() -> None:
+    assert num_parameters(build_network("convnet", (3, 32, 32), 10)) == 320_010
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    # torchvision's counts, less ImageNet's 1000-way head and stem, plus ours (bias-free VGG).
+    [
+        ("resnet18", 11_689_512 - 513_000 + 5_130 - 3 * 64 * (49 - 9)),
+        ("densenet121", 7_978_856 - 1_025_000 + 10_250 - 3 * 64 * (49 - 9)),
+        ("vgg16", 14_723_136 - 4_224 + 5_130),
+    ],
+)
+def test_torchvision_networks_have_the_known_parameters(name: str, expected: int) -> None:
+    assert num_parameters(build_network(name, (3, 32, 32), 10)) == expected
+
+
+def test_convnet_equals_the_published_one_with_instance_norm() -> None:
+    network = build_network("convnet", (3, 16, 16), 5, width=8, mean=(0.4,) * 3, std=(0.2,) * 3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(noise(*parameter.shape), alpha=0.3)
+    images = noise(4, 3, 16, 16)
+    x = (images - 0.4) / 0.2
+    for stage in network.stages:
+        assert isinstance(stage, nn.Sequential)
+        convolution, norm = stage[0], stage[1]
+        instance_norm = nn.InstanceNorm2d(8, affine=True)
+        instance_norm.load_state_dict(norm.state_dict())
+        x = nn.functional.avg_pool2d(instance_norm(convolution(x)).relu(), 2)
+    head = network.head
+    assert isinstance(head, nn.Sequential)
+    torch.testing.assert_close(network(images), head[1](x.flatten(1)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [8, 28, 32, 64])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_forward_and_backward_at_usual_sizes(name: str, side: int, channels: int) -> None:
+    network = build_network(name, (channels, side, side), 7, width=8)
+    logits = network(noise(2, channels, side, side))
+    assert logits.shape == (2, 7)
+    assert logits.isfinite().all()
+    torch.autograd.backward(logits.square().sum())
+    gradients = [weight.grad for weight in conv_weights(network)]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert sum(float(gradient.norm()) for gradient in gradients if gradient is not None) > 0
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_features_end_in_what_the_head_sees(name: str) -> None:
+    network = build_network(name, (3, 32, 32), 4, width=8).eval()
+    images = noise(2, 3, 32, 32)
+    features = network.features(images)
+    sides = {"convnet": [16, 8, 4], "vgg16": [16, 8, 4, 2, 1]}.get(name)
+    if name == "resnet18":
+        sides = [32, 32, 16, 8, 4]
+    elif name == "densenet121":
+        sides = [32, 16, 8, 4, 4]
+    assert [feature.shape[-1] for feature in features] == sides
+    assert torch.equal(network.head(features[-1]), network(images))
+    # No later stage may have written into an earlier one's output.
+    assert torch.equal(features[0], network.features(images)[0])
+    assert torch.equal(features[0], network.stages[0]((images - network.mean) / network.std))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "depth"),
+    [
+        (4, 4, 2),
+        (8, 8, 2),
+        (15, 15, 2),
+        (15, 60, 2),
+        (16, 16, 3),
+        (20, 20, 3),
+        (28, 28, 3),
+        (48, 48, 3),
+        (64, 64, 4),
+        (128, 128, 5),
+        (224, 224, 6),
+        (7, 30, 2),
+        (2, 2, 1),
+    ],
+)
+def test_depth_follows_the_size(height: int, width: int, depth: int) -> None:
+    assert default_depth(height, width) == depth
+    network = build_network("convnet", (1, height, width), 3, width=4)
+    features = network.features(noise(2, 1, height, width))
+    assert len(features) == depth
+    assert features[-1].shape[2:] == (height >> depth, width >> depth)
+    # Two images are told apart: no map was normalised to nothing.
+    logits = network(noise(2, 1, height, width))
+    assert not torch.allclose(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_large_images_keep_the_imagenet_stem(name: str) -> None:
+    small, large = (build_network(name, (3, side, side), 2) for side in (64, 128))
+    assert conv_weights(small)[0].shape == (64, 3, 3, 3)
+    assert conv_weights(large)[0].shape == (64, 3, 7, 7)
+    assert large.features(noise(1, 3, 128, 128))[0].shape[-1] == 32
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+def test_weights_come_from_the_seed_alone(name: str) -> None:
+    before = torch.random.get_rng_state()
+
+    def weights(seed: int) -> Tensor:
+        network = build_network(name, (3, 8, 8), 2, width=4, seed=seed)
+        return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_inputs_are_normalised_by_the_buffers() -> None:
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    plain = build_network("convnet", (3, 8, 8), 2, width=4)
+    normalising = build_network("convnet", (3, 8, 8), 2, width=4, mean=mean, std=std)
+    images = noise(3, 3, 8, 8)
+    expected = plain((images - mean[:, None, None]) / std[:, None, None])
+    torch.testing.assert_close(normalising(images), expected)
+    assert {"mean", "std", "classes"} <= set(normalising.state_dict())
+
+
+def test_classes_are_positions_until_they_are_known() -> None:
+    network: Network = build_network("convnet", (1, 8, 8), 3, width=4)
+    assert network.classes.tolist() == [0, 1, 2]
+    assert network.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("lenet", (3, 32, 32), 10), {}, r"unknown network 'lenet'.*convnet, vgg16, resnet18"),
+        (("convnet", (32, 32), 10), {}, r"image_shape must be \(C, H, W\), got \(32, 32\)"),
+        (("convnet", (3, 8, 8), 10), {"depth": 4}, r"depth must be in \[1, 3\].*8 x 8, got 4"),
+        (("convnet", (3, 8, 8), 10), {"depth": 0}, r"depth must be in \[1, 3\]"),
+        (("convnet", (3, 8, 1), 10), {}, "sides of 2 or more, got 8 x 1"),
+        (("densenet121", (3, 4, 4), 10), {}, "sides of 8 or more"),
+        (("convnet", (3, 8, 8), 0), {}, "num_classes and width must be 1 or more"),
+        (("convnet", (3, 8, 8), 2), {"mean": (0.5,)}, "mean must be 3 finite numbers"),
+        (("convnet", (1, 8, 8), 2), {"std": (0.0,)}, "std must be above 0"),
+    ],
+)
+def test_refuses(
+    arguments: tuple[str, tuple[int, ...], int],
+    options: dict[str, int],
+    message: str,
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_network(*arguments, **options)  # type: ignore[arg-type]
+
+
+def test_importing_does_not_import_torchvision() -> None:
+    code = "import sys, hmn_replay.training.networks; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_weights_do_not_depend_on_the_default_dtype() -> None:
+    wanted = build_network("convnet", (3, 8, 8), 2, width=3, seed=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        network = build_network("convnet", (3, 8, 8), 2, width=3, seed=1)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found, value in zip(
+        network.state_dict().values(), wanted.state_dict().values(), strict=True
+    ):
+        assert found.equal(value)
