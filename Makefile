@@ -28,9 +28,10 @@ demo: $(STAMP)  ## Learn the digits two by two, with memories of as many bytes: 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP)  ## Check style and formatting
+lint: $(STAMP)  ## Check style, formatting and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 typecheck: $(STAMP)  ## Check the types
 	$(BIN)/mypy
