@@ -12,13 +12,19 @@ __all__ = [
     "DistributedError",
     "ExpertError",
     "HMNReplayError",
+    "HMNReplayWarning",
     "MemoryFileError",
     "TrainingError",
+    "UnknownOptionError",
 ]
 
 
 class HMNReplayError(Exception):
     """Base class of every error that this package raises on purpose."""
+
+
+class HMNReplayWarning(UserWarning):
+    """Base class of every warning of this package."""
 
 
 class BudgetError(HMNReplayError, ValueError):
@@ -27,6 +33,10 @@ class BudgetError(HMNReplayError, ValueError):
 
 class ConfigError(HMNReplayError, ValueError):
     """An option with a value outside what it may be."""
+
+
+class UnknownOptionError(HMNReplayError, TypeError):
+    """A keyword that a function or class does not take."""
 
 
 class DataError(HMNReplayError, ValueError):

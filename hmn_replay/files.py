@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-__all__ = ["check_target", "open_at_once", "write_atomically"]
+import torch
+from torch import Tensor
+
+__all__ = ["check_target", "digest_tensors", "open_at_once", "write_atomically"]
+
+# A part of a tensor whose rows do not lie one after another is copied to be digested.
+_ROWS_AT_ONCE = 512
 
 
 def check_target(path: str | Path) -> Path:
@@ -69,3 +77,21 @@ def write_atomically(path: str | Path, content: bytes | Callable[[str], None]) -
 def open_at_once(path: str, flags: int) -> int:
     """Open a file, for :func:`open`: a pipe is not waited for until someone writes to it."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def digest_tensors(text: str, tensors: Mapping[str, Any]) -> str:
+    """Return 32 hexadecimal digits that tell a text and named CPU tensors from any others.
+
+    Args:
+        text: Any text.
+        tensors: Tensors by name, on the CPU, or what has the dtype, shape and rows of one, such as
+            a lookup of images.
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        rows = tensor[None] if isinstance(tensor, Tensor) and not tensor.ndim else tensor
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

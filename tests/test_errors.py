@@ -20,6 +20,7 @@ from hmn_replay import errors
         (errors.DistributedError, RuntimeError),
         (errors.ExpertError, RuntimeError),
         (errors.TrainingError, RuntimeError),
+        (errors.UnknownOptionError, TypeError),
     ],
 )
 def test_every_error_is_also_the_built_in_that_fits(

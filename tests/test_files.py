@@ -7,8 +7,10 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 
-from hmn_replay.files import check_target, write_atomically
+from hmn_replay.data.lookup import Images, join_images
+from hmn_replay.files import check_target, digest_tensors, write_atomically
 
 
 @pytest.fixture
@@ -100,3 +102,15 @@ def test_a_target_is_checked_without_a_write(path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No such folder"):
         check_target(path / "memory.hmn")
     assert not path.exists()
+
+
+def test_a_digest_is_of_the_values_however_they_are_held() -> None:
+    images = torch.arange(7 * 3 * 8 * 9, dtype=torch.int16).view(7, 8, 9, 3)
+    values: dict[str, Images] = {"images": images.permute(0, 3, 1, 2), "one": torch.tensor(3.0)}
+    digest = digest_tensors("text", values)
+    contiguous = images.permute(0, 3, 1, 2).contiguous()
+    for same_images in (contiguous, join_images([contiguous[:4], contiguous[4:]])):
+        assert digest_tensors("text", {**values, "images": same_images}) == digest
+    assert digest_tensors("text", {**values, "images": images}) != digest
+    assert digest_tensors("test", values) != digest
+    assert digest_tensors("text", {**values, "one": torch.tensor(4.0)}) != digest

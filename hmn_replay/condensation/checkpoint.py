@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hmn_replay.data.lookup import Images
 from hmn_replay.errors import CheckpointError
-from hmn_replay.files import write_atomically
+from hmn_replay.files import digest_tensors, write_atomically
 
 __all__ = [
     "Checkpoint",
-    "digest_tensors",
     "flatten_state",
     "load_state",
     "read_checkpoint",
@@ -29,8 +26,6 @@ __all__ = [
 ]
 
 _KEY, _DIGEST_KEY = "hmn_replay_checkpoint", "digest"
-# A part of a tensor whose rows do not lie one after another is copied to be digested.
-_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -124,15 +119,3 @@ def load_state(owner: nn.Module | torch.optim.Optimizer, tensors: Mapping[str, T
         index, name = key.split("/")
         state.setdefault(int(index), {})[name] = value
     owner.load_state_dict({**owner.state_dict(), "state": state})
-
-
-def digest_tensors(text: str, tensors: Mapping[str, Images]) -> str:
-    """Return 32 hexadecimal digits that tell a text and named CPU tensors from any others."""
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
-        rows = tensor[None] if isinstance(tensor, Tensor) and not tensor.ndim else tensor
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[start : start + _ROWS_AT_ONCE]
-            digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hmn_replay.budget import Budget
 from hmn_replay.condensation import steps
-from hmn_replay.condensation.checkpoint import digest_tensors, load_state
+from hmn_replay.condensation.checkpoint import load_state
 from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.fidelity import drift_psnr, reconstruction_psnr
 from hmn_replay.condensation.growth import make_room
@@ -28,6 +28,7 @@ from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_images, take_images
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.evaluation import score
+from hmn_replay.files import digest_tensors
 from hmn_replay.memory.base import Container
 from hmn_replay.memory.container_layout import ContainerLayout
 from hmn_replay.memory.file import serialise

@@ -17,11 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from hmn_replay.condensation.checkpoint import digest_tensors
 from hmn_replay.data.lookup import Images
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ExpertError
-from hmn_replay.files import write_atomically
+from hmn_replay.files import digest_tensors, write_atomically
 from hmn_replay.runtime import derive_seed
 from hmn_replay.training.networks import Network
 from hmn_replay.training.train import TrainingConfig, make_network, train_network

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from hmn_replay.condensation.checkpoint import (
     Checkpoint,
-    digest_tensors,
     flatten_state,
     load_state,
     read_checkpoint,
     write_checkpoint,
 )
-from hmn_replay.data.lookup import Images, join_images
 from hmn_replay.errors import CheckpointError
 
 STATE: dict[str, Any] = {
@@ -62,18 +60,6 @@ def test_state_and_tensors_are_read_back(path: Path) -> None:
     assert checkpoint.state == STATE
     assert same(checkpoint.tensors, some_tensors())
     assert os.listdir(path.parent) == [path.name]
-
-
-def test_a_digest_is_of_the_values_however_they_are_held() -> None:
-    images = torch.arange(7 * 3 * 8 * 9, dtype=torch.int16).view(7, 8, 9, 3)
-    values: dict[str, Images] = {"images": images.permute(0, 3, 1, 2), "one": torch.tensor(3.0)}
-    digest = digest_tensors("text", values)
-    contiguous = images.permute(0, 3, 1, 2).contiguous()
-    for same_images in (contiguous, join_images([contiguous[:4], contiguous[4:]])):
-        assert digest_tensors("text", {**values, "images": same_images}) == digest
-    assert digest_tensors("text", {**values, "images": images}) != digest
-    assert digest_tensors("test", values) != digest
-    assert digest_tensors("text", {**values, "one": torch.tensor(4.0)}) != digest
 
 
 def test_what_cannot_be_written_is_the_systems_error(

@@ -1,0 +1,116 @@
+"""Settings: frozen models whose fields say their type, range, default and meaning, once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+from typing_extensions import Self
+
+from hmn_replay.errors import ConfigError, HMNReplayError, UnknownOptionError
+from hmn_replay.registry import UnknownNameError, suggest
+
+__all__ = ["Settings", "check_options", "one_of"]
+
+
+class Settings(BaseModel):
+    """Base of the settings of this package: frozen, hashable, compared by value.
+
+    A field is declared by a type (with :func:`pydantic.Field` for its range), a default, and a
+    string below it that says what it means, which is its ``description`` in ``model_fields``.
+
+    Values may be given as a person types them: ``"3"``, ``"none"``, and for a tuple ``"0, 0.5, 1"``
+    or one value alone. Numbers of numpy and torch, and their arrays, count as Python's.
+
+    Raises:
+        UnknownOptionError: A keyword that is no field.
+        ConfigError: A value of another type, or outside its range.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        use_attribute_docstrings=True,
+    )
+
+    def __init__(self, **options: Any) -> None:
+        check_options(type(self).__name__, options, type(self).model_fields)
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise _explained(first, options[str(first["loc"][0])]) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: Any) -> Any:
+        kind = cls.model_fields[info.field_name].annotation
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if isinstance(value, str):
+            if value.strip().lower() == "none" and NoneType in get_args(kind):
+                return None
+            if get_origin(kind) is tuple:
+                return tuple(word.strip() for word in value.split(",") if word.strip())
+        if isinstance(value, bool) and kind is not bool:
+            raise PydanticCustomError("bool", "Input should be a number or a text, no bool")
+        if get_origin(kind) is tuple and (callable(value) or isinstance(value, int | float)):
+            return (value,)
+        return value
+
+    def replace(self, **options: Any) -> Self:
+        """Return the settings with some fields replaced, checked like new ones."""
+        return type(self)(**{**dict(self), **options})
+
+
+def one_of(what: str, known: Collection[str]) -> AfterValidator:
+    """Return the check of a field, as the second argument of ``Annotated``, that is a name.
+
+    Args:
+        what: What is named, for the message, such as ``"objective"``.
+        known: The names, looked up when a value is checked: a registry may grow. A value that is
+            callable passes: it is what a name would stand for.
+    """
+
+    def check(value: Any) -> Any:
+        if not callable(value) and value not in known:
+            raise UnknownNameError(what, value, list(known))
+        return value
+
+    return AfterValidator(check)
+
+
+def check_options(owner: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise an error for the first of some keywords that is not known.
+
+    Args:
+        owner: What takes the keywords, for the message.
+        given: The keywords.
+        known: Those that there are.
+
+    Raises:
+        UnknownOptionError: Also a TypeError, as Python raises for such a keyword.
+    """
+    for name in given:
+        if name not in known:
+            near = suggest(name, list(known)) or f"; it has {', '.join(known)}"
+            raise UnknownOptionError(f"{owner} has no option {name!r}{near}")
+
+
+def _explained(details: ErrorDetails, given: Any) -> ConfigError:
+    """Return the error that names a field, what was expected, and what was got."""
+    name, *inside = map(str, details["loc"])
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, HMNReplayError):
+        named = str(cause).startswith(name.replace("_", " "))
+        return ConfigError(str(cause) if named else f"{name}: {cause}")
+    wanted = details["msg"].rpartition(" should ")[2]
+    each = "each entry of " if any(part.isdigit() for part in inside) else ""
+    shown = repr(given)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    return ConfigError(f"{each}{name} must {wanted}; got {shown}")
