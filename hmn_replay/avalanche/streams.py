@@ -22,8 +22,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from hmn_replay.data.convert import to_image, to_label
-from hmn_replay.data.images import LabelledImages, stack_images
+from hmn_replay.data.images import LabelledImages, stack_images, to_image, to_label
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.runtime import derive_seed
 
@@ -261,7 +260,7 @@ class _Decoded(Dataset[tuple[Tensor, int]]):
 def _fetch(
     dataset: Any, position: int, normalization: Normalization | None
 ) -> tuple[object, object]:
-    """Return an image as :func:`hmn_replay.data.images.stack_images` takes it, and its class key."""
+    """Return an image as ``stack_images`` takes it, and its class key."""
     item = dataset[position]
     name = f"image {position} of the experience"
     if not isinstance(item, (tuple, list)) or len(item) not in (2, 3):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmn_replay.data.convert import CHANNELS, check_tensor
+from hmn_replay.data.images import CHANNELS, check_tensor
 from hmn_replay.errors import ConfigError, DataError
 
 __all__ = ["SUBSAMPLINGS", "decode_jpeg_scans", "encode_jpeg_scans", "read_jpeg_shape"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hmn_replay.baselines.jpeg import decode_jpeg_scans, read_jpeg_shape
-from hmn_replay.data.convert import CHANNELS
+from hmn_replay.data.images import CHANNELS
 from hmn_replay.errors import ConfigError, DataError, MemoryFileError
 from hmn_replay.files import open_at_once, write_atomically
 

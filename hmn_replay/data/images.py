@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias, Union
+from typing import Any, Protocol, TypeAlias, TypeGuard, Union
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from hmn_replay.data.convert import (
-    CHANNELS,
-    CHUNK,
-    Array,
-    check_size,
-    check_tensor,
-    check_unit_range,
-    dtype_name,
-    is_array,
-    to_image,
-    to_label,
-    to_labels,
-    to_pixels,
-)
 from hmn_replay.data.lookup import Images
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.runtime import make_generator
 
 __all__ = [
+    "CHANNELS",
     "ImageSource",
     "LabelledImages",
     "MapStyleDataset",
     "as_labelled_images",
     "channel_stats",
+    "check_tensor",
     "stack_images",
+    "to_image",
+    "to_label",
 ]
 
-STD_FLOOR = 1e-3
+CHANNELS = (1, 3)
+"""How many channels an image may have: grey, or red, green and blue."""
+
+_STD_FLOOR = 1e-3
+# Images converted at a time, so that no float copy of a whole data set is made.
+_CHUNK = 128
 
 
 class MapStyleDataset(Protocol):
@@ -52,128 +48,12 @@ class MapStyleDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+Array: TypeAlias = "Tensor | npt.NDArray[Any]"
+
 ImageSource: TypeAlias = Union[
     "LabelledImages", "tuple[Array, Array | Sequence[int]]", MapStyleDataset
 ]
 """What :func:`as_labelled_images` takes."""
-
-
-def as_labelled_images(source: ImageSource, *, size: int | None = None) -> LabelledImages:
-    """Bring any labelled images to one form.
-
-    Args:
-        source: One of
-
-            * :class:`LabelledImages`, returned as it is;
-            * a pair ``(images, labels)`` of tensors or numpy arrays. Images are uint8, or floats
-              in [0, 1] (rounded to uint8), of shape ``(N, C, H, W)``, ``(N, H, W, C)`` or
-              ``(N, H, W)``, with 1 or 3 channels. Where both orders fit, a tensor is read channels
-              first and an array channels last. Labels are integers of shape ``(N,)`` or
-              ``(N, 1)``;
-            * a map-style data set of ``(image, label)`` or ``(image, label, ...)``, such as those
-              of torchvision and Avalanche. An image is a PIL image of 8 bits a channel, or one of
-              the above without ``N``; a label is one integer. Every item is fetched once, in
-              order, through the data set's own transform: a random transform is drawn once.
-        size: Side in pixels that every image is brought to: its shorter side is resized
-            (bilinear, antialiased), then its centre is cropped to a square. Default: ``None``,
-            leave the images as they are, which must then all be of one size.
-
-    Returns:
-        The images and labels, in the order of ``source``. A uint8 ``(N, C, H, W)`` tensor on the
-        CPU is not copied. Grey images among coloured ones are repeated over the 3 channels. Class
-        names are a data set's own ``class_to_idx`` or ``classes``, where it has them.
-
-    Raises:
-        DataError: The images or the labels are not as said above, or there are none.
-        ConfigError: ``size`` is below 1.
-    """
-    check_size(size)
-    if isinstance(source, LabelledImages):
-        if size is None or source.image_shape[1:] == (size, size):
-            return source
-        images = to_pixels(source.images, "images", size)
-        return LabelledImages(images, source.labels, source.class_names)
-    if isinstance(source, (tuple, list)) and len(source) == 2 and is_array(source[0]):
-        return LabelledImages(to_pixels(source[0], "images", size), to_labels(source[1]))
-    return _from_dataset(source, size)
-
-
-def stack_images(
-    fetch: Callable[[int], tuple[object, object]],
-    num_images: int,
-    *,
-    size: int | None = None,
-    class_names: Mapping[int, str] | None = None,
-    describe: Callable[[int], str] = "item {}".format,
-) -> LabelledImages:
-    """Stack images fetched one by one, holding little more than the result in memory.
-
-    Args:
-        fetch: Returns the image and the label at a position, each as :func:`as_labelled_images`
-            takes it from a map-style data set. Called once for each, in order.
-        num_images: How many there are.
-        size: As in :func:`as_labelled_images`.
-        class_names: Label to name. Default: ``None``, no names.
-        describe: Names the image at a position in an error message.
-
-    Raises:
-        DataError: An image or a label cannot be used, sizes differ, or ``num_images`` is 0.
-    """
-    images = np.empty((num_images, 0, 0, 0), np.uint8)
-    labels = np.empty(num_images, np.int64)
-    for position in range(num_images):
-        image, label = fetch(position)
-        name = describe(position)
-        pixels, labels[position] = to_image(image, name, size), to_label(label, name)
-        if position == 0:
-            images = np.empty((num_images, *pixels.shape), np.uint8)
-        channels, height, width = pixels.shape
-        if (height, width) != images.shape[2:]:
-            raise DataError(
-                f"{name} is {height} x {width} pixels (height x width) where the first image is "
-                f"{images.shape[2]} x {images.shape[3]}: images of one size are expected; pass "
-                "size= (--size) to resize and crop them all"
-            )
-        if channels > images.shape[1]:
-            images = images.repeat(channels, axis=1)
-        images[position] = pixels
-    names = dict(class_names or {})
-    return LabelledImages(torch.from_numpy(images), torch.from_numpy(labels), names)
-
-
-def channel_stats(images: Images) -> tuple[Tensor, Tensor]:
-    """Return the mean and the standard deviation of each channel, as values in [0, 1].
-
-    Args:
-        images: ``(N, C, H, W)``, uint8, or floats in [0, 1]; on any device. Read in chunks: no
-            float copy of all of them is made.
-
-    Returns:
-        Mean and population standard deviation, each float32 ``(C,)`` on the CPU. The deviation is
-        at least 0.001, so that dividing by it is safe for a constant channel.
-
-    Raises:
-        DataError: The shape or the dtype is another, or a value is not in [0, 1].
-    """
-    is_bytes = images.dtype == torch.uint8
-    is_number = is_bytes or images.dtype.is_floating_point
-    if len(images.shape) != 4 or 0 in images.shape or not is_number:
-        raise DataError(
-            "expected images of shape (N, C, H, W), not empty, uint8 or floats in [0, 1], came "
-            f"{dtype_name(images.dtype)} {tuple(images.shape)}"
-        )
-    totals, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
-    for start in range(0, len(images), CHUNK):
-        chunk = images[start : start + CHUNK].detach()
-        if not is_bytes:
-            check_unit_range(chunk, "images")
-        values = chunk.cpu().double()
-        totals += values.sum(dim=(0, 2, 3))
-        squares += values.square().sum(dim=(0, 2, 3))
-    count, top = images.shape.numel() // images.shape[1], 255 if is_bytes else 1
-    mean = totals / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    return (mean / top).float(), (std / top).clamp(min=STD_FLOOR).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,14 +80,14 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         check_tensor(self.labels, "labels", torch.int64, ("N",))
         if len(self.images) != len(self.labels):
             raise DataError(
-                f"expected a label for every image, came {len(self.images)} images and "
+                f"expected a label for every image, got {len(self.images)} images and "
                 f"{len(self.labels)} labels"
             )
         if len(self.images) < 1:
-            raise DataError("expected at least 1 image, came an empty data set")
+            raise DataError("expected at least 1 image, got an empty data set")
         if self.images.shape[1] not in CHANNELS or self.images.numel() == 0:
             raise DataError(
-                "expected images (N, C, H, W) of at least 1 pixel, with 1 or 3 channels, came "
+                "expected images (N, C, H, W) of at least 1 pixel, with 1 or 3 channels, got "
                 f"{tuple(self.images.shape)}"
             )
 
@@ -277,7 +157,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             fraction: Share of each class that the second part holds, rounded to whole images, in
                 (0, 1). A class of two images or more keeps at least one in each part; a class of
                 one image goes to the first part.
-            seed: Of the draw, which for one class does not depend on the others. Default: ``0``.
+            seed: Seed of the draw, which for one class does not depend on the others. Default:
+                ``0``.
 
         Returns:
             The two parts, each in the order of this data set.
@@ -297,10 +178,10 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             seed: As in :meth:`split`.
 
         Returns:
-            The positions, int64, ascending.
+            The positions of the first and of the second part, int64, ascending.
         """
         if not 0 < fraction < 1:
-            raise ConfigError(f"fraction is expected to be in (0, 1), came {fraction}")
+            raise ConfigError(f"fraction must be in (0, 1), got {fraction}")
         in_second = torch.zeros(len(self), dtype=torch.bool)
         for label in self.classes.tolist():
             positions = self.of_class(label)
@@ -309,7 +190,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             in_second[positions[order[:num_second]]] = True
         if not in_second.any():
             raise DataError(
-                f"{self} cannot be split: no class has 2 images; bring more images a class"
+                f"{self} cannot be split: no class has 2 images; bring more images of each class"
             )
         return (~in_second).nonzero().flatten(), in_second.nonzero().flatten()
 
@@ -323,16 +204,194 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return chosen.float().div_(255)
 
 
+def as_labelled_images(source: ImageSource, *, size: int | None = None) -> LabelledImages:
+    """Bring any labelled images to one form.
+
+    Args:
+        source: One of
+
+            * :class:`LabelledImages`, returned as it is;
+            * a pair ``(images, labels)`` of tensors or numpy arrays. Images are uint8, or floats
+              in [0, 1] (rounded to uint8), of shape ``(N, C, H, W)``, ``(N, H, W, C)`` or
+              ``(N, H, W)``, with 1 or 3 channels. Where both orders fit, a tensor is read channels
+              first and an array channels last. Labels are integers of shape ``(N,)`` or
+              ``(N, 1)``;
+            * a map-style data set of ``(image, label)`` or ``(image, label, ...)``, such as those
+              of torchvision and Avalanche. An image is a PIL image of 8 bits per channel, or one
+              of the above without ``N``; a label is one integer. Every item is fetched once, in
+              order, through the data set's own transform: a random transform is drawn once.
+        size: Side in pixels that every image is brought to: its shorter side is resized
+            (bilinear, antialiased), then its centre is cropped to a square. Default: ``None``,
+            leave the images as they are, which must then all be of one size.
+
+    Returns:
+        The images and labels, in the order of ``source``. A uint8 ``(N, C, H, W)`` tensor on the
+        CPU is not copied. Grey images among coloured ones are repeated over the 3 channels. Class
+        names are a data set's own ``class_to_idx`` or ``classes``, where it has them.
+
+    Raises:
+        DataError: The images or the labels are not as said above, or there are none.
+        ConfigError: ``size`` is below 1.
+    """
+    check_size(size)
+    if isinstance(source, LabelledImages):
+        if size is None or source.image_shape[1:] == (size, size):
+            return source
+        images = _to_pixels(source.images, "images", size)
+        return LabelledImages(images, source.labels, source.class_names)
+    if isinstance(source, (tuple, list)) and len(source) == 2 and _is_array(source[0]):
+        return LabelledImages(
+            _to_pixels(source[0], "images", size), _to_labels(source[1], "labels")
+        )
+    return _from_dataset(source, size)
+
+
+def stack_images(
+    fetch: Callable[[int], tuple[object, object]],
+    num_images: int,
+    *,
+    size: int | None = None,
+    class_names: Mapping[int, str] | None = None,
+    describe: Callable[[int], str] = "item {}".format,
+) -> LabelledImages:
+    """Stack images fetched one by one, holding little more than the result in memory.
+
+    Args:
+        fetch: Returns the image and the label at a position, each as :func:`as_labelled_images`
+            takes it from a map-style data set. Called once for each, in order.
+        num_images: How many there are.
+        size: As in :func:`as_labelled_images`.
+        class_names: Label to name. Default: ``None``, no names.
+        describe: Names the image at a position in an error message.
+
+    Raises:
+        DataError: An image or a label cannot be used, sizes differ, or ``num_images`` is 0.
+    """
+    images = torch.empty((num_images, 0, 0, 0), dtype=torch.uint8)
+    labels = torch.empty(num_images, dtype=torch.int64)
+    for position in range(num_images):
+        image, label = fetch(position)
+        name = describe(position)
+        pixels, labels[position] = to_image(image, name, size), to_label(label, name)
+        if position == 0:
+            images = torch.empty((num_images, *pixels.shape), dtype=torch.uint8)
+        channels, height, width = pixels.shape
+        if (height, width) != images.shape[2:]:
+            raise DataError(
+                f"{name} is {height} x {width} pixels (height x width) where the first image is "
+                f"{images.shape[2]} x {images.shape[3]}: images of one size are expected; pass "
+                "size= (--size) to resize and crop them all"
+            )
+        if channels > images.shape[1]:
+            images = images.repeat(1, channels, 1, 1)
+        images[position] = pixels
+    return LabelledImages(images, labels, dict(class_names or {}))
+
+
+def to_image(image: object, name: str, size: int | None = None) -> Tensor:
+    """Bring one image to uint8 ``(C, H, W)``.
+
+    Args:
+        image: As in a map-style data set that :func:`as_labelled_images` takes. Of PIL images,
+            grey modes give 1 channel, all others 3, without transparency.
+        name: What the image is called in an error message.
+        size: As in :func:`as_labelled_images`.
+
+    Raises:
+        DataError: It is something else.
+    """
+    from PIL.Image import Image
+
+    if _is_array(image):
+        return _to_pixels(image[None], name, size)[0]
+    if not isinstance(image, Image):
+        raise DataError(
+            f"{name}: expected an image as a PIL image, a tensor or an array, got "
+            f"{type(image).__name__}; give the data set a transform that makes one"
+        )
+    if image.mode.startswith(("I", "F", "LAB")):
+        raise DataError(
+            f"{name}: expected a grey or RGB picture of 8 bits per channel, got one of PIL's mode "
+            f"{image.mode!r}; convert it first"
+        )
+    grey = image.mode in ("1", "L", "LA", "La")
+    return _to_pixels(np.array(image.convert("L" if grey else "RGB"))[None], name, size)[0]
+
+
+def to_label(label: object, name: str) -> int:
+    """Bring one label to an int: an integer of any type, or a tensor or array that holds one.
+
+    Raises:
+        DataError: It is something else, or int64 does not hold it; ``name`` begins the message.
+    """
+    return int(_to_labels(_as_array(label, name).reshape(1, -1), name))
+
+
+def channel_stats(images: Images) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of each channel, as values in [0, 1].
+
+    Args:
+        images: ``(N, C, H, W)``, uint8, or floats in [0, 1]; on any device. Read in chunks: no
+            float copy of all of them is made.
+
+    Returns:
+        Mean and population standard deviation, each float32 ``(C,)`` on the CPU. The deviation is
+        at least 0.001, so that dividing by it is safe for a constant channel.
+
+    Raises:
+        DataError: The shape or the dtype is another, or a value is not in [0, 1].
+    """
+    is_bytes = images.dtype == torch.uint8
+    is_number = is_bytes or images.dtype.is_floating_point
+    if len(images.shape) != 4 or 0 in images.shape or not is_number:
+        raise DataError(
+            "expected images of shape (N, C, H, W), not empty, uint8 or floats in [0, 1], got "
+            f"{_dtype_name(images)} {tuple(images.shape)}"
+        )
+    totals, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
+    for start in range(0, len(images), _CHUNK):
+        chunk = images[start : start + _CHUNK].detach()
+        if not is_bytes:
+            _check_unit_range(chunk, "images")
+        values = chunk.cpu().double()
+        totals += values.sum(dim=(0, 2, 3))
+        squares += values.square().sum(dim=(0, 2, 3))
+    count, top = images.shape.numel() // images.shape[1], 255 if is_bytes else 1
+    mean = totals / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return (mean / top).float(), (std / top).clamp(min=_STD_FLOOR).float()
+
+
+def check_size(size: int | None) -> None:
+    """Raise a ConfigError unless ``size`` is None or the side of an image: 1 or more pixels."""
+    if size is not None and size < 1:
+        raise ConfigError(f"size is the side of an image in pixels, 1 or more; got {size}")
+
+
+def check_tensor(value: object, name: str, dtype: torch.dtype, axes: tuple[str, ...]) -> None:
+    """Raise a DataError unless ``value`` is a tensor of these axes and dtype, on the CPU."""
+    got = type(value).__name__
+    if isinstance(value, Tensor):
+        if value.dtype == dtype and value.ndim == len(axes) and value.device.type == "cpu":
+            return
+        got = f"{_dtype_name(value)} {tuple(value.shape)} on {value.device}"
+    wanted = str(dtype).removeprefix("torch.")
+    raise DataError(
+        f"expected {name} as a tensor of {wanted} ({', '.join(axes)}) on the CPU, got {got}; "
+        "as_labelled_images converts"
+    )
+
+
 def _from_dataset(source: Any, size: int | None) -> LabelledImages:
     if isinstance(source, (str, os.PathLike)):
         raise DataError(
-            f"expected images, came the name {os.fspath(source)!r}: pass it to load_dataset"
+            f"expected images, got the name {os.fspath(source)!r}: pass it to load_dataset"
         )
     is_map_style = hasattr(source, "__len__") and hasattr(source, "__getitem__")
-    if not is_map_style or isinstance(source, Mapping) or is_array(source):
+    if not is_map_style or isinstance(source, Mapping) or _is_array(source):
         raise DataError(
             "expected LabelledImages, a pair (images, labels) of tensors or arrays, or a map-style "
-            f"data set of (image, label) with a length, came {type(source).__name__}"
+            f"data set of (image, label) with a length, got {type(source).__name__}"
         )
 
     def fetch(position: int) -> tuple[object, object]:
@@ -340,7 +399,7 @@ def _from_dataset(source: Any, size: int | None) -> LabelledImages:
         if isinstance(item, (tuple, list)) and len(item) >= 2:
             return item[0], item[1]
         raise DataError(
-            f"item {position}: expected (image, label), came {type(item).__name__}; map the data "
+            f"item {position}: expected (image, label), got {type(item).__name__}; map the data "
             "set to such pairs"
         )
 
@@ -348,7 +407,11 @@ def _from_dataset(source: Any, size: int | None) -> LabelledImages:
 
 
 def _names_of(source: object) -> dict[int, str]:
-    """Read the class names off a data set that keeps torchvision's habits."""
+    """Return the class names of a data set that names them as torchvision's do."""
+    if isinstance(source, Subset):
+        return _names_of(source.dataset)
+    if isinstance(source, LabelledImages):
+        return source.class_names
     if getattr(source, "target_transform", None) is not None:
         return {}
     indices, names = getattr(source, "class_to_idx", None), getattr(source, "classes", None)
@@ -357,3 +420,112 @@ def _names_of(source: object) -> dict[int, str]:
     if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
         return dict(enumerate(names))
     return {}
+
+
+def _to_pixels(images: Array, name: str, size: int | None) -> Tensor:
+    """Bring a batch of images to uint8 ``(N, C, H, W)`` on the CPU, copied only where needed."""
+    batch = _to_tensor(images, name)
+    if batch.ndim and len(batch) == 0:
+        raise DataError(f"{name}: expected at least 1 image, got an empty data set")
+    shape = tuple(batch.shape[1:])
+    first, last = (len(shape) == 3 and shape[axis] in CHANNELS for axis in (0, -1))
+    if not (len(shape) == 2 or first or last) or 0 in shape:
+        raise DataError(
+            f"{name}: expected each image of shape (C, H, W), (H, W, C) or (H, W), with 1 or 3 "
+            f"channels, got {shape}"
+        )
+    pixels = batch if batch.dtype == torch.uint8 else _floats_to_bytes(batch, name)
+    if len(shape) == 2:
+        pixels = pixels.unsqueeze(1)
+    elif not first or (last and not isinstance(images, Tensor)):
+        pixels = pixels.movedim(-1, 1)
+    if size is None or tuple(pixels.shape[2:]) == (size, size):
+        return pixels.contiguous()
+    from torchvision.transforms.functional import center_crop, resize
+
+    parts = pixels.split(_CHUNK)
+    return torch.cat([center_crop(resize(part, size), size) for part in parts])
+
+
+def _floats_to_bytes(batch: Tensor, name: str) -> Tensor:
+    if not batch.is_floating_point():
+        raise DataError(
+            f"{name}: expected pixels as uint8, or as floats in [0, 1], got {_dtype_name(batch)}; "
+            "convert integers in 0..255 to uint8"
+        )
+    pixels = torch.empty(batch.shape, dtype=torch.uint8)
+    for start in range(0, len(batch), _CHUNK):
+        values = batch[start : start + _CHUNK]
+        _check_unit_range(values, name)
+        pixels[start : start + _CHUNK] = values.float().mul(255).round_().clamp_(0, 255)
+    return pixels
+
+
+def _to_labels(labels: object, name: str) -> Tensor:
+    """Bring integers, ``(N,)`` or ``(N, 1)``, to int64 ``(N,)`` on the CPU."""
+    targets = _to_tensor(_as_array(labels, name), name)
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets[:, 0]
+    if targets.ndim != 1:
+        raise DataError(
+            f"{name}: expected one integer for each image as label, got shape "
+            f"{tuple(targets.shape)}; multi-label targets are not supported; for one-hot ones "
+            "pass labels.argmax(1)"
+        )
+    if targets.is_floating_point() or targets.is_complex():
+        raise DataError(
+            f"{name}: expected integers as labels, got {_dtype_name(targets)}; convert them to "
+            "int64"
+        )
+    integers = targets.to(torch.int64)
+    if targets.dtype == torch.uint64 and bool((integers < 0).any()):
+        raise DataError(f"{name}: expected labels below 2**63, got larger ones")
+    return integers.contiguous()
+
+
+def _as_array(labels: object, name: str) -> Array:
+    if _is_array(labels):
+        return labels
+    try:
+        return np.asarray(labels)
+    except ValueError as error:
+        raise DataError(
+            f"{name}: expected one integer for each image, got rows of different lengths; "
+            "multi-label targets are not supported"
+        ) from error
+
+
+def _to_tensor(values: Array, name: str) -> Tensor:
+    """Bring numbers to a tensor on the CPU that shares their memory where it can."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    # Torch reads neither foreign byte orders nor negative strides, and warns of read-only memory.
+    native = values.dtype.newbyteorder("=")
+    values = values.astype(native, order="C", copy=not values.flags.writeable)
+    try:
+        return torch.from_numpy(values)
+    except TypeError as error:
+        raise DataError(
+            f"{name}: expected numbers, got an array of {values.dtype}; convert it first"
+        ) from error
+
+
+def _check_unit_range(values: Tensor, name: str) -> None:
+    """Raise a DataError for NaN, infinity, and floats outside [0, 1] by more than rounding."""
+    low, high = (float(bound) for bound in values.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise DataError(f"{name}: expected finite floats in [0, 1], got NaN or infinity")
+    if low < -1e-5 or high > 1 + 1e-5:
+        in_bytes = low >= 0 and 2 < high <= 255
+        raise DataError(
+            f"{name}: expected floats in [0, 1], got [{low:.3g}, {high:.3g}]; "
+            + ("divide by 255" if in_bytes else "undo your normalisation (values * std + mean)")
+        )
+
+
+def _is_array(value: object) -> TypeGuard[Array]:
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def _dtype_name(values: Images) -> str:
+    return str(values.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Images that are brought when they are asked for, so that nobody holds a copy of them all."""
+"""Images fetched on demand, so that no copy of all of them is held."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ _IMAGES_AT_ONCE = 512
 
 
 class ImageLookup:
-    """Images by position, brought when they are asked for.
+    """A tensor of images ``(N, C, H, W)`` whose rows are computed when they are indexed.
 
-    It stands for a tensor ``(N, C, H, W)`` of them all, of which it has the shape, the dtype, the
-    length, and the indexing by positions, a mask or a slice.
+    It has the tensor's shape, dtype and length, and its indexing by positions, a mask or a slice.
 
     Args:
-        fetch: From positions, int64 ``(B,)`` on the CPU, to images ``(B, C, H, W)``.
+        fetch: Function from positions, int64 ``(B,)`` on the CPU, to images ``(B, C, H, W)``.
         shape: ``(N, C, H, W)``.
-        dtype: Of the images.
+        dtype: The dtype of the images.
     """
 
     def __init__(
@@ -64,13 +63,13 @@ class ImageLookup:
         return self._fetch(self._positions[index])
 
     def take(self, positions: Tensor) -> ImageLookup:
-        """Return some of the images, still to be brought: int64 ``(B,)``, repeats are kept."""
+        """Return a lookup of some positions, int64 ``(B,)``, repeats kept; nothing is fetched."""
         taken = ImageLookup(self._fetch, self.shape, self.dtype)
         taken._positions = self._positions[positions.cpu()]
         return taken
 
     def to(self, device: torch.device) -> ImageLookup:
-        """Return the same images, brought to a device."""
+        """Return a lookup of the same images that fetches them to a device."""
         return ImageLookup(lambda positions: self[positions].to(device), self.shape, self.dtype)
 
 
@@ -80,7 +79,7 @@ Images: TypeAlias = "Tensor | ImageLookup"
 
 @dataclass(frozen=True, eq=False)
 class LabelledView:
-    """Some labelled images, without a copy; as far as it goes, ``LabelledImages``.
+    """Labelled images that are fetched on demand: what ``LabelledImages`` is for tensors.
 
     Attributes:
         images: uint8 ``(N, C, H, W)``.
@@ -100,12 +99,12 @@ class LabelledView:
 
 
 def take_images(images: Images, positions: Tensor) -> Images:
-    """Return some of the images: of a tensor a copy, of a lookup another one."""
+    """Return the images at some positions: a copy of a tensor, or another lookup."""
     return images[positions] if isinstance(images, Tensor) else images.take(positions)
 
 
 def join_images(parts: Sequence[Images]) -> ImageLookup:
-    """Return images of several sets, one after another; of one dtype and image shape each."""
+    """Concatenate images of one dtype and image shape, without a copy."""
     parts = [part for part in parts if len(part)]
     starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
 

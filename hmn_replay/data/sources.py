@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import zipfile
@@ -12,9 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 import torch
 
-from hmn_replay.data.convert import check_size
-from hmn_replay.data.images import LabelledImages, as_labelled_images, stack_images
+from hmn_replay.data.images import (
+    LabelledImages,
+    as_labelled_images,
+    check_size,
+    stack_images,
+)
 from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.registry import suggest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,10 +38,7 @@ TORCHVISION = {
 DATASETS = (*TORCHVISION, "digits")
 """The names that :func:`load_dataset` knows; ``digits`` alone needs no file."""
 
-DIGITS_TEST_PER_CLASS = 36
-PICTURES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
+_DIGITS_TEST_PER_CLASS = 36
 
 
 def load_dataset(
@@ -55,11 +56,12 @@ def load_dataset(
 
             * a name of :data:`DATASETS`, in any case: ``cifar10``, ``cifar100``, ``svhn``,
               ``mnist`` and ``fashion_mnist`` are read from torchvision's files; ``digits``, 8 x 8
-              pixels in grey, comes with scikit-learn (1,437 training and 360 test images, the
-              latter 36 a class, spread evenly over the writers);
+              pixels in grey, comes with scikit-learn (1,437 training and 360 test images, 36
+              of each class, spread evenly over the writers);
             * an ``.npz`` file of arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``, each
               as :func:`~hmn_replay.data.images.as_labelled_images` takes it, read without pickle;
-              optionally ``class_names``, texts of which the one at position k names label k;
+              optionally ``class_names``, an array of texts; the one at position k, unless empty,
+              names label k;
             * a folder of pictures: ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``), or
               Tiny-ImageNet's own (``val/val_annotations.txt``, whose images then are the test
               split), or just ``CLASS/``, which has no test split. A class folder is searched
@@ -78,7 +80,7 @@ def load_dataset(
         ConfigError: ``split`` or ``size`` is not as said above.
     """
     if split not in ("train", "test"):
-        raise ConfigError(f"split is expected to be 'train' or 'test', came {split!r}")
+        raise ConfigError(f"split must be 'train' or 'test', got {split!r}")
     check_size(size)
     name = name_or_path.lower().replace("-", "_") if isinstance(name_or_path, str) else ""
     if name in DATASETS:
@@ -93,11 +95,11 @@ def load_dataset(
         return _load_folder(path, split, size)
     if path.is_file():
         return _load_npz(path, split, size)
-    close = difflib.get_close_matches(os.fspath(name_or_path).lower(), DATASETS, n=1)
+    wanted = os.fspath(name_or_path)
     raise DataError(
-        f"no data set is called {os.fspath(name_or_path)!r} and no file or folder lies there"
-        + (f" (did you mean {close[0]!r}?)" if close else "")
-        + f"; expected one of {', '.join(DATASETS)}, an .npz file, or a folder of pictures"
+        f"no data set is called {wanted!r} and no file or folder is there; expected one of "
+        f"{', '.join(DATASETS)}, an .npz file, or a folder of pictures"
+        + suggest(wanted.lower(), list(DATASETS))
     )
 
 
@@ -115,7 +117,7 @@ def _load_digits(split: Split) -> LabelledImages:
     in_test = torch.zeros(len(digits), dtype=torch.bool)
     for digit in range(10):
         positions = digits.of_class(digit)
-        steps = torch.arange(DIGITS_TEST_PER_CLASS) * len(positions) // DIGITS_TEST_PER_CLASS
+        steps = torch.arange(_DIGITS_TEST_PER_CLASS) * len(positions) // _DIGITS_TEST_PER_CLASS
         in_test[positions[steps]] = True
     return digits.take(in_test if split == "test" else ~in_test)
 
@@ -166,112 +168,121 @@ def _load_npz(path: Path, split: Split, size: int | None) -> LabelledImages:
     if missing:
         raise DataError(
             f"{path} has no {' and no '.join(missing)}: expected arrays x_train, y_train, x_test "
-            f"and y_test, came {', '.join(present) or 'none'}"
+            f"and y_test, got {', '.join(present) or 'none'}"
         )
     names = arrays.get("class_names", np.empty(0, np.str_))
     if names.dtype.kind != "U" or names.ndim != 1:
         raise DataError(
-            f"{path}: expected class_names as an array of texts, shape (K,), came {names.dtype} "
+            f"{path}: expected class_names as an array of texts, shape (K,), got {names.dtype} "
             f"{names.shape}; write it as numpy.array(list_of_str)"
         )
     try:
         plain = as_labelled_images((arrays[wanted[0]], arrays[wanted[1]]), size=size)
     except DataError as error:
         raise DataError(f"{path}, {split} split: {error}") from error
-    return LabelledImages(plain.images, plain.labels, dict(enumerate(names.tolist())))
+    class_names = {label: name for label, name in enumerate(names.tolist()) if name}
+    return LabelledImages(plain.images, plain.labels, class_names)
 
 
 def _load_folder(path: Path, split: Split, size: int | None) -> LabelledImages:
-    has_splits = (path / "train").is_dir() and bool(_class_folders(path / "train"))
-    class_folders = _class_folders(path / "train" if has_splits else path)
-    if not class_folders:
+    has_splits = (path / "train").is_dir() and bool(_class_names(path / "train"))
+    train = path / "train" if has_splits else path
+    names = _class_names(train)
+    if not names:
         raise DataError(
-            f"{path} has no folder of pictures a class: expected train/CLASS/ and test/CLASS/, or "
-            "CLASS/"
+            f"{path} has no folder of pictures for each class: expected train/CLASS/ and "
+            "test/CLASS/, or CLASS/"
         )
-    labels = _number_classes([folder.name for folder in class_folders])
+    labels = _number_classes(names)
     if split == "train":
-        pictures = _list_pictures(class_folders, labels)
+        pictures = _list_pictures(train, labels)
     elif has_splits:
         pictures = _list_test_pictures(path, labels)
     else:
         raise DataError(
             f"{path} has no test split: expected train/CLASS/ and test/CLASS/ (or val/CLASS/) in "
-            "it, came CLASS/ alone; move the test pictures to a folder of their own"
+            "it, got CLASS/ alone; move the test pictures to a folder of their own"
         )
     return stack_images(
         lambda position: (_open_picture(pictures[position][0]), pictures[position][1]),
         len(pictures),
         size=size,
         class_names={label: name for name, label in labels.items()},
-        describe=lambda position: str(pictures[position][0]),
+        describe=lambda position: pictures[position][0],
     )
 
 
-def _class_folders(folder: Path) -> list[Path]:
+def _class_names(folder: Path) -> list[str]:
     return sorted(
-        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
+        child.name
+        for child in folder.iterdir()
+        if child.is_dir() and not child.name.startswith(".")
     )
 
 
 def _number_classes(names: list[str]) -> dict[str, int]:
     """Number class folders: by their names where these are integers, else by their order."""
     if all(re.fullmatch("-?[0-9]{1,18}", name) for name in names):
-        numbers = [int(name) for name in names]
-        if len(set(numbers)) == len(numbers):
-            return dict(zip(names, numbers, strict=True))
+        numbers = {name: int(name) for name in names}
+        if len(set(numbers.values())) == len(names):
+            return numbers
     return {name: position for position, name in enumerate(names)}
 
 
-def _list_pictures(folders: list[Path], labels: dict[str, int]) -> list[tuple[Path, int]]:
-    pictures = []
-    for folder in folders:
-        if folder.name not in labels:
-            raise DataError(f"{folder} is of a class that train/ does not have; add it there too")
-        paths = sorted(path for path in folder.rglob("*") if _is_picture(path))
-        if not paths:
-            raise DataError(
-                f"the class folder {folder} holds no picture ({', '.join(sorted(PICTURES))}); fill "
-                "it or remove it"
-            )
-        pictures += [(path, labels[folder.name]) for path in paths]
+def _list_pictures(folder: Path, labels: dict[str, int]) -> list[tuple[str, int]]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    extensions = (*IMG_EXTENSIONS, ".gif")
+
+    def is_picture(path: str) -> bool:
+        name = os.path.basename(path)
+        return name.lower().endswith(extensions) and not name.startswith(".")
+
+    try:
+        pictures: list[tuple[str, int]] = make_dataset(
+            folder, labels, is_valid_file=is_picture, allow_empty=False
+        )
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder}: {error}; each class folder needs a picture ({', '.join(extensions)}): fill "
+            "or remove it"
+        ) from error
     return pictures
 
 
-def _list_test_pictures(path: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
+def _list_test_pictures(path: Path, labels: dict[str, int]) -> list[tuple[str, int]]:
     annotations = path / "val" / "val_annotations.txt"
     if annotations.is_file():
         return _list_annotated(annotations, labels)
     for folder in (path / "test", path / "val"):
-        class_folders = _class_folders(folder) if folder.is_dir() else []
-        if any(child.name in labels for child in class_folders):
-            return _list_pictures(class_folders, labels)
+        names = _class_names(folder) if folder.is_dir() else []
+        if labels.keys() & names:
+            if unknown := [name for name in names if name not in labels]:
+                raise DataError(
+                    f"{folder / unknown[0]} is of a class that train/ does not have; add it there "
+                    "too"
+                )
+            return _list_pictures(folder, {name: labels[name] for name in names})
     raise DataError(
         f"{path} has no test split: expected test/CLASS/ or val/CLASS/ with the classes of train/"
     )
 
 
-def _list_annotated(annotations: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
+def _list_annotated(annotations: Path, labels: dict[str, int]) -> list[tuple[str, int]]:
     """Read Tiny-ImageNet's list: a picture's name, a tab, its class, then what we leave."""
     pictures = []
     for number, line in enumerate(annotations.read_text("utf-8", "replace").splitlines(), 1):
-        name, _, rest = line.partition("\t")
-        class_name = rest.partition("\t")[0]
+        name, class_name = [*line.split("\t"), "", ""][:2]
         if class_name not in labels:
             raise DataError(
                 f"{annotations}, line {number}: expected a picture, a tab and a class of train/, "
-                f"came {line[:60]!r}"
+                f"got {line[:60]!r}"
             )
-        pictures.append((annotations.parent / "images" / name, labels[class_name]))
+        pictures.append((str(annotations.parent / "images" / name), labels[class_name]))
     return pictures
 
 
-def _is_picture(path: Path) -> bool:
-    is_hidden = path.name.startswith(".")
-    return path.suffix.lower() in PICTURES and not is_hidden and path.is_file()
-
-
-def _open_picture(path: Path) -> Image:
+def _open_picture(path: str) -> Image:
     from PIL import Image
 
     try:

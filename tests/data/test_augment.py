@@ -252,7 +252,7 @@ def test_cutmix_pastes_one_rectangle() -> None:
 def test_cutmix_keeps_the_share_that_the_published_draw_keeps() -> None:
     # A side sqrt(v), v uniform, around a uniform centre shows sqrt(v) - v / 4 of itself on average;
     # the mean over v of that squared is 1/2 - 1/5 + 1/48.
-    images, labels, stream = torch.zeros(2, 1, 256, 256), torch.arange(2), generator()
+    images, labels, stream = torch.zeros(2, 1, 256, 256).bool(), torch.arange(2), generator()
     shares = [cutmix(images, labels, stream, probability=1.0)[3] for _ in range(2000)]
     assert sum(shares) / 2000 == pytest.approx(1 - (1 / 2 - 1 / 5 + 1 / 48), abs=0.02)
     assert min(shares) < 0.2

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from hmn_replay.data.images import LabelledImages, as_labelled_images, channel_stats, stack_images
+from hmn_replay.data.images import (
+    LabelledImages,
+    as_labelled_images,
+    channel_stats,
+    stack_images,
+    to_image,
+    to_label,
+)
 from hmn_replay.errors import ConfigError, DataError
 
 
@@ -152,20 +160,24 @@ def test_a_split_hangs_on_the_seed_and_on_the_class_alone() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
 def test_a_split_of_nothing_or_everything_is_refused(fraction: float) -> None:
-    with pytest.raises(ConfigError, match=r"in \(0, 1\), came"):
+    with pytest.raises(ConfigError, match=r"in \(0, 1\), got"):
         some_images([0, 0]).split(fraction)
 
 
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), "a uint8 tensor .* came float32"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), "a tensor of uint8 .* got float32"),
         (torch.zeros(2, 4, 4).byte(), torch.zeros(2).long(), r"\(N, C, H, W\).* \(2, 4, 4\)"),
-        (np.zeros((2, 3, 4, 4), np.uint8), torch.zeros(2).long(), "came ndarray; as_labelled"),
-        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2).int(), "labels as a int64 .* int32"),
+        (np.zeros((2, 3, 4, 4), np.uint8), torch.zeros(2).long(), "got ndarray; as_labelled"),
+        (
+            torch.zeros(2, 3, 4, 4).byte(),
+            torch.zeros(2).int(),
+            "labels .* of int64 .* int32",
+        ),
         (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2, 1).long(), r"\(N\).* \(2, 1\)"),
-        (torch.zeros(2, 3, 4, 4).byte(), [0, 1], "came list"),
-        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(3).long(), "came 2 images and 3 labels"),
+        (torch.zeros(2, 3, 4, 4).byte(), [0, 1], "got list"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(3).long(), "got 2 images and 3 labels"),
         (torch.zeros(0, 3, 4, 4).byte(), torch.zeros(0).long(), "at least 1 image"),
         (torch.zeros(2, 2, 4, 4).byte(), torch.zeros(2).long(), "1 or 3 channels"),
         (torch.zeros(2, 3, 0, 4).byte(), torch.zeros(2).long(), "at least 1 pixel"),
@@ -245,6 +257,8 @@ def test_class_names_are_those_of_the_data_set() -> None:
     image = torch.zeros(1, 2, 2)
     named = Pairs((image, 0), (image, 1), classes=["cat", "dog"])
     assert as_labelled_images(named).class_names == {0: "cat", 1: "dog"}
+    subset: Any = Subset(named, [1])  # type: ignore[arg-type]
+    assert as_labelled_images(subset).class_names == {0: "cat", 1: "dog"}
     numbered = Pairs((image, 4), classes=["x"], class_to_idx={"cat": 4})
     assert as_labelled_images(numbered).class_names == {4: "cat"}
     remapped = Pairs((image, 4), classes=["x"], target_transform=abs)
@@ -265,21 +279,21 @@ IMAGE = torch.zeros(1, 2, 2)
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ([], "at least 1 image, came an empty data set"),
+        ([], "at least 1 image, got an empty data set"),
         ((torch.zeros(0, 3, 4, 4), torch.zeros(0).long()), "empty data set"),
         ((torch.zeros(2, 3, 4, 4), torch.zeros(3).long()), "2 images and 3 labels"),
         ((torch.zeros(2, 3, 4, 4), torch.zeros(2, 5)), "multi-label"),
         ((torch.full((2, 3, 4, 4), -1.5), torch.zeros(2).long()), "undo your normalisation"),
-        ("cifar10", "came the name 'cifar10': pass it to load_dataset"),
-        (torch.zeros(2, 3, 4, 4), "came Tensor"),
-        ({"train": [(IMAGE, 0)]}, "came dict"),
-        (Stream(), "with a length, came Stream"),
-        (None, "came NoneType"),
-        ([IMAGE], r"item 0: expected \(image, label\), came Tensor"),
-        ([(IMAGE, 0), (IMAGE,)], r"item 1: expected \(image, label\), came tuple"),
-        ([(IMAGE, 0), ("a.png", 0)], "item 1: expected an image .* came str"),
+        ("cifar10", "got the name 'cifar10': pass it to load_dataset"),
+        (torch.zeros(2, 3, 4, 4), "got Tensor"),
+        ({"train": [(IMAGE, 0)]}, "got dict"),
+        (Stream(), "with a length, got Stream"),
+        (None, "got NoneType"),
+        ([IMAGE], r"item 0: expected \(image, label\), got Tensor"),
+        ([(IMAGE, 0), (IMAGE,)], r"item 1: expected \(image, label\), got tuple"),
+        ([(IMAGE, 0), ("a.png", 0)], "item 1: expected an image .* got str"),
         ([(IMAGE, 0), (IMAGE, torch.ones(3))], "item 1: .* multi-label"),
-        ([(IMAGE, 0), (IMAGE, 0.5)], "item 1: expected an integer as label, came float"),
+        ([(IMAGE, 0), (IMAGE, 0.5)], "item 1: expected integers as labels, got float64"),
         ([(IMAGE, 0), (IMAGE - 1, 0)], "item 1: .* undo your normalisation"),
         ([(IMAGE, 0), (IMAGE * torch.nan, 0)], "item 1: .* NaN"),
     ],
@@ -290,7 +304,7 @@ def test_other_sources_are_refused(source: Any, message: str) -> None:
 
 
 def test_a_size_below_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match="1 or more; came 0"):
+    with pytest.raises(ConfigError, match="1 or more; got 0"):
         as_labelled_images(some_images([0]), size=0)
 
 
@@ -303,6 +317,205 @@ def test_images_are_fetched_once_and_in_order() -> None:
 
     assert stack_images(fetch, 5).labels.tolist() == list(fetched) == [0, 1, 2, 3, 4]
     assert set(fetched.values()) == {1}
+
+
+# --- pixels and labels of every kind
+
+
+def some_pixels(*shape: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def pixels_of(images: Any, size: int | None = None) -> Tensor:
+    return as_labelled_images((images, torch.zeros(len(images)).long()), size=size).images
+
+
+def labels_of(labels: Any) -> Tensor:
+    count = len(labels) if getattr(labels, "ndim", 1) else 1
+    return as_labelled_images((torch.zeros(count, 1, 1, 1), labels)).labels
+
+
+@pytest.mark.parametrize("make", [torch.from_numpy, np.asarray], ids=["tensor", "array"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_layout_gives_channels_first(make: Any, channels: int) -> None:
+    pixels = some_pixels(4, channels, 8, 6)
+    want = torch.from_numpy(pixels)
+    assert pixels_of(make(pixels)).equal(want)
+    last = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+    assert pixels_of(make(last)).equal(want)
+    assert pixels_of(make(last)).is_contiguous()
+
+
+def test_grey_images_may_leave_out_the_channel() -> None:
+    pixels = some_pixels(4, 8, 6)
+    assert pixels_of(pixels).equal(torch.from_numpy(pixels)[:, None])
+
+
+def test_where_both_layouts_fit_a_tensor_is_channels_first_and_an_array_channels_last() -> None:
+    pixels = some_pixels(2, 3, 8, 3)
+    assert pixels_of(torch.from_numpy(pixels)).shape == (2, 3, 8, 3)
+    assert pixels_of(pixels).shape == (2, 3, 3, 8)
+
+
+def test_bytes_share_memory() -> None:
+    images = torch.from_numpy(some_pixels(2, 3, 4, 4))
+    assert pixels_of(images).data_ptr() == images.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_floats_are_rounded_to_bytes(dtype: Any) -> None:
+    pixels = some_pixels(300, 1, 4, 4)
+    assert pixels_of((pixels / 255).astype(dtype)).equal(torch.from_numpy(pixels))
+
+
+def test_bfloat16_with_gradient_is_read() -> None:
+    images = torch.tensor([0.0, 0.5, 1.0]).bfloat16().reshape(3, 1, 1, 1).requires_grad_()
+    assert pixels_of(images).flatten().tolist() == [0, 128, 255]
+
+
+def test_read_only_and_reversed_arrays_are_read() -> None:
+    pixels = some_pixels(3, 4, 4)
+    pixels.flags.writeable = False
+    assert pixels_of(pixels).equal(torch.from_numpy(pixels.copy())[:, None])
+    assert pixels_of(pixels[::-1]).equal(torch.from_numpy(pixels[::-1].copy())[:, None])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((0, 3, 8, 8), np.uint8), "at least 1 image, got an empty data set"),
+        (np.zeros((5, 784), np.uint8), r"expected each image of shape .*, got \(784,\)"),
+        (np.zeros((5, 8, 8, 4), np.uint8), r"1 or 3 channels, got \(8, 8, 4\)"),
+        (np.zeros((5, 1, 3, 8, 8), np.uint8), r"got \(1, 3, 8, 8\)"),
+        (np.zeros((5, 3, 0, 8), np.uint8), r"got \(3, 0, 8\)"),
+        (np.zeros((5, 8, 8), np.int64), "uint8, or as floats .* got int64; convert integers"),
+        (torch.zeros(5, 8, 8, dtype=torch.bool), "got bool"),
+        (np.full((5, 8, 8), np.nan), "finite floats in .* got NaN or infinity"),
+        (np.full((5, 8, 8), -np.inf), "got NaN or infinity"),
+        (np.linspace(-2.1, 2.6, 64).reshape(1, 8, 8), "undo your normalisation"),
+        (np.linspace(0, 255, 64).reshape(1, 8, 8), r"got \[0, 255\]; divide by 255"),
+        (np.full((5, 8, 8), None), "expected numbers, got an array of object"),
+        (np.full((5, 8, 8), "cat"), "got an array of <U3"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(images: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        pixels_of(images)
+
+
+def test_nan_is_found_in_the_last_chunk() -> None:
+    images = torch.zeros(1000, 1, 2, 2)
+    images[-1, 0, 1, 1] = torch.nan
+    with pytest.raises(DataError, match="NaN"):
+        pixels_of(images)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    height=st.integers(1, 20), width=st.integers(1, 20), channels=st.sampled_from([1, 3]),
+    size=st.integers(1, 16),
+)  # fmt: skip
+def test_resizing_gives_squares_for_any_shape(
+    height: int, width: int, channels: int, size: int
+) -> None:
+    batch = torch.from_numpy(some_pixels(2, channels, height, width))
+    resized = pixels_of(batch, size)
+    assert resized.shape == (2, channels, size, size)
+    constant = pixels_of(torch.full_like(batch, 77), size)
+    assert constant.unique().tolist() == [77]
+
+
+def test_resizing_keeps_the_centre_and_matches_the_picture() -> None:
+    pixels = some_pixels(6, 10, 3)
+    cropped = pixels_of(pixels[None], 6)[0]
+    assert cropped.equal(torch.from_numpy(pixels[:, 2:8].transpose(2, 0, 1).copy()))
+    halved = to_image(Image.fromarray(pixels), "item 0", 3)
+    np.testing.assert_array_equal(pixels_of(pixels[None], 3)[0], halved)
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"),
+    [("1", 1), ("L", 1), ("LA", 1), ("P", 3), ("RGB", 3), ("RGBA", 3), ("CMYK", 3), ("YCbCr", 3)],
+)
+def test_pictures_of_8_bits_become_grey_or_colour(mode: str, channels: int) -> None:
+    picture = Image.fromarray(some_pixels(5, 7, 3)).convert(mode)
+    assert to_image(picture, "item 0").shape == (channels, 5, 7)
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16", "LAB"])
+def test_pictures_of_other_modes_are_refused(mode: str) -> None:
+    with pytest.raises(DataError, match=f"item 7: .* 8 bits per channel, got .*{mode}"):
+        to_image(Image.new(mode, (4, 4)), "item 7")
+
+
+def test_an_image_of_another_type_is_refused() -> None:
+    with pytest.raises(DataError, match=r"item 7: .* got dict; give the data set a transform"):
+        to_image({"pixels": 1}, "item 7")
+    with pytest.raises(DataError, match=r"item 7: expected each image .* got \(2, 4, 4\)"):
+        to_image(torch.zeros(2, 4, 4), "item 7")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [-3, 7, 1000],
+        (np.int8(-3), 7, np.uint16(1000)),
+        np.array([[-3], [7], [1000]], np.int16),
+        np.array([-3, 7, 1000], ">i4"),
+        torch.tensor([-3, 7, 1000], dtype=torch.int32),
+    ],
+)
+def test_integers_of_any_kind_are_labels(labels: Any) -> None:
+    converted = labels_of(labels)
+    assert converted.dtype == torch.int64
+    assert converted.tolist() == [-3, 7, 1000]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.eye(4), r"got shape \(4, 4\); multi-label .* labels.argmax\(1\)"),
+        ([[0, 1], [1, 0]], "multi-label"),
+        ([[0], [1, 2]], "rows of different lengths; multi-label"),
+        (np.array(3), r"got shape \(\)"),
+        ([0.5, 1.0], "expected integers as labels, got float64"),
+        (torch.zeros(3), "expected integers as labels, got float32"),
+        (np.array([1j]), "expected integers as labels, got complex128"),
+        (["cat", "dog"], "expected numbers, got an array of <U3"),
+        ([None, 3], "got an array of object"),
+        (np.array([2**63], np.uint64), r"below 2\*\*63"),
+    ],
+)
+def test_what_is_not_one_integer_an_image_is_refused(labels: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        labels_of(labels)
+
+
+@pytest.mark.parametrize(
+    "label", [5, np.int64(5), np.array(5), np.array([5]), torch.tensor(5), torch.tensor([[5]])]
+)
+def test_one_integer_of_any_kind_is_a_label(label: Any) -> None:
+    assert to_label(label, "item 0") == 5
+    assert type(to_label(label, "item 0")) is int
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (torch.tensor([0, 1, 1]), r"item 2: expected one integer .* got shape \(1, 3\)"),
+        ([0, 1], "multi-label targets are not supported"),
+        (np.array([]), r"got shape \(1, 0\)"),
+        (2.0, "item 2: expected integers as labels, got float64"),
+        (torch.tensor(0.5), "got float32"),
+        ("cat", "got an array of <U3"),
+        (None, "got an array of object"),
+        ({"boxes": []}, "got an array of object"),
+        (2**63, "item 2: .* uint64"),
+    ],
+)
+def test_what_is_not_one_integer_is_refused(label: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        to_label(label, "item 2")
 
 
 # --- channel_stats
@@ -335,9 +548,9 @@ def test_channel_stats_leave_the_images_alone() -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(3, 4, 4), r"\(N, C, H, W\).* came float32 \(3, 4, 4\)"),
+        (torch.zeros(3, 4, 4), r"\(N, C, H, W\).* got float32 \(3, 4, 4\)"),
         (torch.zeros(0, 3, 4, 4), "not empty"),
-        (torch.zeros(2, 3, 4, 4).int(), "came int32"),
+        (torch.zeros(2, 3, 4, 4).int(), "got int32"),
         (torch.full((2, 3, 4, 4), 1.5), "undo your normalisation"),
         (torch.full((2, 3, 4, 4), torch.nan), "NaN"),
     ],
