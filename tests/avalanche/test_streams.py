@@ -154,7 +154,7 @@ IMAGE = torch.zeros(3, 4, 4)
         ((IMAGE, torch.tensor([0, 1, 1])), "multi-label"),
         ((torch.zeros(7), 1), r"\(C, H, W\)"),
         ((IMAGE, 1, -1), "task label -1"),
-        ((IMAGE, 1.5), "integer as label"),
+        ((IMAGE, 1.5), "integers as labels"),
         ((IMAGE - 1, 1), r"came \[-1, -1\]; no torchvision Normalize"),
         ((IMAGE * torch.nan, 1), "NaN"),
     ],
