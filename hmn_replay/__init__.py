@@ -29,15 +29,16 @@ from hmn_replay.memory.file import load
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.hierarchical import HierarchicalMemory
 from hmn_replay.memory.layout import Layout
-from hmn_replay.objectives.experts import record_experts
-from hmn_replay.objectives.matching import (
+from hmn_replay.objectives import (
     OBJECTIVES,
+    Objective,
     cosine_matching,
     distribution_matching,
     gradient_matching,
     last_block_matching,
+    trajectory_matching,
 )
-from hmn_replay.objectives.trajectories import trajectory_matching
+from hmn_replay.objectives.trajectories import record_experts
 from hmn_replay.training.networks import NETWORKS, build_network
 from hmn_replay.training.train import TrainingConfig, train_network
 
@@ -66,6 +67,7 @@ __all__ = [
     "Layout",
     "MemoryFileError",
     "MemoryReplay",
+    "Objective",
     "TrainingConfig",
     "TrainingError",
     "as_labelled_images",

@@ -31,7 +31,7 @@ from hmn_replay.evaluation import Decodable, evaluate
 from hmn_replay.files import check_target
 from hmn_replay.memory.export import contact_sheet, export_images, export_npz
 from hmn_replay.memory.file import load
-from hmn_replay.objectives.experts import experts_beside
+from hmn_replay.objectives.trajectories import experts_beside
 from hmn_replay.training.train import TrainingConfig
 
 __all__ = [

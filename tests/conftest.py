@@ -14,6 +14,7 @@ from hmn_replay.data.images import LabelledImages
 from hmn_replay.memory.formats import NumberFormat
 from hmn_replay.memory.hierarchical import HierarchicalMemory
 from hmn_replay.memory.layout import Layout
+from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction
 from tests.console import Console
 from tests.support import hmn_layout
 
@@ -64,6 +65,21 @@ def make_set() -> Callable[..., LabelledImages]:
         return LabelledImages(images, torch.tensor(labels)[index])
 
     return make
+
+
+@pytest.fixture
+def register_objective() -> Iterator[Callable[[ObjectiveFunction], str]]:
+    """Return a function that registers an objective for the length of a test, and names it."""
+    names: list[str] = []
+
+    def register(objective: ObjectiveFunction) -> str:
+        names.append(f"test-{len(names)}")
+        OBJECTIVES.add(names[-1], objective)
+        return names[-1]
+
+    yield register
+    for name in names:
+        OBJECTIVES.remove(name)
 
 
 @pytest.fixture

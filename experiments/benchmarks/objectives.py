@@ -23,8 +23,8 @@ from torch import Tensor
 import hmn_replay
 from experiments.benchmarks.common import in_fresh_process, interleave, positive
 from experiments.results import reset_peak_memory
-from hmn_replay.objectives.convolution import release_memory
-from hmn_replay.objectives.matching import OBJECTIVES, get_recipe
+from hmn_replay.objectives import OBJECTIVES, get_objective
+from hmn_replay.objectives._convolution import release_memory
 from hmn_replay.runtime import make_generator, peak_memory_bytes, resolve_device
 
 SMOKE = {"width": 4, "batch": 2, "side": 8, "student_steps": 2, "rounds": 1}
@@ -63,6 +63,8 @@ def make_tasks(
     generator = make_generator(0, "objectives")
     real, decoded = torch.rand(2, batch, 3, side, side, generator=generator).to(device)
     labels = (torch.arange(batch) % NUM_CLASSES).to(device)
+    decoded.requires_grad_()
+    rate = torch.tensor(0.01, device=device, requires_grad=True)
     start = {name: value.detach() for name, value in network.named_parameters()}
     target = {name: value + 0.01 for name, value in start.items()}
     batches = [torch.arange(batch, device=device)] * student_steps
@@ -73,16 +75,21 @@ def make_tasks(
         return logits
 
     def training() -> object:
-        loss = F.cross_entropy(network(decoded), labels)
+        loss = F.cross_entropy(network(decoded.detach()), labels)
         return torch.autograd.grad(loss, list(network.parameters()))
 
     def objective(name: str) -> Callable[[], object]:
-        function = get_recipe(name).function
-        if function is None:
-            return lambda: hmn_replay.trajectory_matching(
-                network, start, target, decoded, labels, batches, 0.01
+        function = get_objective(name)
+        if function.compares_trainings:
+            return lambda: torch.autograd.grad(
+                hmn_replay.trajectory_matching(
+                    network, start, target, decoded, labels, batches, rate
+                ),
+                [decoded, rate],
             )
-        return lambda: function(network, real, labels, decoded, labels)
+        return lambda: torch.autograd.grad(
+            function(network, real, labels, decoded, labels), decoded
+        )
 
     named: dict[str, Callable[[], object]] = {name: objective(name) for name in OBJECTIVES}
     return {"forward": forward, "training": training, **named}

@@ -30,7 +30,7 @@ from experiments.tables.store import Store
 from experiments.tables.study import fit
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.memory.registry import CONTAINERS
-from hmn_replay.objectives.matching import OBJECTIVES
+from hmn_replay.objectives import OBJECTIVES
 from hmn_replay.runtime import make_generator, peak_memory_bytes
 
 T = TypeVar("T")

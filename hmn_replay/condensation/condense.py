@@ -23,7 +23,7 @@ from hmn_replay.memory.base import Container
 from hmn_replay.memory.container_layout import ContainerLayout, check_num_classes
 from hmn_replay.memory.formats import check_number_format
 from hmn_replay.memory.registry import get_layout_type
-from hmn_replay.objectives.convolution import release_memory
+from hmn_replay.objectives._convolution import release_memory
 from hmn_replay.runtime import deterministic_cudnn, resolve_device
 
 __all__ = ["condense"]

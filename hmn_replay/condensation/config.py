@@ -12,8 +12,8 @@ from hmn_replay.condensation.options import convert, convert_fields
 from hmn_replay.data.augment import STRATEGIES
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.formats import NUMBER_FORMATS
-from hmn_replay.objectives.experts import EXPERT_TRAINING
-from hmn_replay.objectives.matching import OBJECTIVES
+from hmn_replay.objectives import OBJECTIVES
+from hmn_replay.objectives.trajectories import EXPERT_TRAINING
 from hmn_replay.runtime import PRECISIONS
 from hmn_replay.training.networks import NETWORKS
 from hmn_replay.training.train import TrainingConfig
@@ -45,7 +45,7 @@ class CondenseConfig:
         number_format: How values are stored: ``"float32"``, ``"float16"``, ``"int8"`` or
             ``"entropy"``; see :mod:`hmn_replay.memory.formats`.
         objective: ``"gradient"`` (IDC's), ``"distribution"``, ``"dc"``, ``"dsa"``, ``"dm"`` or
-            ``"mtt"``; see :data:`hmn_replay.objectives.matching.OBJECTIVES`, which tells, too, whether both
+            ``"mtt"``; see :data:`hmn_replay.objectives.OBJECTIVES`, which tells, too, whether both
             batches are augmented, and what the network learns from between steps.
         warm_start_steps: Steps of fitting the memory to real images before matching; 0 for none.
         warm_start_batch: Images a step of the warm start.

@@ -24,6 +24,7 @@ from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
 from hmn_replay.condensation.run import Run
 from hmn_replay.condensation.steppers import BatchStepper, Stepper
+from hmn_replay.condensation.students import TrajectoryStepper, needs_experts, open_experts
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_images, take_images
 from hmn_replay.distributed import ALONE, Team
@@ -33,8 +34,7 @@ from hmn_replay.memory.base import Container
 from hmn_replay.memory.container_layout import ContainerLayout
 from hmn_replay.memory.file import serialise
 from hmn_replay.memory.hierarchical import HierarchicalMemory
-from hmn_replay.objectives.experts import Experts
-from hmn_replay.objectives.students import TrajectoryStepper, needs_experts, open_experts
+from hmn_replay.objectives.trajectories import Experts
 from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.training.networks import Network
 from hmn_replay.training.train import cosine_rate, train_network

@@ -17,7 +17,7 @@ from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.rate import RateControl
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.memory.base import Container
-from hmn_replay.objectives.matching import get_recipe
+from hmn_replay.objectives import get_objective
 from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.training.networks import Network
 
@@ -87,9 +87,7 @@ class BatchStepper(Stepper):
     @property
     def steps_per_network(self) -> int:
         """How many steps a network is for."""
-        # One that learns nothing is worth no second step.
-        learns = get_recipe(self.config.objective).learns_from != "nothing"
-        return self.config.inner_steps if learns else 1
+        return 1 if get_objective(self.config.objective).fresh_network else self.config.inner_steps
 
     @property
     def images_per_step(self) -> int:

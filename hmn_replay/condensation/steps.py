@@ -22,7 +22,7 @@ from hmn_replay.data.lookup import LabelledView, images_at_once
 from hmn_replay.distributed import ALONE, GradientPart, Team
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.base import Container
-from hmn_replay.objectives.matching import get_recipe
+from hmn_replay.objectives import get_objective
 from hmn_replay.runtime import autocast, make_generator
 from hmn_replay.training.gradients import add_gradients
 from hmn_replay.training.networks import Network, build_network
@@ -200,10 +200,10 @@ def match_step(
         ConfigError: The objective compares trainings, not batches.
     """
     device = memory.class_index.device
-    recipe = get_recipe(config.objective)
-    if recipe.function is None:
-        raise ConfigError(f"objective {config.objective!r} compares no batches")
-    strategies = config.augmentations if recipe.augments else ()
+    objective = get_objective(config.objective)
+    if objective.compares_trainings:
+        raise ConfigError(f"objective {config.objective!r} compares trainings, not batches")
+    strategies = config.augmentations if objective.augments else ()
     counts = memory.images_per_class
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
     num_classes = memory.num_classes - first_class
@@ -243,15 +243,15 @@ def match_step(
             decoded = own.detach().requires_grad_()
             real_images, augmented = _not_alone(augment(real_images)), _not_alone(augment(decoded))
             with autocast(device, config.precision):
-                loss, gradient = recipe.function(
+                loss = objective(
                     network,
                     real_images,
                     torch.full((len(real_images),), label, device=device),
                     augmented,
                     torch.full((len(augmented),), label, device=device),
                 )
-            distance += loss
-            gradients.extend(torch.autograd.grad(augmented, decoded, gradient))
+            distance += loss.detach()
+            gradients.extend(torch.autograd.grad(loss, decoded))
         torch.autograd.backward(images, torch.cat(gradients))
     team.sum_gradients(_parts_of(memory, [match.decoded for match in drawn]))
     if rate_control is not None:
@@ -299,17 +299,19 @@ def train_step(
 ) -> None:
     """Let the network learn from ``network_images`` images, as IDC does after every step.
 
-    Real ones, decoded ones or none at all: what the objective's paper does. The processes of a team
-    share each batch, and all call this alike; see :func:`hmn_replay.training.gradients.add_gradients`.
+    The objective says from which images, and whether they are augmented and mixed; see
+    :class:`hmn_replay.objectives.Objective`. The processes of a team share each batch, and all call
+    this alike; see :func:`hmn_replay.training.gradients.add_gradients`.
     """
     device = network.mean.device
-    learns_from = get_recipe(config.objective).learns_from
-    if learns_from == "nothing":
+    objective = get_objective(config.objective)
+    if objective.learns_from == "nothing":
         return
-    num_images = len(real.data) if learns_from == "real" else memory.num_images
+    from_real = objective.learns_from == "real"
+    num_images = len(real.data) if from_real else memory.num_images
     chosen = torch.randint(num_images, (config.network_images,), generator=generator)
     for indices in map(_not_alone, chosen.split(config.network_batch)):
-        if learns_from == "real":
+        if from_real:
             images = real.data.floats(indices).to(device, non_blocking=True)
             labels = real.class_indices[indices].to(device, non_blocking=True)
         else:
@@ -322,8 +324,10 @@ def train_step(
             real.mean,
             real.std,
             generator,
-            augmentations=config.augmentations,
-            cutmix_probability=config.network_cutmix_probability,
+            augmentations=config.augmentations if objective.network_augments else (),
+            cutmix_probability=(
+                config.network_cutmix_probability if objective.network_cutmix else 0.0
+            ),
         )
         learner.zero_grad()
         add_gradients(

@@ -1,1 +1,149 @@
-"""What is matched, as functions of a network and two batches."""
+"""What is matched: losses between a batch of real and a batch of decoded images on a network.
+
+An objective is a function ``(network, real_images, real_labels, decoded_images, decoded_labels)``
+that returns a scalar loss with a graph to ``decoded_images``. It knows nothing of what decoded
+them. To add one, register it, or pass it as ``condense(objective=...)``:
+
+    @hmn_replay.OBJECTIVES.register("mean")
+    def match_means(network, real_images, real_labels, decoded_images, decoded_labels):
+        return (decoded_images.mean(dim=0) - real_images.mean(dim=0)).square().sum()
+
+What else differs from one published loop to the next, :class:`Objective` says of each: a plain
+function is an ``Objective`` with its defaults. Trajectory matching (``"mtt"``) is the exception: it
+compares whole trainings in place of two batches; see :func:`trajectory_matching`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hmn_replay.errors import ConfigError
+from hmn_replay.objectives.features import distribution_matching, last_block_matching
+from hmn_replay.objectives.gradients import cosine_matching, gradient_matching
+from hmn_replay.objectives.trajectories import trajectory_matching
+from hmn_replay.registry import Registry
+
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "ObjectiveFunction",
+    "cosine_matching",
+    "distribution_matching",
+    "get_objective",
+    "gradient_matching",
+    "last_block_matching",
+    "trajectory_matching",
+]
+
+ObjectiveFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, and what the condensation loop does around it.
+
+    The defaults are those of IDC (Kim et al. 2022), and of a plain function.
+
+    Attributes:
+        loss: The objective as a function of network, real images, real labels, decoded images and
+            decoded labels, which returns a scalar. None for an objective that compares whole
+            trainings, as :func:`trajectory_matching` does.
+        augments: Whether real and decoded batches are augmented, both by the same draw.
+        learns_from: What the network is trained on after each step: ``"real"`` images,
+            ``"decoded"`` images, or ``"nothing"``.
+        network_augments: Whether that training augments its images.
+        network_cutmix: Whether that training mixes images by CutMix.
+    """
+
+    loss: ObjectiveFunction | None
+    augments: bool = True
+    learns_from: Literal["real", "decoded", "nothing"] = "real"
+    network_augments: bool = True
+    network_cutmix: bool = True
+
+    @property
+    def fresh_network(self) -> bool:
+        """Whether every step draws a new network: one that learns nothing serves once."""
+        return self.learns_from == "nothing"
+
+    @property
+    def compares_trainings(self) -> bool:
+        """Whether whole trainings are compared in place of two batches."""
+        return self.loss is None
+
+    def __call__(
+        self,
+        network: nn.Module,
+        real_images: Tensor,
+        real_labels: Tensor,
+        decoded_images: Tensor,
+        decoded_labels: Tensor,
+    ) -> Tensor:
+        """Return the loss, and check that it is one.
+
+        Raises:
+            ConfigError: The objective compares trainings, or its function returned anything but a
+                scalar with a graph to ``decoded_images``.
+        """
+        if self.loss is None:
+            raise ConfigError("this objective compares whole trainings; it has no loss of batches")
+        loss = self.loss(network, real_images, real_labels, decoded_images, decoded_labels)
+        name = getattr(self.loss, "__name__", repr(self.loss))
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+            raise ConfigError(f"an objective must return a scalar tensor; {name} returned {got}")
+        if decoded_images.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
+            raise ConfigError(
+                f"the loss that {name} returned does not depend on decoded_images by any graph; "
+                "compute it with gradients enabled, without detach()"
+            )
+        return loss
+
+
+OBJECTIVES: Registry[ObjectiveFunction] = Registry("objective")
+"""The objectives by name: of IDC (`gradient`), DC, DSA, DM over all blocks, DM itself, and MTT.
+
+An entry is a function, or an :class:`Objective` that says what the loop does around it.
+"""
+
+OBJECTIVES.add("gradient", Objective(gradient_matching))
+OBJECTIVES.add(
+    "dc",
+    Objective(
+        cosine_matching,
+        augments=False,
+        learns_from="decoded",
+        network_augments=False,
+        network_cutmix=False,
+    ),
+)
+OBJECTIVES.add("dsa", Objective(cosine_matching, learns_from="decoded", network_cutmix=False))
+OBJECTIVES.add("distribution", Objective(distribution_matching))
+OBJECTIVES.add("dm", Objective(last_block_matching, learns_from="nothing"))
+# Compares a student's training with an expert's: by trajectory_matching, in a step of its own.
+OBJECTIVES.add("mtt", Objective(None, learns_from="nothing"))
+
+
+def get_objective(objective: str | ObjectiveFunction) -> Objective:
+    """Return the objective of a registered name, or of a function.
+
+    Args:
+        objective: A name in :data:`OBJECTIVES`, a function with an objective's arguments, or an
+            :class:`Objective`.
+
+    Raises:
+        ConfigError: There is none of that name, or it is not callable.
+    """
+    entry = OBJECTIVES[objective] if isinstance(objective, str) else objective
+    if isinstance(entry, Objective):
+        return entry
+    if not callable(entry):
+        raise ConfigError(
+            f"objective must be one of {', '.join(OBJECTIVES)}, or a function; got {entry!r}"
+        )
+    return Objective(entry)

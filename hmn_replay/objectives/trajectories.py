@@ -1,24 +1,48 @@
-"""Trajectory matching: a student's training on decoded images, compared with an expert's.
+"""Trajectory matching (MTT): a student's training on decoded images, compared with an expert's.
 
-A pure function, like those of :mod:`hmn_replay.objectives.matching`, but of a stretch of training in place of
-one gradient. Where its experts come from is in :mod:`hmn_replay.objectives.experts`.
+:func:`trajectory_matching` compares them; :class:`Experts` trains networks on real images and keeps
+their parameters at every epoch in a folder.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hmn_replay.errors import ConfigError
+from hmn_replay.data.lookup import Images
+from hmn_replay.distributed import ALONE, Team
+from hmn_replay.errors import ConfigError, ExpertError
+from hmn_replay.files import digest_tensors, write_atomically
+from hmn_replay.objectives._network import uncached_autocast, with_gradients
+from hmn_replay.runtime import derive_seed
+from hmn_replay.training.networks import Network
+from hmn_replay.training.train import TrainingConfig, make_network, train_network
 
-__all__ = ["trajectory_matching"]
+__all__ = ["EXPERT_TRAINING", "Experts", "experts_beside", "record_experts", "trajectory_matching"]
+
+_KEY = "hmn_replay_expert"
+
+EXPERT_TRAINING = TrainingConfig(
+    batch_size=256,
+    schedule="constant",
+    momentum=0.0,
+    weight_decay=0.0,
+    cutmix_probability=0.0,
+    augmentations=("color", "crop", "cutout", "flip", "scale", "rotate"),
+)
+"""How MTT's code trains experts (Cazenavette et al. 2022): plain SGD, which students can follow."""
 
 
-@torch.enable_grad()
 def trajectory_matching(
     network: nn.Module,
     start: Mapping[str, Tensor],
@@ -28,7 +52,7 @@ def trajectory_matching(
     batches: Sequence[Tensor],
     learning_rate: Tensor | float,
     augmentations: Sequence[Callable[[Tensor], Tensor]] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """Match where a student gets to with where an expert got to (MTT; Cazenavette et al. 2022).
 
     From an expert's parameters theta, a student takes N steps of plain SGD on decoded images,
@@ -36,18 +60,20 @@ def trajectory_matching(
         theta_(t+1) = theta_t - rate * grad L(theta_t, batch t),    theta_0 = theta,
 
     L the mean cross-entropy. The loss is its squared distance to the expert's parameters some
-    epochs later, theta*, by what the expert itself has moved (arXiv 2203.11932, equation 2):
+    epochs later, theta*, divided by how far the expert itself has moved (arXiv 2203.11932,
+    equation 2):
 
         || theta_N - theta* ||^2 / || theta - theta* ||^2.
 
-    The gradient is exact: it goes through all of the steps. Yet no more than one of their graphs is
-    kept: on the way back, each step is taken again from the parameters that it began with, and
-    turns d loss / d theta_(t+1) into d loss / d theta_t by a product with its Hessian.
+    The gradients are exact, through all steps, and are computed with the loss; ``backward()`` hands
+    them over. Only one step's graph is kept at a time: on the way back, each step is taken again
+    from the parameters that it began with, and turns d loss / d theta_(t+1) into d loss / d theta_t
+    by a product with its Hessian.
 
-    Costs about 12 convolution passes over each batch, 3 on the way there and 9 on the way back,
-    where 9 would do with all graphs kept. Peak memory is N + 1 copies of the parameters, and the
-    second-order graph of one batch, which is twice the graph of a training step; it does not grow
-    with the number of decoded images. What that comes to is in :mod:`hmn_replay.objectives.matching`.
+    Costs about 12 convolution passes over each batch, 3 forward in time and 9 back, where 9 would
+    do with all graphs kept. Peak memory is N + 1 copies of the parameters, and the second-order
+    graph of one batch, which is twice the graph of a training step; it does not grow with the
+    number of decoded images.
 
     Args:
         network: Maps images to logits ``(N, K)``. Its architecture and mode count, its values do
@@ -58,18 +84,18 @@ def trajectory_matching(
         decoded_images: float ``(B, C, H, W)``.
         decoded_labels: int64 ``(B,)``, class indices.
         batches: For each step of the student, the positions of its images, int64.
-        learning_rate: The student's: a number, or a scalar on the network's device.
+        learning_rate: The student's learning rate: a number, or a scalar on the network's device.
         augmentations: For each step, a differentiable function of its batch, which gives the same
-            whenever it is called. Default: none.
+            result whenever it is called. Default: none.
 
     Returns:
-        The loss, a scalar without a graph; its gradient with respect to the decoded images, 0 for
-        those that no batch has; and with respect to the learning rate, a scalar. Of an expert that
-        has not moved there is nothing to learn: a student that has not moved either is at 0.
+        The loss, a scalar with a graph to ``decoded_images`` and, where it is a tensor,
+        ``learning_rate``. Where the expert has not moved, it is 0 for a student that has not moved
+        either.
 
     Raises:
-        ConfigError: Parameters have other names or shapes than the network's, or there is not an
-            augmentation for each batch.
+        ConfigError: Parameters have other names or shapes than the network's, or the numbers of
+            batches and of augmentations differ.
     """
     names = list(dict(network.named_parameters()))
     path = [_values(network, start, "start")]
@@ -77,57 +103,279 @@ def trajectory_matching(
     augments = [_unchanged] * len(batches) if augmentations is None else list(augmentations)
     if len(augments) != len(batches):
         raise ConfigError(
-            f"{len(batches)} batches need as many augmentations, or none; got {len(augments)}"
+            f"expected one augmentation a batch, or none; got {len(augments)} for {len(batches)} "
+            "batches"
         )
     images = decoded_images.detach()
     rate = learning_rate.detach() if isinstance(learning_rate, Tensor) else learning_rate
-    # Where batch normalisation writes statistics that nothing reads.
+    # Batch normalisation updates these statistics, which nothing reads.
     buffers = {name: value.clone() for name, value in network.named_buffers()}
 
     def gradients_at(
         step: int, parameters: Sequence[Tensor], batch: Tensor, *, create_graph: bool
     ) -> tuple[Tensor, ...]:
         values = {**buffers, **dict(zip(names, parameters, strict=True))}
-        logits = functional_call(network, values, (augments[step](batch),))
-        loss = F.cross_entropy(logits, decoded_labels[batches[step]])
+        with uncached_autocast(batch.device.type):
+            logits = functional_call(network, values, (augments[step](batch),))
+            loss = F.cross_entropy(logits, decoded_labels[batches[step]])
         return torch.autograd.grad(
             loss, parameters, create_graph=create_graph, materialize_grads=True
         )
 
     def step_back(step: int, values: Sequence[Tensor], vector: Sequence[Tensor]) -> list[Tensor]:
-        """Return the step's gradient times a vector, and how that changes with what it is of."""
+        """Return <gradients, vector>, and its derivatives by the batch and the parameters."""
         parameters, batch = _leaves(values), images[batches[step]].requires_grad_()
         gradients = gradients_at(step, parameters, batch, create_graph=True)
         along = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
         changes = torch.autograd.grad(along, [batch, *parameters], materialize_grads=True)
         return [along.detach(), *changes]
 
-    for step, indices in enumerate(batches):
-        found = gradients_at(step, _leaves(path[-1]), images[indices], create_graph=False)
-        path.append([p - rate * g for p, g in zip(path[-1], found, strict=True)])
+    inputs = [x for x in (decoded_images, learning_rate) if isinstance(x, Tensor)]
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    with torch.enable_grad():
+        for step, indices in enumerate(batches):
+            found = gradients_at(step, _leaves(path[-1]), images[indices], create_graph=False)
+            path.append([p - rate * g for p, g in zip(path[-1], found, strict=True)])
 
-    # An expert that stands still would divide by zero.
-    moved = _squared_distance(path[0], wanted).clamp_min(torch.finfo(wanted[0].dtype).tiny)
-    loss = _squared_distance(path[-1], wanted) / moved
-    backward = [2 * (p - w) / moved for p, w in zip(path.pop(), wanted, strict=True)]
-    image_gradient, rate_gradient = torch.zeros_like(images), torch.zeros_like(loss)
-    for step, indices in reversed(list(enumerate(batches))):
-        along, of_batch, *of_parameters = step_back(step, path.pop(), backward)
-        backward = [b - rate * c for b, c in zip(backward, of_parameters, strict=True)]
-        image_gradient.index_add_(0, indices, -rate * of_batch)
-        rate_gradient -= along
-    return loss, image_gradient, rate_gradient
+        # An expert that has not moved would divide by zero.
+        moved = _squared_distance(path[0], wanted).clamp_min(torch.finfo(wanted[0].dtype).tiny)
+        loss = _squared_distance(path[-1], wanted) / moved
+        if not wants_gradient:
+            return loss
+        backward = [2 * (p - w) / moved for p, w in zip(path.pop(), wanted, strict=True)]
+        image_gradient, rate_gradient = torch.zeros_like(images), torch.zeros_like(loss)
+        for step, indices in reversed(list(enumerate(batches))):
+            along, of_batch, *of_parameters = step_back(step, path.pop(), backward)
+            backward = [b - rate * c for b, c in zip(backward, of_parameters, strict=True)]
+            image_gradient.index_add_(0, indices, -rate * of_batch)
+            rate_gradient -= along
+    return with_gradients(loss, inputs, [image_gradient, rate_gradient][: len(inputs)])
+
+
+def record_experts(
+    folder: str | Path,
+    images: Images,
+    class_indices: Tensor,
+    num_classes: int,
+    *,
+    num_experts: int = 100,
+    num_epochs: int = 50,
+    networks: Sequence[str] = ("convnet",),
+    config: TrainingConfig = EXPERT_TRAINING,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+) -> Experts:
+    """Train networks on real images, and keep their parameters at every epoch.
+
+    An expert that is there already is not trained again. Each is written when it is done, all at
+    once or not at all, so a recording that was stopped goes on with those that are missing. The
+    defaults are those of MTT (Cazenavette et al. 2022, arXiv 2203.11932).
+
+    Args:
+        folder: Where the files are, ``expert-0000.safetensors`` and so on; made where it is absent.
+            A file has ``num_epochs + 1`` times the bytes of the network's float32 parameters, and
+            takes twice that of memory until it is written.
+        images: float in [0, 1] or uint8, ``(N, C, H, W)``, on the CPU.
+        class_indices: int64 ``(N,)`` in [0, num_classes), on the CPU.
+        num_classes: Number of logits.
+        num_experts: How many experts; a folder may have more.
+        num_epochs: Epochs of each; those in a folder may have more.
+        networks: Architectures, which the experts have in turn.
+        config: Their training. ``network`` and ``num_passes`` are not read; with ``epoch_images``,
+            an epoch shows so many images.
+        seed: Expert k of a seed is the same, however many there are.
+        device: Where to train. Default: the best device present.
+
+    Returns:
+        The experts, to read from.
+
+    Raises:
+        ExpertError: The folder has experts of other data or settings, or a damaged file.
+        TrainingError: A training left the real numbers.
+        OSError: The folder cannot be written to.
+    """
+    experts = Experts(
+        folder,
+        images,
+        class_indices,
+        num_classes,
+        num_experts=num_experts,
+        num_epochs=num_epochs,
+        networks=networks,
+        config=config,
+        seed=seed,
+    )
+    for number in experts.missing():
+        experts.record(number, device)
+    return experts
+
+
+def experts_beside(checkpoint: str | Path) -> Path:
+    """Return the folder of the experts that belong to a checkpoint: ``NAME.experts`` beside it."""
+    return Path(f"{checkpoint}.experts")
+
+
+class Experts:
+    """Expert trajectories in a folder; arguments and errors as for :func:`record_experts`.
+
+    The files that are there are checked by what they say of themselves; no parameter is read.
+
+    Attributes:
+        num_experts: How many they are.
+        num_epochs: How many epochs of each can be read, not counting its beginning.
+        num_images: How many images each is shown in all.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        images: Images,
+        class_indices: Tensor,
+        num_classes: int,
+        *,
+        num_experts: int,
+        num_epochs: int,
+        networks: Sequence[str] = ("convnet",),
+        config: TrainingConfig = EXPERT_TRAINING,
+        seed: int = 0,
+    ) -> None:
+        self.folder, self.num_experts, self.num_epochs = Path(folder), num_experts, num_epochs
+        self.num_images = num_epochs * min(config.epoch_images or len(images), len(images))
+        self._data = (images, class_indices, num_classes)
+        self._networks, self._seed = tuple(networks), seed
+        self._config = dataclasses.replace(config, num_passes=self.num_images)
+        self._digest = digest_tensors(str(num_classes), {"images": images, "of": class_indices})
+        for number in range(num_experts):
+            if self.path(number).exists():
+                self._check(number)
+
+    def path(self, number: int) -> Path:
+        """Return the file of an expert."""
+        return self.folder / f"expert-{number:04}.safetensors"
+
+    def missing(self) -> list[int]:
+        """Return the experts that have no file yet."""
+        return [number for number in range(self.num_experts) if not self.path(number).exists()]
+
+    def network(self, number: int) -> Network:
+        """Return a network of an expert's architecture, with the values that it begins with."""
+        images, _, num_classes = self._data
+        seed = derive_seed(self._seed, "expert", number)
+        return make_network(images, num_classes, self._training(number), seed)
+
+    def record(
+        self,
+        number: int,
+        device: str | torch.device = "auto",
+        progress: Callable[[int, int], None] | None = None,
+        team: Team = ALONE,
+    ) -> None:
+        """Train an expert, and write its file.
+
+        Args:
+            number: Which one.
+            device: Where to train.
+            progress: Called as by :func:`hmn_replay.training.train.train_network`.
+            team: The processes that train it together; the first one writes.
+        """
+        tensors: dict[str, Tensor] = {}
+
+        def keep(epoch: int, network: Network) -> None:
+            for name, value in network.named_parameters():
+                tensors[f"{epoch + 1}/{name}"] = value.detach().to("cpu", copy=True)
+
+        images, class_indices, num_classes = self._data
+        keep(-1, self.network(number))
+        train_network(
+            images,
+            class_indices,
+            num_classes,
+            config=self._training(number),
+            seed=derive_seed(self._seed, "expert", number),
+            device=device,
+            progress=progress or False,
+            on_epoch=keep,
+            team=team,
+        )
+        if not team.first:
+            return
+        told = {"num_epochs": self.num_epochs, "settings": self._settings(number)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        metadata = {_KEY: json.dumps(told)}
+        write_atomically(self.path(number), safetensors.torch.save(tensors, metadata))
+
+    def read(self, number: int, *epochs: int) -> list[dict[str, Tensor]]:
+        """Read the parameters of an expert at some epochs, and nothing else of it.
+
+        Args:
+            number: Which one.
+            epochs: 0, before its first step, to ``num_epochs``.
+
+        Returns:
+            For each epoch, the parameters by name, on the CPU.
+
+        Raises:
+            ExpertError: The file is absent or damaged.
+        """
+        try:
+            with safetensors.safe_open(self.path(number), framework="pt") as file:
+                names = [key[2:] for key in file.keys() if key.startswith("0/")]  # noqa: SIM118
+                return [
+                    {name: file.get_tensor(f"{epoch}/{name}") for name in names} for epoch in epochs
+                ]
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ExpertError(self._cannot_read(number, error)) from error
+
+    def _training(self, number: int) -> TrainingConfig:
+        name = self._networks[number % len(self._networks)]
+        return dataclasses.replace(self._config, network=name)
+
+    def _settings(self, number: int) -> dict[str, Any]:
+        settings = dataclasses.asdict(self._training(number))
+        del settings["num_passes"]
+        settings |= {"seed": self._seed, "number": number, "data": self._digest}
+        as_read: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists
+        return as_read
+
+    def _check(self, number: int) -> None:
+        """Raise an ExpertError for the file of another recording, or of fewer epochs."""
+        try:
+            with safetensors.safe_open(self.path(number), framework="pt") as file:
+                told = json.loads((file.metadata() or {})[_KEY])
+            settings, num_epochs = dict(told["settings"]), int(told["num_epochs"])
+        except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+            raise ExpertError(self._cannot_read(number, error)) from error
+        wanted = self._settings(number)
+        for name, value in wanted.items():
+            if settings.get(name) != value:
+                came, asked = f"{name} {settings.get(name)!r}", repr(value)
+                if name == "data":
+                    came, asked = "other images or labels", "these"
+                raise self._refusal(number, f"was recorded with {came}, not {asked}")
+        if num_epochs < self.num_epochs:
+            raise self._refusal(number, f"has {num_epochs} epochs, not {self.num_epochs}")
+
+    def _refusal(self, number: int, why: str) -> ExpertError:
+        folder = str(self.folder)
+        return ExpertError(
+            f"{str(self.path(number))!r} {why}; delete {folder!r} to record its experts anew, or "
+            "give another folder"
+        )
+
+    def _cannot_read(self, number: int, error: Exception) -> str:
+        path = str(self.path(number))
+        return f"cannot read the expert {path!r} ({error}); delete that file to record it again"
 
 
 def _values(network: nn.Module, given: Mapping[str, Tensor], which: str) -> list[Tensor]:
     """Return parameters in the network's order, or raise :class:`ConfigError`."""
     expected = {name: tuple(value.shape) for name, value in network.named_parameters()}
-    came = {name: tuple(value.shape) for name, value in given.items()}
-    if came != expected:
-        differing = sorted({*came.items()} ^ {*expected.items()})
+    got = {name: tuple(value.shape) for name, value in given.items()}
+    if got != expected:
+        name = sorted({*got.items()} ^ {*expected.items()})[0][0]
         raise ConfigError(
-            f"{which} must hold the parameters of {type(network).__name__}, by name; "
-            f"{differing[0][0]!r} is absent there, or here, or of another shape"
+            f"{which} must hold the parameters of {type(network).__name__} by name; expected "
+            f"{name!r} of shape {expected.get(name)}, got {got.get(name)}"
         )
     return [given[name].detach() for name in expected]
 

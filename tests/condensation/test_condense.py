@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from hmn_replay.condensation import steps
 from hmn_replay.condensation.condense import condense
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import (
@@ -26,11 +25,12 @@ from hmn_replay.memory.base import Container
 from hmn_replay.memory.file import load, serialise
 from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.memory.layout import Layout
-from hmn_replay.objectives.matching import Objective, Recipe, get_recipe
+from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction, gradient_matching
 from tests.support import TINY, tiny
 
 MakeLayout = Callable[..., Layout]
 MakeSet = Callable[..., LabelledImages]
+Register = Callable[[ObjectiveFunction], str]
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
 
@@ -110,25 +110,20 @@ def test_there_may_be_one_class_alone(make_set: MakeSet, make_layout: MakeLayout
 
 
 def test_there_may_be_more_classes_than_a_step_draws(
-    make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
+    make_set: MakeSet, make_layout: MakeLayout, register_objective: Register
 ) -> None:
     data = make_set(num_images=36, labels=tuple(range(12)))
     drawn = list[int]()
 
-    def watched(name: str) -> Recipe:
-        recipe = get_recipe(name)
-        function: Any = recipe.function
+    def watched(*batches: Any) -> Tensor:
+        drawn.append(int(batches[4][0]))
+        return gradient_matching(*batches)
 
-        def record(*batches: Any) -> Any:
-            drawn.append(int(batches[4][0]))
-            return function(*batches)
-
-        return dataclasses.replace(recipe, function=cast(Objective, record))
-
-    monkeypatch.setattr(steps, "get_recipe", watched)
+    objective = register_objective(watched)
     for classes_per_step, expected in ((5, 5), (None, 12), (99, 12)):
         drawn.clear()
-        check(tiny(data, make_layout(), classes_per_step=classes_per_step), data)
+        options: dict[str, Any] = {"objective": objective, "classes_per_step": classes_per_step}
+        check(tiny(data, make_layout(), **options), data)
         draws = [drawn[i : i + expected] for i in range(0, len(drawn), expected)]
         assert len(draws) == 2 * 3
         assert all(len(set(draw)) == expected for draw in draws)
@@ -247,26 +242,19 @@ def test_matching_moves_the_memory_to_a_lower_loss(
     make_set: MakeSet,
     make_layout: MakeLayout,
     objective: str,
-    monkeypatch: pytest.MonkeyPatch,
+    register_objective: Register,
 ) -> None:
     losses: list[float] = []
 
-    def watched(name: str) -> Recipe:
-        recipe = get_recipe(name)
-        function: Any = recipe.function
+    def watched(*batches: Any) -> Tensor:
+        loss = OBJECTIVES[objective](*batches)
+        losses.append(float(loss.detach()))
+        return loss
 
-        def record(*batches: Any) -> Any:
-            loss, gradient = function(*batches)
-            losses.append(float(loss))
-            return loss, gradient
-
-        return dataclasses.replace(recipe, function=cast(Objective, record))
-
-    monkeypatch.setattr(steps, "get_recipe", watched)
     tiny(
         make_set(num_images=60),
         make_layout("float32"),
-        objective=objective,
+        objective=register_objective(watched),
         warm_start_steps=0,
         outer_steps=1,
         inner_steps=60,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config, parse_option
 from hmn_replay.errors import ConfigError
-from hmn_replay.objectives.experts import EXPERT_TRAINING
+from hmn_replay.objectives.trajectories import EXPERT_TRAINING
 
 FIELDS = [field.name for field in dataclasses.fields(CondenseConfig)]
 

@@ -33,7 +33,7 @@ MakeSet = Callable[..., LabelledImages]
 # Any: what these modules import is replaced in tests.
 loop: Any = importlib.import_module("hmn_replay.condensation.loop")
 run: Any = importlib.import_module("hmn_replay.condensation.run")
-experts: Any = importlib.import_module("hmn_replay.objectives.experts")
+experts: Any = importlib.import_module("hmn_replay.objectives.trajectories")
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
 

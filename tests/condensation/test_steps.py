@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +20,8 @@ from hmn_replay.errors import ConfigError
 from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.memory.hierarchical import HierarchicalMemory
 from hmn_replay.memory.layout import Layout
-from hmn_replay.objectives.matching import Objective, Recipe, gradient_matching
+from hmn_replay.objectives import ObjectiveFunction, gradient_matching
 from hmn_replay.runtime import make_generator
-from hmn_replay.training.networks import Network
 from hmn_replay.training.train import draw_batch
 from tests.support import assert_close, same, values_of
 
@@ -346,13 +345,13 @@ def test_grouping_of_classes_changes_nothing_but_the_last_bits(
 
 
 def test_batches_are_of_the_sizes_asked_for_and_of_one_class_each(
-    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+    make_scene: Callable[..., Scene], register_objective: Callable[[ObjectiveFunction], str]
 ) -> None:
     seen: list[tuple[int, int, int]] = []
 
     def watched(
-        network: Network, real: Tensor, real_labels: Tensor, own: Tensor, own_labels: Tensor
-    ) -> Any:
+        network: nn.Module, real: Tensor, real_labels: Tensor, own: Tensor, own_labels: Tensor
+    ) -> Tensor:
         assert torch.cat([real_labels, own_labels]).unique().numel() == 1
         label = scene.data.classes[own_labels[0]]
         members = scene.data.of_class(int(label))
@@ -362,8 +361,13 @@ def test_batches_are_of_the_sizes_asked_for_and_of_one_class_each(
         seen.append((int(own_labels[0]), len(real), len(own)))
         return gradient_matching(network, real, real_labels, own, own_labels)
 
-    monkeypatch.setattr(steps, "get_recipe", lambda name: Recipe(cast(Objective, watched)))
-    scene = make_scene(classes_per_step=2, real_batch=4, decoded_batch=3, counts=(5, 2, 9))
+    scene = make_scene(
+        objective=register_objective(watched),
+        classes_per_step=2,
+        real_batch=4,
+        decoded_batch=3,
+        counts=(5, 2, 9),
+    )
     classes = set[int]()
     for seed in range(8):
         seen.clear()

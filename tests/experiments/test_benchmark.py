@@ -18,7 +18,7 @@ from experiments.benchmarks import common, imports, matching, objectives, proces
 from experiments.benchmarks.command import MODULES, main
 from experiments.reference import matching_loss
 from hmn_replay.budget import Budget
-from hmn_replay.objectives.matching import OBJECTIVES
+from hmn_replay.objectives import OBJECTIVES
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmark.py"
 CPU = torch.device("cpu")

@@ -17,10 +17,14 @@ from torch import Tensor
 
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ExpertError, TrainingError
-from hmn_replay.objectives import experts
-from hmn_replay.objectives.experts import EXPERT_TRAINING, Experts, experts_beside, record_experts
+from hmn_replay.objectives.trajectories import (
+    EXPERT_TRAINING,
+    Experts,
+    experts_beside,
+    record_experts,
+)
 from hmn_replay.runtime import derive_seed
-from hmn_replay.training.train import TrainingConfig, train_network
+from hmn_replay.training.train import train_network
 
 MakeSet = Callable[..., LabelledImages]
 
@@ -47,16 +51,17 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 @pytest.fixture
-def trainings(monkeypatch: pytest.MonkeyPatch) -> list[TrainingConfig]:
-    """Collect the trainings that take place."""
-    seen: list[TrainingConfig] = []
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collect the numbers of the experts that are recorded."""
+    numbers: list[int] = []
+    usual = Experts.record
 
-    def watched(*args: Any, **options: Any) -> Any:
-        seen.append(options["config"])
-        return train_network(*args, **options)
+    def watched(self: Experts, number: int, *args: Any) -> None:
+        numbers.append(number)
+        usual(self, number, *args)
 
-    monkeypatch.setattr(experts, "train_network", watched)
-    return seen
+    monkeypatch.setattr(Experts, "record", watched)
+    return numbers
 
 
 def test_an_expert_is_kept_as_it_is_after_every_epoch(make_set: MakeSet, tmp_path: Path) -> None:
@@ -81,12 +86,13 @@ def test_an_expert_is_kept_as_it_is_after_every_epoch(make_set: MakeSet, tmp_pat
     assert all(value.dtype == torch.float32 for value in recorded.read(0, 2)[0].values())
 
 
-def test_an_epoch_may_be_of_some_images(
-    make_set: MakeSet, tmp_path: Path, trainings: list[TrainingConfig]
-) -> None:
+def test_an_epoch_may_be_of_some_images(make_set: MakeSet, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, epoch_images=6)
-    assert record(tmp_path / "few", make_set(), config=config).num_images == 2 * 6
-    assert trainings[0].num_passes == 12
+    few = record(tmp_path / "few", make_set(), config=config)
+    assert few.num_images == 2 * 6
+    seen: list[tuple[int, int]] = []
+    few.record(0, "cpu", lambda *images: seen.append(images))
+    assert seen[-1] == (12, 12)
     config = dataclasses.replace(CONFIG, epoch_images=1000)
     assert record(tmp_path / "many", make_set(), config=config).num_images == 2 * 24
 
@@ -103,43 +109,36 @@ def test_experts_have_their_architectures_in_turn(make_set: MakeSet, tmp_path: P
 
 
 def test_what_is_there_is_used_and_what_is_missing_recorded(
-    make_set: MakeSet, tmp_path: Path, trainings: list[TrainingConfig]
+    make_set: MakeSet, tmp_path: Path, recorded: list[int]
 ) -> None:
     data = make_set()
     record(tmp_path, data, num_experts=3)
-    assert len(trainings) == 3
+    assert recorded == [0, 1, 2]
     whole = files(tmp_path)
     assert list(whole) == [f"expert-000{number}.safetensors" for number in range(3)]
     record(tmp_path, data, num_experts=3)
     record(tmp_path, data, num_experts=2, num_epochs=1)
-    assert len(trainings) == 3
+    assert recorded == [0, 1, 2]
     (tmp_path / "expert-0001.safetensors").unlink()
     record(tmp_path, data, num_experts=3)
-    assert len(trainings) == 4
+    assert recorded == [0, 1, 2, 1]
     record(tmp_path / "anew" / "and deeper", data, num_experts=3)
     assert files(tmp_path / "anew" / "and deeper") == whole
     shutil.rmtree(tmp_path / "anew")
     assert files(tmp_path) == whole
 
 
-def test_a_recording_that_was_stopped_goes_on(
-    make_set: MakeSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, calls = make_set(), [0]
+def test_a_recording_that_was_stopped_goes_on(make_set: MakeSet, tmp_path: Path) -> None:
+    data = make_set()
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    def stopped(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 2:
-            options["on_epoch"] = stop
-        return train_network(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(experts, "train_network", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            record(tmp_path / "stopped", data)
+    classes = (data.images, data.class_indices, data.num_classes)
+    stopped = Experts(tmp_path / "stopped", *classes, num_experts=2, num_epochs=2, config=CONFIG)
+    stopped.record(0, "cpu")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.record(1, "cpu", stop)
     assert list(files(tmp_path / "stopped")) == ["expert-0000.safetensors"]
     record(tmp_path / "stopped", data)
     record(tmp_path / "whole", data)

@@ -83,6 +83,16 @@ def written_out(
     return loss.detach(), of_images, of_rate
 
 
+def differentiate(
+    scene: Scene, augmentations: list[Callable[[Tensor], Tensor]] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, and its gradients to the decoded images and to the learning rate."""
+    images, rate = scene.images.clone().requires_grad_(), scene.rate.clone().requires_grad_()
+    loss = trajectory_matching(*scene._replace(images=images, rate=rate), augmentations)
+    of_images, of_rate = torch.autograd.grad(loss, [images, rate])
+    return loss.detach(), of_images, of_rate
+
+
 def some_augmentations(number: int) -> list[Callable[[Tensor], Tensor]]:
     generator = torch.Generator().manual_seed(3)
     names = ("color", "crop", "cutout", "rotate")
@@ -99,14 +109,14 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 @pytest.mark.parametrize("seed", range(3))
 def test_it_equals_a_training_in_one_graph(seed: int) -> None:
     scene = make_scene(seed=seed)
-    assert_same(trajectory_matching(*scene), written_out(scene))
+    assert_same(differentiate(scene), written_out(scene))
 
 
 def test_it_goes_through_augmentations_of_each_step() -> None:
     scene, augmentations = make_scene(), some_augmentations(3)
-    found = trajectory_matching(*scene, augmentations)
+    found = differentiate(scene, augmentations)
     assert_same(found, written_out(scene, augmentations))
-    assert not torch.allclose(found[1], trajectory_matching(*scene)[1])
+    assert not torch.allclose(found[1], differentiate(scene)[1])
 
 
 def test_it_goes_through_batch_normalisation() -> None:
@@ -116,29 +126,29 @@ def test_it_goes_through_batch_normalisation() -> None:
         )
     scene = make_scene(network)
     state = copy.deepcopy(network.state_dict())
-    assert_same(trajectory_matching(*scene), written_out(scene))
+    assert_same(differentiate(scene), written_out(scene))
     assert all(value.equal(state[name]) for name, value in network.state_dict().items())
     network.eval()
-    assert_same(trajectory_matching(*scene), written_out(scene))
+    assert_same(differentiate(scene), written_out(scene))
 
 
 def test_both_gradients_are_the_slopes_of_the_loss() -> None:
     scene = make_scene()
-    _, of_images, of_rate = trajectory_matching(*scene)
+    _, of_images, of_rate = differentiate(scene)
     generator = torch.Generator().manual_seed(7)
     for _ in range(3):
         step = 1e-6 * torch.randn(scene.images.shape, generator=generator, dtype=torch.double)
         up, down = (
-            trajectory_matching(*scene._replace(images=scene.images + sign * step))[0]
+            trajectory_matching(*scene._replace(images=scene.images + sign * step))
             for sign in (1, -1)
         )
         assert float(up - down) / 2 == pytest.approx(float((of_images * step).sum()), rel=1e-5)
-    up, down = (trajectory_matching(*scene._replace(rate=scene.rate + e))[0] for e in (1e-6, -1e-6))
+    up, down = (trajectory_matching(*scene._replace(rate=scene.rate + e)) for e in (1e-6, -1e-6))
     assert float(up - down) / 2e-6 == pytest.approx(float(of_rate), rel=1e-6)
 
 
 def test_an_image_that_no_batch_has_gets_no_gradient() -> None:
-    _, gradient, _ = trajectory_matching(*make_scene())
+    _, gradient, _ = differentiate(make_scene())
     assert gradient.flatten(1).any(dim=1).tolist() == [True] * 6 + [False]
 
 
@@ -152,28 +162,30 @@ def test_a_student_of_the_experts_own_batches_is_matched_perfectly() -> None:
         F.cross_entropy(expert(scene.images[batch]), scene.labels[batch]).backward()
         optimizer.step()
     target = {name: value.detach() for name, value in expert.named_parameters()}
-    loss, of_images, of_rate = trajectory_matching(*scene._replace(target=target))
+    loss, of_images, of_rate = differentiate(scene._replace(target=target))
     assert float(loss) < 1e-25
     assert float(of_images.abs().max()) < 1e-10
     assert abs(float(of_rate)) < 1e-10
 
 
 def test_without_a_step_the_loss_is_1() -> None:
-    loss, of_images, of_rate = trajectory_matching(*make_scene()._replace(batches=[]))
+    loss, of_images, of_rate = differentiate(make_scene()._replace(batches=[]))
     assert (float(loss), float(of_rate)) == (1.0, 0.0)
     assert not of_images.any()
 
 
 def test_where_neither_has_moved_nothing_is_to_learn() -> None:
     scene = make_scene()
-    found = trajectory_matching(*scene._replace(target=scene.start, batches=[]))
+    found = differentiate(scene._replace(target=scene.start, batches=[]))
     assert all(not value.any() for value in found)
 
 
 def test_the_rate_may_be_a_number() -> None:
     scene = make_scene()
-    found = trajectory_matching(*scene[:-1], float(scene.rate))
-    assert_same(found, trajectory_matching(*scene))
+    images = scene.images.clone().requires_grad_()
+    loss = trajectory_matching(*scene._replace(images=images)[:-1], float(scene.rate))
+    (gradient,) = torch.autograd.grad(loss, images)
+    assert_same((loss.detach(), gradient), differentiate(scene)[:2])
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -186,9 +198,12 @@ def test_all_that_comes_in_is_left_as_it_was(training: bool) -> None:
     for value in (scene.images, scene.rate, *scene.start.values()):
         value.requires_grad_()
     with torch.no_grad():
-        found = trajectory_matching(*scene)
+        without = trajectory_matching(*scene)
         assert not torch.is_grad_enabled()
-    assert not any(value.requires_grad for value in found)
+    assert not without.requires_grad
+    loss = trajectory_matching(*scene)
+    assert loss.equal(without)
+    torch.autograd.grad(loss, [scene.images, scene.rate])
     assert all(value.grad is None for value in (scene.images, scene.rate, *scene.start.values()))
     assert all(module.training == training for module in scene.network.modules())
     for name, value in scene.network.named_parameters():
@@ -225,9 +240,7 @@ def most_kept(scene: Scene, function: Callable[[Scene], Any]) -> int:
 
 def test_no_more_than_one_steps_graph_is_kept() -> None:
     scenes = [make_scene()._replace(batches=[torch.arange(3)] * number) for number in (1, 2, 8)]
-    one, two, eight = (
-        most_kept(scene, lambda scene: trajectory_matching(*scene)) for scene in scenes
-    )
+    one, two, eight = (most_kept(scene, differentiate) for scene in scenes)
     assert one == two == eight > 0
     assert most_kept(scenes[2], written_out) > 5 * eight
 
@@ -241,9 +254,9 @@ def test_bfloat16_is_near_float32() -> None:
         images=scene.images.float(),
         rate=scene.rate.float(),
     )
-    exact = trajectory_matching(*single)
+    exact = differentiate(single)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = trajectory_matching(*single)
+        rough = differentiate(single)
     assert float(rough[0]) == pytest.approx(float(exact[0]), rel=0.05)
     assert rough[1].dtype == torch.float32
     assert float(F.cosine_similarity(rough[1].flatten(), exact[1].flatten(), dim=0)) > 0.9
@@ -273,5 +286,5 @@ def test_other_parameters_are_refused(spoil: Callable[[Scene], Any], message: st
 
 
 def test_augmentations_of_another_number_are_refused() -> None:
-    with pytest.raises(ConfigError, match="3 batches need as many augmentations, or none; got 2"):
+    with pytest.raises(ConfigError, match="one augmentation a batch, or none; got 2 for 3"):
         trajectory_matching(*make_scene(), some_augmentations(2))

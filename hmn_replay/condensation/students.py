@@ -1,7 +1,6 @@
 """Students that follow experts: the steps of trajectory matching, for any container.
 
-The comparison itself is in :mod:`hmn_replay.objectives.trajectories`, the recording of experts in
-:mod:`hmn_replay.objectives.experts`.
+The comparison, and the recording of experts, are in :mod:`hmn_replay.objectives.trajectories`.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ from hmn_replay.data.augment import draw_augmentation
 from hmn_replay.data.lookup import take_images
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.memory.base import Container
-from hmn_replay.objectives.experts import Experts, experts_beside
-from hmn_replay.objectives.matching import get_recipe
-from hmn_replay.objectives.trajectories import trajectory_matching
+from hmn_replay.objectives import get_objective, trajectory_matching
+from hmn_replay.objectives.trajectories import Experts, experts_beside
 from hmn_replay.runtime import autocast, make_generator
 from hmn_replay.training.train import draw_epoch
 
@@ -40,7 +38,7 @@ _PIXELS_PER_GROUP = 2**19
 
 def needs_experts(config: CondenseConfig) -> bool:
     """Return whether there are steps to take in which whole trainings are compared."""
-    return get_recipe(config.objective).function is None and config.num_steps > 0
+    return get_objective(config.objective).compares_trainings and config.num_steps > 0
 
 
 @contextlib.contextmanager
@@ -260,22 +258,25 @@ def trajectory_step(
 
     with torch.no_grad():
         images = torch.cat([decode(group) for group in groups])
+    images.requires_grad_()
+    rate = learning_rate.detach().requires_grad_()
     with autocast(device, config.precision):
-        loss, gradient, of_rate = trajectory_matching(
+        loss = trajectory_matching(
             network,
             start,
             target,
             images,
             memory.class_index[seen],
             positions.to(device).split(sizes),
-            learning_rate,
+            rate,
             augmentations,
         )
+    gradient, of_rate = torch.autograd.grad(loss, [images, rate])
     optimizer.zero_grad()
     for group, of_group in zip(groups, gradient.split([len(g) for g in groups]), strict=True):
         torch.autograd.backward(decode(group), of_group)
     if rate_control is not None:
-        rate_control.add_gradients(seen, loss)
+        rate_control.add_gradients(seen, loss.detach())
     optimizer.step()
     memory.update_scales(first_class)
     return sum(sizes), of_rate

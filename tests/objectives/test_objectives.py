@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
-from hmn_replay.objectives.matching import (
+from hmn_replay.objectives import (
     OBJECTIVES,
     Objective,
+    ObjectiveFunction,
     cosine_matching,
     distribution_matching,
-    get_recipe,
+    get_objective,
     gradient_matching,
     last_block_matching,
 )
 from hmn_replay.training.networks import Network, build_network
+from tests.support import tiny
 
 Batches = tuple[Tensor, Tensor, Tensor, Tensor]
 
-FUNCTIONS: dict[str, Objective] = {
+FUNCTIONS: dict[str, ObjectiveFunction] = {
     "gradient": gradient_matching,
     "dc": cosine_matching,
     "dsa": cosine_matching,
@@ -72,6 +76,14 @@ def written_out(weights: dict[str, Tensor], images: Tensor) -> tuple[list[Tensor
             outputs[block].append(x)
         logits.append(weights["head.1.weight"] @ x.flatten() + weights["head.1.bias"])
     return [torch.stack(of_block) for of_block in outputs], torch.stack(logits)
+
+
+def differentiate(objective: ObjectiveFunction, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the loss, and its gradient to the decoded images."""
+    network, real, real_labels, decoded, labels = arguments
+    decoded = decoded.detach().requires_grad_()
+    loss = objective(network, real, real_labels, decoded, labels)
+    return loss.detach(), torch.autograd.grad(loss, decoded)[0]
 
 
 def parameters_of(network: nn.Module) -> dict[str, Tensor]:
@@ -148,7 +160,7 @@ def naive_last_block_matching(network: nn.Module, batches: Batches) -> tuple[Ten
     return loss.detach(), torch.autograd.grad(loss, decoded)[0]
 
 
-NAIVE: dict[Objective, Callable[[nn.Module, Batches], tuple[Tensor, Tensor]]] = {
+NAIVE: dict[ObjectiveFunction, Callable[[nn.Module, Batches], tuple[Tensor, Tensor]]] = {
     gradient_matching: naive_gradient_matching,
     cosine_matching: naive_cosine_matching,
     distribution_matching: naive_distribution_matching,
@@ -160,10 +172,10 @@ NAIVE: dict[Objective, Callable[[nn.Module, Batches], tuple[Tensor, Tensor]]] = 
 @pytest.mark.parametrize("num_decoded", [1, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_loss_and_gradient_equal_a_naive_reference(
-    objective: Objective, num_decoded: int, seed: int
+    objective: ObjectiveFunction, num_decoded: int, seed: int
 ) -> None:
     network, batches = some_network(seed=seed), some_batches(5, num_decoded, seed)
-    loss, gradient = objective(network, *batches)
+    loss, gradient = differentiate(objective, network, *batches)
     expected_loss, expected = NAIVE[objective](network, batches)
     assert gradient.shape == batches[2].shape
     assert float((loss - expected_loss).abs()) <= 1e-9 * float(expected_loss)
@@ -172,22 +184,26 @@ def test_loss_and_gradient_equal_a_naive_reference(
 
 
 @objectives
-def test_the_gradient_is_the_slope_of_the_loss(objective: Objective) -> None:
+def test_the_gradient_is_the_slope_of_the_loss(objective: ObjectiveFunction) -> None:
     network, (real, real_labels, decoded, labels) = some_network(), some_batches()
-    _, gradient = objective(network, real, real_labels, decoded, labels)
+    _, gradient = differentiate(objective, network, real, real_labels, decoded, labels)
     generator = torch.Generator().manual_seed(7)
     for _ in range(3):
         direction = torch.randn(decoded.shape, generator=generator, dtype=torch.double)
-        up, _ = objective(network, real, real_labels, decoded + 1e-6 * direction, labels)
-        down, _ = objective(network, real, real_labels, decoded - 1e-6 * direction, labels)
+        up, _ = differentiate(
+            objective, network, real, real_labels, decoded + 1e-6 * direction, labels
+        )
+        down, _ = differentiate(
+            objective, network, real, real_labels, decoded - 1e-6 * direction, labels
+        )
         slope = float(up - down) / 2e-6
         assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
 
 
 @objectives
-def test_the_batch_itself_is_matched_perfectly(objective: Objective) -> None:
+def test_the_batch_itself_is_matched_perfectly(objective: ObjectiveFunction) -> None:
     real, labels, _, _ = some_batches()
-    loss, gradient = objective(some_network(), real, labels, real.clone(), labels)
+    loss, gradient = differentiate(objective, some_network(), real, labels, real.clone(), labels)
     # The floor under the cosine's norms leaves a trace.
     trace = 2e-2 if objective is cosine_matching else 1e-10
     assert float(loss) == pytest.approx(0, abs=trace**2)
@@ -195,11 +211,13 @@ def test_the_batch_itself_is_matched_perfectly(objective: Objective) -> None:
 
 
 @objectives
-def test_a_step_against_the_gradient_lowers_the_loss(objective: Objective) -> None:
+def test_a_step_against_the_gradient_lowers_the_loss(objective: ObjectiveFunction) -> None:
     network, (real, real_labels, decoded, labels) = some_network(), some_batches()
-    loss, gradient = objective(network, real, real_labels, decoded, labels)
+    loss, gradient = differentiate(objective, network, real, real_labels, decoded, labels)
     step = 1e-3 * loss / gradient.square().sum()
-    lower, _ = objective(network, real, real_labels, decoded - step * gradient, labels)
+    lower, _ = differentiate(
+        objective, network, real, real_labels, decoded - step * gradient, labels
+    )
     assert float(lower) < float(loss)
 
 
@@ -213,8 +231,8 @@ def test_gradient_matching_reads_convolution_weights_alone() -> None:
         scaled.get_parameter("head.1.weight").mul_(2)
         scaled.get_parameter("stages.1.1.weight").mul_(0.5)
         scaled.get_parameter("stages.1.1.bias").mul_(0.5)
-    loss, gradient = gradient_matching(network, *batches)
-    same_loss, same_gradient = gradient_matching(scaled, *batches)
+    loss, gradient = differentiate(gradient_matching, network, *batches)
+    same_loss, same_gradient = differentiate(gradient_matching, scaled, *batches)
     torch.testing.assert_close(same_loss, loss, rtol=1e-9, atol=0)
     torch.testing.assert_close(same_gradient, gradient, rtol=1e-9, atol=1e-15)
 
@@ -223,7 +241,7 @@ def test_gradient_matching_reads_convolution_weights_alone() -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_network_and_the_batches_are_left_as_they_were(
-    objective: Objective, frozen: bool, training: bool
+    objective: ObjectiveFunction, frozen: bool, training: bool
 ) -> None:
     network, batches = some_network(), some_batches()
     network.train(training)
@@ -233,9 +251,10 @@ def test_the_network_and_the_batches_are_left_as_they_were(
     state = copy.deepcopy(network.state_dict())
     flags = [parameter.requires_grad for parameter in network.parameters()]
     copies = [batch.clone() for batch in batches]
-    batches[2].requires_grad_()
+    decoded = batches[2].requires_grad_()
 
-    loss, gradient = objective(network, *batches)
+    loss = objective(network, *batches)
+    torch.autograd.backward(2 * loss)
 
     assert all(module.training == training for module in network.modules())
     assert flags == [parameter.requires_grad for parameter in network.parameters()]
@@ -247,20 +266,64 @@ def test_the_network_and_the_batches_are_left_as_they_were(
         else:
             assert parameter.grad is None
     assert all(batch.equal(before) for batch, before in zip(batches, copies, strict=True))
-    assert batches[2].grad is None
-    assert not loss.requires_grad
-    assert not gradient.requires_grad
+    assert decoded.grad is not None
+    torch.testing.assert_close(decoded.grad, 2 * differentiate(objective, network, *batches)[1])
 
 
 @objectives
-def test_it_works_inside_no_grad(objective: Objective) -> None:
+def test_without_gradients_the_loss_is_the_same_and_has_no_graph(
+    objective: ObjectiveFunction,
+) -> None:
     network, batches = some_network(), some_batches()
-    expected = objective(network, *batches)
+    expected, _ = differentiate(objective, network, *batches)
+    assert objective(network, *batches).equal(expected)
+    batches[2].requires_grad_()
     with torch.no_grad():
-        loss, gradient = objective(network, *batches)
+        loss = objective(network, *batches)
         assert not torch.is_grad_enabled()
-    assert loss.equal(expected[0])
-    assert gradient.equal(expected[1])
+    assert loss.equal(expected)
+    assert not loss.requires_grad
+
+
+@objectives
+def test_the_loss_is_one_of_the_image_and_what_decoded_it(objective: ObjectiveFunction) -> None:
+    network, (real, real_labels, decoded, labels) = some_network(), some_batches()
+    _, gradient = differentiate(objective, network, real, real_labels, decoded, labels)
+    code = (decoded / 3).requires_grad_()
+    loss = objective(network, real, real_labels, 3 * code, labels)
+    (of_code,) = torch.autograd.grad(loss, code)
+    torch.testing.assert_close(of_code, 3 * gradient)
+
+
+@objectives
+@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+def test_weights_cast_without_a_graph_do_no_harm(objective: ObjectiveFunction, name: str) -> None:
+    network = build_network(name, (3, 8, 8), 3, width=4)
+    real, real_labels, decoded, labels = some_batches()
+    batches = (real.float(), real_labels, decoded.float(), labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = differentiate(objective, network, *batches)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            network(batches[0])
+        found = differentiate(objective, network, *batches)
+    assert found[0].equal(expected[0])
+    assert found[1].equal(expected[1])
+
+
+@objectives
+def test_the_default_dtype_does_not_matter(objective: ObjectiveFunction) -> None:
+    network, (real, real_labels, decoded, labels) = some_network().float(), some_batches()
+    batches = (real.float(), real_labels, decoded.float(), labels)
+    expected = differentiate(objective, network, *batches)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = differentiate(objective, network, *batches)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert found[0].equal(expected[0])
+    assert found[1].equal(expected[1])
 
 
 @pytest.mark.parametrize("name", ["convnet", "resnet18"])
@@ -274,22 +337,22 @@ def test_flags_are_restored_when_a_network_fails(name: str) -> None:
 
 
 @pytest.mark.parametrize("objective", [distribution_matching, last_block_matching])
-def test_matching_means_reads_no_labels(objective: Objective) -> None:
+def test_matching_means_reads_no_labels(objective: ObjectiveFunction) -> None:
     network, (real, real_labels, decoded, labels) = some_network(), some_batches()
-    loss, gradient = objective(network, real, real_labels, decoded, labels)
-    same = objective(network, real, 0 * real_labels, decoded, 0 * labels)
+    loss, gradient = differentiate(objective, network, real, real_labels, decoded, labels)
+    same = differentiate(objective, network, real, 0 * real_labels, decoded, 0 * labels)
     assert loss.equal(same[0])
     assert gradient.equal(same[1])
 
 
 @objectives
-def test_bfloat16_is_near_float32(objective: Objective) -> None:
+def test_bfloat16_is_near_float32(objective: ObjectiveFunction) -> None:
     network = some_network(width=16).float()
     real, real_labels, decoded, labels = some_batches(16, 16)
     batches = (real.float(), real_labels, decoded.float(), labels)
-    loss, gradient = objective(network, *batches)
+    loss, gradient = differentiate(objective, network, *batches)
     with torch.autocast("cpu", torch.bfloat16):
-        near, rough = objective(network, *batches)
+        near, rough = differentiate(objective, network, *batches)
     assert rough.dtype == torch.float32
     assert float(near) == pytest.approx(float(loss), rel=0.2)
     assert float(F.cosine_similarity(rough.flatten(), gradient.flatten(), dim=0)) > 0.9
@@ -297,52 +360,105 @@ def test_bfloat16_is_near_float32(objective: Objective) -> None:
 
 def test_cosine_matching_reads_directions_alone() -> None:
     network, (real, real_labels, decoded, labels) = some_network(), some_batches()
-    loss, _ = cosine_matching(network, real, real_labels, decoded, labels)
+    loss, _ = differentiate(cosine_matching, network, real, real_labels, decoded, labels)
     num_filters = 4 + 4 + 3
     assert 0 < float(loss) < 2 * num_filters
     # Shown twice, a batch has the same mean gradient; a filter that is passed over, none at all.
-    twice, _ = cosine_matching(
-        network, real.repeat(2, 1, 1, 1), real_labels.repeat(2), decoded, labels
+    twice, _ = differentiate(
+        cosine_matching, network, real.repeat(2, 1, 1, 1), real_labels.repeat(2), decoded, labels
     )
     assert float(twice) == pytest.approx(float(loss), rel=1e-9)
     with torch.no_grad():
         network.get_parameter("head.1.weight").zero_()
-    unseen, gradient = cosine_matching(network, real, real_labels, decoded, labels)
+    unseen, gradient = differentiate(cosine_matching, network, real, real_labels, decoded, labels)
     assert 8 <= float(unseen) <= 8 + 2 * 3
     assert gradient.isfinite().all()
 
 
 def test_of_one_block_dm_takes_the_sum_and_distribution_matching_the_mean() -> None:
     network = build_network("convnet", (3, 8, 8), 3, width=4, depth=1).double()
-    total, gradient = last_block_matching(network, *some_batches())
-    mean, mean_gradient = distribution_matching(network, *some_batches())
+    total, gradient = differentiate(last_block_matching, network, *some_batches())
+    mean, mean_gradient = differentiate(distribution_matching, network, *some_batches())
     torch.testing.assert_close(total, 4 * 4 * 4 * mean)
     torch.testing.assert_close(gradient, 4 * 4 * 4 * mean_gradient)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_is_known_by_its_name(name: str) -> None:
-    assert get_recipe(name).function is FUNCTIONS[name]
-    # Trainings are compared elsewhere.
-    assert {name for name in OBJECTIVES if get_recipe(name).function} == set(FUNCTIONS)
+    objective = get_objective(name)
+    assert objective.loss is FUNCTIONS.get(name)
+    assert objective.compares_trainings == (name == "mtt")
 
 
-def test_the_table_tells_what_published_loops_do() -> None:
-    assert [name for name in OBJECTIVES if not get_recipe(name).augments] == ["dc"]
-    learns = {name: get_recipe(name).learns_from for name in OBJECTIVES}
-    assert learns == {
-        "gradient": "real",
-        "dc": "decoded",
-        "dsa": "decoded",
-        "distribution": "real",
-        "dm": "nothing",
-        "mtt": "nothing",
+def test_the_table_says_what_published_loops_do() -> None:
+    loops = {
+        name: (o.augments, o.learns_from, o.network_augments, o.network_cutmix, o.fresh_network)
+        for name in OBJECTIVES
+        for o in [get_objective(name)]
+        if o.learns_from != "nothing"
     }
+    assert loops == {
+        "gradient": (True, "real", True, True, False),
+        "dc": (False, "decoded", False, False, False),
+        "dsa": (True, "decoded", True, False, False),
+        "distribution": (True, "real", True, True, False),
+    }
+    assert get_objective("dm").fresh_network
 
 
 def test_another_name_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match="gradient, dc, dsa, distribution, dm, mtt; got 'ntk'"):
-        get_recipe("ntk")
+    with pytest.raises(
+        ConfigError, match="gradient, dc, dsa, distribution, dm, mtt; got 'gradeint'"
+    ):
+        get_objective("gradeint")
+    with pytest.raises(ConfigError, match="or a function; got 3"):
+        get_objective(3)  # type: ignore[arg-type]
+
+
+def test_a_function_is_an_objective_with_the_defaults() -> None:
+    assert get_objective(distribution_matching) == get_objective("distribution")
+    plain = Objective(distribution_matching, augments=False)
+    assert get_objective(plain) is plain
+    network, batches = some_network(), some_batches()
+    assert plain(network, *batches).equal(distribution_matching(network, *batches))
+
+
+def test_an_objective_from_outside_is_condensed_with(
+    make_set: Callable[..., LabelledImages],
+    make_layout: Callable[..., Any],
+    register_objective: Callable[[ObjectiveFunction], str],
+) -> None:
+    sizes = set[tuple[int, int]]()
+
+    def match_means(
+        network: nn.Module, real: Tensor, real_labels: Tensor, decoded: Tensor, labels: Tensor
+    ) -> Tensor:
+        sizes.add((len(real), len(decoded)))
+        return (real.mean(dim=0) - decoded.mean(dim=0)).square().sum()
+
+    name = register_objective(match_means)
+    memory = tiny(make_set(), make_layout(), objective=name)
+    assert memory.report["objective"] == name
+    assert sizes
+    OBJECTIVES.remove(name)
+    with pytest.raises(ConfigError, match="objective"):
+        tiny(make_set(), make_layout(), objective=name)
+    OBJECTIVES.add(name, match_means)
+
+
+def test_an_objective_must_return_a_scalar_with_a_graph() -> None:
+    network, batches = some_network(), some_batches()
+    batches[2].requires_grad_()
+    spoiled: list[tuple[Any, str]] = [
+        (lambda *_: 0.5, "must return a scalar tensor; .* returned 0.5"),
+        (lambda *_: batches[2], r"must return a scalar tensor; .* returned shape \(4, 3, 8, 8\)"),
+        (lambda *_: batches[2].detach().sum(), "does not depend on decoded_images"),
+    ]
+    for function, message in spoiled:
+        with pytest.raises(ConfigError, match=message):
+            Objective(function)(network, *batches)
+    with pytest.raises(ConfigError, match="compares whole trainings"):
+        get_objective("mtt")(network, *batches)
 
 
 def test_a_network_without_convolutions_is_refused() -> None:
@@ -358,14 +474,14 @@ def test_a_network_without_matrices_is_refused() -> None:
 
 
 @pytest.mark.parametrize("objective", [distribution_matching, last_block_matching])
-def test_a_network_without_features_is_refused(objective: Objective) -> None:
+def test_a_network_without_features_is_refused(objective: ObjectiveFunction) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
     with pytest.raises(ConfigError, match=r"needs a network with features\(images\); Sequential"):
         objective(network, *some_batches())
 
 
 @objectives
-def test_running_statistics_are_left_as_they_are(objective: Objective) -> None:
+def test_running_statistics_are_left_as_they_are(objective: ObjectiveFunction) -> None:
     network = build_network("vgg16", (3, 8, 8), 3).double()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     objective(network, *some_batches())

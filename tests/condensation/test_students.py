@@ -15,24 +15,23 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from hmn_replay.condensation import students
 from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import make_config
 from hmn_replay.condensation.steps import RealImages, make_optimizer, set_rate
+from hmn_replay.condensation.students import (
+    TrajectoryStepper,
+    needs_experts,
+    open_experts,
+    trajectory_step,
+)
 from hmn_replay.data.augment import draw_augmentation
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ExpertError, TrainingError
 from hmn_replay.memory.file import serialise
 from hmn_replay.memory.layout import Layout
 from hmn_replay.memory.registry import CONTAINERS, make_container
-from hmn_replay.objectives import students
-from hmn_replay.objectives.experts import Experts
-from hmn_replay.objectives.students import (
-    TrajectoryStepper,
-    needs_experts,
-    open_experts,
-    trajectory_step,
-)
-from hmn_replay.objectives.trajectories import trajectory_matching
+from hmn_replay.objectives.trajectories import Experts, trajectory_matching
 from hmn_replay.runtime import make_generator
 from hmn_replay.training.train import TrainingConfig, make_network
 from tests.support import TINY, TINY_MTT, assert_close, same, tiny, values_of
@@ -108,7 +107,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def watched(*args: Any) -> Any:
         result = trajectory_matching(*args)
-        seen.append((float(result[0]), *args))
+        seen.append((float(result.detach()), *args))
         return result
 
     monkeypatch.setattr(students, "trajectory_matching", watched)
