@@ -285,7 +285,7 @@ def test_the_gradient_goes_through_the_augmentation_that_both_batches_share(
 def test_an_objective_of_trainings_has_no_batches_to_match(
     make_scene: Callable[..., Scene],
 ) -> None:
-    with pytest.raises(ConfigError, match="objective 'mtt' compares no batches"):
+    with pytest.raises(ConfigError, match="objective 'mtt' compares trainings, not batches"):
         make_scene(objective="mtt").match()
 
 
