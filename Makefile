@@ -31,7 +31,7 @@ test: $(STAMP)  ## Run the tests
 lint: $(STAMP)  ## Check style, formatting and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/lint-imports --no-cache
 
 typecheck: $(STAMP)  ## Check the types
 	$(BIN)/mypy
