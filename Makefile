@@ -11,9 +11,10 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint typecheck format clean
+.PHONY: help venv demo test lint typecheck docs format clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +37,9 @@ lint: $(STAMP)  ## Check style, formatting and who imports whom
 typecheck: $(STAMP)  ## Check the types
 	$(BIN)/mypy
 
+docs: $(DOCS_STAMP)  ## Build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: $(STAMP)  ## Mend what can be mended of style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -52,4 +56,8 @@ $(STAMP): pyproject.toml
 	    echo "No virtual environment could be made (on Debian: apt install python3-venv)" >&2; \
 	    exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]'
 	@touch $@

@@ -1,0 +1,74 @@
+"""README: its code runs, its links lead somewhere, and it stays one that can be read at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hmn_replay
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+SCRIPTS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+# What is run here is the code of README to the letter; only "quick" is quicker.
+QUICKER = {
+    "warm_start_steps": 40,
+    "outer_steps": 1,
+    "inner_steps": 2,
+    "network_images": 64,
+    "pruning_passes": 1000,
+    "pruning_width": 8,
+}
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Return a function that runs a script in an empty folder and returns its names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(hmn_replay.EFFORTS, "quick", QUICKER)
+
+    def run(script: str) -> dict[str, Any]:
+        names: dict[str, Any] = {}
+        with torch.random.fork_rng():
+            exec(compile(script, "README.md", "exec"), names)
+        return names
+
+    return run
+
+
+def test_code_for_a_data_set(run_script: Any) -> None:
+    names = run_script(SCRIPTS[0])
+    assert Path("digits.hmn").stat().st_size <= 4096
+    assert names["images"].shape == (names["memory"].num_images, 1, 8, 8)
+    assert names["accuracy"] > 0.3
+
+
+@pytest.mark.filterwarnings("ignore")  # Avalanche's own
+def test_code_for_a_stream(run_script: Any) -> None:
+    names = run_script(SCRIPTS[1])
+    assert Path("seen.hmn").stat().st_size <= 2048
+    assert names["replay"].memory.num_classes == 10
+    assert names["results"]["Top1_Acc_Stream/eval_phase/test_stream/Task000"] > 0.2
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+def test_links_to_files_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text())
+    files = [link for link in links if not link.startswith("https://")]
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_readme_is_short_and_names_the_commands() -> None:
+    assert len(README.splitlines()) <= 150
+    targets = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"make ([a-z]+)", README))
+    assert "test" in named
+    assert named <= set(targets)
+
+
+def test_citation_names_this_version() -> None:
+    assert f"version: {hmn_replay.__version__}\n" in (ROOT / "CITATION.cff").read_text()
