@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.datasets import ImageFolder
 
 from hmn_replay.baselines.fill import raw_images
 from hmn_replay.data.images import LabelledImages
@@ -117,19 +119,47 @@ def test_the_folder_is_as_open_as_any_other(memory: HierarchicalMemory, tmp_path
 
 
 def test_class_names_name_the_folders(memory: HierarchicalMemory, tmp_path: Path) -> None:
-    names = {-3: "great white/shark", 7: "..", 1000: "Löwe"}
-    with pytest.raises(ConfigError, match="or one would have no name"):
-        export_images(memory, tmp_path / "out", class_names=names)
-    names[7] = "../etc"
+    names = {-3: "great white/shark", 7: "../etc", 1000: "Löwe"}
     export_images(memory, tmp_path / "out", class_names=names)
+    again = ImageFolder(str(tmp_path / "out"))
+    assert again.classes == ["Löwe", "_etc", "great_white_shark"]
+    assert again.targets == [0, 1, 1, 1, 2, 2]
+    assert load_dataset(tmp_path / "out").class_names == dict(enumerate(again.classes))
+
+
+def test_classes_of_one_name_or_none_keep_a_folder_each(
+    memory: HierarchicalMemory, tmp_path: Path
+) -> None:
+    export_images(memory, tmp_path / "out", class_names={-3: "Crane", 7: "crane", 1000: ".."})
     folders = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert folders == ["Löwe", "_etc", "great_white_shark"]
+    assert folders == ["1000", "Crane_-3", "crane_7"]
 
 
-def test_two_classes_never_share_a_folder(memory: HierarchicalMemory, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="two classes would share a folder"):
-        export_images(memory, tmp_path / "out", class_names={-3: "Crane", 7: "crane"})
-    assert list(tmp_path.iterdir()) == []
+def test_the_memorys_own_names_are_the_default(tmp_path: Path) -> None:
+    memory = Named()
+    export_images(memory, tmp_path / "named")
+    export_images(memory, tmp_path / "numbered", class_names={})
+    assert sorted(path.name for path in (tmp_path / "named").iterdir()) == ["4", "cat"]
+    assert sorted(path.name for path in (tmp_path / "numbered").iterdir()) == ["2", "4"]
+    export_npz(memory, tmp_path / "named.npz")
+    again = load_dataset(tmp_path / "named.npz")
+    assert again.class_names == {2: "cat"}
+    assert again.labels.tolist() == [2, 2, 4]
+    widths = []
+    given: list[dict[int, str] | None] = [None, {}]
+    for names in given:
+        contact_sheet(memory, tmp_path / "sheet.png", class_names=names)
+        widths.append(open_sheet(tmp_path / "sheet.png").shape[1])
+    assert widths[0] > widths[1], "cat is wider than 2"
+
+
+class Named:
+    """As much of a memory as is exported."""
+
+    class_names: ClassVar = {2: "cat"}
+
+    def decode(self, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return torch.zeros(3, 1, 8, 8, dtype=dtype), torch.tensor([2, 2, 4])
 
 
 def test_the_contact_sheet_has_a_row_a_class_of_enlarged_images(
@@ -141,34 +171,42 @@ def test_the_contact_sheet_has_a_row_a_class_of_enlarged_images(
     _, height, width = memory.image_shape
     factor = -(-64 // min(height, width))
     rows, columns = height * factor + 2, width * factor + 2
-    margin = sheet.shape[1] - 2 * columns
+    margin = sheet.shape[1] - 2 * columns - 2
     assert margin > 8
     assert sheet.shape[0] == 3 * rows + 2
     for row, label in enumerate(LABELS):
         for column, image in enumerate(images[labels == label][:2]):
-            top, left = 2 + row * rows, margin + column * columns
+            top, left = 2 + row * rows, margin + 2 + column * columns
             block = sheet[top : top + height * factor, left : left + width * factor]
             pixels = image.expand(3, -1, -1).movedim(0, -1).numpy()
             assert (block[::factor, ::factor] == pixels).all()
             assert (block[factor - 1 :: factor, factor - 1 :: factor] == pixels).all()
 
 
-def test_a_contact_sheet_shows_no_more_classes_than_asked(
-    memory: HierarchicalMemory, tmp_path: Path
+@pytest.mark.parametrize("rows", [1, 2, 3, 50])
+def test_a_contact_sheet_shows_every_class(
+    memory: HierarchicalMemory, rows: int, tmp_path: Path
 ) -> None:
-    heights = []
-    for max_classes in (1, 2, 50):
-        contact_sheet(memory, tmp_path / "sheet.png", max_classes=max_classes)
-        heights.append(len(open_sheet(tmp_path / "sheet.png")))
-    one, two, all_three = heights
-    assert one < two < all_three
-    assert two - one == all_three - two
+    contact_sheet(memory, tmp_path / "sheet.png", rows=rows, columns=3)
+    sheet = open_sheet(tmp_path / "sheet.png")
+    _, height, width = memory.image_shape
+    factor = -(-64 // min(height, width))
+    blocks = -(-3 // rows)
+    assert sheet.shape[0] == 2 + min(rows, 3) * (height * factor + 2)
+    wide = sheet.shape[1] // blocks
+    margin = wide - 2 - 3 * (width * factor + 2)
+    images, labels = decoded(memory)
+    for position, label in enumerate(LABELS):
+        block, row = divmod(position, rows)
+        top, left = 2 + row * (height * factor + 2), block * wide + margin + 2
+        shown = sheet[top : top + height * factor : factor, left : left + width * factor : factor]
+        assert (shown == images[labels == label][0].movedim(0, -1).numpy()).all()
 
 
 def test_large_images_are_shown_as_they_are(tmp_path: Path) -> None:
     large = LabelledImages(torch.zeros(1, 3, 70, 90, dtype=torch.uint8), torch.zeros(1).long())
     contact_sheet(raw_images(large, 10**6), tmp_path / "sheet.png", class_names={0: "night"})
-    assert len(open_sheet(tmp_path / "sheet.png")) == 2 + 72
+    assert len(open_sheet(tmp_path / "sheet.png")) == 70
 
 
 def test_wrong_options_and_empty_memories_are_refused(
@@ -176,8 +214,8 @@ def test_wrong_options_and_empty_memories_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="columns is 1 or more; got 0"):
         contact_sheet(memory, tmp_path / "sheet.png", columns=0)
-    with pytest.raises(ConfigError, match="max_classes is 1 or more; got 0"):
-        contact_sheet(memory, tmp_path / "sheet.png", max_classes=0)
+    with pytest.raises(ConfigError, match="rows is 1 or more; got 0"):
+        contact_sheet(memory, tmp_path / "sheet.png", rows=0)
     memory.keep([])
     for export in (export_images, export_npz, contact_sheet):
         with pytest.raises(DataError, match="the memory holds no image"):
