@@ -1,1 +1,52 @@
 """What is stored: memories, number formats and the file."""
+
+from hmn_replay.memory.base import (
+    MEMORIES,
+    DecodedDataset,
+    Memory,
+    load,
+    loads,
+    register_memory,
+)
+from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
+from hmn_replay.memory.hierarchical import HierarchicalMemory, HMNLayout
+from hmn_replay.memory.learned import LearnedMemory, MemoryLayout, StoredTensor
+from hmn_replay.memory.real import JPEGMemory, LosslessMemory, RawMemory, RealMemory
+from hmn_replay.memory.rivals import (
+    HaBaLayout,
+    HaBaMemory,
+    IDCLayout,
+    IDCMemory,
+    LinBaLayout,
+    LinBaMemory,
+    PixelLayout,
+    PixelMemory,
+)
+
+__all__ = [
+    "MEMORIES",
+    "NUMBER_FORMATS",
+    "DecodedDataset",
+    "HMNLayout",
+    "HaBaLayout",
+    "HaBaMemory",
+    "HierarchicalMemory",
+    "IDCLayout",
+    "IDCMemory",
+    "JPEGMemory",
+    "LearnedMemory",
+    "LinBaLayout",
+    "LinBaMemory",
+    "LosslessMemory",
+    "Memory",
+    "MemoryLayout",
+    "NumberFormat",
+    "PixelLayout",
+    "PixelMemory",
+    "RawMemory",
+    "RealMemory",
+    "StoredTensor",
+    "load",
+    "loads",
+    "register_memory",
+]

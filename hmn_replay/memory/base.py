@@ -1,201 +1,159 @@
-"""What every container of images is: labelled images, decoded on demand from learned values.
+"""What every memory is: labelled images under a budget of bytes, decoded on demand.
 
-The loop, the pruning, the file and the replay know containers by this class alone. The hierarchical
-memory is one; the containers that it is compared with are in :mod:`hmn_replay.memory.registry`.
+The loop, the replay, the command and the evaluation know memories by :class:`Memory` alone. Memories
+whose images are learned are in :mod:`hmn_replay.memory.learned`, real images in
+:mod:`hmn_replay.memory.real`.
 """
 
 from __future__ import annotations
 
 import abc
+import json
 import math
-from collections.abc import Callable, Sequence
+import os
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from hmn_replay.budget import Budget
+from hmn_replay.budget import Budget, as_int
 from hmn_replay.data.lookup import ImageLookup, Images
-from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.memory.checks import check_classes, check_counts, check_groups, check_indices
-from hmn_replay.memory.container_layout import MAX_CLASSES, ContainerLayout
-from hmn_replay.memory.decoded import DecodedDataset
-from hmn_replay.memory.entropy import encode
-from hmn_replay.memory.formats import Stored, quantise, stored_bits
-from hmn_replay.runtime import make_generator
+from hmn_replay.errors import BudgetError, ConfigError, HMNReplayError, MemoryFileError
+from hmn_replay.files import write_atomically
+from hmn_replay.memory.file import (
+    Record,
+    TensorSpec,
+    integer_dtype,
+    pack,
+    packed_size,
+    read_file,
+    unpack,
+)
+from hmn_replay.registry import Registry
+from hmn_replay.runtime import resolve_device
 
-__all__ = ["Container", "noise", "ones", "zeros"]
+__all__ = [
+    "MAX_CLASSES",
+    "MAX_SIDE",
+    "MEMORIES",
+    "MIN_SIDE",
+    "DecodedDataset",
+    "Memory",
+    "affordable_names",
+    "check_classes",
+    "check_counts",
+    "check_image_shape",
+    "check_indices",
+    "check_num_classes",
+    "load",
+    "loads",
+    "register_memory",
+    "stored_names_bytes",
+]
 
-_PIXELS_PER_CHUNK = 2**18
-_IMAGES_PER_CHUNK = 256
+MIN_SIDE, MAX_SIDE, MAX_CLASSES = 8, 224, 1000
 # Decoded once where all images take no more than this, such as 87,000 of 32 x 32.
 _KEPT_BYTES = 2**30
+# Class names are kept where they take no more than this share of the budget.
+_NAMES_SHARE = 0.01
+_MAX_NAMES_BYTES = 2**20
+
+AnyMemory = TypeVar("AnyMemory", bound="type[Memory]")
 
 
-class Container(nn.Module, abc.ABC):
-    """Labelled images, decoded on demand from learned values under a budget of bytes.
+class Memory(abc.ABC):
+    """Labelled images under a budget of bytes, decoded on demand and kept in one file.
 
-    Images stand class by class, in the order of :attr:`classes`. The parameters are latent float32
-    values; :meth:`forward` and :meth:`decode` see them rounded to the layout's number format, so
-    that what is decoded now is what the saved file will give back.
-
-    Args:
-        layout: Shapes and number format.
-        classes: The labels: 1 to 1000 different integers of 64 bits, in any order.
-        images_per_class: How many images each class has: one number for all, or one a class; 0 or
-            more, and a multiple of ``layout.group_size``.
-        budget: Bytes that the saved file may take, or None for no bound.
-        seed: Seed of the initial values.
-
-    Raises:
-        ConfigError: Repeated classes, too many of them, or counts that cannot be.
-        BudgetError: The images do not fit the budget.
+    Images stand class by class, in the order of :attr:`classes`.
 
     Attributes:
+        kind: The memory kind's registered name, such as ``"hmn"`` or ``"jpeg"``.
         classes: int64 ``(K,)``, the label of each class.
         class_index: int64 ``(N,)``, for each image the position of its class in ``classes``.
-        budget_bytes: The budget, or None.
-        report: How the container was condensed; see :func:`hmn_replay.condense`. Not in the file.
-        class_rows: Names of parameters and buffers with one row a class.
-        group_rows: Names of those with one row an image, or a group of ``layout.group_size``.
-        private: Names of the parameters that few images share, which learn faster.
+        class_names: Label to name, of the classes that have one. Kept in the file.
+        budget_bytes: Bytes that the file may take, or None for no bound.
+        report: How the memory was made; see :func:`hmn_replay.condense`. Not in the file.
     """
 
-    class_rows: ClassVar[tuple[str, ...]] = ()
-    group_rows: ClassVar[tuple[str, ...]] = ()
-    private: ClassVar[tuple[str, ...]] = ()
-    layout: ContainerLayout
+    kind: ClassVar[str]
     classes: Tensor
     class_index: Tensor
-
-    def __init__(
-        self,
-        layout: ContainerLayout,
-        classes: Sequence[int] | Tensor,
-        images_per_class: int | Sequence[int],
-        *,
-        budget: Budget | int | str | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.layout = layout
-        self.report: dict[str, object] = {}
-        # Beside class_index, so that nobody has to ask the device for them.
-        self._counts: list[int] = []
-        labels = check_classes(classes)
-        counts = check_counts(images_per_class, len(labels), layout.group_size)
-        self.budget_bytes = None if budget is None else Budget.parse(budget).num_bytes
-        self._make_shared(make_generator(seed, "memory"))
-        self.register_buffer("classes", torch.empty(0, dtype=torch.int64))
-        self.register_buffer("class_index", torch.empty(0, dtype=torch.int64))
-        self.extend(labels, counts, seed=seed)
-
-    @abc.abstractmethod
-    def _make_shared(self, generator: torch.Generator) -> None:
-        """Set what all images share, and the rows of classes and groups without any rows."""
-
-    @abc.abstractmethod
-    def _new_rows(
-        self, generator: torch.Generator, counts: Sequence[int], owner: Tensor
-    ) -> dict[str, Tensor]:
-        """Return rows to add to ``class_rows`` and ``group_rows``, by name, on the CPU.
-
-        Args:
-            generator: Of their values.
-            counts: Images of each new class.
-            owner: int64, for each new image the position of its class among the new ones.
-        """
-
-    @abc.abstractmethod
-    def forward(self, indices: Tensor) -> Tensor:
-        """Decode images, with gradients to every learned value.
-
-        Args:
-            indices: int64 ``(B,)``, positions of images; repeats are allowed.
-
-        Returns:
-            float32 ``(B, C, H, W)`` in [0, 1].
-        """
-
-    @abc.abstractmethod
-    def stored(self) -> dict[str, list[Stored]]:
-        """Return what the file's tensors hold, by name; several parts stand one after another."""
-
-    def scales(self) -> list[Tensor]:
-        """Return the int8 scales that the file has, in order."""
-        return []
-
-    @abc.abstractmethod
-    def largest_sum(self) -> float:
-        """Return what no sum in the decoding can exceed, by the triangle inequality."""
-
-    def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
-        """Set values so that images come near to real ones, where that has a closed form.
-
-        Args:
-            first_image: The images before it stay as they are.
-            real_images: From positions, int64 ``(B,)``, ``first_image`` or more, to the wanted
-                images, float32 ``(B, C, H, W)`` in [0, 1], on the CPU.
-
-        Returns:
-            Whether nothing is left for the steps of the warm start to do.
-        """
-        del first_image, real_images
-        return False
-
-    def update_scales(self, first_class: int = 0) -> None:
-        """Bring what is kept beside the latent values, or bounds them, in line with them.
-
-        To be called after latent values change, before what is decoded is used; training does.
-
-        Args:
-            first_class: Position of a class. Where it is not 0, nothing changes that the images of
-                the classes before it are decoded from.
-        """
+    class_names: dict[int, str]
+    budget_bytes: int | None
+    report: dict[str, Any]
+    # Beside class_index, so that nobody has to ask the device for them.
+    _counts: list[int]
 
     @property
-    def private_rate(self) -> float:
-        """How many times faster than what all images share the :attr:`private` values learn."""
-        return 10.0
+    @abc.abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of a decoded image."""
 
-    @property
-    def added_rate(self) -> float:
-        """How many times faster a warm start of classes that are added to others learns."""
-        return 1.0
+    @abc.abstractmethod
+    def to(self, device: Any) -> Any:
+        """Move the memory to a device, where its images are then decoded; return it."""
 
-    def freeze_shared(self) -> None:
-        """Let what images of several classes share learn no more."""
-        private = {*self.class_rows, *self.group_rows}
-        for name, parameter in self.named_parameters():
-            if name not in private:
-                parameter.requires_grad_(False)
+    @abc.abstractmethod
+    def bits(self) -> dict[str, float]:
+        """Return the bits that each stored tensor takes in the file, by name.
 
-    def _decode_chunk(self, indices: Tensor) -> Tensor:
-        """Decode images like :meth:`forward`, to bits that do not depend on the others."""
-        images: Tensor = self(indices)
-        return images
+        Header, labels, counts and class names are not in it.
+        """
+
+    @abc.abstractmethod
+    def _decode(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Decode images: of int64 ``(B,)`` on the CPU, float32 in [0, 1] or uint8."""
+
+    @abc.abstractmethod
+    def _keep(self, kept: Tensor) -> None:
+        """Drop what only other images are decoded from: of ascending int64 ``(B,)`` on the CPU."""
+
+    def _drop_classes(self, stays: Tensor) -> None:
+        """Drop what only other classes have: of ascending positions, int64, on their device."""
+        del stays
+
+    @abc.abstractmethod
+    def words(self) -> tuple[str, ...]:
+        """Return what the file says of the memory beside its kind; without spaces."""
+
+    @abc.abstractmethod
+    def stored(self) -> dict[str, Tensor]:
+        """Return what the file stores beside labels, counts and class names: name to tensor."""
+
+    @classmethod
+    @abc.abstractmethod
+    def _restore(cls, record: Record, classes: list[int], counts: list[int]) -> Memory:
+        """Return the memory of a file whose labels and counts have been read.
+
+        Raises:
+            HMNReplayError: Words or tensors are not what :meth:`words` and :meth:`stored` give.
+            ValueError: As well.
+        """
 
     @property
     def num_classes(self) -> int:
-        """How many classes the container holds."""
+        """How many classes the memory has."""
         return len(self.classes)
 
     @property
     def num_images(self) -> int:
-        """How many images the container decodes to."""
+        """How many images the memory decodes to."""
         return len(self.class_index)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)`` of a decoded image."""
-        return self.layout.image_shape
+    def __len__(self) -> int:
+        return self.num_images
 
-    @property
-    def chunk_size(self) -> int:
-        """How many images are decoded at once: 256 up to 32 x 32, 5 of 224 x 224."""
-        fitting = _PIXELS_PER_CHUNK // math.prod(self.image_shape[1:])
-        return max(1, min(fitting, _IMAGES_PER_CHUNK))
+    def __repr__(self) -> str:
+        budget = "" if self.budget_bytes is None else f" of {self.budget_bytes:,}"
+        return (
+            f"{type(self).__name__}(kind={self.kind!r}, {self.num_images} images of "
+            f"{self.num_classes} classes, image_shape={self.image_shape}, {self.file_bytes:,}"
+            f"{budget} bytes)"
+        )
 
     @property
     def labels(self) -> Tensor:
@@ -210,53 +168,39 @@ class Container(nn.Module, abc.ABC):
     @property
     def file_bytes(self) -> int:
         """The exact size of the file that :meth:`save` writes."""
-        return self.layout.file_bytes(
-            self.num_classes, self.num_images, self.budget_bytes, self.code_bytes
-        )
+        specs = label_specs(self.classes.tolist(), self.num_images) | {
+            name: TensorSpec(tensor.dtype, tuple(tensor.shape))
+            for name, tensor in {**self.stored(), **self._stored_names()}.items()
+        }
+        return packed_size(self.kind, self.num_images, self.budget_bytes, self.words(), specs)
 
-    @property
-    def code_bytes(self) -> int | None:
-        """The size of the code in that file; None where nothing is entropy-coded."""
-        coded = self.coded()
-        return len(encode(coded)) if coded else None
-
-    @torch.no_grad()
-    def coded(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the integers that the file has in its code, int8, and their levels, in order."""
-        return [
-            (quantise(*part[:3]), part.levels)
-            for parts in self.stored().values()
-            for part in parts
-            if part.levels is not None
-        ]
-
-    @torch.no_grad()
-    def bits(self) -> dict[str, float]:
-        """Return the bits that the file has for each learned tensor, by name.
-
-        Of values that are entropy-coded it is the length of their code; what rounds it up to whole
-        words, and their models, are not in it.
-        """
-        return {name: sum(map(stored_bits, parts)) for name, parts in self.stored().items()}
-
-    @property
-    def num_floats(self) -> int:
-        """The number of learned values: the paper's measure of storage."""
-        return self.layout.num_floats(self.num_classes, self.num_images)
+    def summary(self) -> dict[str, Any]:
+        """Return what the memory is, as JSON types: what ``hmn-replay inspect`` prints."""
+        bits = self.bits()
+        return {
+            "kind": self.kind,
+            "image_shape": list(self.image_shape),
+            "num_classes": self.num_classes,
+            "num_images": self.num_images,
+            "classes": self.classes.tolist(),
+            "class_names": [self.class_names.get(label) for label in self.classes.tolist()],
+            "images_per_class": self.images_per_class,
+            "budget_bytes": self.budget_bytes,
+            "file_bytes": self.file_bytes,
+            "bits": bits,
+        }
 
     @torch.no_grad()
     def decode(
         self, indices: Tensor | Sequence[int] | None = None, *, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Decode images, a bounded number at a time.
+        """Decode images.
 
         An image's bits do not depend on which others are decoded with it, nor on its place among
-        them, nor on a surrounding ``torch.autocast``: every batch is decoded at the same size, the
-        last one filled up with repeats. So one image takes as long as a batch, 256 of 32 x 32: ask
-        for all at once.
+        them, nor on a surrounding ``torch.autocast``.
 
         Args:
-            indices: Positions of the images wanted, ``(B,)``; all where None.
+            indices: Positions of the images wanted, ``(B,)``; repeats are allowed. Default: all.
             dtype: ``torch.float32``, or ``torch.uint8`` for images rounded to 0 to 255.
 
         Returns:
@@ -268,21 +212,10 @@ class Container(nn.Module, abc.ABC):
         """
         if dtype not in (torch.float32, torch.uint8):
             raise ConfigError(f"dtype is torch.float32 or torch.uint8; got {dtype}")
-        device = self.classes.device
         if indices is None:
             indices = torch.arange(self.num_images)
         indices = check_indices(indices, self.num_images)
-        chunk_size = self.chunk_size
-        num_images, num_repeats = len(indices), -len(indices) % chunk_size
-        padded = torch.cat([indices, indices[-1:].expand(num_repeats)]).to(device)
-        images = torch.empty((num_images, *self.image_shape), dtype=dtype, device=device)
-        with torch.autocast(device.type, enabled=False):
-            for start in range(0, num_images, chunk_size):
-                decoded = self._decode_chunk(padded[start : start + chunk_size])
-                if dtype == torch.uint8:
-                    decoded = (decoded * 255).round()
-                images[start : start + chunk_size] = decoded[: num_images - start]
-        return images, self.labels[padded[:num_images]]
+        return self._decode(indices, dtype), self.labels[indices.to(self.classes.device)]
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Images:
         """Return all images: decoded now, or whenever they are asked for if that takes over 1 GiB.
@@ -317,72 +250,22 @@ class Container(nn.Module, abc.ABC):
         return DecodedDataset(images.cpu(), labels.cpu(), transform)
 
     @torch.no_grad()
-    def extend(
-        self,
-        classes: Sequence[int] | Tensor,
-        images_per_class: int | Sequence[int],
-        *,
-        seed: int = 0,
-    ) -> None:
-        """Add new classes and their images.
-
-        Everything that old images are decoded from keeps its values.
-
-        Args:
-            classes: New labels.
-            images_per_class: Images of each new class: one number, or one a class.
-            seed: Seed of the new initial values.
-
-        Raises:
-            ConfigError: A class is there already or comes twice, or a count is below 0, or not in
-                whole groups.
-            BudgetError: The longer memory does not fit the budget; nothing is changed.
-        """
-        new = check_classes(classes)
-        counts = check_counts(images_per_class, len(new), self.layout.group_size)
-        old = set(self.classes.tolist())
-        if repeated := sorted(old.intersection(new)):
-            raise ConfigError(
-                f"classes {repeated} are in the memory already; extend it with new ones only"
-            )
-        if len(old) + len(new) > MAX_CLASSES:
-            raise ConfigError(
-                f"a memory holds up to {MAX_CLASSES} classes; got {len(old)} + {len(new)}"
-            )
-        self._check_budget(len(old) + len(new), self.num_images + sum(counts))
-        device = self.classes.device
-        generator = make_generator(seed, "classes", len(old))
-        owner = torch.arange(len(new)).repeat_interleave(torch.tensor(counts))
-        rows = self._new_rows(generator, counts, owner)
-        self.classes = torch.cat([self.classes, torch.tensor(new, device=device)])
-        self.class_index = torch.cat([self.class_index, (len(old) + owner).to(device)])
-        self._counts.extend(counts)
-        for name, values in rows.items():
-            self._replace(name, torch.cat([getattr(self, name), values.to(device)]))
-        if not old:
-            self.update_scales()
-
-    @torch.no_grad()
     def keep(self, indices: Tensor | Sequence[int]) -> None:
         """Drop every image but these; no image that stays changes by one bit.
 
         Args:
             indices: Positions of the images that stay, each once, in any order; they are kept in
                 their present order. A class may lose all of its images; the class stays.
-                Images that share stored values (``layout.group_size``) stay or go together.
 
         Raises:
-            ConfigError: A position outside ``0 .. N - 1``, one that comes twice, a mask, or a part
-                of a group.
+            ConfigError: A position outside ``0 .. N - 1``, one that occurs twice, a mask, or some of
+                the images that share stored values without the others.
         """
         kept = check_indices(indices, self.num_images).sort().values
         if len(kept.unique()) != len(kept):
-            raise ConfigError("each index may come once; some come twice or more")
-        groups = check_groups(kept, self.layout.group_size)
-        kept, groups = kept.to(self.class_index.device), groups.to(self.class_index.device)
-        for name in self.group_rows:
-            self._replace(name, getattr(self, name)[groups])
-        self.class_index = self.class_index[kept]
+            raise ConfigError("each index may occur once; some occur twice or more")
+        self._keep(kept)
+        self.class_index = self.class_index[kept.to(self.class_index.device)]
         self._counts = self.class_index.bincount(minlength=self.num_classes).tolist()
 
     @torch.no_grad()
@@ -393,7 +276,7 @@ class Container(nn.Module, abc.ABC):
             classes: Labels that the memory has, each once. One class at least must stay.
 
         Raises:
-            ConfigError: A label that the memory does not have or that comes twice, or no class
+            ConfigError: A label that the memory does not have or that occurs twice, or no class
                 would stay.
         """
         labels = self.classes.tolist()
@@ -402,53 +285,301 @@ class Container(nn.Module, abc.ABC):
             raise ConfigError(f"classes {unknown} are not in the memory; it has {labels[:5]} ...")
         stays = [position for position, label in enumerate(labels) if label not in gone]
         if not stays:
-            raise ConfigError("a memory holds 1 class or more; remove all but one at most")
+            raise ConfigError("a memory has 1 class or more; remove all but one at most")
         index = self.class_index.cpu()
         self.keep(torch.isin(index, torch.tensor(stays)).nonzero().flatten())
         rows = torch.tensor(stays, device=self.classes.device)
         self.class_index = torch.searchsorted(rows, self.class_index)
         self._counts = [self._counts[position] for position in stays]
         self.classes = self.classes[rows]
-        for name in self.class_rows:
-            self._replace(name, getattr(self, name)[rows])
+        self._drop_classes(rows)
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of the memory's file; :func:`hmn_replay.memory.loads` reads them.
+
+        Raises:
+            TrainingError: Learned values that are not finite, or far too large.
+        """
+        labels, counts = label_specs(self.classes.tolist(), self.num_images).values()
+        tensors = {
+            "labels": self.classes.to(labels.dtype),
+            "counts": torch.tensor(self._counts, dtype=counts.dtype),
+            **self.stored(),
+            **self._stored_names(),
+        }
+        return pack(Record(self.kind, self.num_images, self.budget_bytes, self.words(), tensors))
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a file, all at once or not at all.
 
         Raises:
             BudgetError: The file would be over the budget; nothing is written.
+            TrainingError: As :meth:`to_bytes`.
         """
-        from hmn_replay.memory.file import save_memory
-
-        save_memory(self, path)
-
-    def _replace(self, name: str, values: Tensor) -> None:
-        """Give a parameter or buffer other rows; a parameter is trained or frozen as before."""
-        old: Tensor = getattr(self, name)
-        if isinstance(old, nn.Parameter):
-            values = nn.Parameter(values, old.requires_grad)
-        setattr(self, name, values)
-
-    def _check_budget(self, num_classes: int, num_images: int) -> None:
-        needed = self.layout.file_bytes(num_classes, num_images, self.budget_bytes)
-        if self.budget_bytes is not None and needed > self.budget_bytes:
+        data = self.to_bytes()
+        if self.budget_bytes is not None and len(data) > self.budget_bytes:
             raise BudgetError(
-                f"{num_images} images of {num_classes} classes take {needed:,} bytes, over the "
-                f"budget of {self.budget_bytes:,}; keep fewer images, or raise the budget"
+                f"the memory takes {len(data):,} bytes, over its budget of {self.budget_bytes:,}; "
+                "drop images with keep() first"
+            )
+        write_atomically(path, data)
+
+    @property
+    def names_bytes(self) -> int:
+        """Bytes that the class names take in the file; 0 without names."""
+        return stored_names_bytes(self.class_names, self.classes.tolist())
+
+    def _stored_names(self) -> dict[str, Tensor]:
+        return _stored_names(self.class_names, self.classes.tolist())
+
+
+MEMORIES: Registry[type[Memory]] = Registry("memory kind")
+"""The memory kinds by name."""
+
+
+def register_memory(name: str) -> Callable[[AnyMemory], AnyMemory]:
+    """Return a decorator that registers a memory kind, whose files :func:`load` then reads.
+
+    Args:
+        name: As for :meth:`hmn_replay.registry.Registry.add`.
+    """
+
+    def decorate(memory_type: AnyMemory) -> AnyMemory:
+        MEMORIES.add(name, memory_type)
+        memory_type.kind = name
+        return memory_type
+
+    return decorate
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Memory:
+    """Read a memory file, of whatever kind.
+
+    What the memory decodes to is bit for bit what it was when it was saved, on the same kind of
+    device.
+
+    Args:
+        path: A file that :meth:`Memory.save` wrote.
+        device: Where the tensors go; ``"auto"`` is CUDA where present, else the CPU.
+
+    Raises:
+        MemoryFileError: The file is not a memory file, is truncated or altered, or has a version
+            that this package does not read.
+        OSError: The file is absent or cannot be read.
+    """
+    target = resolve_device(device)
+    try:
+        memory = _from_record(read_file(path))
+    except MemoryFileError as error:
+        raise MemoryFileError(f"cannot read {os.fspath(path)!r}: {error}") from error
+    return memory.to(target)  # type: ignore[no-any-return]
+
+
+def loads(data: bytes, *, device: str | torch.device = "cpu") -> Memory:
+    """Read the bytes of a memory file: the inverse of :meth:`Memory.to_bytes`, with every check.
+
+    Args:
+        data: The bytes.
+        device: As in :func:`load`.
+
+    Raises:
+        MemoryFileError: As :func:`load`.
+    """
+    target = resolve_device(device)
+    try:
+        return _from_record(unpack(data)).to(target)  # type: ignore[no-any-return]
+    except MemoryFileError as error:
+        raise MemoryFileError(f"cannot read the bytes of a memory: {error}") from error
+
+
+def affordable_names(
+    class_names: Mapping[int, str], classes: Iterable[int], budget_bytes: int | None
+) -> dict[int, str]:
+    """Return the names of classes if they take 1 % of the budget at most, else none.
+
+    Args:
+        class_names: Label to name.
+        classes: The labels of the classes, which may have no name.
+        budget_bytes: Bytes of the memory's file; None for no bound.
+    """
+    labels = list(classes)
+    names = {label: class_names[label] for label in labels if class_names.get(label)}
+    limit = _MAX_NAMES_BYTES if budget_bytes is None else _NAMES_SHARE * budget_bytes
+    return names if stored_names_bytes(names, labels) <= limit else {}
+
+
+def stored_names_bytes(class_names: Mapping[int, str], classes: Sequence[int]) -> int:
+    """Return the bytes that the names of classes take in a file; 0 where none has one."""
+    return sum(len(tensor) for tensor in _stored_names(class_names, classes).values())
+
+
+def _stored_names(class_names: Mapping[int, str], classes: Sequence[int]) -> dict[str, Tensor]:
+    names = [class_names.get(label, "") for label in classes]
+    if not any(names):
+        return {}
+    data = zlib.compress(json.dumps(names, ensure_ascii=False).encode(), 9)
+    return {"names": torch.frombuffer(bytearray(data), dtype=torch.uint8)}
+
+
+class DecodedDataset(Dataset[tuple[object, int]]):
+    """Decoded images as a map-style data set.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        targets: int64 ``(N,)``.
+        transform: Applied to an image ``(C, H, W)`` each time that it is read, or None.
+
+    Attributes:
+        targets: list of int, the labels, as torchvision's data sets have them.
+    """
+
+    def __init__(
+        self, images: Tensor, targets: Tensor, transform: Callable[[Tensor], object] | None = None
+    ) -> None:
+        self.images = images
+        self.targets: list[int] = targets.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        image = self.images[index]
+        return image if self.transform is None else self.transform(image), self.targets[index]
+
+
+def label_specs(classes: Sequence[int], num_images: int) -> dict[str, TensorSpec]:
+    """Return the tensors that every file begins with: labels and counts, in their order."""
+    low, high = (min(classes), max(classes)) if classes else (0, 0)
+    return {
+        "labels": TensorSpec(integer_dtype(low, high), (len(classes),)),
+        "counts": TensorSpec(integer_dtype(0, num_images), (len(classes),)),
+    }
+
+
+def check_num_classes(num_classes: int, name: str = "num_classes") -> int:
+    """Return a number of classes that a memory can have, or raise :class:`ConfigError`."""
+    count = as_int(num_classes)
+    if count is None or not 1 <= count <= MAX_CLASSES:
+        raise ConfigError(f"{name} is 1 to {MAX_CLASSES}; got {num_classes!r}")
+    return count
+
+
+def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    """Return an image shape that a memory can have, or raise :class:`ConfigError`."""
+    sides = [as_int(side) for side in image_shape] if isinstance(image_shape, Sequence) else []
+    whole = [side for side in sides if side is not None]
+    if len(whole) == len(sides) == 3 and whole[0] in (1, 3):
+        channels, height, width = whole
+        if MIN_SIDE <= min(height, width) <= max(height, width) <= MAX_SIDE:
+            return channels, height, width
+    raise ConfigError(
+        f"image_shape is (C, H, W) with C 1 or 3 and H, W from {MIN_SIDE} to {MAX_SIDE}; "
+        f"got {image_shape!r}"
+    )
+
+
+def check_classes(classes: Sequence[int] | Tensor) -> list[int]:
+    """Return labels as a list, or raise :class:`ConfigError`."""
+    given = classes.tolist() if isinstance(classes, Tensor) else classes
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"classes are a sequence of integers; got {classes!r}")
+    given = list(given)
+    values = [v for v in map(as_int, given) if v is not None and -(2**63) <= v < 2**63]
+    if len(values) < len(given):
+        raise ConfigError(f"classes are integers of 64 bits; got {given[:5]}")
+    if not 1 <= len(values) <= MAX_CLASSES:
+        raise ConfigError(f"a memory has 1 to {MAX_CLASSES} classes; got {len(values)}")
+    if len(set(values)) != len(values):
+        raise ConfigError("each class may occur once; some occur twice or more")
+    return values
+
+
+def check_indices(indices: Tensor | Sequence[int], num_images: int) -> Tensor:
+    """Return positions of images as int64 ``(B,)`` on the CPU, or raise :class:`ConfigError`."""
+    try:
+        checked = torch.as_tensor(indices).flatten().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"indices are integers; got {indices!r}") from error
+    if not len(checked):
+        return checked.long()
+    if checked.is_floating_point() or checked.dtype == torch.bool:
+        raise ConfigError(f"indices are integers; got {checked.dtype}: pass mask.nonzero()")
+    first, last = int(checked.min()), int(checked.max())
+    if first < 0 or last >= num_images:
+        raise ConfigError(
+            f"indices are positions from 0 to {num_images - 1}; got {first} to {last}"
+        )
+    return checked.long()
+
+
+def check_counts(
+    images_per_class: int | Sequence[int], num_classes: int, group_size: int = 1
+) -> list[int]:
+    """Return the number of images of each class, or raise :class:`ConfigError`."""
+    given: list[object]
+    try:
+        given = list(images_per_class)  # type: ignore[arg-type]
+    except TypeError:  # a number, be it a tensor without axes
+        given = [images_per_class] * num_classes
+    counts = [count for count in map(as_int, given) if count is not None and count >= 0]
+    if not len(counts) == len(given) == num_classes:
+        raise ConfigError(
+            f"images_per_class is an integer of 0 or more, or {num_classes} of them; "
+            f"got {images_per_class!r}"
+        )
+    if any(count % group_size for count in counts):
+        raise ConfigError(
+            f"{group_size} images share stored values, so images_per_class is a multiple of "
+            f"{group_size}; got {images_per_class!r}"
+        )
+    return counts
+
+
+def _from_record(record: Record) -> Memory:
+    try:
+        memory_type = MEMORIES[record.kind]
+        labels, counts = (record.tensors[name] for name in ("labels", "counts"))
+        classes = check_classes(labels.tolist() if labels.ndim == 1 else [])
+        specs = label_specs(classes, record.num_images)
+        check_tensors({"labels": labels, "counts": counts}, specs)
+        images_per_class = check_counts(counts.tolist(), len(classes))
+        if sum(images_per_class) != record.num_images:
+            raise MemoryFileError(
+                f"its images a class do not add up to its {record.num_images} images"
+            )
+        memory = memory_type._restore(record, classes, images_per_class)
+        memory.budget_bytes = record.budget_bytes
+        if "names" in record.tensors:
+            names = _decompress(record.tensors["names"], len(classes))
+            memory.class_names = {k: name for k, name in zip(classes, names, strict=True) if name}
+    except MemoryFileError:
+        raise
+    except (HMNReplayError, KeyError, ValueError, TypeError) as error:
+        raise MemoryFileError(f"its content is not that of a memory ({error})") from error
+    return memory
+
+
+def check_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
+    """Raise a :class:`MemoryFileError` unless a file has just these tensors, names aside."""
+    if difference := sorted((set(tensors) - {"names"}) ^ set(specs)):
+        raise MemoryFileError(f"its tensors are not those of such a memory: {difference[:5]}")
+    for name, spec in specs.items():
+        if tensors[name].dtype != spec.dtype or tuple(tensors[name].shape) != spec.shape:
+            raise MemoryFileError(
+                f"tensor {name!r} is {tensors[name].dtype} {tuple(tensors[name].shape)}; expected "
+                f"{spec.dtype} {spec.shape}"
             )
 
 
-def noise(generator: torch.Generator, std: float, *shape: int) -> nn.Parameter:
-    """Return normal float32 values of a standard deviation, to be learned."""
-    values = torch.randn(shape, generator=generator, dtype=torch.float32)
-    return nn.Parameter(values * std)
-
-
-def zeros(*shape: int) -> nn.Parameter:
-    """Return float32 zeros, to be learned."""
-    return nn.Parameter(torch.zeros(shape, dtype=torch.float32))
-
-
-def ones(*shape: int) -> Tensor:
-    """Return float32 ones, such as scales begin with."""
-    return torch.ones(shape, dtype=torch.float32)
+def _decompress(names: Tensor, num_classes: int) -> list[str]:
+    inflate = zlib.decompressobj()
+    try:
+        data = inflate.decompress(names.numpy().tobytes(), _MAX_NAMES_BYTES)
+        found = json.loads(data)
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise MemoryFileError(f"its class names cannot be read ({error})") from error
+    is_text = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    if not is_text or len(found) != num_classes:
+        raise MemoryFileError(f"its class names are not {num_classes} texts")
+    return found

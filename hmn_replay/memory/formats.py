@@ -4,132 +4,133 @@ A tensor of a memory is kept while it is trained as float32 *latent* values. Wha
 what is stored, is the latent value rounded to the number format; gradients pass the rounding
 unchanged (the straight-through estimator of Bengio et al. 2013, arXiv 1308.3432).
 
-At equal bytes int8 teaches most: a warm start of CIFAR-10 at 122,880 bytes, decoded, took a ConvNet
-to 41.7 % with int8 (941 images), 38.9 % with float16 (539) and 37.2 % with float32 (391).
-
-int8 needs scales. They are tensors of their own, fixed while images are decoded and counted in the
-file, so that dropping one image cannot move another and a loaded memory rounds to the same values.
-
-``entropy`` has integers too, of steps that never change, and codes them: values that are rare take
-more bits, and training is told what each one takes (:mod:`hmn_replay.memory.entropy`).
+Integers need a scale, the width of a step. The scales of ``int8`` follow from the values, are fixed
+while images are decoded, and are stored, so that dropping one image cannot move another and a
+loaded memory rounds to the same values. The steps of ``entropy`` never change, and its integers are
+entropy-coded: rare values take more bits, and training knows how many
+(:mod:`hmn_replay.memory.entropy`).
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.entropy import bits
+from hmn_replay.registry import Registry
 
-__all__ = [
-    "NUMBER_FORMATS",
-    "PLAIN_FORMATS",
-    "NumberFormat",
-    "Stored",
-    "check_number_format",
-    "dequantise",
-    "is_integer",
-    "max_abs_scale",
-    "quantise",
-    "round_to_format",
-    "stored_bits",
-]
+__all__ = ["NUMBER_FORMATS", "NumberFormat", "max_abs_scale", "round_to_format"]
 
-NumberFormat = Literal["float32", "float16", "int8", "entropy"]
-NUMBER_FORMATS: tuple[NumberFormat, ...] = get_args(NumberFormat)
-PLAIN_FORMATS: tuple[NumberFormat, ...] = ("float32", "float16", "int8")
-"""Those that take as many bytes for every value."""
-
-_MAX_INT8 = 127
-_MAX_FLOAT16 = 65504.0
+_MAX_INTEGER = 127
 
 
-class Stored(NamedTuple):
-    """Latent values, and how the file has them.
-
-    Attributes:
-        latent: float32.
-        number_format: What they are rounded to.
-        scale: Of ``int8`` and ``entropy``: float32, of a shape that broadcasts to ``latent``'s.
-        levels: Of ``entropy``: their models, uint8, of such a shape too.
-    """
-
-    latent: Tensor
-    number_format: NumberFormat
-    scale: Tensor | None = None
-    levels: Tensor | None = None
-
-
-def check_number_format(name: str) -> NumberFormat:
-    """Return ``name`` if it is a number format, or raise :class:`ConfigError`."""
-    if name not in NUMBER_FORMATS:
-        raise ConfigError(f"number_format is one of {', '.join(NUMBER_FORMATS)}; got {name!r}")
-    return name
-
-
-def is_integer(number_format: NumberFormat) -> bool:
-    """Tell whether a number format stores integers, which need scales."""
-    return number_format in ("int8", "entropy")
-
-
-def max_abs_scale(latent: Tensor, scale: Tensor) -> Tensor:
-    """Return the int8 scales under which no value of ``latent`` is clipped.
+@dataclass(frozen=True)
+class NumberFormat:
+    """How values are rounded and stored.
 
     Args:
-        latent: float32, any shape with at least one value.
-        scale: float32; the same number of axes, each of size 1 or of ``latent``'s size. Only its
-            shape is read: one scale for each of its entries.
+        dtype: What is stored: a floating type, or ``torch.int8`` for integers -127 to 127.
+        is_coded: Whether the integers are entropy-coded, with steps that never change. Otherwise
+            integers have scales that follow from the values, and are stored beside them.
 
-    Returns:
-        float32 of ``scale``'s shape: max |latent| / 127, at least 1e-8.
+    Raises:
+        ConfigError: A type that is neither, or floats that are to be coded.
     """
-    shared = [axis for axis, size in enumerate(scale.shape) if size == 1]
-    largest = latent.detach().abs().amax(dim=shared, keepdim=True) if shared else latent.abs()
-    return (largest / _MAX_INT8).clamp_min(1e-8)
+
+    dtype: torch.dtype
+    is_coded: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.dtype.is_floating_point and self.dtype != torch.int8:
+            raise ConfigError(f"a number format stores floats or torch.int8; got {self.dtype}")
+        if self.is_coded and not self.is_integer:
+            raise ConfigError("only integers can be entropy-coded")
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether integers are stored, which need a scale."""
+        return not self.dtype.is_floating_point
+
+    @property
+    def bias_dtype(self) -> torch.dtype:
+        """What the few biases are stored as: int8 would need as many scales as it has values."""
+        return torch.float16 if self.is_integer else self.dtype
+
+    def quantise(self, latent: Tensor, scale: Tensor | float | None = None) -> Tensor:
+        """Round latent values to what is stored.
+
+        Args:
+            latent: float32, any shape.
+            scale: Width of a step, broadcasting to ``latent``; for integers only.
+
+        Returns:
+            A tensor of :attr:`dtype` and of ``latent``'s shape.
+        """
+        if not self.is_integer:
+            return _to_float(latent, self.dtype)
+        return (latent / scale).round().clamp(-_MAX_INTEGER, _MAX_INTEGER).to(self.dtype)
+
+    def dequantise(self, stored: Tensor, scale: Tensor | float | None = None) -> Tensor:
+        """Return the float32 values that ``stored`` stands for: the inverse of :meth:`quantise`."""
+        values = stored.to(torch.float32)
+        return values if not self.is_integer or scale is None else values * scale
 
 
-def quantise(latent: Tensor, number_format: NumberFormat, scale: Tensor | None = None) -> Tensor:
-    """Round ``latent`` to what is stored: a float32, float16 or int8 tensor of the same shape."""
-    if is_integer(number_format):
-        assert scale is not None
-        return (latent / scale).round().clamp(-_MAX_INT8, _MAX_INT8).to(torch.int8)
-    if number_format == "float16":
-        return latent.clamp(-_MAX_FLOAT16, _MAX_FLOAT16).to(torch.float16)
-    return latent.clone()
+NUMBER_FORMATS: Registry[NumberFormat] = Registry("number format")
+"""The number formats by name; ``NUMBER_FORMATS.add(name, NumberFormat(dtype))`` adds one."""
 
-
-def dequantise(stored: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Return the float32 values that ``stored`` stands for: the inverse of :func:`quantise`."""
-    values = stored.to(torch.float32)
-    return values if scale is None else values * scale
-
-
-def stored_bits(part: Stored) -> float:
-    """Return how many bits stored values take, code lengths if they are entropy-coded."""
-    stored = quantise(*part[:3])
-    if part.levels is None:
-        return float(8 * stored.numel() * stored.element_size())
-    return float(bits(stored.double(), part.levels).sum())
+NUMBER_FORMATS.add("float32", NumberFormat(torch.float32))
+NUMBER_FORMATS.add("float16", NumberFormat(torch.float16))
+NUMBER_FORMATS.add("int8", NumberFormat(torch.int8))
+NUMBER_FORMATS.add("entropy", NumberFormat(torch.int8, is_coded=True))
 
 
 def round_to_format(
-    latent: Tensor, number_format: NumberFormat, scale: Tensor | None = None
+    latent: Tensor, number_format: NumberFormat, scale: Tensor | float | None = None
 ) -> Tensor:
-    """Return the float32 values that the file will hold, with the gradient of ``latent`` itself.
+    """Return the float32 values that will be stored, with the gradient of ``latent`` itself.
 
     Args:
         latent: float32, any shape.
         number_format: The format to round to.
-        scale: For int8 and entropy, as in :func:`max_abs_scale`; otherwise not used.
+        scale: As in :meth:`NumberFormat.quantise`.
     """
-    if number_format == "float32":
+    if number_format.dtype == torch.float32:
         return latent
     with torch.no_grad():
-        rounded = dequantise(
-            quantise(latent, number_format, scale), scale if is_integer(number_format) else None
-        )
+        rounded = number_format.dequantise(number_format.quantise(latent, scale), scale)
+    return straight_through(rounded, latent)
+
+
+def round_bias(latent: Tensor, number_format: NumberFormat) -> Tensor:
+    """Return the float32 values that biases will be stored as, with the gradient of ``latent``."""
+    if number_format.bias_dtype == torch.float32:
+        return latent
+    with torch.no_grad():
+        rounded = _to_float(latent, number_format.bias_dtype).float()
+    return straight_through(rounded, latent)
+
+
+def straight_through(rounded: Tensor, latent: Tensor) -> Tensor:
+    """Return ``rounded``, to the bit, with the gradient of ``latent``."""
     # latent - latent.detach() is zero, so the value is `rounded` to the bit and the gradient is 1.
     return rounded + (latent - latent.detach()) if latent.requires_grad else rounded
+
+
+def max_abs_scale(largest: Tensor) -> Tensor:
+    """Return the int8 scales under which no value is clipped.
+
+    Args:
+        largest: float32, the largest absolute values.
+
+    Returns:
+        float32 of the same shape: ``largest / 127``, at least 1e-8.
+    """
+    return (largest / _MAX_INTEGER).clamp_min(1e-8)
+
+
+def _to_float(latent: Tensor, dtype: torch.dtype) -> Tensor:
+    limit = torch.finfo(dtype).max
+    return latent.clamp(-limit, limit).to(dtype)

@@ -6,24 +6,42 @@ Zheng et al. 2024, Section 3.1: image i of class c is
 
 with the dataset memory m_D, the class memories m_C, the instance memories m_I, one feature
 extractor f_c a class and one decoder D. Every one of them counts towards the budget.
+
+The paper leaves the shapes open. Here the tiers are grids of latents, each covering ``stride`` x
+``stride`` pixels of the image; an extractor is a 1 x 1 convolution of the dataset memory with SiLU;
+and the decoder is a stack of 3 x 3 convolutions with SiLU and nearest-neighbour upsampling between
+them, whose last one makes 2 x 2 pixels of each cell (pixel shuffle), before a sigmoid.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from hmn_replay.memory.base import Container, noise, ones, zeros
-from hmn_replay.memory.entropy import MAX_INTEGER, best_levels, bits
-from hmn_replay.memory.formats import Stored, max_abs_scale, round_to_format
-from hmn_replay.memory.layout import Layout
+from hmn_replay.budget import Budget
+from hmn_replay.errors import ConfigError
+from hmn_replay.memory.base import check_image_shape, check_num_classes, register_memory
+from hmn_replay.memory.formats import NUMBER_FORMATS
+from hmn_replay.memory.learned import LearnedMemory, MemoryLayout, StoredTensor
 
-__all__ = ["HierarchicalMemory"]
+__all__ = ["HMNLayout", "HierarchicalMemory"]
+
+_MAX_CHANNELS = 512
+_SHARED_SHARE = 0.3
+_MIN_IMAGES_PER_CLASS = 10
+# Below that, better images teach less than more of them: less than planned is then spent on each.
+_MIN_CODED_IMAGES_PER_CLASS = 5
+_LARGEST_INSTANCE = 4
+_SHRINKS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 
 # Components are computed from about so many cells of images: those of 512 images of 4 x 4.
 _FITTED_FROM = 8192
@@ -32,33 +50,121 @@ _FITTED_FROM = 8192
 # principal component begins with the deviation below: 8 steps.
 _INSTANCE_STEP, _SHARED_STEP, _DECODER_STEP = 0.25, 0.0625, 0.35
 _CODED_DEVIATION = 2.0
-_STEPS = {
-    "class_scale": _SHARED_STEP,
-    "extractor_scale": _SHARED_STEP,
-    "instance_scale": _INSTANCE_STEP,
-}
+# Class and instance memories, which few images share, learn faster; coded ones by a tenth of a step
+# where others learn by a tenth.
+_PRIVATE_RATE = 10.0
 
 Activation = Callable[[Tensor], Tensor]
 
 
-class HierarchicalMemory(Container):
-    """A condensed labelled image set, decoded on demand.
+class _Rule(NamedTuple):
+    """What :meth:`HierarchicalMemory.choose_layout` begins with.
 
-    Instance memories stand class by class, in the order of :attr:`classes`. The parameters are
-    latent float32 values; :meth:`forward` and :meth:`decode` see them rounded to the layout's
-    number format, so that what is decoded now is what the saved file will give back.
+    Attributes:
+        cells_below: The grid has fewer cells than that along the smaller side.
+        pixels_per_value: Values of an image for one of its instance memory.
+        widest: Most channels in the decoder.
+        narrowest: Those of its finest convolution but the last.
+        image_bytes: Bytes planned for an image, if entropy-coded, over the root of its number of
+            values.
+    """
+
+    cells_below: int
+    pixels_per_value: int
+    widest: int
+    narrowest: int
+    image_bytes: float = 0.0
+
+
+_RULE = _Rule(8, 32, widest=64, narrowest=16)
+_CODED_RULE = _Rule(12, 8, widest=48, narrowest=24, image_bytes=1.73)
+
+
+@dataclass(frozen=True)
+class HMNLayout(MemoryLayout):
+    """The frozen shape of a hierarchical memory, whatever its number of classes and images.
+
+    The tiers are grids of ``ceil(H / stride) x ceil(W / stride)``; the decoder doubles the grid
+    ``log2(stride)`` times, and what extends beyond the image's right and lower border is cut off.
 
     Args:
-        layout: Shapes and number format.
-        classes: The labels: 1 to 1000 different integers of 64 bits, in any order.
-        images_per_class: Instance memories of each class: one number for all, or one a class; 0 or
-            more.
-        budget: Bytes that the saved file may take, or None for no bound.
-        seed: Seed of the initial values.
+        image_shape: ``(C, H, W)`` of a decoded image; C is 1 or 3, H and W are 8 to 224.
+        number_format: A name among :data:`~hmn_replay.memory.formats.NUMBER_FORMATS`.
+        stride: Image pixels a grid cell, along each side: 2, 4, 8, 16 or 32.
+        dataset_channels: Channels of the dataset memory m_D, 1 to 512.
+        feature_channels: Channels that a class's extractor f_c makes of m_D, 1 to 512.
+        class_channels: Channels of a class memory m_C, 1 to 512.
+        instance_channels: Channels of an instance memory m_I, 1 to 512.
+        decoder_channels: Output channels of each of the decoder's convolutions but the last,
+            coarsest first: log2(stride) of them, each 1 to 512.
+        image_bytes: Bytes planned for the code of an image where values are entropy-coded, 1 or
+            more: they decide how many images a budget is filled with. 0 with other formats.
 
     Raises:
-        ConfigError: Repeated classes, too many of them, or counts below 0.
-        BudgetError: The memory does not fit the budget.
+        ConfigError: A value outside these ranges.
+    """
+
+    stride: int
+    dataset_channels: int
+    feature_channels: int
+    class_channels: int
+    instance_channels: int
+    decoder_channels: tuple[int, ...]
+    image_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride not in (2, 4, 8, 16, 32):
+            raise ConfigError(f"stride is 2, 4, 8, 16 or 32; got {self.stride!r}")
+        counts = {
+            "dataset_channels": self.dataset_channels,
+            "feature_channels": self.feature_channels,
+            "class_channels": self.class_channels,
+            "instance_channels": self.instance_channels,
+            **{f"decoder_channels[{i}]": c for i, c in enumerate(self.decoder_channels)},
+        }
+        for name, count in counts.items():
+            if not 1 <= count <= _MAX_CHANNELS:
+                raise ConfigError(f"{name} is 1 to {_MAX_CHANNELS}; got {count!r}")
+        if len(self.decoder_channels) != self.num_doublings:
+            raise ConfigError(
+                f"decoder_channels has one entry a doubling, {self.num_doublings} for stride "
+                f"{self.stride}; got {self.decoder_channels!r}"
+            )
+        if (self.image_bytes > 0) != self.is_coded or self.image_bytes < 0:
+            raise ConfigError(
+                f"image_bytes is 1 or more where values are entropy-coded, and 0 otherwise; got "
+                f"{self.image_bytes!r} with {self.number_format!r}"
+            )
+
+    @property
+    def num_doublings(self) -> int:
+        """How many times the decoder doubles the grid: log2(stride)."""
+        return self.stride.bit_length() - 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of every tier's grid."""
+        _, height, width = self.image_shape
+        return math.ceil(height / self.stride), math.ceil(width / self.stride)
+
+    @property
+    def convolutions(self) -> list[tuple[int, int]]:
+        """``(input, output)`` channels of the decoder's 3 x 3 convolutions, in order.
+
+        The last one makes four values for each colour of a 2 x 2 block of pixels.
+        """
+        widths = [
+            self.feature_channels + self.class_channels + self.instance_channels,
+            *self.decoder_channels,
+            4 * self.image_shape[0],
+        ]
+        return list(itertools.pairwise(widths))
+
+
+@register_memory("hmn")
+class HierarchicalMemory(LearnedMemory):
+    """A hierarchical memory network (HMN); arguments as for :class:`LearnedMemory`.
 
     Attributes:
         dataset_memory: m_D, float32 ``(C_D, h, w)``.
@@ -66,116 +172,161 @@ class HierarchicalMemory(Container):
         instance_memory: m_I, float32 ``(N, C_I, h, w)``.
         extractor_weight: f_c, float32 ``(K, C_F, C_D)``: a 1 x 1 convolution a class.
         extractor_bias: float32 ``(K, C_F)``.
-        decoder_weights: D, 3 x 3 convolutions, each float32 ``(out, in, 3, 3)``.
-        decoder_biases: each float32 ``(out,)``.
-        classes: int64 ``(K,)``, the label of each class.
-        class_index: int64 ``(N,)``, for each image the position of its class in ``classes``.
-        budget_bytes: The budget, or None.
-        report: How the memory was condensed; see :func:`hmn_replay.condense`. Not in the file.
+        decoder_weight_0: D, its first 3 x 3 convolution, float32 ``(out, in, 3, 3)``; and so on.
+        decoder_bias_0: float32 ``(out,)``; and so on.
     """
 
-    layout: Layout
-    class_rows = (
-        "class_memory",
-        "extractor_weight",
-        "extractor_bias",
-        "class_scale",
-        "extractor_scale",
-        "instance_scale",
-    )
-    group_rows = ("instance_memory",)
-    private = ("class_memory", "instance_memory")
-    dataset_scale: Tensor
-    class_scale: Tensor
-    instance_scale: Tensor
-    extractor_scale: Tensor
-    decoder_scale: Tensor
+    Layout = HMNLayout
+    default_number_format = "entropy"
+    codes_entropy = True
+    added_rate = 3.0
+    layout: HMNLayout
+    dataset_memory: Tensor
+    class_memory: Tensor
+    instance_memory: Tensor
+    extractor_weight: Tensor
+    extractor_bias: Tensor
 
-    def _make_shared(self, generator: torch.Generator) -> None:
-        layout = self.layout
-        self.dataset_memory = noise(generator, 0.5, layout.dataset_channels, *layout.grid)
-        self.class_memory = zeros(0, layout.class_channels, *layout.grid)
-        self.instance_memory = zeros(0, *layout.instance_shape)
-        self.extractor_weight = zeros(0, layout.feature_channels, layout.dataset_channels)
-        self.extractor_bias = zeros(0, layout.feature_channels)
-        self.decoder_weights = nn.ParameterList(
-            noise(generator, math.sqrt(2 / (9 * i)), o, i, 3, 3) for i, o in layout.convolutions
+    @classmethod
+    def table(cls, layout: HMNLayout) -> tuple[StoredTensor, ...]:
+        """Return what is stored: the three tiers, the extractors and the decoder."""
+        private = _PRIVATE_RATE * (_INSTANCE_STEP if layout.is_coded else 1.0)
+        dataset, features = layout.dataset_channels, layout.feature_channels
+        tiers = (
+            StoredTensor("dataset_memory", "shared", (dataset, *layout.grid), init=0.5),
+            StoredTensor(
+                "class_memory",
+                "class",
+                (layout.class_channels, *layout.grid),
+                init=0.1,
+                model_axes=(0,),
+                rate=private,
+            ),
+            StoredTensor(
+                "instance_memory",
+                "image",
+                (layout.instance_channels, *layout.grid),
+                init=0.1,
+                scale_axes=(0,),
+                step=_INSTANCE_STEP,
+                model_axes=(0, 1, 2),
+                rate=private,
+            ),
+            StoredTensor("extractor_weight", "class", (features, dataset), init=dataset**-0.5),
+            StoredTensor("extractor_bias", "class", (features,), is_bias=True),
         )
-        self.decoder_biases = nn.ParameterList(zeros(o) for _, o in layout.convolutions)
-        self.register_buffer("dataset_scale", torch.full((1, 1, 1), _SHARED_STEP))
-        self.register_buffer("class_scale", ones(0, 1, 1, 1))
-        self.register_buffer("instance_scale", ones(0, layout.instance_channels, 1, 1))
-        self.register_buffer("extractor_scale", ones(0, 1, 1))
-        steps = [_DECODER_STEP * math.sqrt(2 / (9 * i)) for i, _ in layout.convolutions]
-        self.register_buffer("decoder_scale", torch.tensor(steps, dtype=torch.float32))
+        deviations = [math.sqrt(2 / (9 * inputs)) for inputs, _ in layout.convolutions]
+        weights = (
+            StoredTensor(
+                f"decoder_weight_{i}",
+                "shared",
+                (outputs, inputs, 3, 3),
+                init=deviations[i],
+                step=_DECODER_STEP * deviations[i],
+            )
+            for i, (inputs, outputs) in enumerate(layout.convolutions)
+        )
+        biases = (
+            StoredTensor(f"decoder_bias_{i}", "shared", (outputs,), is_bias=True)
+            for i, (_, outputs) in enumerate(layout.convolutions)
+        )
+        return (*tiers, *weights, *biases)
 
-    def _new_rows(
-        self, generator: torch.Generator, counts: Sequence[int], owner: Tensor
-    ) -> dict[str, Tensor]:
-        layout, num_classes = self.layout, len(counts)
-        class_memory = noise(generator, 0.1, num_classes, layout.class_channels, *layout.grid)
-        instance_memory = noise(generator, 0.1, sum(counts), *layout.instance_shape)
-        shape = (num_classes, layout.feature_channels, layout.dataset_channels)
-        extractor_weight = noise(generator, layout.dataset_channels**-0.5, *shape)
-        rows = {
-            "class_memory": class_memory,
-            "instance_memory": instance_memory,
-            "extractor_weight": extractor_weight,
-            "extractor_bias": zeros(num_classes, layout.feature_channels),
-            "class_scale": max_abs_scale(class_memory, ones(num_classes, 1, 1, 1)),
-            "extractor_scale": max_abs_scale(extractor_weight, ones(num_classes, 1, 1)),
-            "instance_scale": _class_scales(instance_memory, owner, num_classes),
-        }
-        if layout.is_coded:
-            for name, step in _STEPS.items():
-                rows[name] = torch.full_like(rows[name], step)
-        return rows
+    @classmethod
+    def choose_layout(
+        cls,
+        budget: Budget | int | str,
+        image_shape: Sequence[int],
+        num_classes: int,
+        number_format: str | None = None,
+        real_images_per_class: int | None = None,
+    ) -> HMNLayout:
+        """Return the layout for a budget; see :meth:`LearnedMemory.choose_layout`.
+
+        The tiers are shrunk together until what all images share takes 30 % of the budget at most,
+        and 10 images a class fit beside it. Where more images than there are real ones would fit,
+        instance memories grow, up to four times.
+        """
+        channels, height, width = check_image_shape(image_shape)
+        num_classes = check_num_classes(num_classes)
+        limit = Budget.parse(budget).num_bytes
+        name = cls.default_number_format if number_format is None else number_format
+        is_coded = NUMBER_FORMATS[name].is_coded
+        rule = _CODED_RULE if is_coded else _RULE
+        stride = next((s for s in (2, 4, 8, 16) if min(height, width) / s < rule.cells_below), 32)
+        num_doublings = stride.bit_length() - 1
+        cells = math.ceil(height / stride) * math.ceil(width / stride)
+        num_values = channels * height * width
+        instance_channels = max(1, round(num_values / rule.pixels_per_value / cells))
+        image_bytes = math.ceil(math.sqrt(num_values) * rule.image_bytes)
+        for shrink in _SHRINKS:
+            layout = cls.Layout(
+                (channels, height, width),
+                name,
+                stride,
+                dataset_channels=max(1, round(4 * shrink)),
+                feature_channels=max(1, round(2 * shrink)),
+                class_channels=max(1, round(2 * shrink)),
+                instance_channels=max(1, round(instance_channels * min(1, 2 * shrink))),
+                decoder_channels=tuple(
+                    max(4, round(min(rule.widest, rule.narrowest * 2**level) * shrink))
+                    for level in reversed(range(num_doublings))
+                ),
+                image_bytes=image_bytes,
+            )
+            shared_bytes = cls.file_bytes_of(layout, num_classes, 0, limit)
+            instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * cls.group_bytes(layout)
+            if shared_bytes <= min(_SHARED_SHARE * limit, limit - instances_bytes):
+                break
+        if is_coded:
+            room = max(1, (limit - shared_bytes) // (_MIN_CODED_IMAGES_PER_CLASS * num_classes))
+            layout = dataclasses.replace(layout, image_bytes=min(image_bytes, room))
+        if real_images_per_class is None:
+            cls.max_images(layout, limit, num_classes)
+            return layout
+        num_real, smallest_bytes = real_images_per_class * num_classes, cls.group_bytes(layout)
+        grows = "image_bytes" if is_coded else "instance_channels"
+        while cls.max_images(layout, limit, num_classes) > num_real:
+            if cls.group_bytes(layout) >= _LARGEST_INSTANCE * smallest_bytes:
+                break
+            layout = dataclasses.replace(layout, **{grows: getattr(layout, grows) + 1})
+        return layout
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Decode images, with gradients to every tier; see :meth:`Container.forward`."""
+        """Decode images, with gradients to every tier; see :meth:`LearnedMemory.forward`."""
         return self._images(indices, F.silu, torch.sigmoid)
 
     def _images(self, indices: Tensor, silu: Activation, sigmoid: Activation) -> Tensor:
-        number_format = self.layout.number_format
-        classes = self.class_index[indices]
-        dataset = round_to_format(self.dataset_memory, number_format, self.dataset_scale)
-        extractors = round_to_format(
-            self.extractor_weight[classes], number_format, self.extractor_scale[classes]
-        )
-        features = torch.einsum("bfd,dhw->bfhw", extractors, dataset)
-        bias = round_to_format(self.extractor_bias[classes], self.layout.bias_format)
+        extractors = self.value("extractor_weight", indices)
+        features = torch.einsum("bfd,dhw->bfhw", extractors, self.value("dataset_memory"))
+        bias = self.value("extractor_bias", indices)
         features = silu(features + rearrange(bias, "b f -> b f 1 1"))
-        class_memory = round_to_format(
-            self.class_memory[classes], number_format, self.class_scale[classes]
-        )
-        instance_memory = round_to_format(
-            self.instance_memory[indices], number_format, self.instance_scale[classes]
-        )
-        x = torch.cat([features, class_memory, instance_memory], dim=1)
-        layout = self.layout
-        last = len(self.decoder_weights) - 1
+        tiers = self.value("class_memory", indices), self.value("instance_memory", indices)
+        x = torch.cat([features, *tiers], dim=1)
         # On a CPU, the backward pass of such narrow convolutions is a third faster channels-last.
         x = x.contiguous(memory_format=torch.channels_last)
-        for i, (weight, bias) in enumerate(
-            zip(self.decoder_weights, self.decoder_biases, strict=True)
-        ):
-            weight = round_to_format(weight, layout.number_format, self.decoder_scale[i])
-            x = F.conv2d(x, weight, round_to_format(bias, layout.bias_format), padding=1)
+        last = len(self.layout.convolutions) - 1
+        for i in range(last + 1):
+            weight, bias = self.value(f"decoder_weight_{i}"), self.value(f"decoder_bias_{i}")
+            x = F.conv2d(x, weight, bias, padding=1)
             if i < last:
                 x = silu(x)
             if i < last - 1:
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         x = F.pixel_shuffle(x, 2)
-        _, height, width = layout.image_shape
+        _, height, width = self.layout.image_shape
         return sigmoid(x[..., :height, :width]).contiguous()
+
+    def _decode_chunk(self, indices: Tensor) -> Tensor:
+        on_cpu = indices.device.type == "cpu"
+        activations = (_silu_by_image, _sigmoid_by_image) if on_cpu else (F.silu, torch.sigmoid)
+        return self._images(indices, *activations)
 
     @torch.no_grad()
     def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
         """Begin instance memories with the principal components of what their cells cover.
 
-        The decoder, which does not know them yet, is for the steps of the warm start to fit. From
-        here rather than from noise, 12,461 images of CIFAR-10 came to 21.3 dB instead of 18.4 in
-        300 steps; 941 images to 20.4 instead of 19.5 in 100, and to the same 22.9 in 400. Where
+        The decoder, which does not know them yet, is for the steps of the warm start to fit. Where
         older images have a decoder already (``first_image`` above 0), new instance memories stay as
         they are.
         """
@@ -204,143 +355,21 @@ class HierarchicalMemory(Container):
         padded = F.pad(images - 0.5, beyond)
         return rearrange(padded, "n c (h s) (w t) -> (n h w) (c s t)", s=stride, t=stride)
 
-    def _decode_chunk(self, indices: Tensor) -> Tensor:
-        on_cpu = indices.device.type == "cpu"
-        activations = (_silu_by_image, _sigmoid_by_image) if on_cpu else (F.silu, torch.sigmoid)
-        return self._images(indices, *activations)
-
-    def stored(self) -> dict[str, list[Stored]]:
-        """Return what the file's tensors hold, by name; see :meth:`Container.stored`."""
-        layout = self.layout
-        scaled = {
-            "dataset": [(self.dataset_memory, self.dataset_scale)],
-            "classes": [(self.class_memory, self.class_scale)],
-            "instances": [(self.instance_memory, self.instance_scale[self.class_index])],
-            "extractors": [(self.extractor_weight, self.extractor_scale)],
-            "decoder": list(zip(self.decoder_weights, self.decoder_scale, strict=True)),
-        }
-        stored = {
-            name: [
-                Stored(latent, layout.number_format, scale, self._levels(latent, scale, shape))
-                for (latent, scale), shape in zip(parts, layout.level_shapes[name], strict=True)
-            ]
-            for name, parts in scaled.items()
-        }
-        biases = [self.extractor_bias, *self.decoder_biases]
-        stored["biases"] = [Stored(bias, layout.bias_format) for bias in biases]
-        return stored
-
-    def _levels(self, latent: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """Return the best models for values as they are; None where nothing is coded."""
-        if not self.layout.is_coded:
-            return None
-        sizes = (latent.detach() / scale).round().abs().clamp(max=MAX_INTEGER)
-        alike = [axis for axis, size in enumerate(shape) if size == 1]
-        means = sizes.mean(dim=alike, keepdim=True) if len(latent) else sizes.new_zeros(shape)
-        return best_levels(means)
-
-    @property
-    def private_rate(self) -> float:
-        """How much faster class and instance memories learn; see :class:`Container`."""
-        # Coded ones by a tenth of a step where others learn by a tenth.
-        return 10.0 * (_INSTANCE_STEP if self.layout.is_coded else 1.0)
-
-    @property
-    def added_rate(self) -> float:
-        """How much faster added classes are fitted to a decoder that stays as it is.
-
-        The images of the second ten classes of CIFAR-100 (300 KiB, entropy-coded) came to 25.4 dB
-        in place of 24.8 with ``warm_start_steps=2000``, and to 25.5 with 6000, with or without; in
-        int8, those at 100 KiB to 21.4 in place of 21.3 with 1000, and to 21.6 with 4000.
-        """
-        return 3.0
-
-    def rate(self, indices: Tensor, first_class: int = 0) -> tuple[Tensor, Tensor]:
-        """Return how many bits the entropy code spends, with gradients to the values it codes.
-
-        The models are those that are best for the values as they are; since they are best, bits
-        have no gradient to them.
-
-        Args:
-            indices: int64 ``(B,)``, positions of images.
-            first_class: The classes before it have no gradient from what images share.
-
-        Returns:
-            Two scalars: the mean bits of these images' instance memories, and the bits of all that
-            images share, classes' memories and extractors among it.
-        """
-        parts = self.stored()
-        (instances,) = parts.pop("instances")
-        own = instances._replace(
-            latent=self.instance_memory[indices],
-            scale=self.instance_scale[self.class_index[indices]],
-        )
-        for name in ("classes", "extractors"):
-            (rows,) = parts[name]
-            old, new = rows.latent[:first_class], rows.latent[first_class:]
-            parts[name] = [rows._replace(latent=torch.cat([old.detach(), new]))]
-        shared = [part for of_name in parts.values() for part in of_name if part.levels is not None]
-        total = torch.stack([_bits(part) for part in shared]).sum()
-        return _bits(own) / len(indices), total
-
-    def scales(self) -> list[Tensor]:
-        """Return the int8 scales that the file has, in order."""
-        return [
-            self.dataset_scale,
-            self.class_scale,
-            self.extractor_scale,
-            self.instance_scale,
-            self.decoder_scale,
-        ]
-
     @torch.no_grad()
     def largest_sum(self) -> float:
         """Return what no sum in the decoder can exceed, by the triangle inequality."""
         dataset = float(self.dataset_memory.abs().max())
         rows = self.extractor_weight.double().abs().sum(dim=2)
-        bound = float((rows * dataset + self.extractor_bias.abs()).max())
+        bound = float((rows * dataset + self.extractor_bias.abs()).max()) if len(rows) else 0.0
         for tier in (self.class_memory, self.instance_memory):
             bound = max(bound, float(tier.abs().max())) if len(tier) else bound
         largest = bound
-        for weight, bias in zip(self.decoder_weights, self.decoder_biases, strict=True):
+        for i in range(len(self.layout.convolutions)):
+            weight = self.get_parameter(f"decoder_weight_{i}")
             rows = weight.double().abs().sum(dim=(1, 2, 3))
-            bound = float((rows * bound + bias.abs()).max())
+            bound = float((rows * bound + self.get_parameter(f"decoder_bias_{i}").abs()).max())
             largest = max(largest, bound)
         return largest
-
-    @torch.no_grad()
-    def update_scales(self, first_class: int = 0) -> None:
-        """Set the int8 scales so that no latent value is clipped.
-
-        To be called after latent values change, before what is decoded is used; training does.
-        The other number formats have no scales.
-
-        Args:
-            first_class: Position of a class. Where it is not 0, the scales of the classes before it
-                stay as they are, and so do those that all classes share.
-        """
-        if self.layout.number_format != "int8":
-            return
-        if not first_class:
-            self.dataset_scale = max_abs_scale(self.dataset_memory, self.dataset_scale)
-            weights = [weight.flatten() for weight in self.decoder_weights]
-            self.decoder_scale = torch.cat([max_abs_scale(w, w.new_ones(1)) for w in weights])
-        new = {
-            "class_scale": max_abs_scale(self.class_memory, self.class_scale),
-            "extractor_scale": max_abs_scale(self.extractor_weight, self.extractor_scale),
-            "instance_scale": _class_scales(
-                self.instance_memory, self.class_index, self.num_classes
-            ),
-        }
-        for name, scales in new.items():
-            kept: Tensor = getattr(self, name)[:first_class]
-            setattr(self, name, torch.cat([kept, scales[first_class:]]))
-
-
-def _bits(part: Stored) -> Tensor:
-    assert part.scale is not None and part.levels is not None
-    integers = round_to_format(part.latent, part.number_format, part.scale) / part.scale
-    return bits(integers, part.levels).sum()
 
 
 def _silu_by_image(x: Tensor) -> Tensor:
@@ -356,12 +385,3 @@ def _sigmoid_by_image(x: Tensor) -> Tensor:
     for image in x:
         image.sigmoid_()
     return x
-
-
-def _class_scales(instance_memory: Tensor, class_index: Tensor, num_classes: int) -> Tensor:
-    """Return the int8 scales of the instance memories, one for each class and channel."""
-    largest = instance_memory.detach().abs().amax(dim=(2, 3), keepdim=True)
-    owner = class_index.view(-1, 1, 1, 1).expand_as(largest)
-    shape = (num_classes, *largest.shape[1:])
-    largest = largest.new_zeros(shape).scatter_reduce_(0, owner, largest, "amax")
-    return max_abs_scale(largest, largest)

@@ -1,0 +1,994 @@
+"""Memories whose images are learned: one declaration of what is stored, and all that follows.
+
+A memory kind declares a table of :class:`StoredTensor`. Parameters, bytes, growth, dropping, scales,
+bits, learning rates, saving and loading follow from it, so that a further tier is one more row and
+what reads it.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hmn_replay.budget import Budget, as_int
+from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError, TrainingError
+from hmn_replay.memory.base import (
+    MAX_CLASSES,
+    Memory,
+    check_classes,
+    check_counts,
+    check_image_shape,
+    check_num_classes,
+    check_tensors,
+    label_specs,
+)
+from hmn_replay.memory.entropy import (
+    NUM_LEVELS,
+    best_levels,
+    bits,
+    decode,
+    encode,
+    least_bits,
+)
+from hmn_replay.memory.file import Record, TensorSpec, packed_size
+from hmn_replay.memory.formats import (
+    NUMBER_FORMATS,
+    NumberFormat,
+    max_abs_scale,
+    round_bias,
+    round_to_format,
+)
+from hmn_replay.runtime import make_generator
+
+__all__ = ["AnyLearned", "LearnedMemory", "MemoryLayout", "StoredTensor", "first_that_fits"]
+
+_PIXELS_PER_CHUNK = 2**18
+_IMAGES_PER_CHUNK = 256
+# A trained memory stays below 100.
+_MAX_MAGNITUDE = 1e4
+# Near the end of float32; what is saved stays so far below that rounding cannot keep it from being
+# loaded.
+_MAX_SUM_LOADED, _MAX_SUM_SAVED = 1e37, 1e36
+# Planned for a value that all images share, or those of a class, where values are entropy-coded.
+_SHARED_BITS = 4
+
+Init = Callable[[torch.Generator, tuple[int, ...]], Tensor]
+AnyLearned = TypeVar("AnyLearned", bound="LearnedMemory")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One row of the table of what a memory stores.
+
+    Args:
+        name: The parameter's name, a Python identifier.
+        rows: ``"shared"``, one for all images; ``"class"``, a row a class; or ``"image"``, a row an
+            image (or ``layout.group_size`` images that share it).
+        shape: Of a row, or of all of it where it is shared.
+        init: Standard deviation of the normal values that it begins with; or a function from a
+            generator and a shape to them, float32.
+        is_bias: Whether it is one of the few values that integers would be too coarse for: stored
+            in float16 where the number format has integers, without scales.
+        scale_axes: Axes of ``shape`` along which int8 scales differ. Rows of classes have scales of
+            their own, and so have, class by class, rows of images.
+        scale: The int8 scale, where it does not follow from the values. Default: None, it does.
+        step: Width of a step between integers where they are entropy-coded.
+        model_axes: Axes of ``shape`` along which models of the entropy coder differ.
+        rate: How many times faster than others it learns.
+    """
+
+    name: str
+    rows: Literal["shared", "class", "image"]
+    shape: tuple[int, ...]
+    init: float | Init = 0.0
+    is_bias: bool = False
+    scale_axes: tuple[int, ...] = ()
+    scale: float | None = None
+    step: float = 0.0625
+    model_axes: tuple[int, ...] = ()
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ConfigError(f"the name of a stored tensor is an identifier; got {self.name!r}")
+        if self.rows not in ("shared", "class", "image"):
+            raise ConfigError(f"rows are 'shared', 'class' or 'image'; got {self.rows!r}")
+
+    def full_shape(self, num_classes: int, num_rows: int) -> tuple[int, ...]:
+        """Return the shape of all of it, for so many classes and rows of images."""
+        leading = {"shared": (), "class": (num_classes,), "image": (num_rows,)}
+        return (*leading[self.rows], *self.shape)
+
+    def scale_shape(self, num_classes: int) -> tuple[int, ...]:
+        """Return the shape of its int8 scales, for so many classes."""
+        leading = () if self.rows == "shared" else (num_classes,)
+        return (*leading, *_masked(self.shape, self.scale_axes))
+
+    @property
+    def model_shape(self) -> tuple[int, ...]:
+        """The shape of its entropy models, which broadcasts to all of it."""
+        leading = () if self.rows == "shared" else (1,)
+        return (*leading, *_masked(self.shape, self.model_axes))
+
+    def draw(self, generator: torch.Generator, num_rows: int | None = None) -> Tensor:
+        """Return values to begin with, float32: ``num_rows`` rows, or all of it where shared."""
+        shape = self.shape if num_rows is None else (num_rows, *self.shape)
+        if callable(self.init):
+            return self.init(generator, shape)
+        if self.init == 0:
+            return torch.zeros(shape, dtype=torch.float32)
+        return torch.randn(shape, generator=generator, dtype=torch.float32) * self.init
+
+
+@dataclass(frozen=True)
+class MemoryLayout:
+    """The frozen shape of a memory, whatever its number of classes and images.
+
+    Subclasses are frozen dataclasses with fields of their own, integers or tuples of integers.
+
+    Args:
+        image_shape: ``(C, H, W)`` of a decoded image; C is 1 or 3, H and W are 8 to 224.
+        number_format: A name among :data:`~hmn_replay.memory.formats.NUMBER_FORMATS`.
+
+    Raises:
+        ConfigError: A value outside these ranges.
+    """
+
+    image_shape: tuple[int, int, int]
+    number_format: str
+
+    def __post_init__(self) -> None:
+        NUMBER_FORMATS[self.number_format]
+        object.__setattr__(self, "image_shape", check_image_shape(self.image_shape))
+        for field in self._own_fields():
+            value = getattr(self, field.name)
+            is_tuple = str(field.type).startswith("tuple")
+            numbers = list(value) if is_tuple and isinstance(value, Sequence) else [value]
+            whole = [number for number in map(as_int, numbers) if number is not None]
+            if len(whole) < len(numbers):
+                what = "a sequence of integers" if is_tuple else "an integer"
+                raise ConfigError(f"{field.name} is {what}; got {value!r}")
+            object.__setattr__(self, field.name, tuple(whole) if is_tuple else whole[0])
+
+    @classmethod
+    def _own_fields(cls) -> list[dataclasses.Field[Any]]:
+        return [f for f in dataclasses.fields(cls) if f.name not in ("image_shape", "number_format")]
+
+    @property
+    def format(self) -> NumberFormat:
+        """The number format."""
+        return NUMBER_FORMATS[self.number_format]
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether values are entropy-coded."""
+        return self.format.is_coded
+
+    @property
+    def group_size(self) -> int:
+        """How many images share stored values, and so are kept or dropped together."""
+        return 1
+
+    def words(self) -> tuple[str, ...]:
+        """Return the layout as words without spaces; :meth:`from_words` reads them."""
+        own = (getattr(self, field.name) for field in self._own_fields())
+        return (self.number_format, _join(self.image_shape), *map(_join, own))
+
+    @classmethod
+    def from_words(cls, words: Sequence[str]) -> Any:
+        """Return the layout that wrote these words.
+
+        Raises:
+            ValueError: None did.
+        """
+        number_format, shape, *own = words
+        fields = cls._own_fields()
+        if len(own) != len(fields):
+            raise ValueError(f"a layout of {2 + len(fields)} words, got {len(words)}")
+        values = [
+            tuple(map(int, word.split(","))) if str(field.type).startswith("tuple") else int(word)
+            for field, word in zip(fields, own, strict=True)
+        ]
+        channels, height, width = map(int, shape.split(","))
+        layout = cls((channels, height, width), number_format, *values)
+        if layout.words() != tuple(words):
+            raise ValueError("its numbers are written in another way than this package writes them")
+        return layout
+
+
+class LearnedMemory(Memory, nn.Module):
+    """Labelled images, decoded from learned values.
+
+    The parameters are latent float32 values; :meth:`forward` and :meth:`decode` see them rounded to
+    the layout's number format, so that what is decoded now is what the saved file will give back.
+
+    A subclass declares :attr:`Layout`, :meth:`table`, :meth:`choose_layout` and :meth:`forward`, and
+    is registered by :func:`~hmn_replay.memory.base.register_memory`.
+
+    Args:
+        layout: Shapes and number format.
+        classes: The labels: 1 to 1000 different integers of 64 bits, in any order.
+        images_per_class: How many images each class has: one number for all, or one a class; 0 or
+            more, and a multiple of ``layout.group_size``.
+        budget: Bytes that the saved file may take. Default: None, no bound.
+        seed: Seed of the initial values.
+
+    Raises:
+        ConfigError: Repeated classes, too many of them, counts that cannot be, or a layout of
+            another kind.
+        BudgetError: The images do not fit the budget.
+
+    Attributes:
+        layout: Shapes and number format.
+        tensors: The rows of the table, by name.
+    """
+
+    Layout: ClassVar[type[MemoryLayout]] = MemoryLayout
+    default_number_format: ClassVar[str] = "int8"
+    codes_entropy: ClassVar[bool] = False
+    """Whether the kind can be entropy-coded."""
+    added_rate: ClassVar[float] = 1.0
+    """How many times faster a warm start of classes that are added to others learns."""
+    layout: Any
+
+    def __init__(
+        self,
+        layout: MemoryLayout,
+        classes: Sequence[int] | Tensor,
+        images_per_class: int | Sequence[int],
+        *,
+        budget: Budget | int | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layout = self.check_layout(layout)
+        self.tensors = {tensor.name: tensor for tensor in self.table(layout)}
+        self.report, self.class_names, self._counts = {}, {}, []
+        labels = check_classes(classes)
+        counts = check_counts(images_per_class, len(labels), layout.group_size)
+        self.budget_bytes = None if budget is None else Budget.parse(budget).num_bytes
+        generator = make_generator(seed, "memory")
+        for name, tensor in self.tensors.items():
+            num_rows = None if tensor.rows == "shared" else 0
+            setattr(self, name, nn.Parameter(tensor.draw(generator, num_rows)))
+            if self._has_scales(tensor):
+                scale = torch.ones(tensor.scale_shape(0), dtype=torch.float32)
+                self.register_buffer(f"{name}_scale", scale)
+        self.register_buffer("classes", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("class_index", torch.empty(0, dtype=torch.int64))
+        self.extend(labels, counts, seed=seed)
+
+    @classmethod
+    @abc.abstractmethod
+    def table(cls, layout: Any) -> tuple[StoredTensor, ...]:
+        """Return what a memory of this layout stores."""
+
+    @classmethod
+    @abc.abstractmethod
+    def choose_layout(
+        cls,
+        budget: Budget | int | str,
+        image_shape: Sequence[int],
+        num_classes: int,
+        number_format: str | None = None,
+        real_images_per_class: int | None = None,
+    ) -> Any:
+        """Return the layout for a budget.
+
+        Args:
+            budget: Bytes of the file.
+            image_shape: ``(C, H, W)``.
+            num_classes: K, 1 to 1000: how many classes share the budget.
+            number_format: How values are stored. Default: :attr:`default_number_format`.
+            real_images_per_class: How many real images of a class there are; room for more images
+                than that goes to better ones, where the kind can do so. Default: None, not known.
+
+        Raises:
+            BudgetError: The budget does not hold an image of every class, whatever the layout; the
+                message gives the smallest budget that does.
+            ConfigError: A shape, a number of classes or a number format outside its range.
+        """
+
+    @abc.abstractmethod
+    def forward(self, indices: Tensor) -> Tensor:
+        """Decode images, with gradients to every learned value.
+
+        Args:
+            indices: int64 ``(B,)``, positions of images; repeats are allowed.
+
+        Returns:
+            float32 ``(B, C, H, W)`` in [0, 1].
+        """
+
+    @abc.abstractmethod
+    def largest_sum(self) -> float:
+        """Return what no sum in the decoding can exceed, by the triangle inequality."""
+
+    def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
+        """Set values so that images come near to real ones, where that has a closed form.
+
+        Args:
+            first_image: The images before it stay as they are.
+            real_images: From positions, int64 ``(B,)``, ``first_image`` or more, to the wanted
+                images, float32 ``(B, C, H, W)`` in [0, 1], on the CPU.
+
+        Returns:
+            Whether nothing is left for the steps of the warm start to do.
+        """
+        del first_image, real_images
+        return False
+
+    # Sizes: what a memory of a layout would take.
+
+    @classmethod
+    def check_layout(cls, layout: MemoryLayout) -> Any:
+        """Return the layout if it is one of this kind, or raise :class:`ConfigError`."""
+        if not isinstance(layout, cls.Layout):
+            raise ConfigError(
+                f"the layout of memory kind {cls.kind!r} is a {cls.Layout.__name__}; got {layout!r}"
+            )
+        if layout.is_coded and not cls.codes_entropy:
+            plain = [name for name, entry in NUMBER_FORMATS.items() if not entry.is_coded]
+            raise ConfigError(
+                f"memory kind {cls.kind!r} has one of the number formats {', '.join(plain)}; got "
+                f"{layout.number_format!r}"
+            )
+        return layout
+
+    @classmethod
+    def specs(
+        cls,
+        layout: MemoryLayout,
+        classes: int | Sequence[int],
+        num_images: int,
+        code_bytes: int | None = None,
+    ) -> dict[str, TensorSpec]:
+        """Return the type and shape of every tensor in the file, class names aside.
+
+        Args:
+            layout: Of this kind.
+            classes: The labels, or how many classes there are: then labels from 0 on.
+            num_images: How many images, a multiple of ``layout.group_size``.
+            code_bytes: Size of the code, where values are entropy-coded. Default: as planned.
+        """
+        labels = list(range(classes)) if isinstance(classes, int) else list(classes)
+        num_classes, num_rows = len(labels), num_images // layout.group_size
+        num_format = layout.format
+        values: dict[str, int] = {}
+        sizes = {"biases": 0, "values": 0, "scales": 0, "levels": 0}
+        for tensor in cls.table(layout):
+            count = math.prod(tensor.full_shape(num_classes, num_rows))
+            sizes["biases" if tensor.is_bias else "values"] += count
+            if tensor.is_bias:
+                continue
+            values[tensor.rows] = values.get(tensor.rows, 0) + count
+            sizes["levels"] += math.prod(tensor.model_shape)
+            if num_format.is_integer and tensor.scale is None:
+                sizes["scales"] += math.prod(tensor.scale_shape(num_classes))
+        specs = label_specs(labels, num_images)
+        if sizes["biases"]:
+            specs["biases"] = TensorSpec(num_format.bias_dtype, (sizes["biases"],))
+        if num_format.is_coded:
+            if code_bytes is None:
+                shared = sum(count for rows, count in values.items() if rows != "image")
+                code_bytes = math.ceil(shared * _SHARED_BITS / 8)
+                code_bytes += cls.planned_image_bytes(layout) * num_images
+            specs["levels"] = TensorSpec(torch.uint8, (sizes["levels"],))
+            specs["code"] = TensorSpec(torch.uint8, (code_bytes,))
+        else:
+            specs["values"] = TensorSpec(num_format.dtype, (sizes["values"],))
+            if sizes["scales"]:
+                specs["scales"] = TensorSpec(torch.float32, (sizes["scales"],))
+        return specs
+
+    @classmethod
+    def planned_image_bytes(cls, layout: Any) -> int:
+        """Return the bytes planned for the code of an image, where values are entropy-coded."""
+        return int(layout.image_bytes)
+
+    @classmethod
+    def file_bytes_of(
+        cls,
+        layout: MemoryLayout,
+        classes: int | Sequence[int],
+        num_images: int,
+        budget_bytes: int | None,
+        code_bytes: int | None = None,
+        names_bytes: int = 0,
+    ) -> int:
+        """Return the exact size of a memory file, header and all.
+
+        Args:
+            layout: As in :meth:`specs`.
+            classes: As in :meth:`specs`.
+            num_images: As in :meth:`specs`.
+            budget_bytes: The budget, which stands in the header.
+            code_bytes: As in :meth:`specs`.
+            names_bytes: What class names take.
+        """
+        specs = cls.specs(layout, classes, num_images, code_bytes)
+        if names_bytes:
+            specs["names"] = TensorSpec(torch.uint8, (names_bytes,))
+        return packed_size(cls.kind, num_images, budget_bytes, layout.words(), specs)
+
+    @classmethod
+    def group_bytes(cls, layout: MemoryLayout) -> int:
+        """Return the bytes that each further image takes, or each further group of them."""
+        size = 100 * layout.group_size
+        two, one = (
+            sum(spec.num_bytes for spec in cls.specs(layout, 1, count, None).values())
+            for count in (2 * size, size)
+        )
+        return max(1, (two - one) // 100)
+
+    @classmethod
+    def max_images(
+        cls,
+        layout: MemoryLayout,
+        budget: Budget | int | str,
+        classes: int | Sequence[int],
+        names_bytes: int = 0,
+    ) -> int:
+        """Return how many images fit: the largest number within the budget, in whole groups.
+
+        Raises:
+            BudgetError: Not even one group of images a class fits; the message gives the smallest
+                budget that this layout can do with.
+            ConfigError: There are not 1 to 1000 classes.
+        """
+        limit = Budget.parse(budget).num_bytes
+        num_classes = check_num_classes(classes if isinstance(classes, int) else len(classes))
+        size = layout.group_size
+
+        def takes(num_groups: int, budget_bytes: int = limit) -> int:
+            return cls.file_bytes_of(
+                layout, classes, size * num_groups, budget_bytes, names_bytes=names_bytes
+            )
+
+        smallest = takes(num_classes)
+        if smallest > limit:
+            # The budget itself stands in the header: one of more digits may take more bytes.
+            while (needed := takes(num_classes, smallest)) > smallest:
+                smallest = needed
+            what = "one image" if size == 1 else f"{size} images, which share stored values,"
+            raise BudgetError(
+                f"a budget of {limit:,} bytes does not hold {what} of each of {num_classes} "
+                f"classes; with this layout the smallest that does is {smallest:,} bytes"
+            )
+        # The header grows by a digit now and then, so the quotient is a start, not the answer.
+        num_groups = num_classes + (limit - smallest) // cls.group_bytes(layout)
+        while takes(num_groups) > limit:
+            num_groups -= 1
+        return size * num_groups
+
+    @classmethod
+    def num_floats_of(cls, layout: MemoryLayout, num_classes: int, num_images: int) -> int:
+        """Return the number of learned values: the paper's measure of storage."""
+        num_rows = num_images // layout.group_size
+        shapes = (tensor.full_shape(num_classes, num_rows) for tensor in cls.table(layout))
+        return sum(map(math.prod, shapes))
+
+    @property
+    def num_floats(self) -> int:
+        """The number of learned values: the paper's measure of storage."""
+        return self.num_floats_of(self.layout, self.num_classes, self.num_images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of a decoded image."""
+        shape: tuple[int, int, int] = self.layout.image_shape
+        return shape
+
+    @property
+    def file_bytes(self) -> int:
+        """The exact size of the file that :meth:`save` writes."""
+        return self.file_bytes_with(self.num_images, self.code_bytes)
+
+    def file_bytes_with(
+        self, num_images: int, code_bytes: int | None, budget_bytes: int | None = None
+    ) -> int:
+        """Return the size of the file with another number of images and another size of the code.
+
+        Args:
+            num_images: A multiple of ``layout.group_size``.
+            code_bytes: Of entropy-coded values; None for what the layout plans.
+            budget_bytes: The budget in the header. Default: None, the memory's own.
+        """
+        return self.file_bytes_of(
+            self.layout,
+            self.classes.tolist(),
+            num_images,
+            self.budget_bytes if budget_bytes is None else budget_bytes,
+            code_bytes,
+            self.names_bytes,
+        )
+
+    @property
+    def code_bytes(self) -> int | None:
+        """The size of the entropy code in the file; None where nothing is coded."""
+        return len(encode(self._coded())) if self.layout.is_coded else None
+
+    # Values, as they are stored.
+
+    def value(self, name: str, indices: Tensor | None = None) -> Tensor:
+        """Return the values of a stored tensor, rounded, with gradients to its latent values.
+
+        Args:
+            name: Of a row of the table.
+            indices: int64 ``(B,)``, positions of images: the rows that they are decoded from. Not
+                used for what is shared.
+
+        Returns:
+            float32, ``(B, *shape)``, or ``shape`` where it is shared.
+        """
+        tensor = self.tensors[name]
+        latent, rows, classes = self.get_parameter(name), None, None
+        if tensor.rows != "shared":
+            assert indices is not None, "which images' rows"
+            classes = self.class_index[indices]
+            rows = classes if tensor.rows == "class" else indices // self.layout.group_size
+            latent = latent[rows]
+        if tensor.is_bias:
+            return round_bias(latent, self.layout.format)
+        return round_to_format(latent, self.layout.format, self._scale(tensor, classes))
+
+    def _has_scales(self, tensor: StoredTensor) -> bool:
+        """Return whether int8 scales of a tensor are stored."""
+        number_format = self.layout.format
+        is_plain = number_format.is_integer and not number_format.is_coded
+        return is_plain and not tensor.is_bias and tensor.scale is None
+
+    def _scale(self, tensor: StoredTensor, classes: Tensor | None) -> Tensor | float | None:
+        """Return the scale of a tensor, of the rows of some classes unless it is shared."""
+        if not self.layout.format.is_integer or tensor.is_bias:
+            return None
+        if not self._has_scales(tensor):
+            return tensor.step if self.layout.is_coded else tensor.scale
+        scale = self.get_buffer(f"{tensor.name}_scale")
+        return scale if classes is None else scale[classes]
+
+    def _row_classes(self, tensor: StoredTensor) -> Tensor | None:
+        """Return the class that each row of a tensor belongs to; None where it is shared."""
+        if tensor.rows == "image":
+            return self.class_index[:: self.layout.group_size]
+        if tensor.rows == "class":
+            return torch.arange(self.num_classes, device=self.classes.device)
+        return None
+
+    @torch.no_grad()
+    def _quantised(self, tensor: StoredTensor) -> Tensor:
+        """Return what the file stores of a tensor, in its shape."""
+        latent = self.get_parameter(tensor.name)
+        if tensor.is_bias:
+            return round_bias(latent, self.layout.format).to(self.layout.format.bias_dtype)
+        return self.layout.format.quantise(latent, self._scale(tensor, self._row_classes(tensor)))
+
+    def _values(self) -> list[StoredTensor]:
+        """Return the tensors that are stored in the number format, in the order of the table."""
+        return [tensor for tensor in self.tensors.values() if not tensor.is_bias]
+
+    @torch.no_grad()
+    def update_scales(self, first_class: int = 0) -> None:
+        """Set the int8 scales so that no latent value is clipped.
+
+        To be called after latent values change, before what is decoded is used; training does.
+
+        Args:
+            first_class: Position of a class. Where it is not 0, nothing changes that the images of
+                the classes before it are decoded from.
+        """
+        for tensor in filter(self._has_scales, self._values()):
+            name = f"{tensor.name}_scale"
+            if tensor.rows == "shared":
+                if not first_class:
+                    setattr(self, name, max_abs_scale(self._largest(tensor)))
+                continue
+            kept = self.get_buffer(name)[:first_class]
+            new = max_abs_scale(self._largest(tensor))[first_class:]
+            setattr(self, name, torch.cat([kept, new]))
+
+    def _largest(self, tensor: StoredTensor) -> Tensor:
+        """Return the largest absolute values of a tensor, of the shape of its scales."""
+        latent = self.get_parameter(tensor.name).detach().abs()
+        lead = latent.ndim - len(tensor.shape)
+        alike = [lead + a for a in range(len(tensor.shape)) if a not in tensor.scale_axes]
+        largest = latent.amax(dim=alike, keepdim=True) if alike else latent
+        if tensor.rows != "image":
+            return largest
+        owner = self._row_classes(tensor)
+        assert owner is not None
+        owner = owner.view(-1, *[1] * len(tensor.shape)).expand_as(largest)
+        by_class = largest.new_zeros(tensor.scale_shape(self.num_classes))
+        return by_class.scatter_reduce_(0, owner, largest, "amax")
+
+    # Bits, where values are entropy-coded.
+
+    def _levels(self, tensor: StoredTensor) -> Tensor:
+        """Return the best entropy models for a tensor's values as they are."""
+        sizes = self._quantised(tensor).abs().float()
+        shape = tensor.model_shape
+        alike = [axis for axis, size in enumerate(shape) if size == 1]
+        if not sizes.numel():
+            return best_levels(sizes.new_zeros(shape))
+        return best_levels(sizes.mean(dim=alike, keepdim=True) if alike else sizes)
+
+    def _coded(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the integers that the file has in its code, int8, and their models, in order."""
+        return [(self._quantised(tensor), self._levels(tensor)) for tensor in self._values()]
+
+    @torch.no_grad()
+    def bits(self) -> dict[str, float]:
+        """Return the bits that the file has for each stored tensor, by name.
+
+        Of values that are entropy-coded it is the length of their code; what rounds it up to whole
+        words, and their models, are not in it.
+        """
+        found = {}
+        for name, tensor in self.tensors.items():
+            stored = self._quantised(tensor)
+            if self.layout.is_coded and not tensor.is_bias:
+                found[name] = float(bits(stored.double(), self._levels(tensor)).sum())
+            else:
+                found[name] = 8.0 * stored.numel() * stored.element_size()
+        return found
+
+    def rate(self, indices: Tensor, first_class: int = 0) -> tuple[Tensor, Tensor]:
+        """Return how many bits the entropy code spends, with gradients to the values it codes.
+
+        The models are those that are best for the values as they are; since they are best, bits
+        have no gradient to them.
+
+        Args:
+            indices: int64 ``(B,)``, positions of images.
+            first_class: The classes before it have no gradient from what images share.
+
+        Returns:
+            Two scalars: the mean bits of what these images alone are decoded from, and the bits of
+            all that images share, what belongs to classes among it.
+        """
+        own, shared = self.classes.new_zeros((), dtype=torch.float32), []
+        for tensor in self._values():
+            latent = self.get_parameter(tensor.name)
+            if tensor.rows == "image":
+                latent = latent[indices // self.layout.group_size]
+            elif tensor.rows == "class":
+                latent = torch.cat([latent[:first_class].detach(), latent[first_class:]])
+            integers = round_to_format(latent, self.layout.format, tensor.step) / tensor.step
+            length = bits(integers, self._levels(tensor)).sum()
+            if tensor.rows == "image":
+                own = own + length
+            else:
+                shared.append(length)
+        total = torch.stack(shared).sum() if shared else torch.zeros_like(own)
+        return own / max(1, len(indices)), total
+
+    # Learning.
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters that are learned, for an optimizer: one group for each rate.
+
+        Each group is a dict with ``"params"`` and ``"factor"``, how many times faster it learns.
+        """
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, tensor in self.tensors.items():
+            parameter = self.get_parameter(name)
+            if parameter.requires_grad:
+                groups.setdefault(tensor.rate, []).append(parameter)
+        return [{"params": params, "factor": rate} for rate, params in sorted(groups.items())]
+
+    def freeze_shared(self) -> None:
+        """Let what images of several classes share learn no more."""
+        for name, tensor in self.tensors.items():
+            if tensor.rows == "shared":
+                self.get_parameter(name).requires_grad_(False)
+
+    def rows_of(self, indices: Tensor) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
+        """Yield what some images are decoded from: each learned parameter, and which of its rows.
+
+        Args:
+            indices: int64 ``(B,)``, positions of images, on the CPU.
+
+        Yields:
+            A parameter that requires gradients, and ascending positions of rows, int64 on its
+            device, or None for all of it.
+        """
+        counts = torch.tensor(self._counts)
+        rows = {
+            "shared": None,
+            "class": torch.arange(len(counts)).repeat_interleave(counts)[indices].unique(),
+            "image": (indices // self.layout.group_size).unique(),
+        }
+        for name, tensor in self.tensors.items():
+            parameter, own = self.get_parameter(name), rows[tensor.rows]
+            if parameter.requires_grad:
+                yield parameter, None if own is None else own.to(parameter.device)
+
+    # Growing and dropping.
+
+    @torch.no_grad()
+    def extend(
+        self,
+        classes: Sequence[int] | Tensor,
+        images_per_class: int | Sequence[int],
+        *,
+        seed: int = 0,
+    ) -> None:
+        """Add new classes and their images.
+
+        Everything that old images are decoded from keeps its values.
+
+        Args:
+            classes: New labels.
+            images_per_class: Images of each new class: one number, or one a class.
+            seed: Seed of the new initial values.
+
+        Raises:
+            ConfigError: A class is there already or occurs twice, or a count is below 0, or no
+                multiple of ``layout.group_size``.
+            BudgetError: The longer memory does not fit the budget; nothing is changed.
+        """
+        new = check_classes(classes)
+        size = self.layout.group_size
+        counts = check_counts(images_per_class, len(new), size)
+        old = self.classes.tolist()
+        if repeated := sorted(set(old).intersection(new)):
+            raise ConfigError(
+                f"classes {repeated} are in the memory already; extend it with new ones only"
+            )
+        if len(old) + len(new) > MAX_CLASSES:
+            raise ConfigError(
+                f"a memory has up to {MAX_CLASSES} classes; got {len(old)} + {len(new)}"
+            )
+        before = {
+            name: getattr(self, name)
+            for name in (*self.tensors, "classes", "class_index", *self._scale_names(), "_counts")
+        }
+        device = self.classes.device
+        generator = make_generator(seed, "classes", len(old))
+        owner = torch.arange(len(new)).repeat_interleave(torch.tensor(counts))
+        self.classes = torch.cat([self.classes, torch.tensor(new, device=device)])
+        self.class_index = torch.cat([self.class_index, (len(old) + owner).to(device)])
+        self._counts = [*self._counts, *counts]
+        for name, tensor in self.tensors.items():
+            if tensor.rows != "shared":
+                num_rows = len(new) if tensor.rows == "class" else sum(counts) // size
+                rows = tensor.draw(generator, num_rows).to(device)
+                self._replace(name, torch.cat([getattr(self, name), rows]))
+        self.update_scales(len(old))
+        needed = self.file_bytes
+        if self.budget_bytes is not None and needed > self.budget_bytes:
+            num_images, num_classes = self.num_images, self.num_classes
+            for name, kept in before.items():
+                setattr(self, name, kept)
+            raise BudgetError(
+                f"{num_images} images of {num_classes} classes take {needed:,} bytes, over the "
+                f"budget of {self.budget_bytes:,}; keep fewer images, or raise the budget"
+            )
+
+    def _keep(self, kept: Tensor) -> None:
+        size = self.layout.group_size
+        groups = kept[::size] // size
+        whole = groups.view(-1, 1) * size + torch.arange(size)
+        if not whole.flatten().equal(kept):
+            raise ConfigError(
+                f"{size} images share stored values, and are kept or dropped together; some of "
+                "these are without the others"
+            )
+        groups = groups.to(self.classes.device)
+        for name, tensor in self.tensors.items():
+            if tensor.rows == "image":
+                self._replace(name, getattr(self, name)[groups])
+
+    def _drop_classes(self, stays: Tensor) -> None:
+        for name, tensor in self.tensors.items():
+            if tensor.rows == "class":
+                self._replace(name, getattr(self, name)[stays])
+            if tensor.rows != "shared" and self._has_scales(tensor):
+                self._replace(f"{name}_scale", getattr(self, f"{name}_scale")[stays])
+
+    def _scale_names(self) -> list[str]:
+        return [f"{tensor.name}_scale" for tensor in filter(self._has_scales, self._values())]
+
+    def _replace(self, name: str, values: Tensor) -> None:
+        """Give a parameter or buffer other rows; a parameter is trained or frozen as before."""
+        old: Tensor = getattr(self, name)
+        if isinstance(old, nn.Parameter):
+            values = nn.Parameter(values, old.requires_grad)
+        setattr(self, name, values)
+
+    # Decoding.
+
+    @property
+    def chunk_size(self) -> int:
+        """How many images are decoded at once: 256 up to 32 x 32, 5 of 224 x 224."""
+        fitting = _PIXELS_PER_CHUNK // math.prod(self.image_shape[1:])
+        return max(1, min(fitting, _IMAGES_PER_CHUNK))
+
+    def _decode(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        # Every batch is decoded at the same size, the last one filled up with repeats, so that an
+        # image's bits do not depend on the others.
+        device, chunk_size = self.classes.device, self.chunk_size
+        num_images, num_repeats = len(indices), -len(indices) % chunk_size
+        padded = torch.cat([indices, indices[-1:].expand(num_repeats)]).to(device)
+        images = torch.empty((num_images, *self.image_shape), dtype=dtype, device=device)
+        with torch.autocast(device.type, enabled=False):
+            for start in range(0, num_images, chunk_size):
+                decoded = self._decode_chunk(padded[start : start + chunk_size])
+                if dtype == torch.uint8:
+                    decoded = (decoded * 255).round()
+                images[start : start + chunk_size] = decoded[: num_images - start]
+        return images
+
+    def _decode_chunk(self, indices: Tensor) -> Tensor:
+        """Decode images like :meth:`forward`, to bits that do not depend on the others."""
+        images: Tensor = self(indices)
+        return images
+
+    # The file.
+
+    def words(self) -> tuple[str, ...]:
+        """Return the layout as words of the file's metadata."""
+        words: tuple[str, ...] = self.layout.words()
+        return words
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """Return what the file stores: all values one after another, in the order of the table."""
+        latents = {name: self.get_parameter(name) for name in self.tensors}
+        for name, latent in latents.items():
+            if not _is_tame(latent):
+                raise TrainingError(
+                    f"the memory's {name} has values that are not finite or beyond "
+                    f"{_MAX_MAGNITUDE:,.0f}: its training diverged; lower the learning rate"
+                )
+        if not self.largest_sum() <= _MAX_SUM_SAVED:
+            raise TrainingError(
+                "the memory's values are not finite, or so large that decoding could leave "
+                "float32: its training diverged; lower the learning rate"
+            )
+        values, biases = self._values(), [t for t in self.tensors.values() if t.is_bias]
+        stored: dict[str, Tensor] = {}
+        if biases:
+            stored["biases"] = _flat([self._quantised(tensor) for tensor in biases])
+        if self.layout.is_coded:
+            coded = self._coded()
+            stored["levels"] = _flat([levels for _, levels in coded])
+            stored["code"] = torch.frombuffer(bytearray(encode(coded)), dtype=torch.uint8)
+            return stored
+        stored["values"] = _flat([self._quantised(tensor) for tensor in values])
+        if names := self._scale_names():
+            stored["scales"] = _flat([self.get_buffer(name) for name in names])
+        return stored
+
+    @classmethod
+    @torch.no_grad()
+    def _restore(
+        cls: type[AnyLearned], record: Record, classes: list[int], counts: list[int]
+    ) -> AnyLearned:
+        layout = cls.check_layout(cls.Layout.from_words(record.words))
+        tensors, num_images = record.tensors, record.num_images
+        code = tensors.get("code")
+        code_bytes = None if code is None else len(code)
+        check_tensors(tensors, cls.specs(layout, classes, num_images, code_bytes))
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not _is_tame(tensor):
+                raise MemoryFileError(f"its {name} are not finite, or far too large")
+        if layout.is_coded:
+            cls._check_code(layout, len(classes), num_images, tensors)
+        memory = cls(layout, classes, counts)
+        if "scales" in tensors:
+            if float(tensors["scales"].min()) < 1e-9:
+                raise MemoryFileError("a scale is not positive")
+            scales = [memory.get_buffer(name) for name in memory._scale_names()]
+            for scale, own in zip(scales, _split(tensors["scales"], scales), strict=True):
+                scale.copy_(own)
+        values = memory._values()
+        latents = [memory.get_parameter(tensor.name) for tensor in values]
+        if layout.is_coded:
+            levels = tensors["levels"].split([math.prod(t.model_shape) for t in values])
+            shaped = [own.view(t.model_shape) for own, t in zip(levels, values, strict=True)]
+            shapes = [latent.shape for latent in latents]
+            found = decode(
+                tensors["code"].numpy().tobytes(), list(zip(shapes, shaped, strict=True))
+            )
+        else:
+            found = _split(tensors["values"], latents)
+        for tensor, latent, own in zip(values, latents, found, strict=True):
+            scale = memory._scale(tensor, memory._row_classes(tensor))
+            latent.copy_(layout.format.dequantise(own, scale))
+        biases = [memory.get_parameter(t.name) for t in memory.tensors.values() if t.is_bias]
+        for latent, own in zip(biases, _split(tensors.get("biases"), biases), strict=True):
+            latent.copy_(own.float())
+        if not memory.largest_sum() <= _MAX_SUM_LOADED:
+            raise MemoryFileError("its values are so large that decoding could leave float32")
+        return memory
+
+    @classmethod
+    def _check_code(
+        cls, layout: MemoryLayout, num_classes: int, num_images: int, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Check that a code can hold so many images, before there is room for them."""
+        levels = tensors["levels"]
+        if len(levels) and int(levels.max()) >= NUM_LEVELS:
+            raise MemoryFileError(f"an entropy model has level {NUM_LEVELS} or more")
+        values = [tensor for tensor in cls.table(layout) if not tensor.is_bias]
+        least = 0.0
+        for tensor, own in zip(
+            values, levels.split([math.prod(t.model_shape) for t in values]), strict=True
+        ):
+            shape = tensor.full_shape(num_classes, num_images // layout.group_size)
+            least += math.prod(shape) * float(least_bits(own).min())
+        if least > 8 * len(tensors["code"]):
+            raise MemoryFileError(
+                f"its code of {len(tensors['code']):,} bytes is too short for {num_images:,} images"
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the memory is, as JSON types; see :meth:`Memory.summary`."""
+        layout = dataclasses.asdict(self.layout)
+        return {
+            **super().summary(),
+            "number_format": layout.pop("number_format"),
+            "layout": {k: list(v) if isinstance(v, tuple) else v for k, v in layout.items()},
+            "num_floats": self.num_floats,
+        }
+
+    def __repr__(self) -> str:
+        return super().__repr__()[:-1] + f", number_format={self.layout.number_format!r})"
+
+
+def first_that_fits(
+    memory_type: type[LearnedMemory],
+    layouts: Iterable[MemoryLayout],
+    budget: Budget | int | str,
+    num_classes: int,
+) -> Any:
+    """Return the first layout with which a budget holds an image of every class.
+
+    Raises:
+        BudgetError: None does; the message is that of the last one.
+        ConfigError: ``num_classes`` is not 1 to 1000.
+    """
+    *others, last = layouts
+    for layout in others:
+        try:
+            memory_type.max_images(layout, budget, num_classes)
+        except BudgetError:
+            continue
+        return layout
+    memory_type.max_images(last, budget, num_classes)
+    return last
+
+
+def _masked(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(size if axis in axes else 1 for axis, size in enumerate(shape))
+
+
+def _join(value: int | tuple[int, ...]) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts]).cpu()
+
+
+def _split(flat: Tensor | None, like: Sequence[Tensor]) -> list[Tensor]:
+    """Part a row of values into tensors of given shapes."""
+    if flat is None:
+        return []
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _is_tame(values: Tensor) -> bool:
+    # A comparison with NaN is false, so NaN is not tame either.
+    return bool((values.abs() <= _MAX_MAGNITUDE).all())
+
+

@@ -1,0 +1,415 @@
+"""Real images as memories: pixels as they are, JPEG scans under one header, or lossless WebP."""
+
+from __future__ import annotations
+
+import abc
+import io
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmn_replay.budget import Budget, as_int
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
+from hmn_replay.memory.base import (
+    Memory,
+    affordable_names,
+    check_image_shape,
+    check_tensors,
+    label_specs,
+    register_memory,
+    stored_names_bytes,
+)
+from hmn_replay.memory.file import Record, TensorSpec, integer_dtype, packed_size
+from hmn_replay.memory.jpeg import (
+    decode_jpeg_scans,
+    encode_jpeg_scans,
+    read_jpeg_shape,
+)
+from hmn_replay.runtime import resolve_device
+
+__all__ = ["JPEGMemory", "LosslessMemory", "RawMemory", "RealMemory"]
+
+_ENCODED_AT_ONCE = 256
+# "RIFF", a size, "WEBPVP8L", a size: the same for every lossless WebP, but for its sizes.
+_WEBP_HEADER_BYTES = 20
+
+AnyReal = TypeVar("AnyReal", bound="RealMemory")
+
+
+class RealMemory(Memory):
+    """Real images under a budget, each encoded by itself; the base of raw, JPEG and lossless.
+
+    A memory begins without images; :meth:`extend` adds them. An image once encoded stays as it is,
+    byte for byte: it is never encoded a second time.
+
+    Args:
+        image_shape: ``(C, H, W)``; C is 1 or 3, H and W are 8 to 224.
+        budget: Bytes that the saved file may take. Default: None, no bound.
+
+    Raises:
+        ConfigError: Another image shape.
+
+    Attributes:
+        payloads: The bytes of every image, in the order of the images.
+    """
+
+    sizes_differ: ClassVar[bool] = True
+    """Whether the payloads of images differ in length."""
+
+    def __init__(
+        self, image_shape: Sequence[int], *, budget: Budget | int | str | None = None
+    ) -> None:
+        self._image_shape = check_image_shape(image_shape)
+        self.budget_bytes = None if budget is None else Budget.parse(budget).num_bytes
+        self.classes = torch.empty(0, dtype=torch.int64)
+        self.class_index = torch.empty(0, dtype=torch.int64)
+        self.class_names, self.report, self._counts = {}, {}, []
+        self.payloads: list[bytes] = []
+
+    @abc.abstractmethod
+    def encode(self, images: Tensor) -> list[bytes]:
+        """Encode images: uint8 ``(N, C, H, W)`` on the CPU to the bytes of each."""
+
+    @abc.abstractmethod
+    def _read(self, payloads: Sequence[bytes]) -> Tensor:
+        """Decode payloads to uint8 ``(N, C, H, W)`` on the CPU; DataError where one is damaged."""
+
+    @classmethod
+    @abc.abstractmethod
+    def _from_words(
+        cls: type[AnyReal], words: Sequence[str], tensors: Mapping[str, Tensor]
+    ) -> AnyReal:
+        """Return a memory without images that :meth:`words` and :meth:`header` come from."""
+
+    def header(self) -> bytes:
+        """Return the bytes that all images share."""
+        return b""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of an image."""
+        return self._image_shape
+
+    @property
+    def file_bytes(self) -> int:
+        """The exact size of the file that :meth:`save` writes."""
+        lengths = list(map(len, self.payloads))
+        return self._size(self.classes.tolist(), lengths, self.names_bytes)
+
+    def extend(self, data: LabelledImages, *, order: Tensor | None = None) -> None:
+        """Add the classes of some images, as many of every class as fit the budget.
+
+        The images of a class stand in the given order, and those that make room are its last ones:
+        the first image of every class stays longest, then the second. A class that the memory has
+        already is replaced.
+
+        Args:
+            data: The new images.
+            order: Positions in ``data``, int64 ``(n,)``, each once at most: which images are
+                wanted, the first first. Default: all, in their order.
+
+        Raises:
+            BudgetError: Not one image fits; the message gives the smallest budget that holds one.
+            ConfigError: ``order`` is not as said above.
+            DataError: Images of another shape.
+        """
+        if data.image_shape != self.image_shape:
+            raise DataError(
+                f"expected images of {self.image_shape}, as the memory has; got {data.image_shape}"
+            )
+        order = torch.arange(len(data)) if order is None else check_order(order, len(data))
+        payloads = self._by_class()
+        for label in data.labels[order].unique().tolist():
+            payloads[label] = []
+        num_bytes = 0
+        for chunk in order.split(_ENCODED_AT_ONCE):
+            encoded = self.encode(data.images[chunk])
+            for label, payload in zip(data.labels[chunk].tolist(), encoded, strict=True):
+                payloads[label].append(payload)
+            num_bytes += sum(map(len, encoded))
+            if self.budget_bytes is not None and num_bytes > self.budget_bytes:
+                break
+        names = {**self.class_names, **(data.class_names or {})}
+        names = affordable_names(names, payloads, self.budget_bytes)
+        # The first image of every class, then the second, while they fit.
+        queue = sorted((i, label) for label, own in payloads.items() for i in range(len(own)))
+        num_images = len(queue)
+        if self.budget_bytes is not None:
+            num_images = self._most_that_fit(queue, payloads, names, self.budget_bytes)
+        kept: dict[int, list[bytes]] = {}
+        for label, i in sorted((label, i) for i, label in queue[:num_images]):
+            kept.setdefault(label, []).append(payloads[label][i])
+        self._set(list(kept), [len(own) for own in kept.values()], itertools.chain(*kept.values()))
+        self.class_names = {label: name for label, name in names.items() if label in kept}
+
+    def _most_that_fit(
+        self,
+        queue: Sequence[tuple[int, int]],
+        payloads: Mapping[int, Sequence[bytes]],
+        names: Mapping[int, str],
+        limit: int,
+    ) -> int:
+        """Return how many of a queue of images fit, by bisection: files grow with their images."""
+        names_bytes = stored_names_bytes(names, sorted(payloads))
+
+        def takes(num_images: int) -> int:
+            chosen = queue[:num_images]
+            classes = sorted({label for _, label in chosen})
+            lengths = [len(payloads[label][i]) for i, label in chosen]
+            return self._size(classes, lengths, names_bytes)
+
+        if not queue or takes(1) > limit:
+            smallest = f"; the smallest that does is {takes(1):,} bytes" if queue else ""
+            raise BudgetError(f"a budget of {limit:,} bytes does not hold one image{smallest}")
+        low, high = 1, len(queue)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if takes(middle) <= limit else (low, middle - 1)
+        return low
+
+    def _size(self, classes: Sequence[int], lengths: Sequence[int], names_bytes: int) -> int:
+        specs = {**label_specs(classes, len(lengths)), **self._specs(lengths)}
+        if names_bytes:
+            specs["names"] = TensorSpec(torch.uint8, (names_bytes,))
+        return packed_size(self.kind, len(lengths), self.budget_bytes, self.words(), specs)
+
+    def _specs(self, lengths: Sequence[int]) -> dict[str, TensorSpec]:
+        """Return what the file stores beside labels, counts and names."""
+        specs = {"images": TensorSpec(torch.uint8, (sum(lengths),))}
+        if self.sizes_differ:
+            dtype = integer_dtype(0, max(lengths, default=0))
+            specs["lengths"] = TensorSpec(dtype, (len(lengths),))
+        if header := self.header():
+            specs["header"] = TensorSpec(torch.uint8, (len(header),))
+        return specs
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return what the file stores; see :meth:`Memory.stored`."""
+        lengths = list(map(len, self.payloads))
+        specs = self._specs(lengths)
+        stored = {"images": _bytes(b"".join(self.payloads))}
+        if "lengths" in specs:
+            stored["lengths"] = torch.tensor(lengths, dtype=specs["lengths"].dtype)
+        if header := self.header():
+            stored["header"] = _bytes(header)
+        return stored
+
+    @classmethod
+    def _restore(
+        cls: type[AnyReal], record: Record, classes: list[int], counts: list[int]
+    ) -> AnyReal:
+        tensors = record.tensors
+        memory = cls._from_words(record.words, tensors)
+        if memory.words() != record.words:
+            raise MemoryFileError("its words are written in another way than this package does")
+        if memory.sizes_differ:
+            lengths = tensors["lengths"].long().tolist() if "lengths" in tensors else []
+        else:
+            lengths = [math.prod(memory.image_shape)] * record.num_images
+        if len(lengths) != record.num_images or min(lengths, default=1) < 1:
+            raise MemoryFileError("its images and their lengths do not fit each other")
+        specs = {**label_specs(classes, record.num_images), **memory._specs(lengths)}
+        check_tensors(tensors, specs)
+        data, ends = tensors["images"].numpy().tobytes(), list(itertools.accumulate(lengths))
+        starts = [0, *ends[:-1]]
+        payloads = (data[start:end] for start, end in zip(starts, ends, strict=False))
+        memory._set(classes, counts, payloads)
+        return memory
+
+    def _set(self, classes: list[int], counts: list[int], payloads: Iterable[bytes]) -> None:
+        """Take over images, class by class."""
+        device = self.classes.device
+        index = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+        self.classes = torch.tensor(classes, dtype=torch.int64, device=device)
+        self.class_index, self._counts = index.to(device), counts
+        self.payloads = list(payloads)
+
+    def _by_class(self) -> dict[int, list[bytes]]:
+        found: dict[int, list[bytes]] = {label: [] for label in self.classes.tolist()}
+        for label, payload in zip(self.labels.tolist(), self.payloads, strict=True):
+            found[label].append(payload)
+        return found
+
+    def _decode(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        images = self._read([self.payloads[i] for i in indices.tolist()]).to(self.classes.device)
+        return images if dtype == torch.uint8 else images.float().div_(255)
+
+    def _keep(self, kept: Tensor) -> None:
+        self.payloads = [self.payloads[i] for i in kept.tolist()]
+
+    def to(self: AnyReal, device: str | torch.device) -> AnyReal:
+        """Let decoded images be on a device; the encoded ones stay in main memory."""
+        target = resolve_device(device)
+        self.classes, self.class_index = self.classes.to(target), self.class_index.to(target)
+        return self
+
+    def bits(self) -> dict[str, float]:
+        """Return the bits that each stored tensor takes in the file, by name."""
+        specs = self._specs(list(map(len, self.payloads)))
+        return {name: 8.0 * spec.num_bytes for name, spec in specs.items()}
+
+
+@register_memory("raw")
+class RawMemory(RealMemory):
+    """Real images as uint8 pixels; arguments as for :class:`RealMemory`."""
+
+    sizes_differ = False
+
+    def encode(self, images: Tensor) -> list[bytes]:
+        """Return the pixels of each image."""
+        return [image.numpy().tobytes() for image in images.contiguous()]
+
+    def _read(self, payloads: Sequence[bytes]) -> Tensor:
+        if not payloads:
+            return torch.empty((0, *self.image_shape), dtype=torch.uint8)
+        return _bytes(b"".join(payloads)).view(-1, *self.image_shape)
+
+    def words(self) -> tuple[str, ...]:
+        """Return the image shape, for the file's metadata."""
+        return (_join(self.image_shape),)
+
+    @classmethod
+    def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> RawMemory:
+        (shape,) = words
+        return cls(_split(shape))
+
+
+@register_memory("jpeg")
+class JPEGMemory(RealMemory):
+    """Real images as JPEG scans under one header.
+
+    Args:
+        image_shape: As in :class:`RealMemory`.
+        quality: libjpeg's, 1 (smallest) to 100 (best).
+        subsampling: Of chroma: ``"4:2:0"`` or ``"4:4:4"``. Not used for grey images.
+        budget: As in :class:`RealMemory`.
+
+    Raises:
+        ConfigError: A value outside these ranges.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        *,
+        quality: int,
+        subsampling: str = "4:2:0",
+        budget: Budget | int | str | None = None,
+    ) -> None:
+        super().__init__(image_shape, budget=budget)
+        self.quality, self.subsampling = as_int(quality) or 0, subsampling
+        blank = torch.zeros((1, *self.image_shape), dtype=torch.uint8)
+        self._header, _ = encode_jpeg_scans(blank, quality, subsampling=subsampling)
+
+    def encode(self, images: Tensor) -> list[bytes]:
+        """Return the entropy-coded scan of each image."""
+        header, scans = encode_jpeg_scans(images, self.quality, subsampling=self.subsampling)
+        if header != self._header:
+            raise ConfigError(
+                "this version of the JPEG library writes another header than the one that the "
+                "memory was begun with; extend it where it was made"
+            )
+        return scans
+
+    def _read(self, payloads: Sequence[bytes]) -> Tensor:
+        return decode_jpeg_scans(self._header, payloads)
+
+    def header(self) -> bytes:
+        """Return the header that the scans share."""
+        return self._header
+
+    def words(self) -> tuple[str, ...]:
+        """Return image shape, quality and subsampling, for the file's metadata."""
+        return _join(self.image_shape), str(self.quality), self.subsampling
+
+    @classmethod
+    def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> JPEGMemory:
+        shape, quality, subsampling = words
+        memory = cls(_split(shape), quality=int(quality), subsampling=subsampling)
+        memory._header = tensors["header"].numpy().tobytes()
+        if read_jpeg_shape(memory._header) != memory.image_shape:
+            raise MemoryFileError("its JPEG header is that of images of another shape")
+        return memory
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the memory is, as JSON types; see :meth:`Memory.summary`."""
+        return {**super().summary(), "quality": self.quality, "subsampling": self.subsampling}
+
+
+@register_memory("lossless")
+class LosslessMemory(RealMemory):
+    """Real images as lossless WebP, less what every such file begins with."""
+
+    def encode(self, images: Tensor) -> list[bytes]:
+        """Return the VP8L payload of each image."""
+        from PIL import Image
+
+        payloads = []
+        for pixels in images.movedim(1, -1).contiguous().numpy():
+            file = io.BytesIO()
+            image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            image.convert("RGB").save(file, "WEBP", lossless=True, quality=100, method=6)
+            data = file.getvalue()
+            size = int.from_bytes(data[16:20], "little")
+            assert data[8:16] == b"WEBPVP8L", "a lossless WebP without alpha or metadata"
+            payloads.append(data[_WEBP_HEADER_BYTES : _WEBP_HEADER_BYTES + size])
+        return payloads
+
+    def _read(self, payloads: Sequence[bytes]) -> Tensor:
+        from PIL import Image
+
+        channels, height, width = self.image_shape
+        images = np.empty((len(payloads), height, width, channels), np.uint8)
+        for position, payload in enumerate(payloads):
+            chunk = b"VP8L" + len(payload).to_bytes(4, "little") + payload
+            chunk += b"\0" * (len(payload) % 2)
+            data = b"RIFF" + (4 + len(chunk)).to_bytes(4, "little") + b"WEBP" + chunk
+            try:
+                with Image.open(io.BytesIO(data), formats=["WEBP"]) as image:
+                    if image.size != (width, height):
+                        raise ValueError(f"its size is {image.size}")
+                    pixels = np.asarray(image.convert("RGB"))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise DataError(f"lossless image {position} cannot be decoded ({error})") from error
+            images[position] = pixels[..., :channels]
+        return torch.from_numpy(images).movedim(-1, 1).contiguous()
+
+    def words(self) -> tuple[str, ...]:
+        """Return the image shape, for the file's metadata."""
+        return (_join(self.image_shape),)
+
+    @classmethod
+    def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> LosslessMemory:
+        (shape,) = words
+        return cls(_split(shape))
+
+
+def check_order(order: Tensor, num_images: int) -> Tensor:
+    """Return positions of images, int64 on the CPU, or raise :class:`ConfigError`."""
+    fits = isinstance(order, Tensor) and order.dtype == torch.int64 and order.ndim == 1
+    if not fits or not len(order) or not 0 <= int(order.min()) <= int(order.max()) < num_images:
+        raise ConfigError(
+            f"an order is int64 positions (n,) in [0, {num_images}), one or more; got {order!r}"
+        )
+    if len(order.unique()) < len(order):
+        raise ConfigError("an order has each position once at most; this one has some twice")
+    return order.cpu()
+
+
+def _bytes(data: bytes) -> Tensor:
+    # torch.frombuffer refuses a buffer of no bytes.
+    return torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8)[:-1]
+
+
+def _join(shape: Sequence[int]) -> str:
+    return ",".join(map(str, shape))
+
+
+def _split(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
