@@ -25,10 +25,21 @@ from hmn_replay.errors import (
     TrainingError,
 )
 from hmn_replay.evaluation import evaluate
-from hmn_replay.memory.file import load
-from hmn_replay.memory.formats import NUMBER_FORMATS
-from hmn_replay.memory.hierarchical import HierarchicalMemory
-from hmn_replay.memory.layout import Layout
+from hmn_replay.memory import (
+    MEMORIES,
+    NUMBER_FORMATS,
+    HierarchicalMemory,
+    HMNLayout,
+    JPEGMemory,
+    LearnedMemory,
+    LosslessMemory,
+    Memory,
+    NumberFormat,
+    RawMemory,
+    StoredTensor,
+    load,
+    register_memory,
+)
 from hmn_replay.objectives import (
     OBJECTIVES,
     Objective,
@@ -49,6 +60,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EFFORTS",
+    "MEMORIES",
     "NETWORKS",
     "NUMBER_FORMATS",
     "OBJECTIVES",
@@ -60,14 +72,21 @@ __all__ = [
     "DataError",
     "DistributedError",
     "ExpertError",
+    "HMNLayout",
     "HMNReplay",
     "HMNReplayError",
     "HierarchicalMemory",
+    "JPEGMemory",
     "LabelledImages",
-    "Layout",
+    "LearnedMemory",
+    "LosslessMemory",
+    "Memory",
     "MemoryFileError",
     "MemoryReplay",
+    "NumberFormat",
     "Objective",
+    "RawMemory",
+    "StoredTensor",
     "TrainingConfig",
     "TrainingError",
     "as_labelled_images",
@@ -85,6 +104,7 @@ __all__ = [
     "margins",
     "reattach_optim_modules",
     "record_experts",
+    "register_memory",
     "train_network",
     "trajectory_matching",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
 from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.memory.base import Container
+from hmn_replay.memory.base import Memory
 from hmn_replay.runtime import resolve_device
 from hmn_replay.training.networks import Network
 from hmn_replay.training.train import TrainingConfig, train_network
@@ -135,7 +135,7 @@ def score(
 
 
 def _images_and_labels(source: Decodable | ImageSource) -> tuple[Images, Tensor]:
-    if isinstance(source, Container):
+    if isinstance(source, Memory):
         return source.decoded(), source.labels.cpu()
     if isinstance(source, Decodable):
         with torch.no_grad():

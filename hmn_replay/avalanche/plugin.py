@@ -26,11 +26,8 @@ from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import make_config
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError
-from hmn_replay.memory.base import Container
-from hmn_replay.memory.container_layout import MAX_CLASSES
-from hmn_replay.memory.file import deserialise, serialise
-from hmn_replay.memory.formats import check_number_format
-from hmn_replay.memory.layout import Layout
+from hmn_replay.memory import HierarchicalMemory, LearnedMemory, loads
+from hmn_replay.memory.base import MAX_CLASSES
 from hmn_replay.runtime import derive_seed, resolve_device
 
 __all__ = ["HMNReplay", "MemoryReplay", "reattach_optim_modules"]
@@ -66,7 +63,7 @@ class HMNReplay(MemoryReplay):
         ConfigError: An unknown option, or a value outside its range.
     """
 
-    memory: Container | None
+    memory: LearnedMemory | None
 
     def __init__(
         self,
@@ -109,11 +106,11 @@ class HMNReplay(MemoryReplay):
         if self.memory is not None:
             self.memory.to(self._compute_device())
 
-    def update(self, images: LabelledImages, *, index: int) -> tuple[Container, dict[str, Any]]:
+    def update(self, images: LabelledImages, *, index: int) -> tuple[LearnedMemory, dict[str, Any]]:
         """Condense an experience's images into the memory."""
         device = self._compute_device()
         # From the file's values, so that a run that goes on from a file takes the same steps.
-        old = None if self.memory is None else deserialise(serialise(self.memory), device=device)
+        old = None if self.memory is None else loads(self.memory.to_bytes(), device=device)
         memory = condense(
             images,
             self.budget,
@@ -130,25 +127,27 @@ class HMNReplay(MemoryReplay):
     def _expected(self, images: LabelledImages) -> int | None:
         if self.expected_classes is not None:
             return self.expected_classes
-        number_format = check_number_format(make_config(self.effort, **self.options).number_format)
+        number_format = make_config(self.effort, **self.options).number_format
         for factor in (10, 5, 2):
             expected = min(factor * images.num_classes, MAX_CLASSES)
             with contextlib.suppress(BudgetError):
-                Layout.choose(self.budget, images.image_shape, expected, number_format)
+                HierarchicalMemory.choose_layout(
+                    self.budget, images.image_shape, expected, number_format
+                )
                 return expected
         return None
 
-    def memory_to_bytes(self, memory: Container) -> bytes:
+    def memory_to_bytes(self, memory: LearnedMemory) -> bytes:
         """Return the bytes of the memory's file."""
-        return serialise(memory)
+        return memory.to_bytes()
 
-    def memory_from_bytes(self, data: bytes) -> Container:
+    def memory_from_bytes(self, data: bytes) -> LearnedMemory:
         """Read the bytes of a memory's file.
 
         Raises:
             MemoryFileError: They are damaged.
         """
-        return deserialise(data, device=self._compute_device())
+        return loads(data, device=self._compute_device())
 
     def _compute_device(self) -> torch.device:
         return self._device if self.device is None else resolve_device(self.device)

@@ -19,10 +19,8 @@ from hmn_replay.condensation.loop import Condensation
 from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.distributed import Team, join
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.base import Container
-from hmn_replay.memory.container_layout import ContainerLayout, check_num_classes
-from hmn_replay.memory.formats import check_number_format
-from hmn_replay.memory.registry import get_layout_type
+from hmn_replay.memory.base import MEMORIES, check_num_classes
+from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
 from hmn_replay.objectives._convolution import release_memory
 from hmn_replay.runtime import deterministic_cudnn, resolve_device
 
@@ -37,15 +35,15 @@ def condense(
     effort: str = "quick",
     seed: int = 0,
     device: str | torch.device = "auto",
-    container: str = "hmn",
-    layout: ContainerLayout | None = None,
-    memory: Container | None = None,
+    kind: str = "hmn",
+    layout: MemoryLayout | None = None,
+    memory: LearnedMemory | None = None,
     expected_classes: int | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = False,
     team: Team | None = None,
     **options: Any,
-) -> Container:
+) -> LearnedMemory:
     """Condense a labelled image set into a memory (Zheng et al. 2024, Algorithm 1).
 
     Args:
@@ -58,12 +56,10 @@ def condense(
         seed: The same seed gives the same memory, bit for bit, on the same machine with the same
             number of threads. The caller's random state is not touched.
         device: Where to compute; ``"auto"`` is the best device present.
-        container: What holds the images: ``"hmn"``, the hierarchical memory, or one that it is
-            compared with: ``"raw"``, ``"idc"``, ``"haba"`` or ``"linba"``; see
-            :mod:`hmn_replay.memory.registry`. To be left out with ``layout`` or ``memory``, which have
-            one.
-        layout: The shapes of the container's tensors, and the number format. Default: what the
-            container chooses for the budget, such as :meth:`Layout.choose`.
+        kind: The memory kind: ``"hmn"``, or one that it is compared with: ``"pixels"``, ``"idc"``,
+            ``"haba"`` or ``"linba"``. Not read with ``memory``, which has one.
+        layout: The shapes of the memory's tensors, and the number format. Default: what the
+            kind chooses for the budget, by ``choose_layout``.
         memory: A memory to add to. Its classes stay and make room: each gives up images by
             double-ended pruning until all classes, old and new, share the budget alike; no image
             that stays changes by one bit. What all images are decoded with stays too, and only the
@@ -105,29 +101,34 @@ def condense(
         ExpertError: The folder ``experts`` has those of other images or settings, or a damaged one.
         TrainingError: The optimisation left the real numbers.
     """
+    memory_type = MEMORIES[kind] if memory is None else type(memory)
+    if not issubclass(memory_type, LearnedMemory):
+        raise ConfigError(f"memory kind {kind!r} holds real images; nothing is condensed in it")
     if memory is not None:
         if layout not in (None, memory.layout):
             raise ConfigError("a memory that is added to keeps its layout; leave layout= out")
         layout = memory.layout
     if layout is not None:
-        if container not in ("hmn", layout.container):
-            raise ConfigError(
-                f"the layout is one for {layout.container!r}, not for {container!r}; leave "
-                "container= out"
-            )
+        memory_type.check_layout(layout)
         options.setdefault("number_format", layout.number_format)
     config = make_config(effort, **options)
     data = as_labelled_images(source)
     limit = Budget.parse(budget)
     if layout is None:
-        number_format = check_number_format(config.number_format)
         num_classes = data.num_classes
         if expected_classes is not None:
             num_classes = max(num_classes, check_num_classes(expected_classes, "expected_classes"))
-        layout = get_layout_type(container).choose(
-            limit, data.image_shape, num_classes, number_format, len(data) // data.num_classes
+        layout = memory_type.choose_layout(
+            limit,
+            data.image_shape,
+            num_classes,
+            config.number_format,
+            len(data) // data.num_classes,
         )
-    elif (layout.image_shape, layout.number_format) != (data.image_shape, config.number_format):
+    elif (layout.image_shape, layout.number_format) != (
+        data.image_shape,
+        config.number_format or layout.number_format,
+    ):
         raise ConfigError(
             f"the layout is for {layout.number_format} images of {layout.image_shape}; the data "
             f"and options ask for {config.number_format} and {data.image_shape}"
@@ -142,6 +143,7 @@ def condense(
             limit,
             layout,
             config,
+            memory_type=memory_type,
             old=memory,
             seed=seed,
             device=resolve_device(device),
@@ -152,6 +154,6 @@ def condense(
             run.resume(Path(checkpoint))
         condensed = run.finish()
     release_memory()
-    settings = {"container": layout.container, "effort": effort, "seed": seed}
+    settings = {"kind": memory_type.kind, "effort": effort, "seed": seed}
     condensed.report = {**settings, **dataclasses.asdict(config), **run.report()}
     return condensed

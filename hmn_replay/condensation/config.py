@@ -104,7 +104,7 @@ class CondenseConfig:
         ConfigError: A value outside its range.
     """
 
-    number_format: str = "int8"
+    number_format: str | None = None
     objective: str = "gradient"
     warm_start_steps: int = 1500
     warm_start_batch: int = 256
@@ -148,7 +148,10 @@ class CondenseConfig:
             object.__setattr__(self, "network", (self.network,))
         convert_fields(self)
         requirements = {
-            "number_format": (self.number_format in NUMBER_FORMATS, f"one of {NUMBER_FORMATS}"),
+            "number_format": (
+                self.number_format in (None, *NUMBER_FORMATS),
+                f"None or one of {list(NUMBER_FORMATS)}",
+            ),
             "objective": (self.objective in OBJECTIVES, f"one of {tuple(OBJECTIVES)}"),
             "network": (
                 len(self.network) > 0 and set(self.network) <= set(NETWORKS),

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from hmn_replay.data.lookup import Images, images_at_once
-from hmn_replay.memory.base import Container
+from hmn_replay.memory.learned import LearnedMemory
 
 __all__ = ["drift_psnr", "mean_psnr", "reconstruction_psnr"]
 
 
 def reconstruction_psnr(
-    memory: Container, positions: Tensor, wanted_images: Callable[[Tensor], Tensor]
+    memory: LearnedMemory, positions: Tensor, wanted_images: Callable[[Tensor], Tensor]
 ) -> float:
     """Return the mean over images of their peak signal-to-noise ratio (PSNR) to wanted ones.
 
@@ -41,7 +41,7 @@ def mean_psnr(errors: Tensor) -> float:
     return float(-10 * errors.clamp_min(1e-10).log10().mean())
 
 
-def drift_psnr(memory: Container, before: Images) -> float | None:
+def drift_psnr(memory: LearnedMemory, before: Images) -> float | None:
     """Return the PSNR of the first images, at 8 bits, to what they were.
 
     Args:

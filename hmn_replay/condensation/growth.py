@@ -1,32 +1,19 @@
-"""Room for new classes in a memory whose budget stays: who gets how many images.
+"""Room for new classes in a memory whose budget stays: which class keeps how many images.
 
-All classes share the budget alike. New classes are added with more images than that, as the paper
-condenses more than fit; in the end every class gives up what is over its share, so that old classes
+All classes share the budget alike. New classes begin with more images than that, as the paper
+condenses more than fit; in the end every class drops what is over its share, so that old classes
 make room by the same double-ended pruning that new ones go through.
 
 What all images are decoded with, the dataset memory and the decoder, is fitted to the classes of
-the first call and then stays as it is. Old images so keep every bit, however many classes come, and
-the work for new classes does not grow with the old ones. The other way, to let it learn on with
-half of each batch from the old decoded images, gave no better images, and old ones drifted. Warm
-start of 1,480 images of ten classes of CIFAR-100 after ten others (300 KiB, int8):
-
-==================  =====  ============  =============
-shared tensors      steps  new images    old images to
-                           to real ones  what they were
-==================  =====  ============  =============
-stay as they are      300  22.2 dB       the same bits
-stay as they are    1,500  23.2 dB       the same bits
-learn on              300  21.8 dB       34.5 dB
-learn on            1,500  23.1 dB       36.7 dB
-==================  =====  ============  =============
-
-The first ten classes came to 23.9 dB in 1,500 steps.
+the first call and then stays as it is. So old images keep every bit, however many classes are
+added, and the work for new classes does not grow with the old ones.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +22,8 @@ from torch import Tensor
 from hmn_replay.budget import Budget
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import Images, LabelledView, join_images
-from hmn_replay.memory.base import Container
-from hmn_replay.memory.container_layout import ContainerLayout
-from hmn_replay.memory.registry import make_container
+from hmn_replay.memory.base import affordable_names, stored_names_bytes
+from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
 
 __all__ = ["Growth", "make_room"]
 
@@ -49,42 +35,44 @@ class Growth:
     Attributes:
         memory: Old classes, then those of the data; more images than the budget holds.
         first_class: Position of the first class of the data; 0 where the memory is new.
-        num_old: How many images the old classes have; they come first.
-        num_planned: How many images the budget is planned for, of all classes.
+        num_old: How many images the old classes have; they stand first.
+        num_planned: How many images of planned size the budget holds, of all classes together.
+        costs: For each class, how many images of planned size one of its images counts as.
         old_images: uint8 ``(M, C, H, W)``, what the old memory decodes to, on the CPU.
         old_labels: int64 ``(M,)``, their labels.
         old_repeats: int64 ``(M,)``, how often each stands beside the new ones: images of a class
-            that comes again until they are about as many as its new ones.
+            that is renewed, until they are about as many as its new ones.
     """
 
-    memory: Container
+    memory: LearnedMemory
     first_class: int
     num_old: int
     num_planned: int
+    costs: tuple[float, ...]
     old_images: Images
     old_labels: Tensor
     old_repeats: Tensor
 
     def drops(self, num_images: int | None = None) -> list[int]:
-        """Return how many images each class that has any gives up, in the memory's order.
+        """Return how many images each class that has any drops, in the memory's order.
 
         Args:
-            num_images: How many would stay if every class had its share. Default: as planned.
+            num_images: How many of planned size would fit. Default: :attr:`num_planned`.
         """
         held, size = self.memory.images_per_class, self.memory.layout.group_size
         num_groups = (self.num_planned if num_images is None else num_images) // size
-        shares = _shares(num_groups, len(held), size)
-        return [max(0, count - share) for count, share in zip(held, shares, strict=True) if count]
+        kept = share_groups(num_groups, [count // size for count in held], self.costs)
+        return [count - size * own for count, own in zip(held, kept, strict=True) if count]
 
     @property
     def num_most(self) -> int:
-        """How many images may stay while classes that have any share alike."""
-        held = [count for count in self.memory.images_per_class if count]
-        return max(self.num_planned, min(held) * self.memory.num_classes)
+        """The number of images, as :meth:`drops` takes it, of which none has to be dropped."""
+        held = self.memory.images_per_class
+        return math.ceil(sum(n * cost for n, cost in zip(held, self.costs, strict=True)))
 
     @property
     def old_drops(self) -> int:
-        """How many images the old classes are to give up in all, as planned."""
+        """How many images the old classes drop in all, as planned."""
         old = self.memory.images_per_class[: self.first_class]
         return sum(self.drops()[: sum(count > 0 for count in old)])
 
@@ -107,18 +95,23 @@ def make_room(
     budget: Budget,
     over_budget: float,
     *,
-    layout: ContainerLayout,
-    old: Container | None = None,
+    memory_type: type[LearnedMemory],
+    layout: MemoryLayout,
+    old: LearnedMemory | None = None,
     seed: int = 0,
     device: torch.device,
 ) -> Growth:
     """Return a memory with images for the classes of ``data``, not fitted to them yet.
 
+    No class gets more images than there are real ones of it, or one group of images that share
+    stored values.
+
     Args:
-        data: Images of the new classes. A class that the old memory has comes as a new one, with
-            its old images beside the real ones to be fitted to.
+        data: Images of the new classes. A class that the old memory has is renewed: it is added as
+            a new one, with its old images beside the real ones to be fitted to.
         budget: Of the memory in the end.
         over_budget: Share of images beyond what fits.
+        memory_type: The memory kind; that of ``old``, where there is one.
         layout: Of the memory; that of ``old``, where there is one.
         old: The memory to add to; it is left as it is.
         seed: Of initial values.
@@ -129,25 +122,40 @@ def make_room(
         ConfigError: More classes than a memory may have.
     """
     old_labels = [] if old is None else old.classes.tolist()
-    again = sorted(set(data.classes.tolist()).intersection(old_labels))
-    first_class = len(old_labels) - len(again)
-    num_classes = first_class + data.num_classes
-    size = layout.group_size
-    num_groups = layout.max_images(budget, num_classes) // size
-    shares = _shares(num_groups, num_classes, size)
+    new_labels = data.classes.tolist()
+    again = sorted(set(new_labels).intersection(old_labels))
+    stay = [label for label in old_labels if label not in again]
+    first_class, classes = len(stay), [*stay, *new_labels]
+    size, limit = layout.group_size, budget.num_bytes
+    names = {**({} if old is None else old.class_names), **(data.class_names or {})}
+    names = affordable_names(names, classes, limit)
+    names_bytes = stored_names_bytes(names, classes)
+    num_planned = memory_type.max_images(layout, limit, classes, names_bytes)
+    held = {} if old is None else dict(zip(old_labels, old.images_per_class, strict=True))
+    # A class that is renewed is fitted to its old images too.
+    real = {label: len(data.of_class(label)) + held.get(label, 0) for label in new_labels}
+    most = [held[label] // size for label in stay]
+    most += [max(1, real[label] // size) for label in new_labels]
+    costs = [1.0] * len(classes)
+    if old is not None and first_class and layout.is_coded:
+        costs[:first_class] = _costs(old, stay)
+    shares = share_groups(num_planned // size, most, costs)
     # Without another class there is no margin to prune by.
-    num_over = size * math.ceil(over_budget * num_groups / num_classes) if num_classes > 1 else 0
-    counts = [share + num_over for share in shares[first_class:]]
+    num_over = math.ceil(over_budget * num_planned / size / len(classes)) if len(classes) > 1 else 0
+    counts = [
+        size * min(share + num_over, own)
+        for share, own in zip(shares[first_class:], most[first_class:], strict=True)
+    ]
     if old is None or not first_class:
-        memory = make_container(layout, data.classes, counts, seed=seed).to(device)
+        memory = memory_type(layout, new_labels, counts, seed=seed).to(device)
     else:
         memory = copy.deepcopy(old).to(device).requires_grad_(True)
         memory.budget_bytes, memory.report = None, {}
         if again:
             memory.remove(again)
-        memory.extend(data.classes, counts, seed=seed)
+        memory.extend(new_labels, counts, seed=seed)
         memory.freeze_shared()
-    held = memory.images_per_class
+    memory.class_names = names
     old_images: Images = data.images[:0]
     labels = data.labels[:0]
     if old is not None:
@@ -157,12 +165,62 @@ def make_room(
     for label in again:
         ours = labels == label
         repeats[ours] = max(1, len(data.of_class(label)) // max(1, int(ours.sum())))
-    num_old = sum(held[:first_class])
-    planned = size * num_groups
-    return Growth(memory, first_class, num_old, planned, old_images, labels, repeats)
+    return Growth(
+        memory,
+        first_class,
+        sum(memory.images_per_class[:first_class]),
+        num_planned,
+        tuple(costs),
+        old_images,
+        labels,
+        repeats,
+    )
 
 
-def _shares(num_groups: int, num_classes: int, size: int) -> list[int]:
-    """Return the images of each class where all share alike, the first having more."""
-    fair, extra = divmod(num_groups, num_classes)
-    return [size * (fair + (position < extra)) for position in range(num_classes)]
+def share_groups(num_groups: int, most: Sequence[int], costs: Sequence[float]) -> list[int]:
+    """Return how many groups of images each class keeps where all share a number alike.
+
+    Classes that have fewer than their share leave the rest to the others. Of two classes that share
+    alike, the first keeps one more where the number cannot be divided.
+
+    Args:
+        num_groups: How many groups of planned size there is room for, in all.
+        most: For each class, how many groups it can keep.
+        costs: For each class, how many groups of planned size one of its groups counts as, 1 or
+            more.
+    """
+
+    def kept(level: int) -> list[int]:
+        return [min(own, math.floor(level / cost)) for own, cost in zip(most, costs, strict=True)]
+
+    def takes(counts: Sequence[int]) -> float:
+        return sum(count * cost for count, cost in zip(counts, costs, strict=True))
+
+    low, high = 0, num_groups
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if takes(kept(middle)) <= num_groups else (low, middle - 1)
+    counts = kept(low)
+    left = num_groups - takes(counts)
+    for position, (own, cost) in enumerate(zip(most, costs, strict=True)):
+        # A little is added for sums of quotients that fall short of whole numbers.
+        if counts[position] < own and counts[position] * cost <= low and cost <= left + 1e-9:
+            counts[position] += 1
+            left -= cost
+    return counts
+
+
+@torch.no_grad()
+def _costs(old: LearnedMemory, classes: Sequence[int]) -> list[float]:
+    """Return how many images of planned size an image of each class counts as, 1 or more.
+
+    Images of an entropy-coded memory that take more than was planned are fewer, so that every class
+    has its share of the bytes.
+    """
+    planned_bits = 8 * old.planned_image_bytes(old.layout)
+    costs = []
+    for label in classes:
+        own = (old.labels == label).nonzero().flatten()
+        image_bits = float(old.rate(own)[0]) if len(own) else 0.0
+        costs.append(max(1.0, image_bits / planned_bits))
+    return costs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +30,7 @@ from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_im
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.evaluation import score
 from hmn_replay.files import digest_tensors
-from hmn_replay.memory.base import Container
-from hmn_replay.memory.container_layout import ContainerLayout
-from hmn_replay.memory.file import serialise
-from hmn_replay.memory.hierarchical import HierarchicalMemory
+from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
 from hmn_replay.objectives.trajectories import Experts
 from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.training.networks import Network
@@ -49,10 +46,11 @@ class Condensation(Run):
         self,
         data: LabelledImages,
         budget: Budget,
-        layout: ContainerLayout,
+        layout: MemoryLayout,
         config: CondenseConfig,
         *,
-        old: Container | None = None,
+        memory_type: type[LearnedMemory],
+        old: LearnedMemory | None = None,
         seed: int,
         device: torch.device,
         progress: bool,
@@ -60,7 +58,14 @@ class Condensation(Run):
     ) -> None:
         self.config, self.seed, self.budget = config, seed, budget
         self.growth = make_room(
-            data, budget, config.over_budget, layout=layout, old=old, seed=seed, device=device
+            data,
+            budget,
+            config.over_budget,
+            memory_type=memory_type,
+            layout=layout,
+            old=old,
+            seed=seed,
+            device=device,
         )
         self.first_class = self.growth.first_class
         learned: Tensor | None = None
@@ -86,7 +91,7 @@ class Condensation(Run):
         fingerprint = _fingerprint(data, budget, layout, config, seed, old)
         super().__init__(self.growth.memory, fingerprint, phases, measured, device, progress, team)
 
-    def finish(self) -> Container:
+    def finish(self) -> LearnedMemory:
         """Take all the steps that are left."""
         arguments = (self.memory, self.real, self.config, self.seed, self.first_class)
         with open_experts(*arguments, self.checkpoint) as self.experts:
@@ -183,7 +188,7 @@ class Condensation(Run):
         if not _is_coded(memory):
             return None
         budget_bytes = self.budget.num_bytes
-        file_bytes = memory.layout.file_bytes(memory.num_classes, 0, budget_bytes, code_bytes=0)
+        file_bytes = memory.file_bytes_with(memory.num_images, 0, budget_bytes)
         rate_control = RateControl(
             memory,
             budget_bytes - file_bytes,
@@ -328,8 +333,8 @@ class Condensation(Run):
         return optimizer
 
 
-def _is_coded(memory: Container) -> TypeGuard[HierarchicalMemory]:
-    return isinstance(memory, HierarchicalMemory) and memory.layout.is_coded
+def _is_coded(memory: LearnedMemory) -> bool:
+    return bool(memory.layout.is_coded)
 
 
 def _kept(rate_control: RateControl | None) -> dict[str, Any]:
@@ -340,12 +345,12 @@ def _kept(rate_control: RateControl | None) -> dict[str, Any]:
 def _fingerprint(
     data: LabelledImages,
     budget: Budget,
-    layout: ContainerLayout,
+    layout: MemoryLayout,
     config: CondenseConfig,
     seed: int,
-    old: Container | None,
+    old: LearnedMemory | None,
 ) -> str:
     tensors = {"images": data.images, "labels": data.labels}
     if old is not None:
-        tensors["old"] = torch.frombuffer(bytearray(serialise(old)), dtype=torch.uint8)
+        tensors["old"] = torch.frombuffer(bytearray(old.to_bytes()), dtype=torch.uint8)
     return digest_tensors(repr((budget, layout, config, seed)), tensors)

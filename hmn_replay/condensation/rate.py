@@ -12,9 +12,7 @@ beforehand: what a bit is worth depends on the images, their number and the obje
 
 The controller aims at a fortieth more than there is, and :func:`fit_code` rounds towards zero what
 is over. To end below the budget would be worse: bits not taken are lost, while of the values that
-are rounded most lie right between two integers, where training leaves very many, and cost little. A
-memory whose training is too short for its images stays below it: 3,034 of CIFAR-10 filled 92 % of
-122,880 bytes after 3,000 steps.
+are rounded most lie right between two integers, where training leaves very many, and cost little.
 """
 
 from __future__ import annotations
@@ -27,14 +25,14 @@ from torch import Tensor
 
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import BudgetError
-from hmn_replay.memory.hierarchical import HierarchicalMemory
+from hmn_replay.memory.learned import LearnedMemory
 
 __all__ = ["RateControl", "fit_code", "most_that_fit"]
 
 # Of the code that a budget leaves room for, what is aimed at.
 _AIM = 1.025
 _PROPORTIONAL, _INTEGRAL, _SMOOTHING = 3.0, 0.05, 0.9
-_MAX_ERROR = 0.5
+_MAX_ERROR, _MAX_INTEGRAL = 0.5, 10.0
 _NUM_HALVINGS = 24
 
 
@@ -48,6 +46,9 @@ class RateControl:
         num_old: The images before this position are not trained.
         kept_old: How many of them will be kept.
 
+    Raises:
+        BudgetError: What the old images take leaves no byte for each new one.
+
     Attributes:
         state: float32 ``(4,)`` on the memory's device, which a checkpoint keeps: the integral of
             log w, the smoothed bits of an image, the number of steps, and the bits that all new
@@ -56,7 +57,7 @@ class RateControl:
 
     def __init__(
         self,
-        memory: HierarchicalMemory,
+        memory: LearnedMemory,
         code_bytes: int,
         kept_images: int,
         num_old: int = 0,
@@ -70,7 +71,15 @@ class RateControl:
         self.state[3] = 8 * _AIM * code_bytes
         if num_old:
             with torch.no_grad():
-                self.state[3] -= memory.rate(torch.arange(num_old, device=device))[0] * kept_old
+                old_bits, shared_bits = memory.rate(torch.arange(num_old, device=device))
+            self.state[3] -= old_bits * kept_old
+            left = float(self.state[3] - shared_bits) / 8
+            if left < self.kept_new:
+                raise BudgetError(
+                    f"what {kept_old} images of old classes, and what all share, take leaves "
+                    f"{max(0.0, left):,.0f} bytes for {self.kept_new} new images; give a larger "
+                    "budget, or a layout of fewer channels"
+                )
 
     def add_gradients(self, indices: Tensor, distance: Tensor, team: Team = ALONE) -> None:
         """Add the gradient of the bits of some images, and of all that images share.
@@ -88,7 +97,7 @@ class RateControl:
         now = image_bits.detach()
         smoothed = torch.where(count > 0, _SMOOTHING * smoothed + (1 - _SMOOTHING) * now, now)
         error = (smoothed / target).log().clamp(-_MAX_ERROR, _MAX_ERROR)
-        integral = integral + _INTEGRAL * error
+        integral = (integral + _INTEGRAL * error).clamp(-_MAX_INTEGRAL, _MAX_INTEGRAL)
         self.state = torch.stack([integral, smoothed, count + 1, bits])
         weight = (integral + _PROPORTIONAL * error).exp() * distance / target
         torch.autograd.backward(weight * (image_bits + shared_bits / self.kept_new))
@@ -96,7 +105,7 @@ class RateControl:
 
 @torch.no_grad()
 def most_that_fit(
-    memory: HierarchicalMemory,
+    memory: LearnedMemory,
     budget_bytes: int,
     choose: Callable[[int], Tensor],
     fewest: int,
@@ -117,14 +126,13 @@ def most_that_fit(
     Returns:
         What ``choose`` returns for the largest number whose file is within the budget.
     """
-    device, layout = memory.class_index.device, memory.layout
+    device = memory.class_index.device
 
     def fits(num_images: int) -> bool:
         chosen = choose(num_images)
         image_bits, shared_bits = memory.rate(chosen.to(device))
         code_bytes = math.ceil((float(image_bits) * len(chosen) + float(shared_bits)) / 8)
-        num_bytes = layout.file_bytes(memory.num_classes, len(chosen), budget_bytes, code_bytes)
-        return num_bytes <= budget_bytes
+        return memory.file_bytes_with(len(chosen), code_bytes, budget_bytes) <= budget_bytes
 
     low, high = fewest, most
     while low < high:
@@ -134,13 +142,13 @@ def most_that_fit(
 
 
 @torch.no_grad()
-def fit_code(memory: HierarchicalMemory, budget_bytes: int, first_image: int = 0) -> None:
+def fit_code(memory: LearnedMemory, budget_bytes: int, first_image: int = 0) -> None:
     """Let the file of an entropy-coded memory be within a budget.
 
-    Integers of instance memories are brought nearer to zero, by one and then by one more, those
-    first whose values are nearest to the next integer down: none where the budget holds already,
-    and otherwise as few as make it hold. It is their order that counts, not how near they are:
-    training leaves very many right at the border between two integers.
+    Integers that only one image is decoded from are brought nearer to zero, by one and then by one
+    more, those first whose values are nearest to the next integer down: none where the budget holds
+    already, and otherwise as few as make it hold. It is their order that counts, not how near they
+    are: training leaves very many right at the border between two integers.
 
     Args:
         memory: The memory; its values become the rounded ones.
@@ -150,25 +158,28 @@ def fit_code(memory: HierarchicalMemory, budget_bytes: int, first_image: int = 0
     Raises:
         BudgetError: The file is over the budget even if all of them are zero.
     """
-    latent = memory.instance_memory
-    scale = memory.instance_scale[memory.class_index[first_image:]]
-    values = latent[first_image:] / scale
-    sizes = (values.abs() + 0.5).floor()
-    order = (values.abs() - sizes).flatten().argsort(stable=True)
+    first_row = first_image // memory.layout.group_size
+    own = [tensor for tensor in memory.tensors.values() if tensor.rows == "image"]
+    own = [tensor for tensor in own if not tensor.is_bias]
+    latents = [memory.get_parameter(tensor.name)[first_row:] for tensor in own]
+    sizes = [latent.numel() for latent in latents]
+    values = torch.cat([x.flatten() / t.step for x, t in zip(latents, own, strict=True)])
+    magnitudes = (values.abs() + 0.5).floor()
+    order = (values.abs() - magnitudes).argsort(stable=True)
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(len(order), device=order.device)
-    shares = (ranks.double() / max(1, len(order))).view_as(values)
+    shares = ranks.double() / max(1, len(order))
 
     def takes(steps: float) -> int:
-        rounded = (sizes + shares - steps).floor().clamp_min(0).to(values.dtype)
-        latent[first_image:] = rounded * values.sign() * scale
-        return memory.layout.file_bytes(
-            memory.num_classes, memory.num_images, budget_bytes, memory.code_bytes
-        )
+        rounded = (magnitudes + shares - steps).floor().clamp_min(0).to(values.dtype)
+        rounded = rounded * values.sign()
+        for tensor, latent, new in zip(own, latents, rounded.split(sizes), strict=True):
+            latent.copy_(new.view_as(latent) * tensor.step)
+        return memory.file_bytes_with(memory.num_images, memory.code_bytes, budget_bytes)
 
     if takes(0.0) <= budget_bytes:
         return
-    low, high = 0.0, float(sizes.max()) + 1
+    low, high = 0.0, float(magnitudes.max()) + 1
     if (smallest := takes(high)) > budget_bytes:
         raise BudgetError(
             f"the memory takes {smallest:,} bytes even with all its images alike, over its budget "

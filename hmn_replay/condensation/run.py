@@ -24,8 +24,7 @@ from hmn_replay.condensation.checkpoint import (
 )
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import DistributedError, TrainingError
-from hmn_replay.memory.base import Container
-from hmn_replay.memory.file import serialise
+from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.runtime import peak_memory_bytes
 
 __all__ = ["Run"]
@@ -54,7 +53,7 @@ class Run:
 
     def __init__(
         self,
-        memory: Container,
+        memory: LearnedMemory,
         fingerprint: str,
         phases: Sequence[str],
         measured: Mapping[str, Any],
@@ -200,7 +199,7 @@ class Run:
 
     def _check(self) -> None:
         try:
-            serialise(self.memory)
+            self.memory.to_bytes()
         except TrainingError as error:
             raise TrainingError(
                 f"the memory left the numbers that it can be stored in, in the "

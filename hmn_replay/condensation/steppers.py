@@ -16,7 +16,7 @@ from hmn_replay.condensation.checkpoint import Checkpoint, load_state
 from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.rate import RateControl
 from hmn_replay.distributed import ALONE, Team
-from hmn_replay.memory.base import Container
+from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import get_objective
 from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.training.networks import Network
@@ -39,7 +39,7 @@ class Stepper(abc.ABC):
 
     def __init__(
         self,
-        memory: Container,
+        memory: LearnedMemory,
         real: steps.RealImages,
         config: CondenseConfig,
         seed: int,

@@ -21,7 +21,7 @@ from hmn_replay.data.images import LabelledImages, channel_stats
 from hmn_replay.data.lookup import LabelledView, images_at_once
 from hmn_replay.distributed import ALONE, GradientPart, Team
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.base import Container
+from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import get_objective
 from hmn_replay.runtime import autocast, make_generator
 from hmn_replay.training.gradients import add_gradients
@@ -79,21 +79,12 @@ class RealImages:
         return cls(data, indices, list(order.split(counts)), mean, std)
 
 
-def make_optimizer(memory: Container, betas: tuple[float, float]) -> torch.optim.Adam:
+def make_optimizer(memory: LearnedMemory, betas: tuple[float, float]) -> torch.optim.Adam:
     """Return Adam over a memory: what many images share, then class and instance memories.
 
     Parameters that require no gradient are left out.
     """
-    private = [memory.get_parameter(name) for name in memory.private]
-    shared = [
-        parameter
-        for name, parameter in memory.named_parameters()
-        if parameter.requires_grad and name not in memory.private
-    ]
-    groups = [
-        {"params": shared, "factor": 1.0},
-        {"params": private, "factor": memory.private_rate},
-    ]
+    groups = memory.parameter_groups()
     return torch.optim.Adam(groups, betas=betas)
 
 
@@ -104,7 +95,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def warm_start_targets(
-    memory: Container, real: RealImages, seed: int, first_class: int = 0
+    memory: LearnedMemory, real: RealImages, seed: int, first_class: int = 0
 ) -> Tensor:
     """Return, for each image of the memory, the real image that it starts from: int64 ``(N,)``.
 
@@ -121,7 +112,7 @@ def warm_start_targets(
 
 
 def warm_start_step(
-    memory: Container,
+    memory: LearnedMemory,
     optimizer: torch.optim.Optimizer,
     indices: Tensor,
     wanted: Tensor,
@@ -141,7 +132,7 @@ def warm_start_step(
         wanted: float32 ``(B, C, H, W)`` in [0, 1].
         precision: As in :class:`~hmn_replay.condensation.config.CondenseConfig`.
         first_class: Scales of the classes before it stay as they are; see
-            :meth:`Container.update_scales`.
+            :meth:`LearnedMemory.update_scales`.
         team: The processes that share the images; all are given the same ones.
         rate_control: What adds bits to the error, where the memory is entropy-coded.
     """
@@ -166,7 +157,7 @@ def warm_start_step(
 
 
 def match_step(
-    memory: Container,
+    memory: LearnedMemory,
     optimizer: torch.optim.Optimizer,
     network: Network,
     real: RealImages,
@@ -262,7 +253,7 @@ def match_step(
 
 
 def fresh_network(
-    memory: Container, real: RealImages, config: CondenseConfig, seed: int, number: int = 0
+    memory: LearnedMemory, real: RealImages, config: CondenseConfig, seed: int, number: int = 0
 ) -> tuple[Network, torch.optim.SGD]:
     """Return a random network to match with, on the memory's device, and what it learns by.
 
@@ -294,7 +285,7 @@ def train_step(
     real: RealImages,
     config: CondenseConfig,
     generator: torch.Generator,
-    memory: Container,
+    memory: LearnedMemory,
     team: Team = ALONE,
 ) -> None:
     """Let the network learn from ``network_images`` images, as IDC does after every step.
@@ -345,18 +336,12 @@ class _Match(NamedTuple):
     augment: Augmentation
 
 
-def _parts_of(memory: Container, drawn: Sequence[Tensor]) -> Iterator[GradientPart]:
+def _parts_of(memory: LearnedMemory, drawn: Sequence[Tensor]) -> Iterator[GradientPart]:
     """Yield what images are decoded from, parameter by parameter; nothing where none were drawn."""
     if not drawn:
         return
-    indices = torch.cat([*drawn])
-    counts = torch.tensor(memory.images_per_class)
-    classes = torch.arange(len(counts)).repeat_interleave(counts)[indices].unique()
-    groups = (indices // memory.layout.group_size).unique()
-    rows = dict.fromkeys(memory.class_rows, classes) | dict.fromkeys(memory.group_rows, groups)
-    for name, parameter in memory.named_parameters():
-        if parameter.requires_grad:
-            yield parameter, rows[name].to(parameter.device) if name in rows else ...
+    for parameter, rows in memory.rows_of(torch.cat([*drawn])):
+        yield parameter, ... if rows is None else rows
 
 
 def _not_alone(batch: Tensor) -> Tensor:

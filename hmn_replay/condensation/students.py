@@ -24,7 +24,7 @@ from hmn_replay.condensation.steps import RealImages
 from hmn_replay.data.augment import draw_augmentation
 from hmn_replay.data.lookup import take_images
 from hmn_replay.distributed import ALONE, Team
-from hmn_replay.memory.base import Container
+from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import get_objective, trajectory_matching
 from hmn_replay.objectives.trajectories import Experts, experts_beside
 from hmn_replay.runtime import autocast, make_generator
@@ -43,7 +43,7 @@ def needs_experts(config: CondenseConfig) -> bool:
 
 @contextlib.contextmanager
 def open_experts(
-    memory: Container,
+    memory: LearnedMemory,
     real: RealImages,
     config: CondenseConfig,
     seed: int,
@@ -117,7 +117,7 @@ class TrajectoryStepper(Stepper):
 
     def __init__(
         self,
-        memory: Container,
+        memory: LearnedMemory,
         real: RealImages,
         config: CondenseConfig,
         seed: int,
@@ -190,7 +190,7 @@ class TrajectoryStepper(Stepper):
 
 
 def trajectory_step(
-    memory: Container,
+    memory: LearnedMemory,
     optimizer: torch.optim.Optimizer,
     network: nn.Module,
     start: Mapping[str, Tensor],

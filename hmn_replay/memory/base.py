@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hmn_replay.budget import Budget, as_int
+from hmn_replay.budget import as_int
 from hmn_replay.data.lookup import ImageLookup, Images
 from hmn_replay.errors import BudgetError, ConfigError, HMNReplayError, MemoryFileError
 from hmn_replay.files import write_atomically
@@ -579,7 +579,7 @@ def _decompress(names: Tensor, num_classes: int) -> list[str]:
         found = json.loads(data)
     except (zlib.error, ValueError, RecursionError) as error:
         raise MemoryFileError(f"its class names cannot be read ({error})") from error
-    is_text = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    if not is_text or len(found) != num_classes:
+    texts = [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+    if not len(texts) == len(found) == num_classes:
         raise MemoryFileError(f"its class names are not {num_classes} texts")
-    return found
+    return texts

@@ -218,7 +218,9 @@ def _read_text(header: bytes) -> tuple[str, int, int | None, tuple[str, ...], st
         if _text(kind, num_images, budget_bytes, words, digest) != text:
             raise ValueError("its numbers are written in another way than this package writes them")
     except (ValueError, HMNReplayError) as error:
-        raise MemoryFileError(f"not a memory file: its metadata cannot be read ({error})") from error
+        raise MemoryFileError(
+            f"not a memory file: its metadata cannot be read ({error})"
+        ) from error
     return kind, num_images, budget_bytes, tuple(words), digest
 
 

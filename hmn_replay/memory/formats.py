@@ -21,7 +21,7 @@ from torch import Tensor
 from hmn_replay.errors import ConfigError
 from hmn_replay.registry import Registry
 
-__all__ = ["NUMBER_FORMATS", "NumberFormat", "max_abs_scale", "round_to_format"]
+__all__ = ["NUMBER_FORMATS", "NumberFormat", "max_abs_scale", "round_bias", "round_to_format"]
 
 _MAX_INTEGER = 127
 
@@ -70,6 +70,7 @@ class NumberFormat:
         """
         if not self.is_integer:
             return _to_float(latent, self.dtype)
+        assert scale is not None, "integers have a scale"
         return (latent / scale).round().clamp(-_MAX_INTEGER, _MAX_INTEGER).to(self.dtype)
 
     def dequantise(self, stored: Tensor, scale: Tensor | float | None = None) -> Tensor:
@@ -101,7 +102,7 @@ def round_to_format(
         return latent
     with torch.no_grad():
         rounded = number_format.dequantise(number_format.quantise(latent, scale), scale)
-    return straight_through(rounded, latent)
+    return _straight_through(rounded, latent)
 
 
 def round_bias(latent: Tensor, number_format: NumberFormat) -> Tensor:
@@ -110,10 +111,10 @@ def round_bias(latent: Tensor, number_format: NumberFormat) -> Tensor:
         return latent
     with torch.no_grad():
         rounded = _to_float(latent, number_format.bias_dtype).float()
-    return straight_through(rounded, latent)
+    return _straight_through(rounded, latent)
 
 
-def straight_through(rounded: Tensor, latent: Tensor) -> Tensor:
+def _straight_through(rounded: Tensor, latent: Tensor) -> Tensor:
     """Return ``rounded``, to the bit, with the gradient of ``latent``."""
     # latent - latent.detach() is zero, so the value is `rounded` to the bit and the gradient is 1.
     return rounded + (latent - latent.detach()) if latent.requires_grad else rounded

@@ -159,7 +159,9 @@ class MemoryLayout:
 
     @classmethod
     def _own_fields(cls) -> list[dataclasses.Field[Any]]:
-        return [f for f in dataclasses.fields(cls) if f.name not in ("image_shape", "number_format")]
+        return [
+            f for f in dataclasses.fields(cls) if f.name not in ("image_shape", "number_format")
+        ]
 
     @property
     def format(self) -> NumberFormat:
@@ -237,6 +239,7 @@ class LearnedMemory(Memory, nn.Module):
     added_rate: ClassVar[float] = 1.0
     """How many times faster a warm start of classes that are added to others learns."""
     layout: Any
+    to = nn.Module.to
 
     def __init__(
         self,
@@ -529,7 +532,8 @@ class LearnedMemory(Memory, nn.Module):
             float32, ``(B, *shape)``, or ``shape`` where it is shared.
         """
         tensor = self.tensors[name]
-        latent, rows, classes = self.get_parameter(name), None, None
+        latent: Tensor = self.get_parameter(name)
+        classes = None
         if tensor.rows != "shared":
             assert indices is not None, "which images' rows"
             classes = self.class_index[indices]
@@ -557,7 +561,8 @@ class LearnedMemory(Memory, nn.Module):
     def _row_classes(self, tensor: StoredTensor) -> Tensor | None:
         """Return the class that each row of a tensor belongs to; None where it is shared."""
         if tensor.rows == "image":
-            return self.class_index[:: self.layout.group_size]
+            by_row: Tensor = self.class_index[:: self.layout.group_size]
+            return by_row
         if tensor.rows == "class":
             return torch.arange(self.num_classes, device=self.classes.device)
         return None
@@ -655,7 +660,7 @@ class LearnedMemory(Memory, nn.Module):
         """
         own, shared = self.classes.new_zeros((), dtype=torch.float32), []
         for tensor in self._values():
-            latent = self.get_parameter(tensor.name)
+            latent: Tensor = self.get_parameter(tensor.name)
             if tensor.rows == "image":
                 latent = latent[indices // self.layout.group_size]
             elif tensor.rows == "class":
@@ -803,6 +808,12 @@ class LearnedMemory(Memory, nn.Module):
             values = nn.Parameter(values, old.requires_grad)
         setattr(self, name, values)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Take over the state of a memory of the same layout, classes and number of images."""
+        result = super().load_state_dict(*args, **kwargs)
+        self._counts = self.class_index.bincount(minlength=self.num_classes).tolist()
+        return result
+
     # Decoding.
 
     @property
@@ -877,8 +888,8 @@ class LearnedMemory(Memory, nn.Module):
         code = tensors.get("code")
         code_bytes = None if code is None else len(code)
         check_tensors(tensors, cls.specs(layout, classes, num_images, code_bytes))
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not _is_tame(tensor):
+        for name, content in tensors.items():
+            if content.is_floating_point() and not _is_tame(content):
                 raise MemoryFileError(f"its {name} are not finite, or far too large")
         if layout.is_coded:
             cls._check_code(layout, len(classes), num_images, tensors)
@@ -886,9 +897,9 @@ class LearnedMemory(Memory, nn.Module):
         if "scales" in tensors:
             if float(tensors["scales"].min()) < 1e-9:
                 raise MemoryFileError("a scale is not positive")
-            scales = [memory.get_buffer(name) for name in memory._scale_names()]
-            for scale, own in zip(scales, _split(tensors["scales"], scales), strict=True):
-                scale.copy_(own)
+            buffers = [memory.get_buffer(name) for name in memory._scale_names()]
+            for buffer, own in zip(buffers, _split(tensors["scales"], buffers), strict=True):
+                buffer.copy_(own)
         values = memory._values()
         latents = [memory.get_parameter(tensor.name) for tensor in values]
         if layout.is_coded:
@@ -990,5 +1001,3 @@ def _split(flat: Tensor | None, like: Sequence[Tensor]) -> list[Tensor]:
 def _is_tame(values: Tensor) -> bool:
     # A comparison with NaN is false, so NaN is not tame either.
     return bool((values.abs() <= _MAX_MAGNITUDE).all())
-
-

@@ -33,7 +33,7 @@ from hmn_replay.memory.jpeg import (
 )
 from hmn_replay.runtime import resolve_device
 
-__all__ = ["JPEGMemory", "LosslessMemory", "RawMemory", "RealMemory"]
+__all__ = ["AnyReal", "JPEGMemory", "LosslessMemory", "RawMemory", "RealMemory", "check_order"]
 
 _ENCODED_AT_ONCE = 256
 # "RIFF", a size, "WEBPVP8L", a size: the same for every lossless WebP, but for its sizes.
@@ -225,7 +225,9 @@ class RealMemory(Memory):
     def _set(self, classes: list[int], counts: list[int], payloads: Iterable[bytes]) -> None:
         """Take over images, class by class."""
         device = self.classes.device
-        index = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+        index = torch.arange(len(classes)).repeat_interleave(
+            torch.tensor(counts, dtype=torch.int64)
+        )
         self.classes = torch.tensor(classes, dtype=torch.int64, device=device)
         self.class_index, self._counts = index.to(device), counts
         self.payloads = list(payloads)

@@ -504,7 +504,9 @@ class _UnitInterval(torch.autograd.Function):
 
 def _pixels(name: str, shape: tuple[int, ...]) -> StoredTensor:
     def draw(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.2).clamp_(-0.5, 0.5)
+        return (
+            torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.2).clamp_(-0.5, 0.5)
+        )
 
     return StoredTensor(name, "image", shape, init=draw, scale=_PIXEL_SCALE, rate=10.0)
 
