@@ -27,6 +27,9 @@ from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
 
 __all__ = ["Growth", "make_room"]
 
+# However small the images of an entropy-coded memory are: more of them would be of little use.
+_LEAST_COST = 0.25
+
 
 @dataclass(frozen=True, eq=False)
 class Growth:
@@ -61,14 +64,24 @@ class Growth:
         """
         held, size = self.memory.images_per_class, self.memory.layout.group_size
         num_groups = (self.num_planned if num_images is None else num_images) // size
-        kept = share_groups(num_groups, [count // size for count in held], self.costs)
+        kept = share_groups(num_groups, [count // size for count in self._most()], self.costs)
         return [count - size * own for count, own in zip(held, kept, strict=True) if count]
 
     @property
     def num_most(self) -> int:
-        """The number of images, as :meth:`drops` takes it, of which none has to be dropped."""
-        held = self.memory.images_per_class
-        return math.ceil(sum(n * cost for n, cost in zip(held, self.costs, strict=True)))
+        """The number of images, as :meth:`drops` takes it, from which on no more are kept."""
+        return math.ceil(sum(n * c for n, c in zip(self._most(), self.costs, strict=True)))
+
+    def _most(self) -> list[int]:
+        """Return how many images each class keeps at most: no old class more than a new one."""
+        held, size = self.memory.images_per_class, self.memory.layout.group_size
+        first = self.first_class
+        new = max(n * cost for n, cost in zip(held[first:], self.costs[first:], strict=True))
+        old = (
+            min(n, size * math.ceil(new / cost / size))
+            for n, cost in zip(held[:first], self.costs[:first], strict=True)
+        )
+        return [*old, *held[first:]]
 
     @property
     def old_drops(self) -> int:
@@ -139,11 +152,13 @@ def make_room(
     costs = [1.0] * len(classes)
     if old is not None and first_class and layout.is_coded:
         costs[:first_class] = _costs(old, stay)
+        # New images are taken to be as large as the old ones, but not larger than planned.
+        costs[first_class:] = [min(1.0, sum(costs[:first_class]) / first_class)] * len(new_labels)
     shares = share_groups(num_planned // size, most, costs)
     # Without another class there is no margin to prune by.
-    num_over = math.ceil(over_budget * num_planned / size / len(classes)) if len(classes) > 1 else 0
+    over = over_budget * sum(shares) / len(classes) if len(classes) > 1 else 0
     counts = [
-        size * min(share + num_over, own)
+        size * min(share + math.ceil(over), own)
         for share, own in zip(shares[first_class:], most[first_class:], strict=True)
     ]
     if old is None or not first_class:
@@ -186,8 +201,7 @@ def share_groups(num_groups: int, most: Sequence[int], costs: Sequence[float]) -
     Args:
         num_groups: How many groups of planned size there is room for, in all.
         most: For each class, how many groups it can keep.
-        costs: For each class, how many groups of planned size one of its groups counts as, 1 or
-            more.
+        costs: For each class, how many groups of planned size one of its groups counts as.
     """
 
     def kept(level: int) -> list[int]:
@@ -196,7 +210,7 @@ def share_groups(num_groups: int, most: Sequence[int], costs: Sequence[float]) -
     def takes(counts: Sequence[int]) -> float:
         return sum(count * cost for count, cost in zip(counts, costs, strict=True))
 
-    low, high = 0, num_groups
+    low, high = 0, max(most, default=0) * math.ceil(max(costs, default=1.0))
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if takes(kept(middle)) <= num_groups else (low, middle - 1)
@@ -212,15 +226,15 @@ def share_groups(num_groups: int, most: Sequence[int], costs: Sequence[float]) -
 
 @torch.no_grad()
 def _costs(old: LearnedMemory, classes: Sequence[int]) -> list[float]:
-    """Return how many images of planned size an image of each class counts as, 1 or more.
+    """Return how many images of planned size an image of each class counts as.
 
-    Images of an entropy-coded memory that take more than was planned are fewer, so that every class
-    has its share of the bytes.
+    Entropy-coded images may take more or less than was planned; every class has its share of the
+    bytes.
     """
     planned_bits = 8 * old.planned_image_bytes(old.layout)
     costs = []
     for label in classes:
         own = (old.labels == label).nonzero().flatten()
-        image_bits = float(old.rate(own)[0]) if len(own) else 0.0
-        costs.append(max(1.0, image_bits / planned_bits))
+        image_bits = float(old.rate(own)[0]) if len(own) else planned_bits
+        costs.append(max(_LEAST_COST, image_bits / planned_bits))
     return costs
