@@ -7,12 +7,14 @@
 
 from typing import TYPE_CHECKING
 
+from hmn_replay.baselines.fill import jpeg_images, lossless_images, raw_images
+from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig
 from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
 from hmn_replay.data.images import LabelledImages, as_labelled_images
-from hmn_replay.data.sources import load_dataset
+from hmn_replay.data.sources import DATASETS, load_dataset
 from hmn_replay.errors import (
     BudgetError,
     CheckpointError,
@@ -21,8 +23,10 @@ from hmn_replay.errors import (
     DistributedError,
     ExpertError,
     HMNReplayError,
+    HMNReplayWarning,
     MemoryFileError,
     TrainingError,
+    UnknownOptionError,
 )
 from hmn_replay.evaluation import evaluate
 from hmn_replay.memory import (
@@ -34,12 +38,15 @@ from hmn_replay.memory import (
     LearnedMemory,
     LosslessMemory,
     Memory,
+    MemoryLayout,
     NumberFormat,
     RawMemory,
+    RealMemory,
     StoredTensor,
     load,
     register_memory,
 )
+from hmn_replay.memory.export import contact_sheet, export_images, export_npz
 from hmn_replay.objectives import (
     OBJECTIVES,
     Objective,
@@ -59,11 +66,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DATASETS",
     "EFFORTS",
     "MEMORIES",
     "NETWORKS",
     "NUMBER_FORMATS",
     "OBJECTIVES",
+    "SELECTIONS",
     "Budget",
     "BudgetError",
     "CheckpointError",
@@ -75,6 +84,7 @@ __all__ = [
     "HMNLayout",
     "HMNReplay",
     "HMNReplayError",
+    "HMNReplayWarning",
     "HierarchicalMemory",
     "JPEGMemory",
     "LabelledImages",
@@ -82,29 +92,39 @@ __all__ = [
     "LosslessMemory",
     "Memory",
     "MemoryFileError",
+    "MemoryLayout",
     "MemoryReplay",
     "NumberFormat",
     "Objective",
     "RawMemory",
+    "RealMemory",
     "StoredTensor",
     "TrainingConfig",
     "TrainingError",
+    "UnknownOptionError",
     "as_labelled_images",
     "aum",
     "build_network",
     "condense",
+    "contact_sheet",
     "cosine_matching",
     "distribution_matching",
     "double_ended_prune",
     "evaluate",
+    "export_images",
+    "export_npz",
     "gradient_matching",
+    "jpeg_images",
     "last_block_matching",
     "load",
     "load_dataset",
+    "lossless_images",
     "margins",
+    "raw_images",
     "reattach_optim_modules",
     "record_experts",
     "register_memory",
+    "select_images",
     "train_network",
     "trajectory_matching",
 ]
@@ -117,9 +137,9 @@ def __getattr__(name: str) -> object:
     """Import what needs Avalanche when it is asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hmn_replay.avalanche import plugin as replay
+    from hmn_replay.avalanche import plugin
 
-    return getattr(replay, name)
+    return getattr(plugin, name)
 
 
 def __dir__() -> list[str]:

@@ -21,8 +21,7 @@ from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.sources import load_dataset
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.export import contact_sheet, export_images, export_npz
-from hmn_replay.memory.hierarchical import HierarchicalMemory
-from hmn_replay.memory.layout import Layout
+from hmn_replay.memory.hierarchical import HierarchicalMemory, HMNLayout
 
 LABELS = (-3, 7, 1000)
 COUNTS = (2, 3, 1)
@@ -30,7 +29,7 @@ COUNTS = (2, 3, 1)
 
 @pytest.fixture(params=[(3, 8, 8), (1, 12, 9)], ids=["colour", "grey"])
 def memory(
-    request: pytest.FixtureRequest, make_layout: Callable[..., Layout]
+    request: pytest.FixtureRequest, make_layout: Callable[..., HMNLayout]
 ) -> HierarchicalMemory:
     return HierarchicalMemory(make_layout(image_shape=request.param), LABELS, COUNTS)
 
