@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.memory.formats import NumberFormat
-from hmn_replay.memory.hierarchical import HierarchicalMemory
-from hmn_replay.memory.layout import Layout
+from hmn_replay.memory import HierarchicalMemory, HMNLayout
 from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction
 from tests.console import Console
 from tests.support import hmn_layout
@@ -34,14 +32,14 @@ def untouched_random_state() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_layout() -> Callable[..., Layout]:
+def make_layout() -> Callable[..., HMNLayout]:
     """Return a function that makes a small layout; any field may be given."""
 
     def make(
-        number_format: NumberFormat = "int8",
+        number_format: str = "int8",
         image_shape: tuple[int, int, int] = (3, 8, 8),
         **fields: Any,
-    ) -> Layout:
+    ) -> HMNLayout:
         return hmn_layout(image_shape, number_format, **fields)
 
     return make
@@ -83,7 +81,7 @@ def register_objective() -> Iterator[Callable[[ObjectiveFunction], str]]:
 
 
 @pytest.fixture
-def memory_file(make_layout: Callable[..., Layout], tmp_path: Path) -> Path:
+def memory_file(make_layout: Callable[..., HMNLayout], tmp_path: Path) -> Path:
     """A memory of nine images that look like digits to nobody."""
     layout = make_layout(image_shape=(1, 8, 8))
     path = tmp_path / "memory.hmn"

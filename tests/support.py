@@ -1,4 +1,4 @@
-"""Small containers, and condensation in a tenth of a second, for tests of several modules."""
+"""Small memories, and condensation in a tenth of a second, for tests of several modules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,46 @@ from torch import Tensor, nn
 
 from hmn_replay.condensation.condense import condense
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.memory.base import Container
-from hmn_replay.memory.container_layout import ContainerLayout
-from hmn_replay.memory.formats import NumberFormat
-from hmn_replay.memory.haba import HaBaLayout
-from hmn_replay.memory.layout import Layout
-from hmn_replay.memory.linba import LinBaLayout
-from hmn_replay.memory.pixels import IDCLayout, RawLayout
-from hmn_replay.memory.registry import make_container
+from hmn_replay.memory import (
+    MEMORIES,
+    NUMBER_FORMATS,
+    HaBaLayout,
+    HMNLayout,
+    IDCLayout,
+    LearnedMemory,
+    LinBaLayout,
+    Memory,
+    MemoryLayout,
+    PixelLayout,
+    RealMemory,
+)
 
-AnyContainer = TypeVar("AnyContainer", bound=Container)
+AnyLearned = TypeVar("AnyLearned", bound=LearnedMemory)
+
+
+def learned_type(kind: str) -> type[LearnedMemory]:
+    """Return the class of a memory kind whose images are learned."""
+    found = MEMORIES[kind]
+    assert issubclass(found, LearnedMemory)
+    return found
+
+
+LEARNED = [kind for kind, own in MEMORIES.items() if issubclass(own, LearnedMemory)]
+"""The memory kinds whose images are learned."""
+
+REAL = [kind for kind, own in MEMORIES.items() if issubclass(own, RealMemory)]
+"""The memory kinds of real images."""
+
+PLAIN_FORMATS = [name for name, own in NUMBER_FORMATS.items() if not own.is_coded]
+"""The number formats that every learned kind has."""
+
+LEARNED_FORMATS = [
+    (kind, name)
+    for kind in LEARNED
+    for name in NUMBER_FORMATS
+    if name in PLAIN_FORMATS or learned_type(kind).codes_entropy
+]
+"""The learned kinds, each with every number format that it can have."""
 
 HMN_FIELDS: dict[str, Any] = {
     "stride": 4,
@@ -33,23 +63,35 @@ HMN_FIELDS: dict[str, Any] = {
 
 
 def hmn_layout(
-    image_shape: tuple[int, int, int] = (3, 8, 8),
-    number_format: NumberFormat = "int8",
-    **fields: Any,
-) -> Layout:
+    image_shape: tuple[int, int, int] = (3, 8, 8), number_format: str = "int8", **fields: Any
+) -> HMNLayout:
     """Return a small layout, planned for its images if it is entropy-coded; fields may be given."""
-    planned = {"image_bytes": 5 if number_format == "entropy" else 0}
-    return Layout(image_shape, number_format, **{**HMN_FIELDS, **planned, **fields})
+    planned = {"image_bytes": 5 if NUMBER_FORMATS[number_format].is_coded else 0}
+    return HMNLayout(image_shape, number_format, **{**HMN_FIELDS, **planned, **fields})
 
 
-LAYOUTS: dict[str, Callable[..., ContainerLayout]] = {
+LAYOUTS: dict[str, Callable[..., MemoryLayout]] = {
     "hmn": hmn_layout,
-    "raw": RawLayout,
+    "pixels": PixelLayout,
     "idc": IDCLayout,
     "haba": partial(HaBaLayout, num_hallucinators=3),
     "linba": partial(LinBaLayout, num_bases=5),
 }
-"""From an image shape and a number format to a small layout, by the container's name."""
+"""From an image shape and a number format to a small layout, by the memory kind."""
+
+CODECS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 30}}
+"""What memories of real images are made with, by the memory kind, beside shape and budget."""
+
+
+def type_of(layout: MemoryLayout) -> type[LearnedMemory]:
+    """Return the memory kind that a layout is one of."""
+    return next(own for own in map(learned_type, LEARNED) if own.Layout is type(layout))
+
+
+def room_for(layout: MemoryLayout, num_classes: int, num_images: int) -> int:
+    """Return a budget that holds so many images of planned size, and not one more."""
+    return type_of(layout).file_bytes_of(layout, num_classes, num_images, 9999)
+
 
 TINY: dict[str, Any] = {
     "device": "cpu",
@@ -82,38 +124,91 @@ TINY_MTT: dict[str, Any] = {
 }
 
 
-def tiny(data: LabelledImages, layout: ContainerLayout, **options: Any) -> Container:
+def tiny(data: LabelledImages, layout: MemoryLayout, **options: Any) -> LearnedMemory:
+    """Condense in a tenth of a second, by default to three images a class and one over."""
     budget = options.pop("budget", None)
     if budget is None:
-        num_classes = data.num_classes
-        budget = layout.file_bytes(num_classes, 3 * num_classes + 1, 10**4)
-    return condense(data, budget, layout=layout, **{**TINY, **options})
+        budget = room_for(layout, data.num_classes, 3 * data.num_classes + 1)
+    options.setdefault("kind", type_of(layout).kind)
+    memory = condense(data, budget, layout=layout, **{**TINY, **options})
+    assert isinstance(memory, LearnedMemory)
+    return memory
 
 
 def made(
-    container: str,
-    number_format: NumberFormat = "int8",
+    kind: str,
+    number_format: str = "int8",
     image_shape: tuple[int, int, int] = (3, 8, 8),
     classes: Sequence[int] = (7, -3),
     groups: Sequence[int] = (2, 3),
     **options: Any,
-) -> Container:
-    """Return a small container that every parameter of has a value of its own.
+) -> LearnedMemory:
+    """Return a small learned memory that every parameter of has a value of its own.
 
     Args:
-        container: Its name.
+        kind: The memory kind.
         number_format: Of its values.
         image_shape: Of an image.
         classes: Its labels.
         groups: For each class, how many groups of images it has.
-        **options: ``seed``.
+        **options: ``seed`` and ``budget``.
     """
-    layout = LAYOUTS[container](image_shape, number_format)
+    layout = LAYOUTS[kind](image_shape, number_format)
     counts = [layout.group_size * count for count in groups]
-    return trained(make_container(layout, classes, counts, **options))
+    return trained(learned_type(kind)(layout, classes, counts, **options))
 
 
-def trained(memory: AnyContainer, seed: int = 0, std: float = 0.3) -> AnyContainer:
+def real(
+    kind: str,
+    image_shape: tuple[int, int, int] = (3, 8, 8),
+    classes: Sequence[int] = (-3, 7),
+    counts: Sequence[int] = (2, 3),
+    budget: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> RealMemory:
+    """Return a small memory of real images: coarse ones with some noise.
+
+    Args:
+        kind: The memory kind.
+        image_shape: Of an image.
+        classes: Its labels, ascending.
+        counts: For each class, how many images it is offered.
+        budget: Of its file.
+        seed: Of the images.
+        **options: What it is made with instead of :data:`CODECS`.
+    """
+    found = MEMORIES[kind]
+    assert issubclass(found, RealMemory)
+    memory = found(image_shape, budget=budget, **{**CODECS.get(kind, {}), **options})
+    memory.extend(real_set(image_shape, classes, counts, seed))
+    return memory
+
+
+def real_set(
+    image_shape: tuple[int, int, int] = (3, 8, 8),
+    classes: Sequence[int] = (-3, 7),
+    counts: Sequence[int] = (2, 3),
+    seed: int = 0,
+) -> LabelledImages:
+    """Return labelled images that codecs can make something of: coarse ones with some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    shape, (_, height, width) = (sum(counts), *image_shape), image_shape
+    coarse = torch.randint(
+        0, 230, (*shape[:2], -(-height // 4), -(-width // 4)), generator=generator
+    )
+    coarse = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)[..., :height, :width]
+    images = coarse + torch.randint(0, 25, shape, generator=generator)
+    labels = torch.tensor(classes).repeat_interleave(torch.tensor(counts))
+    return LabelledImages(images.to(torch.uint8), labels)
+
+
+def any_memory(kind: str, **options: Any) -> Memory:
+    """Return a small memory of any kind; options as of :func:`made` or :func:`real`."""
+    return real(kind, **options) if kind in REAL else made(kind, **options)
+
+
+def trained(memory: AnyLearned, seed: int = 0, std: float = 0.3) -> AnyLearned:
     """Give every parameter a value of its own, biases too, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -123,7 +218,7 @@ def trained(memory: AnyContainer, seed: int = 0, std: float = 0.3) -> AnyContain
     return memory
 
 
-def rounded_by_hand(values: Tensor, number_format: NumberFormat, scale: float = 0) -> Tensor:
+def rounded_by_hand(values: Tensor, number_format: str, scale: float = 0) -> Tensor:
     """Return, as float64, what a tensor with one int8 scale is stored as.
 
     Args:
