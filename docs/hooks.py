@@ -1,10 +1,17 @@
-"""Equations for the pages: MathML, which browsers draw without a script or a font of ours."""
+"""What mkdocs does not do by itself: equations, and references in docstrings.
+
+Equations become MathML, which browsers draw without a script or a font of ours.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import griffe
 from latex2mathml.converter import convert
+
+_ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod|obj):`(~?)([\w.]+?)(?:\(\))?`")
 
 
 def on_config(config: Any) -> Any:
@@ -17,3 +24,23 @@ def on_config(config: Any) -> Any:
 
 def _equation(source: str, *_: Any, **__: Any) -> str:
     return f'<div class="equation">{convert(source, display="block")}</div>'
+
+
+class Roles(griffe.Extension):
+    """Turns ``:class:`Budget` `` in a docstring into a link, if a page has a place for it."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of an object."""
+        if obj.docstring is not None:
+            obj.docstring.value = _ROLE.sub(lambda match: _link(match, obj), obj.docstring.value)
+
+
+def _link(match: re.Match[str], obj: griffe.Object) -> str:
+    is_short, name = match.groups()
+    try:
+        first, _, rest = name.partition(".")
+        target = obj.resolve(first) + ("." + rest if rest else "")
+    except griffe.NameResolutionError:
+        target = name
+    text = name.rpartition(".")[2] if is_short or name.startswith("hmn_replay.") else name
+    return f'<autoref optional identifier="{target}">`{text}`</autoref>'
