@@ -84,9 +84,43 @@ def decode(words: list[str], tensors: dict[str, np.ndarray]) -> dict[str, np.nda
     return values
 
 
+def images(words: list[str], tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the images, float (N, C, H, W) in [0, 1], exact to rounding."""
+    values, biases = decode(words, tensors), tensors["biases"].astype(np.float32)
+    channels, height, width = map(int, words[6].split(","))
+    num_classes, features = values["extractor_weight"].shape[:2]
+    owner = np.repeat(np.arange(num_classes), tensors["counts"])
+    own_biases, biases = np.split(biases, [num_classes * features])
+    x = np.einsum("kfd,dhw->kfhw", values["extractor_weight"], values["dataset_memory"])
+    x = silu(x + own_biases.reshape(num_classes, features, 1, 1))[owner]
+    x = np.concatenate([x, values["class_memory"][owner], values["instance_memory"]], axis=1)
+    weights = [value for name, value in values.items() if name.startswith("decoder_weight")]
+    for i, weight in enumerate(weights):
+        bias, biases = np.split(biases, [len(weight)])
+        h, w = x.shape[2:]
+        padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        x = bias.reshape(-1, 1, 1) + sum(
+            np.einsum("nihw,oi->nohw", padded[:, :, r : r + h, c : c + w], weight[:, :, r, c])
+            for r in range(3)
+            for c in range(3)
+        )
+        if i < len(weights) - 1:
+            x = silu(x)
+        if i < len(weights) - 2:
+            x = x.repeat(2, axis=2).repeat(2, axis=3)
+    n, _, h, w = x.shape
+    x = x.reshape(n, channels, 2, 2, h, w).transpose(0, 1, 4, 2, 5, 3)
+    x = x.reshape(n, channels, 2 * h, 2 * w)[..., :height, :width]
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """Return x times its logistic function."""
+    return x / (1 + np.exp(-x))
+
+
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as file:
         words, tensors = read(file.read())
     print(*words)
-    for name, values in {**tensors, **decode(words, tensors)}.items():
-        print(name, values.dtype, values.shape)
+    np.savez("images.npz", images=images(words, tensors))
