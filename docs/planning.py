@@ -5,7 +5,7 @@ python docs/planning.py > docs/planning.txt
 
 from __future__ import annotations
 
-from hmn_replay import BudgetError, Layout
+from hmn_replay import BudgetError, HierarchicalMemory
 
 BUDGETS = ("30 KiB", "120 KiB", "300 KiB", "1 MiB", "4 MiB")
 SIDES, CLASSES = (32, 64, 224), (10, 100, 200, 1000)
@@ -14,8 +14,8 @@ SIDES, CLASSES = (32, 64, 224), (10, 100, 200, 1000)
 def planned(budget: str, image_shape: tuple[int, int, int], num_classes: int) -> str:
     """Return the images per class, or a dash where the budget does not hold one of each."""
     try:
-        layout = Layout.choose(budget, image_shape, num_classes, number_format="entropy")
-        num_images = layout.max_images(budget, num_classes)
+        layout = HierarchicalMemory.choose_layout(budget, image_shape, num_classes)
+        num_images = HierarchicalMemory.max_images(layout, budget, num_classes)
     except BudgetError:
         return "-"
     return f"{num_images // num_classes:,}"
