@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import hmn_replay
-from hmn_replay.baselines.fill import jpeg_images, raw_images
 
 SHOWN_BYTES, COLUMNS, QUALITY = 3 * 1024, 16, 20
 SCALE, TITLE_HEIGHT = 2, 40
@@ -56,8 +55,10 @@ def main() -> None:
     hmn = hmn_replay.load(args.memory)
     data = hmn_replay.load_dataset(args.data, "train")
     memories = {
-        "raw pixels": raw_images(data, hmn.budget_bytes),
-        f"JPEG at quality {QUALITY}": jpeg_images(data, hmn.budget_bytes, quality=QUALITY),
+        "raw pixels": hmn_replay.raw_images(data, hmn.budget_bytes),
+        f"JPEG at quality {QUALITY}": hmn_replay.jpeg_images(
+            data, hmn.budget_bytes, quality=QUALITY
+        ),
         "a hierarchical memory": hmn,
     }
     share = SHOWN_BYTES / hmn.budget_bytes

@@ -2,7 +2,6 @@
 
 # --8<-- [start:data]
 import hmn_replay
-from hmn_replay.baselines.fill import jpeg_images, raw_images
 
 train_set = hmn_replay.load_dataset("digits", "train")
 test_set = hmn_replay.load_dataset("digits", "test")
@@ -39,8 +38,8 @@ assert images.equal(loaded.decode()[0])  # bit for bit
 # --8<-- [start:compare]
 rivals = {
     "HMN": memory,
-    "JPEG": jpeg_images(train_set, "2 KiB", quality=20, seed=0),
-    "raw": raw_images(train_set, "2 KiB", seed=0),
+    "JPEG": hmn_replay.jpeg_images(train_set, "2 KiB", quality=20, seed=0),
+    "raw": hmn_replay.raw_images(train_set, "2 KiB", seed=0),
 }
 for name, rival in rivals.items():
     _, accuracy = hmn_replay.evaluate(
