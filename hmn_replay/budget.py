@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import SupportsIndex
 
+import numpy as np
+
 from hmn_replay.errors import BudgetError
 
 __all__ = ["Budget", "as_int"]
@@ -123,7 +125,7 @@ def as_int(value: object) -> int | None:
 
     None for everything else, ``True`` and ``3.0`` among it.
     """
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+    if isinstance(value, bool | np.bool_) or not isinstance(value, SupportsIndex):
         return None
     try:
         return operator.index(value)
