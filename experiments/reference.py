@@ -19,8 +19,7 @@ from hmn_replay.data.augment import draw_augmentation
 from hmn_replay.data.images import LabelledImages, channel_stats
 from hmn_replay.errors import BudgetError
 from hmn_replay.runtime import make_generator, seeded
-from hmn_replay.training.gradients import mixed_loss
-from hmn_replay.training.train import draw_batch
+from hmn_replay.training.train import draw_batch, mixed_loss
 
 # IDC cuts a stored image into FACTOR x FACTOR pieces.
 FACTOR = 2

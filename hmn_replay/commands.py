@@ -32,6 +32,7 @@ from hmn_replay.files import check_target
 from hmn_replay.memory.export import contact_sheet, export_images, export_npz
 from hmn_replay.memory.file import load
 from hmn_replay.objectives.trajectories import experts_beside
+from hmn_replay.registry import name_of
 from hmn_replay.training.train import TrainingConfig
 
 __all__ = [
@@ -135,7 +136,7 @@ def run_evaluate(args: argparse.Namespace) -> Result:
     lines = [
         ("file", f"{args.file}, {memory.file_bytes:,} bytes"),
         ("images", f"{memory.num_images:,} of {memory.num_classes:,} classes"),
-        ("network", config.network),
+        ("network", name_of(config.network)),
         ("accuracy", _percent(result)),
     ]
     return result, _table(lines)
@@ -310,7 +311,7 @@ def _training(args: argparse.Namespace) -> TrainingConfig:
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:
-    return {"network": config.network, "width": config.width, "passes": config.num_passes}
+    return {"network": name_of(config.network), "width": config.width, "passes": config.num_passes}
 
 
 def _seeds(args: argparse.Namespace) -> range:

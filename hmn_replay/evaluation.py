@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor, nn
 
 from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
-from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.errors import DataError
 from hmn_replay.memory.base import Memory
 from hmn_replay.runtime import resolve_device
-from hmn_replay.training.networks import Network
+from hmn_replay.training.networks import Network, NetworkFactory
 from hmn_replay.training.train import TrainingConfig, train_network
 
 __all__ = ["Decodable", "evaluate", "score"]
@@ -32,7 +31,7 @@ def evaluate(
     source: Decodable | ImageSource,
     test_set: Decodable | ImageSource,
     *,
-    network: str | None = None,
+    network: str | NetworkFactory | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     config: TrainingConfig | None = None,
@@ -48,9 +47,10 @@ def evaluate(
         source: What to learn from: a memory (anything with ``decode()``), or anything that
             :func:`hmn_replay.data.images.as_labelled_images` takes.
         test_set: The same. A label that the source does not have counts as an error.
-        network: Name of the architecture. Default: that of ``config``, else ConvNet.
+        network: Architecture: a name in :data:`hmn_replay.NETWORKS`, or a function from image shape
+            and number of classes to a module. Default: that of ``config``, else ConvNet.
         seed: The same seed gives the same accuracy, on the same machine and number of threads.
-        device: Where to train. Default: the best device present.
+        device: Where to train. Default: CUDA where present, else the CPU.
         config: The training. Default: ``TrainingConfig()``.
         progress: Whether to show a bar on standard error.
         **options: Fields of :class:`TrainingConfig` that replace those of ``config``.
@@ -60,13 +60,14 @@ def evaluate(
         each logit; and its accuracy in [0, 1].
 
     Raises:
-        ConfigError: An option is unknown or out of range.
+        UnknownOptionError: An option that :class:`TrainingConfig` does not have.
+        ConfigError: An option out of range.
         DataError: Images or labels that cannot be used, or of different shapes.
-        TrainingError: The loss left the real numbers.
+        TrainingError: The training diverged.
     """
     if network is not None:
         options["network"] = network
-    config = _replace(config or TrainingConfig(), options)
+    config = (config or TrainingConfig()).replace(**options)
     images, labels = _images_and_labels(source)
     test_images, test_labels = _images_and_labels(test_set)
     if images.shape[1:] != test_images.shape[1:]:
@@ -143,10 +144,3 @@ def _images_and_labels(source: Decodable | ImageSource) -> tuple[Images, Tensor]
         return images.detach().cpu(), labels.cpu()
     labelled = as_labelled_images(source)
     return labelled.images, labelled.labels
-
-
-def _replace(config: TrainingConfig, options: dict[str, Any]) -> TrainingConfig:
-    names = [field.name for field in dataclasses.fields(TrainingConfig)]
-    if unknown := sorted(set(options).difference(names)):
-        raise ConfigError(f"unknown option {unknown[0]!r}; choose from {', '.join(names)}")
-    return dataclasses.replace(config, **options)

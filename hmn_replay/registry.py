@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from hmn_replay.errors import ConfigError
 
-__all__ = ["Registry", "suggest"]
+__all__ = ["Registry", "name_of", "suggest"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -99,6 +100,19 @@ class UnknownNameError(ConfigError, KeyError):
 
     def __str__(self) -> str:
         return self.message
+
+
+def name_of(entry: object) -> str:
+    """Return what reports and files call a thing that is given by name, or as a function.
+
+    A name is returned as it is, and a function or class as its module and name, such as
+    ``"my_project.losses.match_means"``; of other callables, those of their class.
+    """
+    if isinstance(entry, str):
+        return entry
+    function = entry.func if isinstance(entry, functools.partial) else entry
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def suggest(name: object, known: list[str]) -> str:

@@ -36,7 +36,7 @@ from hmn_replay.memory.base import Container
 from hmn_replay.memory.file import load
 from hmn_replay.memory.registry import get_layout_type
 from hmn_replay.runtime import seeded
-from hmn_replay.training.gradients import add_gradients
+from hmn_replay.training.train import add_gradients
 
 Work = Callable[[int], Any]
 

@@ -166,7 +166,7 @@ def test_refuses_a_test_set_of_another_shape() -> None:
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"unknown option 'epochs'.*network, width, depth"):
+    with pytest.raises(TypeError, match=r"no option 'epochs'.*network, width, depth"):
         evaluate(stripes(6), stripes(6), epochs=3)
 
 

@@ -6,7 +6,6 @@ What is made is known by an *identity*: names and values such as system, IPC and
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import math
 import sys
@@ -198,7 +197,7 @@ def select_once(study: Study, method: str, identity: dict[str, Any]) -> Path | N
             train,
             method,
             num_images=max(1, budget.num_bytes // values_per_image),
-            config=dataclasses.replace(training(study, identity["ipc"]), num_passes=passes),
+            config=training(study, identity["ipc"]).replace(num_passes=passes),
             seed=identity["seed"],
             device=study.settings.device,
             progress=sys.stderr.isatty(),

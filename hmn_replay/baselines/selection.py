@@ -20,7 +20,7 @@ from hmn_replay.condensation.pruning import aum, margins
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
 from hmn_replay.runtime import derive_seed, make_generator
-from hmn_replay.training.networks import Network
+from hmn_replay.training.networks import Network, penultimate_features
 from hmn_replay.training.train import TrainingConfig, train_network
 
 __all__ = [
@@ -305,14 +305,7 @@ def _empty_order(features: Tensor, count: int) -> Tensor:
 
 def _penultimate(network: Network, images: Tensor) -> Tensor:
     """Return what the network's last layer takes in, ``(N, D)``, where the network is."""
-
-    def forward(images: Tensor) -> Tensor:
-        x = network.features(images)[-1]
-        for layer in list(network.head.children())[:-1]:
-            x = layer(x)
-        return x.flatten(1)
-
-    return _in_chunks(network, forward, images)
+    return _in_chunks(network, lambda batch: penultimate_features(network, batch), images)
 
 
 @torch.no_grad()

@@ -216,8 +216,7 @@ class CondenseConfig:
     @property
     def expert_training(self) -> TrainingConfig:
         """The training of experts, but for their architectures and number of epochs."""
-        return dataclasses.replace(
-            EXPERT_TRAINING,
+        return EXPERT_TRAINING.replace(
             width=self.network_width,
             epoch_images=self.expert_images,
             batch_size=self.expert_batch,

@@ -24,9 +24,8 @@ from hmn_replay.errors import ConfigError
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import get_objective
 from hmn_replay.runtime import autocast, make_generator
-from hmn_replay.training.gradients import add_gradients
 from hmn_replay.training.networks import Network, build_network
-from hmn_replay.training.train import draw_batch
+from hmn_replay.training.train import add_gradients, draw_batch
 
 __all__ = [
     "RealImages",
@@ -292,7 +291,7 @@ def train_step(
 
     The objective says from which images, and whether they are augmented and mixed; see
     :class:`hmn_replay.objectives.Objective`. The processes of a team share each batch, and all call
-    this alike; see :func:`hmn_replay.training.gradients.add_gradients`.
+    this alike; see :func:`hmn_replay.training.train.add_gradients`.
     """
     device = network.mean.device
     objective = get_objective(config.objective)

@@ -38,7 +38,7 @@ from hmn_replay.objectives._convolution import (
     Winograd,
     channels_first,
 )
-from hmn_replay.training.networks import ConvBlock, Network
+from hmn_replay.training.networks import ConvBlock, Network, StagedNetwork
 
 __all__ = ["ConvNet", "MapLayer", "PatchLayer", "Trace"]
 
@@ -86,10 +86,11 @@ class ConvNet:
     def __init__(self, network: nn.Module, *, bytes_per_chunk: int = 2**22) -> None:
         assert isinstance(network, Network)
         self._bytes_per_chunk = bytes_per_chunk
+        body = cast(StagedNetwork, network.body)
         self._mean, self._std = network.mean, network.std
-        self._head = cast(nn.Linear, network.head.get_submodule("1"))
+        self._head = cast(nn.Linear, body.head.get_submodule("1"))
         self._scratch = Scratch(network.mean)
-        blocks = [stage for stage in network.stages if isinstance(stage, ConvBlock)]
+        blocks = [stage for stage in body.stages if isinstance(stage, ConvBlock)]
         convolutions = [block.convolution.weight.detach() for block in blocks]
         self.weights: list[Tensor] = [*convolutions, self._head.weight.detach()]
         self.convolution = self._choose_convolution()
@@ -105,8 +106,9 @@ class ConvNet:
         """Return whether a network is such a ConvNet, for which the formulas hold."""
         return (
             type(network) is Network
-            and all(type(stage) is ConvBlock for stage in network.stages)
-            and [type(part) for part in network.head.children()] == [nn.Flatten, nn.Linear]
+            and type(body := network.body) is StagedNetwork
+            and all(type(stage) is ConvBlock for stage in body.stages)
+            and [type(part) for part in body.head.children()] == [nn.Flatten, nn.Linear]
         )
 
     @torch.no_grad()

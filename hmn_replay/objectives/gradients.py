@@ -178,7 +178,8 @@ def _by_double_backward(
     def gradients(images: Tensor, labels: Tensor, create_graph: bool) -> tuple[Tensor, ...]:
         with uncached_autocast(images.device.type):
             loss = F.cross_entropy(network(images), labels)
-        return torch.autograd.grad(loss, weights, create_graph=create_graph)
+        # A weight without a part in the logits has a gradient of 0.
+        return torch.autograd.grad(loss, weights, create_graph=create_graph, materialize_grads=True)
 
     with keeping_statistics(network), requires_grad(weights, True), torch.enable_grad():
         real_gradients = gradients(*real, create_graph=False)

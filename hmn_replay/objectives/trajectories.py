@@ -6,7 +6,6 @@ their parameters at every epoch in a folder.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from hmn_replay.errors import ConfigError, ExpertError
 from hmn_replay.files import digest_tensors, write_atomically
 from hmn_replay.objectives._network import uncached_autocast, with_gradients
 from hmn_replay.runtime import derive_seed
-from hmn_replay.training.networks import Network
+from hmn_replay.training.networks import Network, NetworkFactory
 from hmn_replay.training.train import TrainingConfig, make_network, train_network
 
 __all__ = ["EXPERT_TRAINING", "Experts", "experts_beside", "record_experts", "trajectory_matching"]
@@ -160,7 +159,7 @@ def record_experts(
     *,
     num_experts: int = 100,
     num_epochs: int = 50,
-    networks: Sequence[str] = ("convnet",),
+    networks: Sequence[str | NetworkFactory] = ("convnet",),
     config: TrainingConfig = EXPERT_TRAINING,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -235,7 +234,7 @@ class Experts:
         *,
         num_experts: int,
         num_epochs: int,
-        networks: Sequence[str] = ("convnet",),
+        networks: Sequence[str | NetworkFactory] = ("convnet",),
         config: TrainingConfig = EXPERT_TRAINING,
         seed: int = 0,
     ) -> None:
@@ -243,7 +242,7 @@ class Experts:
         self.num_images = num_epochs * min(config.epoch_images or len(images), len(images))
         self._data = (images, class_indices, num_classes)
         self._networks, self._seed = tuple(networks), seed
-        self._config = dataclasses.replace(config, num_passes=self.num_images)
+        self._config = config.replace(num_passes=self.num_images)
         self._digest = digest_tensors(str(num_classes), {"images": images, "of": class_indices})
         for number in range(num_experts):
             if self.path(number).exists():
@@ -327,15 +326,12 @@ class Experts:
             raise ExpertError(self._cannot_read(number, error)) from error
 
     def _training(self, number: int) -> TrainingConfig:
-        name = self._networks[number % len(self._networks)]
-        return dataclasses.replace(self._config, network=name)
+        network = self._networks[number % len(self._networks)]
+        return self._config.replace(network=network)
 
     def _settings(self, number: int) -> dict[str, Any]:
-        settings = dataclasses.asdict(self._training(number))
-        del settings["num_passes"]
-        settings |= {"seed": self._seed, "number": number, "data": self._digest}
-        as_read: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists
-        return as_read
+        settings = self._training(number).model_dump(mode="json", exclude={"num_passes"})
+        return {**settings, "seed": self._seed, "number": number, "data": self._digest}
 
     def _check(self, number: int) -> None:
         """Raise an ExpertError for the file of another recording, or of fewer epochs."""

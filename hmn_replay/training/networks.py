@@ -1,81 +1,126 @@
-"""The networks that condense and evaluate: ConvNet, and three of torchvision's for small images."""
+"""The networks that condense and evaluate: ConvNet, three of torchvision's, and users' own."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
+from hmn_replay.registry import Registry, name_of
 from hmn_replay.runtime import default_float32, seeded
 
-__all__ = ["NETWORKS", "ConvBlock", "Network", "build_network", "default_depth"]
+__all__ = [
+    "NETWORKS",
+    "ConvBlock",
+    "Network",
+    "NetworkFactory",
+    "StagedNetwork",
+    "build_network",
+    "default_depth",
+    "penultimate_features",
+]
 
-NETWORKS = ("convnet", "vgg16", "resnet18", "densenet121")
+NetworkFactory: TypeAlias = Callable[..., nn.Module]
+
+NETWORKS: Registry[NetworkFactory] = Registry("network")
+"""The networks by name. An entry is a function ``(image_shape, num_classes) -> nn.Module``.
+
+The module maps normalised images ``(N, C, H, W)`` to logits ``(N, num_classes)``. Where the
+function has a parameter ``width`` or ``depth``, it gets the one of the settings. To add a network,
+register its function, or pass it in place of a name:
+
+    @hmn_replay.NETWORKS.register("linear")
+    def linear(image_shape, num_classes):
+        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes))
+
+Objectives that match features need a module with a method ``features(images)`` that returns the
+outputs of its blocks, tensors ``(N, ...)``, as a list, or the only one.
+"""
 
 # From this side on, ResNet and DenseNet keep the stem that torchvision gives them for ImageNet.
 _IMAGENET_SIDE = 128
-# DenseNet-121 halves the side three times.
-_MIN_SIDE = {"convnet": 2, "vgg16": 2, "resnet18": 2, "densenet121": 8}
 
 
 class Network(nn.Module):
-    """A classifier of images in [0, 1], as stages in a row and a head.
+    """A classifier of images in [0, 1]: normalisation by channel, then any module.
 
     Args:
-        stages: Modules from images, then from each other's output, ``(N, C', H', W')``.
-        head: From the last stage's output to logits ``(N, num_classes)``.
+        body: Maps normalised images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
         num_classes: Number of logits.
         mean: ``(C,)``, subtracted from the images.
         std: ``(C,)``, which they are divided by.
 
     Attributes:
         classes: int64 ``(num_classes,)``, the label that each logit stands for: 0, 1, ... until
-            :func:`hmn_replay.training.train.evaluate` writes a data set's own labels there.
+            :func:`hmn_replay.evaluate` writes a dataset's own labels there.
     """
 
     mean: Tensor
     std: Tensor
     classes: Tensor
 
-    def __init__(
-        self,
-        stages: Sequence[nn.Module],
-        head: nn.Module,
-        num_classes: int,
-        mean: Tensor,
-        std: Tensor,
-    ) -> None:
+    def __init__(self, body: nn.Module, num_classes: int, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.head = head
+        self.body = body
         self.register_buffer("mean", mean.reshape(1, -1, 1, 1))
         self.register_buffer("std", std.reshape(1, -1, 1, 1))
         self.register_buffer("classes", torch.arange(num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits ``(N, num_classes)`` of float images ``(N, C, H, W)`` in [0, 1]."""
-        x = (images - self.mean) / self.std
-        for stage in self.stages:
-            x = stage(x)
-        logits: Tensor = self.head(x)
+        logits: Tensor = self.body((images - self.mean) / self.std)
         return logits
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return what every stage gives, ``(N, C', H', W')`` each, first stage first.
+        """Return the outputs of the body's blocks, ``(N, ...)`` each, first block first.
 
-        The stages are ConvNet's blocks; what VGG has up to each pooling; the stem and the four
-        groups of ResNet and DenseNet.
+        They are those of ConvNet's blocks; of VGG's layers up to each pooling; of the stem and the
+        four groups of ResNet and DenseNet; and what another body's ``features(images)`` returns.
+
+        Raises:
+            ConfigError: The body has no ``features``.
         """
-        x = (images - self.mean) / self.std
-        outputs = []
+        features = getattr(self.body, "features", None)
+        if not callable(features):
+            raise ConfigError(
+                f"{type(self.body).__name__} has no features(images), which distribution matching "
+                "compares; add that method, or choose another objective or network"
+            )
+        outputs = features((images - self.mean) / self.std)
+        return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+class StagedNetwork(nn.Module):
+    """A network as stages in a row and a head.
+
+    Args:
+        stages: Modules from images, then from each other's output, ``(N, C', H', W')``.
+        head: From the last stage's output to logits ``(N, K)``.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits ``(N, K)`` of normalised images ``(N, C, H, W)``."""
         for stage in self.stages:
-            x = stage(x)
-            outputs.append(x)
-        return outputs
+            images = stage(images)
+        logits: Tensor = self.head(images)
+        return logits
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the output of every stage, ``(N, C', H', W')``, first stage first."""
+        outputs = [images]
+        for stage in self.stages:
+            outputs.append(stage(outputs[-1]))
+        return outputs[1:]
 
 
 class ConvBlock(nn.Sequential):
@@ -106,7 +151,7 @@ class ConvBlock(nn.Sequential):
 
 
 def build_network(
-    name: str,
+    network: str | NetworkFactory,
     image_shape: Sequence[int],
     num_classes: int,
     *,
@@ -120,53 +165,48 @@ def build_network(
 
     `convnet` is the ConvNet-3 of dataset condensation (Gidaris and Komodakis 2018): blocks of
     3 x 3 convolution, instance normalisation with learned scale and shift, ReLU, average pooling by
-    2; one linear layer. The normalisation is written ``GroupNorm(width, width)``, the same function
-    as ``InstanceNorm2d`` with a second derivative about 7 times faster on a CPU.
+    2; one linear layer.
 
     The others are torchvision's, with batch normalisation (VGG-16 too: torchvision's `vgg16_bn`),
-    fitted to small images as the field does: ResNet-18 and DenseNet-121 begin with a 3 x 3
+    adapted to small images as the field does: ResNet-18 and DenseNet-121 begin with a 3 x 3
     convolution of stride 1 and no pooling, unless the smaller side is 128 or more; VGG-16 leaves
     out a pooling that would leave less than one pixel, and ends in one linear layer.
 
     Args:
-        name: One of :data:`NETWORKS`.
-        image_shape: ``(C, H, W)``: any number of channels; sides of 2 or more, DenseNet 8 or more.
-        num_classes: Number of logits.
-        width: Channels of every block; ConvNet only. Default: 128.
-        depth: Number of blocks; ConvNet only. Default: :func:`default_depth`.
+        network: A name in :data:`NETWORKS`, or a function like its entries.
+        image_shape: ``(C, H, W)``: any number of channels; for the built-in networks, sides of 2 or
+            more, of DenseNet 8 or more.
+        num_classes: Number of logits, 1 or more.
+        width: Channels of every block of ConvNet, 1 or more. Default: 128.
+        depth: Number of blocks of ConvNet. Default: :func:`default_depth`.
         mean: ``(C,)`` subtracted from images in [0, 1]. Default: 0.
         std: ``(C,)`` that they are divided by, above 0. Default: 1.
-        seed: The same seed gives the same weights; the global random state is left as it was.
+        seed: The same seed gives the same weights. Layers draw them from torch's global generator,
+            which is seeded meanwhile and restored afterwards.
 
     Returns:
         The network, in training mode.
 
     Raises:
-        ConfigError: Unknown name, or a value outside what is said above.
+        ConfigError: Unknown name, a value outside its range, or a function that returns no module.
     """
-    if name not in NETWORKS:
-        raise ConfigError(f"unknown network {name!r}; choose from {', '.join(NETWORKS)}")
+    factory = NETWORKS[network] if isinstance(network, str) else network
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ConfigError(f"image_shape must be (C, H, W), got {tuple(image_shape)}")
-    channels, height, wide = image_shape
-    side = min(height, wide)
-    if side < _MIN_SIDE[name]:
-        raise ConfigError(
-            f"{name} takes images with sides of {_MIN_SIDE[name]} or more, got {height} x {wide}"
-        )
     if num_classes < 1 or width < 1:
         raise ConfigError(f"num_classes and width must be 1 or more, got {num_classes} and {width}")
-    mean = _statistic("mean", mean, channels, 0.0)
-    std = _statistic("std", std, channels, 1.0)
+    mean = _statistic("mean", mean, image_shape[0], 0.0)
+    std = _statistic("std", std, image_shape[0], 1.0)
     if not bool((std > 0).all()):
         raise ConfigError(f"std must be above 0, got {std.tolist()}")
-    with default_float32(), seeded(seed, "network", name):
-        if name == "convnet":
-            blocks = default_depth(height, wide) if depth is None else depth
-            stages, head = _convnet(channels, height, wide, num_classes, width, blocks)
-        else:
-            stages, head = _TORCHVISION[name](channels, side, num_classes)
-    return Network(stages, head, num_classes, mean, std)
+    parameters = inspect.signature(factory).parameters
+    sizes = {"width": width} | ({} if depth is None else {"depth": depth})
+    sizes = {name: size for name, size in sizes.items() if name in parameters}
+    with default_float32(), seeded(seed, "network", name_of(network)):
+        body = factory((image_shape[0], *image_shape[1:]), num_classes, **sizes)
+    if not isinstance(body, nn.Module):
+        raise ConfigError(f"{name_of(network)} must return an nn.Module; got {type(body).__name__}")
+    return Network(body.train(), num_classes, mean, std)
 
 
 def default_depth(height: int, width: int) -> int:
@@ -179,6 +219,25 @@ def default_depth(height: int, width: int) -> int:
     side = min(height, width)
     usual = 2 if side < 16 else 3 if side <= 48 else 4 if side <= 96 else 5 if side <= 160 else 6
     return max(1, min(usual, _max_depth(side)))
+
+
+def penultimate_features(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the inputs of a network's last linear layer, ``(N, D)``.
+
+    Args:
+        network: Maps images to logits.
+        images: float ``(N, C, H, W)``.
+
+    Raises:
+        ConfigError: The network has no linear layer.
+    """
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ConfigError(f"{type(network).__name__} has no linear layer, whose inputs are needed")
+    inputs: list[Tensor] = []
+    with layers[-1].register_forward_pre_hook(lambda _, given: inputs.append(given[0])):
+        network(images)
+    return inputs[-1].flatten(1)
 
 
 def _max_depth(side: int) -> int:
@@ -198,12 +257,21 @@ def _statistic(
     return tensor
 
 
-_Parts = tuple[list[nn.Module], nn.Module]
+def _check_side(name: str, image_shape: Sequence[int], least: int) -> None:
+    _, height, width = image_shape
+    if min(height, width) < least:
+        raise ConfigError(
+            f"{name} needs images with sides of {least} or more, got {height} x {width}"
+        )
 
 
+@NETWORKS.register("convnet")
 def _convnet(
-    channels: int, height: int, wide: int, num_classes: int, width: int, depth: int
-) -> _Parts:
+    image_shape: Sequence[int], num_classes: int, *, width: int = 128, depth: int | None = None
+) -> nn.Module:
+    _check_side("convnet", image_shape, 2)
+    channels, height, wide = image_shape
+    depth = default_depth(height, wide) if depth is None else depth
     deepest = _max_depth(min(height, wide))
     # Deeper, a block would normalise maps of one pixel: to zero, whatever the image.
     if not 1 <= depth <= deepest:
@@ -215,7 +283,8 @@ def _convnet(
         stages.append(ConvBlock(channels, width))
         channels = width
     pixels = (height >> depth) * (wide >> depth)
-    return stages, nn.Sequential(nn.Flatten(), nn.Linear(width * pixels, num_classes))
+    head = nn.Sequential(nn.Flatten(), nn.Linear(width * pixels, num_classes))
+    return StagedNetwork(stages, head)
 
 
 class _AveragePool(nn.Module):
@@ -236,7 +305,10 @@ def _pooled_linear(num_features: int, num_classes: int) -> nn.Module:
     )
 
 
-def _vgg16(channels: int, side: int, num_classes: int) -> _Parts:
+@NETWORKS.register("vgg16")
+def _vgg16(image_shape: Sequence[int], num_classes: int) -> nn.Module:
+    _check_side("vgg16", image_shape, 2)
+    channels, side = image_shape[0], min(image_shape[1:])
     stages: list[nn.Module] = []
     for widths in ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3):
         layers: list[nn.Module] = []
@@ -249,11 +321,15 @@ def _vgg16(channels: int, side: int, num_classes: int) -> _Parts:
             layers.append(nn.MaxPool2d(2))
             side //= 2
         stages.append(nn.Sequential(*layers))
-    return stages, _pooled_linear(channels, num_classes)
+    return StagedNetwork(stages, _pooled_linear(channels, num_classes))
 
 
-def _resnet18(channels: int, side: int, num_classes: int) -> _Parts:
+@NETWORKS.register("resnet18")
+def _resnet18(image_shape: Sequence[int], num_classes: int) -> nn.Module:
     from torchvision.models import resnet18
+
+    _check_side("resnet18", image_shape, 2)
+    channels, side = image_shape[0], min(image_shape[1:])
 
     model = resnet18(weights=None, num_classes=num_classes)
     stem = [
@@ -263,11 +339,15 @@ def _resnet18(channels: int, side: int, num_classes: int) -> _Parts:
         *([model.maxpool] if side >= _IMAGENET_SIDE else []),
     ]
     groups = [model.layer1, model.layer2, model.layer3, model.layer4]
-    return [nn.Sequential(*stem), *groups], _pooled_linear(512, num_classes)
+    return StagedNetwork([nn.Sequential(*stem), *groups], _pooled_linear(512, num_classes))
 
 
-def _densenet121(channels: int, side: int, num_classes: int) -> _Parts:
+@NETWORKS.register("densenet121")
+def _densenet121(image_shape: Sequence[int], num_classes: int) -> nn.Module:
     from torchvision.models import densenet121
+
+    _check_side("densenet121", image_shape, 8)  # it halves the side three times
+    channels, side = image_shape[0], min(image_shape[1:])
 
     model = densenet121(weights=None, num_classes=num_classes)
     parts = model.features
@@ -283,7 +363,7 @@ def _densenet121(channels: int, side: int, num_classes: int) -> _Parts:
         nn.Sequential(parts.denseblock3, parts.transition3),
         nn.Sequential(parts.denseblock4, parts.norm5, nn.ReLU(inplace=True)),
     ]
-    return [nn.Sequential(*stem), *groups], _pooled_linear(1024, num_classes)
+    return StagedNetwork([nn.Sequential(*stem), *groups], _pooled_linear(1024, num_classes))
 
 
 def _stem(channels: int, side: int, *, mode: Literal["fan_in", "fan_out"]) -> nn.Conv2d:
@@ -291,10 +371,3 @@ def _stem(channels: int, side: int, *, mode: Literal["fan_in", "fan_out"]) -> nn
     stem = nn.Conv2d(channels, 64, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode=mode, nonlinearity="relu")
     return stem
-
-
-_TORCHVISION: dict[str, Callable[[int, int, int], _Parts]] = {
-    "vgg16": _vgg16,
-    "resnet18": _resnet18,
-    "densenet121": _densenet121,
-}

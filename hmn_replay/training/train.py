@@ -1,37 +1,43 @@
-"""Train a fresh network on images: by SGD, CutMix and differentiable augmentation."""
+"""Training of a network on images: by SGD, CutMix and differentiable augmentation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from pydantic import Field, field_serializer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from hmn_replay.condensation.options import convert_fields
 from hmn_replay.data.augment import STRATEGIES, cutmix, draw_augmentation
 from hmn_replay.data.images import channel_stats
-from hmn_replay.data.lookup import Images, as_floats, check_labelled
+from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
 from hmn_replay.distributed import ALONE, Team
-from hmn_replay.errors import ConfigError, DataError, TrainingError
+from hmn_replay.errors import DataError, TrainingError
+from hmn_replay.registry import name_of
 from hmn_replay.runtime import (
     PRECISIONS,
+    autocast,
     deterministic_cudnn,
     make_generator,
     resolve_device,
 )
-from hmn_replay.training.gradients import add_gradients
-from hmn_replay.training.networks import NETWORKS, Network, build_network
+from hmn_replay.settings import Settings, one_of
+from hmn_replay.training.networks import NETWORKS, Network, NetworkFactory, build_network
 
 __all__ = [
     "SCHEDULES",
     "TrainingConfig",
+    "add_gradients",
     "cosine_rate",
     "draw_batch",
     "draw_epoch",
     "make_network",
+    "mixed_loss",
     "train_network",
 ]
 
@@ -41,70 +47,68 @@ SCHEDULES = ("cosine", "constant")
 _MOVING = ("crop", "scale", "rotate")
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """How a network is trained; the defaults are IDC's evaluation (Kim et al. 2022).
 
-    Attributes:
-        network: One of :data:`hmn_replay.training.networks.NETWORKS`.
-        width: Channels of ConvNet's blocks, 1 or more.
-        depth: Number of ConvNet's blocks; None for the field's choice by image size.
-        num_passes: Images that the network is shown in all, 1 or more: rounded to whole epochs, and
-            one epoch at least.
-        epoch_images: Images of an epoch, 1 or more, drawn anew for each; None for all there are.
-        batch_size: Images in a step, 2 or more. Batches of an epoch are of equal size, to within
-            one image, and never of one image, which batch normalisation cannot take.
-        learning_rate: Of the first step, above 0.
-        schedule: ``"cosine"``: the rate falls to 0 along half of one; or ``"constant"``.
-        momentum: Of SGD, in [0, 1).
-        weight_decay: Of SGD, on every parameter, 0 or more.
-        cutmix_probability: That a batch is mixed by CutMix, in [0, 1].
-        augmentations: Some of :data:`hmn_replay.data.augment.STRATEGIES`, drawn for every image. Of
-            `crop`, `scale` and `rotate`, each batch gets one, as in IDC's code.
-        precision: ``"float32"``; ``"bfloat16"`` for autocast, which is less exact; ``"auto"`` for
-            bfloat16 where the processor multiplies it natively.
-
     Raises:
-        ConfigError: A value of another type, or outside what is said above.
+        UnknownOptionError: A keyword that is no field.
+        ConfigError: A value of another type, or outside its range.
     """
 
-    network: str = "convnet"
-    width: int = 128
-    depth: int | None = None
-    num_passes: int = 40_000
-    epoch_images: int | None = None
-    batch_size: int = 64
-    learning_rate: float = 0.01
-    schedule: str = "cosine"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    cutmix_probability: float = 0.5
-    augmentations: tuple[str, ...] = ("color", "crop", "flip", "scale", "rotate")
-    precision: str = "float32"
+    network: Annotated[str | NetworkFactory, one_of("network", NETWORKS)] = "convnet"
+    """Architecture: a registered name, or a function from image shape and number of classes to a
+    module."""
 
-    def __post_init__(self) -> None:
-        convert_fields(self)
-        requirements = {
-            "network": (self.network in NETWORKS, f"one of {NETWORKS}"),
-            "width": (self.width >= 1, "1 or more"),
-            "depth": (self.depth is None or self.depth >= 1, "None, or 1 or more"),
-            "num_passes": (self.num_passes >= 1, "1 or more"),
-            "epoch_images": (
-                self.epoch_images is None or self.epoch_images >= 1,
-                "None, or 1 or more",
-            ),
-            "batch_size": (self.batch_size >= 2, "2 or more"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "above 0 and finite"),
-            "schedule": (self.schedule in SCHEDULES, f"one of {SCHEDULES}"),
-            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more and finite"),
-            "cutmix_probability": (0 <= self.cutmix_probability <= 1, "in [0, 1]"),
-            "augmentations": (set(self.augmentations) <= set(STRATEGIES), f"among {STRATEGIES}"),
-            "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
-        }
-        for name, (met, wanted) in requirements.items():
-            if not met:
-                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+    width: Annotated[int, Field(ge=1)] = 128
+    """Channels of ConvNet's blocks."""
+
+    depth: Annotated[int, Field(ge=1)] | None = None
+    """Number of ConvNet's blocks; None for the field's choice by image size."""
+
+    num_passes: Annotated[int, Field(ge=1)] = 40_000
+    """Images that the network is shown in all, repeats counted: rounded to whole epochs, and one
+    epoch at least."""
+
+    epoch_images: Annotated[int, Field(ge=1)] | None = None
+    """Images of an epoch, drawn anew for each; None for all there are."""
+
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Images in a step, at most. Batches of an epoch are of equal size, to within one image, and
+    never of one image, which batch normalisation cannot take."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    """Learning rate of the first step."""
+
+    schedule: Annotated[str, one_of("schedule", SCHEDULES)] = "cosine"
+    """How the learning rate changes: cosine for a fall to 0 along half a cosine, or constant."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight decay of SGD, on every parameter."""
+
+    cutmix_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability that a batch is mixed by CutMix."""
+
+    augmentations: tuple[Annotated[str, one_of("augmentation", STRATEGIES)], ...] = (
+        "color",
+        "crop",
+        "flip",
+        "scale",
+        "rotate",
+    )
+    """Augmentations, drawn for every image. Of crop, scale and rotate, each batch gets one, as in
+    IDC's code."""
+
+    precision: Annotated[str, one_of("precision", PRECISIONS)] = "float32"
+    """Precision of the network's computations: float32; bfloat16 for autocast, which is less exact;
+    or auto, for bfloat16 where the processor multiplies it natively."""
+
+    @field_serializer("network")
+    def _named(self, network: Any) -> str:
+        """Return a function by its name, so that reports have JSON's types."""
+        return name_of(network)
 
 
 @torch.inference_mode(False)
@@ -122,30 +126,30 @@ def train_network(
 ) -> Network:
     """Train a fresh network by SGD, CutMix and differentiable augmentation.
 
-    The images are normalised by their own mean and deviation, and shuffled anew every epoch. A
-    tensor of them is held on the device, as it came: a quarter of the memory for uint8; of a lookup
-    no more than a batch.
+    The images are normalised by their own mean and standard deviation, and shuffled anew every
+    epoch. A tensor of images is held on the device in its own dtype, so that uint8 takes a quarter
+    of the memory of float32; of a lookup, only a batch is.
 
     Args:
         images: float in [0, 1] or uint8, ``(N, C, H, W)``, N 1 or more.
         class_indices: int64 ``(N,)`` in [0, num_classes).
         num_classes: Number of logits.
-        config: Default: ``TrainingConfig()``.
-        seed: Of weights, order and augmentation; the global random state is not touched.
-        device: Where to train. Default: the best device present.
+        config: How to train. Default: ``TrainingConfig()``.
+        seed: Seed of weights, order and augmentation; the global random state is left as it was.
+        device: Where to train. Default: CUDA where present, else the CPU.
         progress: Whether to show a bar on standard error, or a function that is called after every
-            step with the images seen so far and those to see in all.
+            step with the number of images seen so far and that of all to be seen.
         on_epoch: Called after every epoch with its number, from 0, and the network, which it may
             put into evaluation mode: to record margins, say.
         team: The processes that share each batch; all call this alike. See
-            :func:`hmn_replay.training.gradients.add_gradients`.
+            :func:`add_gradients`.
 
     Returns:
         The network of the last epoch, in evaluation mode, on the device.
 
     Raises:
         DataError: The images or class indices are not as said above.
-        TrainingError: The loss left the real numbers.
+        TrainingError: The training diverged: its loss is NaN or infinite.
     """
     config = config or TrainingConfig()
     check_labelled(images, class_indices)
@@ -215,11 +219,11 @@ def train_network(
                     progress(num_seen, num_passes)
             if on_epoch is not None:
                 on_epoch(epoch, network)
-    # Of a batch that several share, each has seen its own part of the loss.
+    # Each process of a team has seen its own part of the loss.
     if not math.isfinite(*team.sum(float(total_loss))):
         raise TrainingError(
-            f"the training loss left the real numbers at learning rate {config.learning_rate}; "
-            "lower it, or check that the images are in [0, 1]"
+            f"the training diverged at learning rate {config.learning_rate}: its loss is NaN or "
+            "infinite; lower the learning rate, or check that the images are in [0, 1]"
         )
     return network.eval()
 
@@ -230,10 +234,11 @@ def make_network(
     """Return the network that :func:`train_network` begins with, on the CPU.
 
     Args:
-        images: Their shape, mean and deviation are read; as in :func:`train_network`.
+        images: float in [0, 1] or uint8, ``(N, C, H, W)``; their shape, mean and standard deviation
+            are read.
         num_classes: Number of logits.
         config: ``network``, ``width`` and ``depth`` are read.
-        seed: Of its values.
+        seed: Seed of the network's weights.
     """
     mean, std = channel_stats(images)
     return build_network(
@@ -254,14 +259,15 @@ def draw_epoch(
     """Draw the batches of one epoch, no image twice.
 
     Args:
-        num_images: How many there are, 1 or more.
+        num_images: How many images there are, 1 or more.
         batch_size: Images of a batch at most, 2 or more.
-        generator: Of their order.
-        epoch_images: How many of them the epoch shows. Default: all.
+        generator: Generator of their order.
+        epoch_images: How many images the epoch shows. Default: all.
 
     Returns:
-        Positions, int64, for each batch: of equal size to within one image, and never of one, which
-        batch normalisation cannot take. An image that is alone comes twice.
+        For each batch, the positions of its images, int64. Batches are of equal size to within one
+        image, and never of a single one, which batch normalisation cannot take: where there is one
+        image only, it comes twice.
     """
     size = max(2, min(epoch_images or num_images, num_images))
     num_batches = max(1, min(math.ceil(size / batch_size), size // 2))
@@ -284,15 +290,16 @@ def draw_batch(
     Args:
         images: float ``(N, C, H, W)`` in [0, 1].
         labels: int64 ``(N,)``.
-        mean: ``(C,)``, what padding and cutout leave behind.
+        mean: ``(C,)``, the value of pixels that padding and cutout fill.
         std: ``(C,)``, the unit of brightness.
-        generator: Of all draws.
+        generator: Generator of all draws.
         augmentations: Some of :data:`hmn_replay.data.augment.STRATEGIES`, drawn for every image; of
             `crop`, `scale` and `rotate`, one for the whole batch.
-        cutmix_probability: That the batch is mixed by CutMix, in [0, 1].
+        cutmix_probability: Probability that the batch is mixed by CutMix, in [0, 1].
 
     Returns:
-        As :func:`hmn_replay.data.augment.cutmix`.
+        The images, two labels of each, int64 ``(N,)``, and the share of the loss that the first
+        labels have; see :func:`hmn_replay.data.augment.cutmix`.
     """
     names = [name for name in augmentations if name not in _MOVING]
     moving = [name for name in augmentations if name in _MOVING]
@@ -308,3 +315,67 @@ def draw_batch(
 def cosine_rate(step: float, num_steps: float, peak: float) -> float:
     """Return the learning rate of one step, from ``peak`` at step 0 to 0 at ``num_steps``."""
     return 0.5 * peak * (1.0 + math.cos(math.pi * step / num_steps))
+
+
+def add_gradients(
+    network: nn.Module,
+    images: Tensor,
+    labels_a: Tensor,
+    labels_b: Tensor,
+    lam: float,
+    *,
+    precision: str = "float32",
+    team: Team = ALONE,
+    part_size: int | None = None,
+) -> Tensor:
+    """Add the gradient of :func:`mixed_loss` over a whole batch to the network's parameters.
+
+    A large batch goes through the network in parts, and each process of a team takes its share of
+    the rows: the sum is the gradient of the mean over the batch. Batch normalisation depends on the
+    whole batch: with it, there are neither parts nor shares, and every process computes all.
+
+    Args:
+        network: Maps images to logits ``(N, K)``. Its gradients before the call are those of an
+            earlier part of the same batch, or None; every process of a team ends with the same.
+        images: float ``(N, C, H, W)``, the same in every process, as are the labels.
+        labels_a: int64 ``(N,)``, class indices.
+        labels_b: int64 ``(N,)``, class indices.
+        lam: Share of the loss that ``labels_a`` have, in [0, 1].
+        precision: Precision of the network; see :func:`hmn_replay.runtime.autocast`.
+        team: The processes that share the batch.
+        part_size: Images that go through the network at once, at most. Default: 512 of 32 x 32, and
+            as many pixels of other sizes.
+
+    Returns:
+        The loss, a scalar without a graph: this process's part of the mean over the batch.
+    """
+    part_size = images_at_once(images.shape[1:]) if part_size is None else part_size
+    if any(isinstance(module, _BatchNorm) for module in network.modules()):
+        part_size, team = len(images), ALONE
+    total = torch.zeros((), device=images.device)
+    shares = (team.share(rows).split(part_size) for rows in (images, labels_a, labels_b))
+    for own, own_a, own_b in zip(*shares, strict=True):
+        if not len(own):
+            continue
+        with autocast(own.device, precision):
+            logits = network(own)
+        loss = mixed_loss(logits.float(), own_a, own_b, lam) * (len(own) / len(images))
+        torch.autograd.backward(loss)
+        total += loss.detach()
+    team.sum_gradients((p, ...) for p in network.parameters() if p.requires_grad)
+    return total
+
+
+def mixed_loss(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float) -> Tensor:
+    """Return the mean cross-entropy of a batch that CutMix mixed, as a scalar.
+
+    Args:
+        logits: float ``(N, K)``.
+        labels_a: int64 ``(N,)``, class indices.
+        labels_b: int64 ``(N,)``, class indices.
+        lam: Share of the loss that ``labels_a`` have, in [0, 1]; ``labels_b`` have the rest.
+    """
+    loss = F.cross_entropy(logits, labels_a)
+    if lam == 1.0:
+        return loss
+    return lam * loss + (1.0 - lam) * F.cross_entropy(logits, labels_b)

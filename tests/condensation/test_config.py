@@ -49,8 +49,8 @@ def test_paper_has_the_students_and_experts_of_mtt() -> None:
     config = make_config("paper", objective="mtt")
     assert (config.num_experts, config.max_start_epoch, config.expert_epochs) == (100, 20, 2)
     assert (config.student_steps, config.student_learning_rate) == (30, 0.01)
-    assert config.expert_training == dataclasses.replace(
-        EXPERT_TRAINING, augmentations=config.augmentations, precision="auto"
+    assert config.expert_training == EXPERT_TRAINING.replace(
+        augmentations=config.augmentations, precision="auto"
     )
 
 
@@ -64,8 +64,7 @@ def test_experts_are_trained_as_the_settings_say() -> None:
         augmentations=("flip",),
         precision="bfloat16",
     ).expert_training
-    assert training == dataclasses.replace(
-        EXPERT_TRAINING,
+    assert training == EXPERT_TRAINING.replace(
         width=5,
         epoch_images=70,
         batch_size=9,

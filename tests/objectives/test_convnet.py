@@ -18,7 +18,7 @@ from hmn_replay.objectives._convolution import (
     Winograd,
     channels_first,
 )
-from hmn_replay.training.networks import Network, build_network
+from hmn_replay.training.networks import Network, StagedNetwork, build_network
 from tests.support import draw, make_norm
 
 Batch = tuple[Tensor, Tensor]
@@ -153,8 +153,8 @@ def test_chunks_are_as_large_as_a_map_allows() -> None:
 def test_a_channel_that_is_switched_off_stops_what_flows_through_it() -> None:
     network = make_network()
     with torch.no_grad():
-        network.get_parameter("stages.0.1.weight")[1] = 0
-        network.get_parameter("stages.1.1.weight")[2] = 0
+        network.get_parameter("body.stages.0.1.weight")[1] = 0
+        network.get_parameter("body.stages.1.1.weight")[2] = 0
     check(network, make_batch(4), with_head=True)
 
 
@@ -191,9 +191,13 @@ def test_other_networks_are_no_convnets() -> None:
     assert not ConvNet.is_convnet(build_network("resnet18", (3, 8, 8), 3))
     assert not ConvNet.is_convnet(nn.Sequential(convnet))
     mean, std = torch.zeros(3), torch.ones(3)
-    assert not ConvNet.is_convnet(Own([*convnet.stages], convnet.head, 3, mean, std))
+    body = convnet.body
+    assert isinstance(body, StagedNetwork)
+    assert not ConvNet.is_convnet(Own(body, 3, mean, std))
     other = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-    assert not ConvNet.is_convnet(Network([*convnet.stages], other, 3, mean, std))
+    other_head = StagedNetwork([*body.stages], other)
+    assert not ConvNet.is_convnet(Network(other_head, 3, mean, std))
+    assert ConvNet.is_convnet(Network(body, 3, mean, std))
 
 
 def test_float32_is_within_the_rounding_of_double_backward() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -28,9 +27,7 @@ from hmn_replay.training.train import train_network
 
 MakeSet = Callable[..., LabelledImages]
 
-CONFIG = dataclasses.replace(
-    EXPERT_TRAINING, width=3, batch_size=4, learning_rate=0.1, augmentations=("flip",)
-)
+CONFIG = EXPERT_TRAINING.replace(width=3, batch_size=4, learning_rate=0.1, augmentations=("flip",))
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
 
@@ -77,7 +74,7 @@ def test_an_expert_is_kept_as_it_is_after_every_epoch(make_set: MakeSet, tmp_pat
                 data.images,
                 data.class_indices,
                 3,
-                config=dataclasses.replace(CONFIG, num_passes=24 * epoch),
+                config=CONFIG.replace(num_passes=24 * epoch),
                 seed=derive_seed(0, "expert", number),
                 device="cpu",
             )
@@ -87,13 +84,13 @@ def test_an_expert_is_kept_as_it_is_after_every_epoch(make_set: MakeSet, tmp_pat
 
 
 def test_an_epoch_may_be_of_some_images(make_set: MakeSet, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, epoch_images=6)
+    config = CONFIG.replace(epoch_images=6)
     few = record(tmp_path / "few", make_set(), config=config)
     assert few.num_images == 2 * 6
     seen: list[tuple[int, int]] = []
     few.record(0, "cpu", lambda *images: seen.append(images))
     assert seen[-1] == (12, 12)
-    config = dataclasses.replace(CONFIG, epoch_images=1000)
+    config = CONFIG.replace(epoch_images=1000)
     assert record(tmp_path / "many", make_set(), config=config).num_images == 2 * 24
 
 
@@ -158,7 +155,7 @@ def test_a_file_is_written_whole_or_not_at_all(
 
 
 def test_a_training_that_diverges_leaves_no_file(make_set: MakeSet, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, learning_rate=1e30)
+    config = CONFIG.replace(learning_rate=1e30)
     with pytest.raises(TrainingError, match="learning rate"):
         record(tmp_path, make_set(), config=config)
     assert os.listdir(tmp_path) == []
@@ -199,10 +196,10 @@ def test_nothing_but_the_epochs_asked_for_is_read(
     [
         ({"seed": 1}, "with seed 0, not 1"),
         ({"networks": ("resnet18",)}, "with network 'convnet', not 'resnet18'"),
-        ({"config": dataclasses.replace(CONFIG, width=4)}, "with width 3, not 4"),
-        ({"config": dataclasses.replace(CONFIG, epoch_images=6)}, "with epoch_images None, not 6"),
+        ({"config": CONFIG.replace(width=4)}, "with width 3, not 4"),
+        ({"config": CONFIG.replace(epoch_images=6)}, "with epoch_images None, not 6"),
         (
-            {"config": dataclasses.replace(CONFIG, augmentations=())},
+            {"config": CONFIG.replace(augmentations=())},
             r"with augmentations \['flip'\], not \[\]",
         ),
         ({"num_epochs": 3}, "has 2 epochs, not 3"),

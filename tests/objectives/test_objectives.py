@@ -66,15 +66,21 @@ def written_out(weights: dict[str, Tensor], images: Tensor) -> tuple[list[Tensor
     for image in images:
         x = (image - 0.5) / 0.25
         for block in range(2):
-            weight, bias = weights[f"stages.{block}.0.weight"], weights[f"stages.{block}.0.bias"]
+            weight, bias = (
+                weights[f"body.stages.{block}.0.weight"],
+                weights[f"body.stages.{block}.0.bias"],
+            )
             x = F.conv2d(x[None], weight, bias, padding=1)[0]
             mean, var = x.mean(dim=(1, 2)), x.var(dim=(1, 2), unbiased=False)
             x = (x - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None]
-            gain, shift = weights[f"stages.{block}.1.weight"], weights[f"stages.{block}.1.bias"]
+            gain, shift = (
+                weights[f"body.stages.{block}.1.weight"],
+                weights[f"body.stages.{block}.1.bias"],
+            )
             x = (x * gain[:, None, None] + shift[:, None, None]).clamp(min=0)
             x = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
             outputs[block].append(x)
-        logits.append(weights["head.1.weight"] @ x.flatten() + weights["head.1.bias"])
+        logits.append(weights["body.head.1.weight"] @ x.flatten() + weights["body.head.1.bias"])
     return [torch.stack(of_block) for of_block in outputs], torch.stack(logits)
 
 
@@ -98,7 +104,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def naive_gradient_matching(network: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
     real, real_labels, decoded, decoded_labels = batches
     weights = parameters_of(network)
-    convolutions = [weights["stages.0.0.weight"], weights["stages.1.0.weight"]]
+    convolutions = [weights["body.stages.0.0.weight"], weights["body.stages.1.0.weight"]]
     decoded = decoded.detach().clone().requires_grad_()
     wanted = torch.autograd.grad(
         cross_entropy(written_out(weights, real)[1], real_labels), convolutions
@@ -116,7 +122,9 @@ def naive_gradient_matching(network: nn.Module, batches: Batches) -> tuple[Tenso
 def naive_cosine_matching(network: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
     real, real_labels, decoded, decoded_labels = batches
     weights = parameters_of(network)
-    matrices = [weights[f"{name}.weight"] for name in ("stages.0.0", "stages.1.0", "head.1")]
+    matrices = [
+        weights[f"{name}.weight"] for name in ("body.stages.0.0", "body.stages.1.0", "body.head.1")
+    ]
     decoded = decoded.detach().clone().requires_grad_()
     wanted = torch.autograd.grad(
         cross_entropy(written_out(weights, real)[1], real_labels), matrices
@@ -228,9 +236,9 @@ def test_gradient_matching_reads_convolution_weights_alone() -> None:
     # Twice the head's weights with half of its input's scale: the same logits and the same
     # gradients of the convolutions, but another gradient of head and norm.
     with torch.no_grad():
-        scaled.get_parameter("head.1.weight").mul_(2)
-        scaled.get_parameter("stages.1.1.weight").mul_(0.5)
-        scaled.get_parameter("stages.1.1.bias").mul_(0.5)
+        scaled.get_parameter("body.head.1.weight").mul_(2)
+        scaled.get_parameter("body.stages.1.1.weight").mul_(0.5)
+        scaled.get_parameter("body.stages.1.1.bias").mul_(0.5)
     loss, gradient = differentiate(gradient_matching, network, *batches)
     same_loss, same_gradient = differentiate(gradient_matching, scaled, *batches)
     torch.testing.assert_close(same_loss, loss, rtol=1e-9, atol=0)
@@ -246,8 +254,10 @@ def test_the_network_and_the_batches_are_left_as_they_were(
     network, batches = some_network(), some_batches()
     network.train(training)
     network.requires_grad_(not frozen)
-    network.get_parameter("head.1.bias").requires_grad_(frozen)
-    network.get_parameter("stages.0.0.weight").grad = torch.ones(4, 3, 3, 3, dtype=torch.double)
+    network.get_parameter("body.head.1.bias").requires_grad_(frozen)
+    network.get_parameter("body.stages.0.0.weight").grad = torch.ones(
+        4, 3, 3, 3, dtype=torch.double
+    )
     state = copy.deepcopy(network.state_dict())
     flags = [parameter.requires_grad for parameter in network.parameters()]
     copies = [batch.clone() for batch in batches]
@@ -260,7 +270,7 @@ def test_the_network_and_the_batches_are_left_as_they_were(
     assert flags == [parameter.requires_grad for parameter in network.parameters()]
     assert all(state[name].equal(value) for name, value in network.state_dict().items())
     for name, parameter in network.named_parameters():
-        if name == "stages.0.0.weight":
+        if name == "body.stages.0.0.weight":
             assert parameter.grad is not None
             assert parameter.grad.eq(1).all()
         else:
@@ -369,7 +379,7 @@ def test_cosine_matching_reads_directions_alone() -> None:
     )
     assert float(twice) == pytest.approx(float(loss), rel=1e-9)
     with torch.no_grad():
-        network.get_parameter("head.1.weight").zero_()
+        network.get_parameter("body.head.1.weight").zero_()
     unseen, gradient = differentiate(cosine_matching, network, real, real_labels, decoded, labels)
     assert 8 <= float(unseen) <= 8 + 2 * 3
     assert gradient.isfinite().all()
@@ -487,4 +497,4 @@ def test_running_statistics_are_left_as_they_are(objective: ObjectiveFunction) -
     objective(network, *some_batches())
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())
     network(some_batches()[0])
-    assert int(network.get_buffer("stages.0.1.num_batches_tracked")) == 1
+    assert int(network.get_buffer("body.stages.0.1.num_batches_tracked")) == 1

@@ -193,7 +193,7 @@ def test_all_that_comes_in_is_left_as_it_was(training: bool) -> None:
     scene = make_scene()
     scene.network.train(training)
     scene.network.requires_grad_(False)
-    scene.network.get_parameter("head.1.bias").requires_grad_()
+    scene.network.get_parameter("body.head.1.bias").requires_grad_()
     before = copy.deepcopy(scene)
     for value in (scene.images, scene.rate, *scene.start.values()):
         value.requires_grad_()
@@ -208,7 +208,7 @@ def test_all_that_comes_in_is_left_as_it_was(training: bool) -> None:
     assert all(module.training == training for module in scene.network.modules())
     for name, value in scene.network.named_parameters():
         assert value.grad is None
-        assert value.requires_grad == (name == "head.1.bias")
+        assert value.requires_grad == (name == "body.head.1.bias")
         assert value.equal(before.network.get_parameter(name))
         assert scene.start[name].equal(before.start[name])
         assert scene.target[name].equal(before.target[name])
@@ -264,12 +264,12 @@ def test_bfloat16_is_near_float32() -> None:
 
 
 def wrong_shape(scene: Scene) -> Any:
-    return scene._replace(target={**scene.target, "head.1.bias": torch.zeros(4)})
+    return scene._replace(target={**scene.target, "body.head.1.bias": torch.zeros(4)})
 
 
 def lacking(scene: Scene) -> Any:
     return scene._replace(
-        start={name: value for name, value in scene.start.items() if name != "stages.1.0.bias"}
+        start={name: value for name, value in scene.start.items() if name != "body.stages.1.0.bias"}
     )
 
 

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
-from hmn_replay.training.networks import NETWORKS, Network, build_network, default_depth
+from hmn_replay.training.networks import (
+    NETWORKS,
+    Network,
+    StagedNetwork,
+    build_network,
+    default_depth,
+)
 
 
 def conv_weights(network: Network) -> list[torch.Tensor]:
@@ -49,13 +55,15 @@ def test_convnet_equals_the_published_one_with_instance_norm() -> None:
             parameter.add_(noise(*parameter.shape), alpha=0.3)
     images = noise(4, 3, 16, 16)
     x = (images - 0.4) / 0.2
-    for stage in network.stages:
+    body = network.body
+    assert isinstance(body, StagedNetwork)
+    for stage in body.stages:
         assert isinstance(stage, nn.Sequential)
         convolution, norm = stage[0], stage[1]
         instance_norm = nn.InstanceNorm2d(8, affine=True)
         instance_norm.load_state_dict(norm.state_dict())
         x = nn.functional.avg_pool2d(instance_norm(convolution(x)).relu(), 2)
-    head = network.head
+    head = body.head
     assert isinstance(head, nn.Sequential)
     torch.testing.assert_close(network(images), head[1](x.flatten(1)), rtol=1e-4, atol=1e-4)
 
@@ -85,10 +93,12 @@ def test_features_end_in_what_the_head_sees(name: str) -> None:
     elif name == "densenet121":
         sides = [32, 16, 8, 4, 4]
     assert [feature.shape[-1] for feature in features] == sides
-    assert torch.equal(network.head(features[-1]), network(images))
+    body = network.body
+    assert isinstance(body, StagedNetwork)
+    assert torch.equal(body.head(features[-1]), network(images))
     # No later stage may have written into an earlier one's output.
     assert torch.equal(features[0], network.features(images)[0])
-    assert torch.equal(features[0], network.stages[0]((images - network.mean) / network.std))
+    assert torch.equal(features[0], body.stages[0]((images - network.mean) / network.std))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +170,11 @@ def test_classes_are_positions_until_they_are_known() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("lenet", (3, 32, 32), 10), {}, r"unknown network 'lenet'.*convnet, vgg16, resnet18"),
+        (
+            ("lenet", (3, 32, 32), 10),
+            {},
+            "must be one of convnet, vgg16, resnet18.*; got 'lenet'",
+        ),
         (("convnet", (32, 32), 10), {}, r"image_shape must be \(C, H, W\), got \(32, 32\)"),
         (("convnet", (3, 8, 8), 10), {"depth": 4}, r"depth must be in \[1, 3\].*8 x 8, got 4"),
         (("convnet", (3, 8, 8), 10), {"depth": 0}, r"depth must be in \[1, 3\]"),

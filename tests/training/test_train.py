@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import itertools
 import math
+from collections.abc import Collection
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn_replay.data.augment import draw_augmentation
 from hmn_replay.data.lookup import join_images
 from hmn_replay.errors import ConfigError, DataError, TrainingError
 from hmn_replay.evaluation import evaluate, score
-from hmn_replay.runtime import PRECISIONS, make_generator
-from hmn_replay.training import train as training
+from hmn_replay.runtime import PRECISIONS, make_generator, seeded
 from hmn_replay.training.networks import Network
 from hmn_replay.training.train import (
     SCHEDULES,
     TrainingConfig,
+    add_gradients,
     cosine_rate,
     draw_batch,
     make_network,
+    mixed_loss,
     train_network,
 )
 from tests.stripes import PLAIN, TINY, stripes, weights
@@ -104,43 +107,36 @@ def test_cosine_schedule_falls_from_the_peak_to_almost_zero() -> None:
     assert cosine_rate(1000, 1000, 0.01) == pytest.approx(0, abs=1e-18)
 
 
-def test_a_batch_is_moved_in_one_way_and_mixed_as_often_as_asked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_batch_is_moved_in_one_way_and_mixed_as_often_as_asked() -> None:
     images, labels = stripes(6)
     images, labels = images / 255, labels.clamp(0, 2)
-    before, drawn = images.clone(), list[list[str]]()
-    original = draw_augmentation
+    before = images.clone()
+    moving, others = ["crop", "scale", "rotate"], ["color", "cutout", "flip"]
 
-    def watched(names: list[str], *args: Any, **options: Any) -> Any:
-        drawn.append(names)
-        assert options["batch"] == 6  # a draw for every image
-        return original(names, *args, **options)
-
-    monkeypatch.setattr("hmn_replay.training.train.draw_augmentation", watched)
-
-    def draw(number: int, names: tuple[str, ...], probability: float) -> Any:
-        generator = make_generator(number)
+    def draw(number: int, names: Collection[str], probability: float) -> Any:
         return draw_batch(
             images,
             labels,
             torch.zeros(3),
             torch.ones(3),
-            generator,
+            make_generator(number),
             augmentations=names,
             cutmix_probability=probability,
         )
 
-    all_names = ("color", "crop", "cutout", "flip", "scale", "rotate")
-    batches = [draw(number, all_names, 0.5) for number in range(40)]
-    assert {name for names in drawn for name in names} == set(all_names)
-    for names in drawn:
-        assert len(names) == 4
-        assert {"color", "cutout", "flip"} < set(names)
+    ways = set[int]()
+    for number in range(12):
+        generator = make_generator(number)
+        way = int(torch.randint(3, (), generator=generator))
+        names = [*others, moving[way]]
+        fill = torch.zeros(3), torch.ones(3)
+        augment = draw_augmentation(names, (8, 8), generator, batch=6, fill=fill[0], std=fill[1])
+        assert draw(number, [*moving, *others], 0.0)[0].equal(augment(images))
+        ways.add(way)
+    assert ways == {0, 1, 2}
+    batches = [draw(number, [*moving, *others], 0.5) for number in range(40)]
     assert 10 <= sum(lam < 1 for *_, lam in batches) <= 30
     assert images.equal(before)
-    for one, two in zip(draw(7, all_names, 0.5), batches[7], strict=True):
-        assert one == two if isinstance(one, float) else one.equal(two)
     untouched, labels_a, labels_b, lam = draw(0, (), 0.0)
     assert untouched.equal(images)
     assert labels_a.equal(labels)
@@ -204,17 +200,24 @@ def test_batches_are_even_and_never_of_one_image(
     ("epoch_images", "expected", "num_epochs"), [(6, 6, 3), (1, 2, 6), (20, 9, 3), (None, 9, 3)]
 )
 def test_an_epoch_may_show_some_images_drawn_anew(
-    epoch_images: int | None, expected: int, num_epochs: int, monkeypatch: pytest.MonkeyPatch
+    epoch_images: int | None, expected: int, num_epochs: int
 ) -> None:
     images, labels = stripes(9)
     shown = list[Tensor]()
 
-    def watched(batch: Tensor, *args: Any, **options: Any) -> Any:
-        shown.append(batch)
-        return draw_batch(batch, *args, **options)
+    class Recorder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3 * 8 * 8, 3)
 
-    monkeypatch.setattr(training, "draw_batch", watched)
-    config = dataclasses.replace(PLAIN, num_passes=3 * expected, epoch_images=epoch_images)
+        def forward(self, images: Tensor) -> Tensor:
+            shown.append(images.detach())
+            logits: Tensor = self.linear(images.flatten(1))
+            return logits
+
+    config = PLAIN.replace(
+        network=lambda *_: Recorder(), num_passes=3 * expected, epoch_images=epoch_images
+    )
     epochs: list[set[bytes]] = []
 
     def count(*_: Any) -> None:
@@ -229,7 +232,7 @@ def test_an_epoch_may_show_some_images_drawn_anew(
 
 def test_a_training_begins_with_the_network_that_can_be_made() -> None:
     images, labels = stripes(9)
-    config = dataclasses.replace(PLAIN, learning_rate=1e-30, weight_decay=0.0, num_passes=9)
+    config = PLAIN.replace(learning_rate=1e-30, weight_decay=0.0, num_passes=9)
     trained = train_network(images, labels.clamp(0, 2), 3, config=config, seed=5, device="cpu")
     network = make_network(images, 3, config, seed=5)
     torch.testing.assert_close(weights(network), weights(trained), rtol=0, atol=1e-20)
@@ -254,35 +257,33 @@ def test_refuses_labels_in_place_of_class_indices() -> None:
         train_network(images, labels, 3, config=PLAIN)
 
 
-def test_a_training_that_leaves_the_real_numbers_says_so() -> None:
+def test_a_training_that_diverges_says_so() -> None:
     images, labels = stripes(12)
-    with pytest.raises(TrainingError, match="left the real numbers at learning rate 1e"):
+    with pytest.raises(TrainingError, match="diverged at learning rate 1e"):
         evaluate((images, labels), (images, labels), config=PLAIN, learning_rate=1e30)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"network": "lenet"}, "network must be one of .*'convnet'.*got 'lenet'"),
-        ({"width": 0}, "width must be 1 or more, got 0"),
-        ({"depth": 0}, "depth must be None, or 1 or more, got 0"),
-        ({"num_passes": 0}, "num_passes must be 1 or more"),
-        ({"batch_size": 1}, "batch_size must be 2 or more, got 1"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ({"learning_rate": math.nan}, "learning_rate must be above 0"),
-        ({"schedule": "linear"}, "schedule must be one of .*'constant'.*got 'linear'"),
-        ({"epoch_images": 0}, "epoch_images must be None, or 1 or more, got 0"),
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
-        ({"weight_decay": -1.0}, "weight_decay must be 0 or more"),
-        ({"cutmix_probability": 1.5}, r"cutmix_probability must be in \[0, 1\], got 1.5"),
-        ({"augmentations": ("blur",)}, r"augmentations must be among .*got \('blur',\)"),
-        ({"precision": "float16"}, "precision must be one of .*'bfloat16', 'auto'.*got 'float16'"),
-        ({"width": "64"}, "width must be int, got '64'"),
-        ({"width": 8.5}, "width must be int, got 8.5"),
-        ({"depth": 2.0}, r"depth must be int \| None, got 2.0"),
-        ({"learning_rate": "a"}, "learning_rate must be float, got 'a'"),
-        ({"augmentations": None}, "augmentations must be a list, got None"),
-        ({"network": ["convnet"]}, "network must be str"),
+        ({"network": "lenet"}, "network must be one of convnet, .*; got 'lenet'"),
+        ({"width": 0}, "width must be greater than or equal to 1; got 0"),
+        ({"depth": 0}, "depth must be greater than or equal to 1; got 0"),
+        ({"num_passes": 0}, "num_passes must be greater than or equal to 1; got 0"),
+        ({"batch_size": 1}, "batch_size must be greater than or equal to 2; got 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be greater than 0; got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, constant; got 'linear'"),
+        ({"epoch_images": 0}, "epoch_images must be greater than or equal to 1; got 0"),
+        ({"momentum": 1.0}, "momentum must be less than 1; got 1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be greater than or equal to 0; got -1.0"),
+        ({"cutmix_probability": 1.5}, "cutmix_probability must be less than or equal to 1"),
+        ({"augmentations": ("blur",)}, "augmentation must be one of .*; got 'blur'"),
+        ({"precision": "float16"}, "precision must be one of .*bfloat16, auto; got 'float16'"),
+        ({"width": 8.5}, "width must be a valid integer.*; got 8.5"),
+        ({"learning_rate": "a"}, "learning_rate must be a valid number.*; got 'a'"),
+        ({"augmentations": None}, "augmentations must be a valid tuple; got None"),
+        ({"network": 3}, "network must be"),
     ],
 )
 def test_configuration_is_checked(options: dict[str, Any], message: str) -> None:
@@ -299,3 +300,80 @@ def test_configuration_takes_a_list_and_hashes() -> None:
     config = TrainingConfig(augmentations=["flip"])  # type: ignore[arg-type]
     assert config == TrainingConfig(augmentations=("flip",))
     assert hash(config) == hash(TrainingConfig(augmentations=("flip",)))
+
+
+# The gradient of a batch.
+
+
+def some_network(norm: nn.Module) -> nn.Module:
+    with seeded(0):
+        layers = nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
+    return nn.Sequential(*layers)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    generator = make_generator(1)
+    images = torch.rand(7, 3, 8, 8, generator=generator)
+    labels_a, labels_b = torch.randint(5, (2, 7), generator=generator)
+    return images, labels_a, labels_b
+
+
+@pytest.mark.parametrize("part_size", [1, 3, 7, None])
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+@pytest.mark.parametrize("norm", [nn.GroupNorm(4, 4), nn.BatchNorm2d(4)], ids=["group", "batch"])
+def test_it_is_that_of_the_mean_loss_of_the_whole_batch(
+    norm: nn.Module, lam: float, part_size: int | None, batch: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    network = some_network(copy.deepcopy(norm))
+    images, labels_a, labels_b = batch
+    log_probabilities = F.log_softmax(network(images), dim=1)
+    expected_loss = -sum(
+        lam * row[a] + (1 - lam) * row[b]
+        for row, a, b in zip(log_probabilities, labels_a, labels_b, strict=True)
+    ) / len(images)
+    expected = torch.autograd.grad(expected_loss, list(network.parameters()))
+    sizes: list[int] = []
+    network.register_forward_hook(lambda _, __, out: sizes.append(len(out)))
+    loss = add_gradients(network, images, labels_a, labels_b, lam, part_size=part_size)
+    whole = isinstance(norm, nn.BatchNorm2d) or part_size in (7, None)
+    assert sizes == ([7] if whole else [3, 3, 1] if part_size == 3 else [1] * 7)
+    torch.testing.assert_close(loss, expected_loss.detach())
+    assert not loss.requires_grad
+    for parameter, gradient in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_add_up_until_they_are_cleared(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    once, twice = some_network(nn.GroupNorm(4, 4)), some_network(nn.GroupNorm(4, 4))
+    for network, times in ((once, 1), (twice, 2)):
+        for _ in range(times):
+            add_gradients(network, *batch, 0.5)
+    for one, two in zip(once.parameters(), twice.parameters(), strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(two.grad, 2 * one.grad)
+
+
+def test_bfloat16_is_for_the_network_alone(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    network = some_network(nn.GroupNorm(4, 4))
+    loss = add_gradients(network, *batch, 0.5, precision="bfloat16")
+    assert loss.dtype == torch.float32
+    exact = some_network(nn.GroupNorm(4, 4))
+    assert not loss.equal(add_gradients(exact, *batch, 0.5))
+    for parameter in network.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.25, 0.0])
+def test_the_loss_of_a_mixed_batch_is_that_of_soft_labels(lam: float) -> None:
+    logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    labels_a, labels_b = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 2, 1, 1, 1])
+    expected = -sum(
+        lam * math.log(row[a]) + (1 - lam) * math.log(row[b])
+        for row, a, b in zip(
+            logits.softmax(dim=1).tolist(), labels_a.tolist(), labels_b.tolist(), strict=True
+        )
+    )
+    loss = mixed_loss(logits, labels_a, labels_b, lam)
+    assert float(loss) == pytest.approx(expected / 5, rel=1e-5)
