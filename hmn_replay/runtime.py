@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,17 +30,22 @@ __all__ = [
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 
+# What torch keeps for the whole process is changed by one thread at a time.
+_LOCK = threading.RLock()
+_flags_before: list[tuple[bool, bool]] = []
+
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Turn ``"auto"`` into the best device present, and check any other name.
+    """Turn ``"auto"`` into a device, and check any other name.
 
     Args:
-        device: ``"auto"`` (CUDA, then MPS, then CPU), or anything :class:`torch.device` takes. Of
-            several GPUs, ``"auto"`` takes the one whose number is the process's on its machine,
-            which torchrun gives as ``LOCAL_RANK``.
+        device: ``"auto"`` (CUDA where present, else the CPU), or anything :class:`torch.device`
+            takes. Of several GPUs, ``"auto"`` takes the one whose number is the process's on its
+            machine, which torchrun gives as ``LOCAL_RANK``. Apple's GPU (``"mps"``) has no float64,
+            which this package needs: it is never chosen, and refused.
 
     Raises:
-        ConfigError: The name is unknown, or the device is not present or does not compute.
+        ConfigError: The name is unknown, or the device is not present or has no float64.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -48,10 +54,11 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
                 return torch.device("cuda")
             # Some launchers show each process its own GPU alone.
             return torch.device("cuda", int(local_rank) % torch.cuda.device_count())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         resolved = torch.device(device)
-        torch.zeros((), device=resolved).item()  # the meta device has tensors, but no values
+        # The meta device has tensors without values, and Apple's GPU no float64.
+        torch.zeros((), dtype=torch.float64, device=resolved).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
@@ -64,7 +71,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which networks and decoders compute.
 
     Args:
-        device: Where they are.
+        device: The device of the tensors.
         precision: ``"float32"``; ``"bfloat16"``; or ``"auto"``, bfloat16 where the processor
             multiplies it natively (on a CPU, as far as torch 2.9 or newer tells).
     """
@@ -74,13 +81,23 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @contextlib.contextmanager
 def deterministic_cudnn() -> Iterator[None]:
-    """Let cuDNN take the same algorithm every time inside the block; nothing changes on a CPU."""
-    flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    """Make cuDNN use the same algorithm every time inside the block; nothing changes on a CPU.
+
+    The flags are the process's: they are set while any thread is inside such a block, and restored
+    when the last one leaves.
+    """
+    cudnn = torch.backends.cudnn
+    with _LOCK:
+        current = cudnn.deterministic, cudnn.benchmark
+        _flags_before.append(_flags_before[0] if _flags_before else current)
+        cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield
     finally:
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags
+        with _LOCK:
+            before = _flags_before.pop()
+            if not _flags_before:
+                cudnn.deterministic, cudnn.benchmark = before
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -136,13 +153,17 @@ def make_generator(seed: int, *names: int | str) -> torch.Generator:
 
 @contextlib.contextmanager
 def default_float32() -> Iterator[None]:
-    """Make float32 torch's default inside the block, for code that names no dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    """Make float32 torch's default inside the block, for code that names no dtype.
+
+    The default is the process's: one thread at a time is inside such a block.
+    """
+    with _LOCK:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager
@@ -150,7 +171,8 @@ def seeded(seed: int, *names: int | str) -> Iterator[None]:
     """Seed torch's global CPU generator inside the block, and restore it afterwards.
 
     For code that draws from the global generator only, such as module initialisation on the CPU.
+    One thread at a time is inside such a block.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _LOCK, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *names))
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from hmn_replay.runtime import (
     resolve_device,
     seeded,
 )
+from hmn_replay.training.networks import build_network
 
 CPU = torch.device("cpu")
 
@@ -96,6 +98,25 @@ def test_auto_is_a_device_that_works() -> None:
     assert torch.zeros(1, device=device).device.type == device.type
     if torch.cuda.is_available():
         assert device.type == "cuda"
+
+
+def test_auto_is_never_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device() == torch.device("cpu")
+
+
+def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = torch.zeros
+
+    def single(*args: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return zeros(*args, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "zeros", single)
+    with pytest.raises(ConfigError, match=r"device 'cpu' cannot be used .*float64"):
+        resolve_device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -192,6 +213,34 @@ def test_cudnn_is_deterministic_inside_and_as_it_was_afterwards(
     with pytest.raises(KeyError), deterministic_cudnn():
         raise KeyError
     assert (cudnn.deterministic, cudnn.benchmark) == flags
+
+
+def test_cudnn_is_restored_when_the_last_of_several_threads_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    one, two = deterministic_cudnn(), deterministic_cudnn()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert cudnn.deterministic
+    two.__exit__(None, None, None)
+    assert not cudnn.deterministic
+
+
+def test_networks_made_in_threads_have_the_weights_of_their_seeds() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        return build_network("convnet", (3, 8, 8), 2, width=8, seed=seed).body.get_parameter(
+            "stages.1.0.weight"
+        )
+
+    before, seeds = torch.get_rng_state(), [0, 1, 2, 3] * 4
+    expected = {seed: weights(seed) for seed in set(seeds)}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(weights, seeds))
+    assert all(value.equal(expected[seed]) for seed, value in zip(seeds, found, strict=True))
+    assert torch.get_rng_state().equal(before)
 
 
 def test_peak_memory_counts_bytes_and_never_falls() -> None:

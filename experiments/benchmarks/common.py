@@ -115,8 +115,6 @@ def now(device: torch.device) -> float:
     """Return the time in seconds at which the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
     return time.perf_counter()
 
 

@@ -166,31 +166,31 @@ def record_experts(
 ) -> Experts:
     """Train networks on real images, and keep their parameters at every epoch.
 
-    An expert that is there already is not trained again. Each is written when it is done, all at
-    once or not at all, so a recording that was stopped goes on with those that are missing. The
+    Experts that the folder has already are not trained again. Each file is written whole when its
+    training is done, so that a recording that was stopped continues with the missing ones. The
     defaults are those of MTT (Cazenavette et al. 2022, arXiv 2203.11932).
 
     Args:
-        folder: Where the files are, ``expert-0000.safetensors`` and so on; made where it is absent.
+        folder: Folder of the files, ``expert-0000.safetensors`` and so on; made where it is absent.
             A file has ``num_epochs + 1`` times the bytes of the network's float32 parameters, and
             takes twice that of memory until it is written.
         images: float in [0, 1] or uint8, ``(N, C, H, W)``, on the CPU.
         class_indices: int64 ``(N,)`` in [0, num_classes), on the CPU.
         num_classes: Number of logits.
-        num_experts: How many experts; a folder may have more.
-        num_epochs: Epochs of each; those in a folder may have more.
-        networks: Architectures, which the experts have in turn.
-        config: Their training. ``network`` and ``num_passes`` are not read; with ``epoch_images``,
-            an epoch shows so many images.
-        seed: Expert k of a seed is the same, however many there are.
-        device: Where to train. Default: the best device present.
+        num_experts: Number of experts; the folder may have more.
+        num_epochs: Epochs of each expert; those in the folder may have more.
+        networks: Architectures, names or functions as in :data:`hmn_replay.NETWORKS`, which the
+            experts have in turn.
+        config: How the experts are trained; ``network`` and ``num_passes`` are not read.
+        seed: Seed of all experts; expert k of a seed is the same, however many there are.
+        device: Where to train. Default: CUDA where present, else the CPU.
 
     Returns:
-        The experts, to read from.
+        The experts, whose parameters can be read.
 
     Raises:
         ExpertError: The folder has experts of other data or settings, or a damaged file.
-        TrainingError: A training left the real numbers.
+        TrainingError: A training diverged.
         OSError: The folder cannot be written to.
     """
     experts = Experts(
@@ -217,12 +217,13 @@ def experts_beside(checkpoint: str | Path) -> Path:
 class Experts:
     """Expert trajectories in a folder; arguments and errors as for :func:`record_experts`.
 
-    The files that are there are checked by what they say of themselves; no parameter is read.
+    The settings in the files that are there are checked; no parameter is read.
 
     Attributes:
-        num_experts: How many they are.
-        num_epochs: How many epochs of each can be read, not counting its beginning.
-        num_images: How many images each is shown in all.
+        folder: Folder of the files.
+        num_experts: Number of experts.
+        num_epochs: Number of epochs of each that can be read, besides its initial weights.
+        num_images: Number of images that each is shown in all, repeats counted.
     """
 
     def __init__(
@@ -257,7 +258,7 @@ class Experts:
         return [number for number in range(self.num_experts) if not self.path(number).exists()]
 
     def network(self, number: int) -> Network:
-        """Return a network of an expert's architecture, with the values that it begins with."""
+        """Return a network of an expert's architecture with its initial weights, on the CPU."""
         images, _, num_classes = self._data
         seed = derive_seed(self._seed, "expert", number)
         return make_network(images, num_classes, self._training(number), seed)
@@ -272,10 +273,11 @@ class Experts:
         """Train an expert, and write its file.
 
         Args:
-            number: Which one.
-            device: Where to train.
-            progress: Called as by :func:`hmn_replay.training.train.train_network`.
-            team: The processes that train it together; the first one writes.
+            number: Number of the expert, from 0.
+            device: Where to train. Default: CUDA where present, else the CPU.
+            progress: Function that is called after every step with the number of images seen so far
+                and that of all to be seen.
+            team: The processes that train it together; the first one writes the file.
         """
         tensors: dict[str, Tensor] = {}
 
@@ -298,17 +300,17 @@ class Experts:
         )
         if not team.first:
             return
-        told = {"num_epochs": self.num_epochs, "settings": self._settings(number)}
+        description = {"num_epochs": self.num_epochs, "settings": self._settings(number)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        metadata = {_KEY: json.dumps(told)}
+        metadata = {_KEY: json.dumps(description)}
         write_atomically(self.path(number), safetensors.torch.save(tensors, metadata))
 
     def read(self, number: int, *epochs: int) -> list[dict[str, Tensor]]:
-        """Read the parameters of an expert at some epochs, and nothing else of it.
+        """Read the parameters of an expert at some epochs, and nothing else of its file.
 
         Args:
-            number: Which one.
-            epochs: 0, before its first step, to ``num_epochs``.
+            number: Number of the expert, from 0.
+            *epochs: Numbers of completed epochs, from 0 for the initial weights to ``num_epochs``.
 
         Returns:
             For each epoch, the parameters by name, on the CPU.
@@ -337,25 +339,24 @@ class Experts:
         """Raise an ExpertError for the file of another recording, or of fewer epochs."""
         try:
             with safetensors.safe_open(self.path(number), framework="pt") as file:
-                told = json.loads((file.metadata() or {})[_KEY])
-            settings, num_epochs = dict(told["settings"]), int(told["num_epochs"])
+                description = json.loads((file.metadata() or {})[_KEY])
+            settings, num_epochs = dict(description["settings"]), int(description["num_epochs"])
         except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise ExpertError(self._cannot_read(number, error)) from error
-        wanted = self._settings(number)
-        for name, value in wanted.items():
-            if settings.get(name) != value:
-                came, asked = f"{name} {settings.get(name)!r}", repr(value)
+        for name, expected in self._settings(number).items():
+            if settings.get(name) != expected:
+                got, wanted = f"{name} {settings.get(name)!r}", repr(expected)
                 if name == "data":
-                    came, asked = "other images or labels", "these"
-                raise self._refusal(number, f"was recorded with {came}, not {asked}")
-        if num_epochs < self.num_epochs:
-            raise self._refusal(number, f"has {num_epochs} epochs, not {self.num_epochs}")
-
-    def _refusal(self, number: int, why: str) -> ExpertError:
-        folder = str(self.folder)
-        return ExpertError(
-            f"{str(self.path(number))!r} {why}; delete {folder!r} to record its experts anew, or "
-            "give another folder"
+                    got, wanted = "other images or labels", "these"
+                mismatch = f"was recorded with {got}, not {wanted}"
+                break
+        else:
+            if num_epochs >= self.num_epochs:
+                return
+            mismatch = f"has {num_epochs} epochs, not {self.num_epochs}"
+        raise ExpertError(
+            f"{str(self.path(number))!r} {mismatch}; delete {str(self.folder)!r} to record its "
+            "experts anew, or give another folder"
         )
 
     def _cannot_read(self, number: int, error: Exception) -> str:

@@ -39,7 +39,8 @@ register its function, or pass it in place of a name:
         return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes))
 
 Objectives that match features need a module with a method ``features(images)`` that returns the
-outputs of its blocks, tensors ``(N, ...)``, as a list, or the only one.
+outputs of its blocks, tensors ``(N, ...)``, as a list, or the only one. Layers that draw random
+numbers, such as dropout, draw them from torch's global generator, which no seed here reaches.
 """
 
 # From this side on, ResNet and DenseNet keep the stem that torchvision gives them for ImageNet.

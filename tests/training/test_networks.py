@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
+from hmn_replay.evaluation import evaluate
 from hmn_replay.training.networks import (
     NETWORKS,
     Network,
+    NetworkFactory,
     StagedNetwork,
     build_network,
     default_depth,
+    penultimate_features,
 )
+from tests.stripes import PLAIN, stripes
+from tests.support import tiny
 
 
 def conv_weights(network: Network) -> list[torch.Tensor]:
@@ -68,8 +77,7 @@ def test_convnet_equals_the_published_one_with_instance_norm() -> None:
     torch.testing.assert_close(network(images), head[1](x.flatten(1)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("side", [8, 28, 32, 64])
+@pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 8), (3, 64)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_forward_and_backward_at_usual_sizes(name: str, side: int, channels: int) -> None:
     network = build_network(name, (channels, side, side), 7, width=8)
@@ -211,3 +219,91 @@ def test_weights_do_not_depend_on_the_default_dtype() -> None:
         network.state_dict().values(), wanted.state_dict().values(), strict=True
     ):
         assert found.equal(value)
+
+
+# Networks from outside.
+
+
+class Linear(nn.Module):
+    """One layer, without features."""
+
+    def __init__(self, image_shape: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(math.prod(image_shape), num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layer(images.flatten(1))
+        return logits
+
+
+def plain(image_shape: Sequence[int], num_classes: int, width: int = 7) -> nn.Module:
+    """A network of torch's own modules, whose `features` are a module."""
+    network = nn.Sequential(
+        OrderedDict(
+            features=nn.Sequential(nn.Conv2d(image_shape[0], width, 3), nn.ReLU()),
+            pool=nn.AdaptiveAvgPool2d(2),
+            flatten=nn.Flatten(),
+            head=nn.Linear(4 * width, num_classes),
+        )
+    )
+    return network
+
+
+def test_a_function_is_a_network() -> None:
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    network = build_network(plain, (3, 8, 8), 5, width=6, depth=3, mean=mean, std=std)
+    images = noise(2, 3, 8, 8)
+    network.eval()
+    normalised = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(network(images), network.body(normalised))
+    assert conv_weights(network)[0].shape[0] == 6
+    (features,) = network.features(images)
+    assert features.shape == (2, 6, 6, 6)
+    assert penultimate_features(network, images).shape == (2, 24)
+    again = build_network(plain, (3, 8, 8), 5, width=6)
+    assert all(a.equal(b) for a, b in zip(again.parameters(), network.parameters(), strict=True))
+    assert build_network(Linear, (3, 8, 8), 5)(images).shape == (2, 5)
+
+
+def test_a_network_from_outside_is_registered_by_one_call() -> None:
+    NETWORKS.add("plain", plain)
+    try:
+        assert conv_weights(build_network("plain", (3, 8, 8), 5, width=6))[0].shape[0] == 6
+    finally:
+        NETWORKS.remove("plain")
+    with pytest.raises(ConfigError, match="network must be one of"):
+        build_network("plain", (3, 8, 8), 5)
+
+
+def test_what_a_network_lacks_is_said_when_it_is_needed() -> None:
+    network = build_network(Linear, (3, 8, 8), 5)
+    with pytest.raises(ConfigError, match=r"Linear has no features\(images\), which distribution"):
+        network.features(noise(2, 3, 8, 8))
+    with pytest.raises(ConfigError, match="Flatten has no linear layer"):
+        penultimate_features(nn.Flatten(), noise(2, 3, 8, 8))
+    with pytest.raises(ConfigError, match=r"must return an nn\.Module; got list"):
+        build_network(lambda *_: [], (3, 8, 8), 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("factory", [plain, Linear])
+def test_a_network_from_outside_is_trained_and_scored(factory: NetworkFactory) -> None:
+    images, labels = stripes(60)
+    network, accuracy = evaluate(
+        (images, labels), (images, labels), network=factory, config=PLAIN, learning_rate=0.05
+    )
+    assert accuracy > 0.5
+    assert network.classes.tolist() == [-3, 7, 1000]
+
+
+@pytest.mark.parametrize("objective", ["gradient", "dc", "distribution", "mtt"])
+def test_a_network_from_outside_is_condensed_with(
+    objective: str, make_set: Callable[..., Any], make_layout: Callable[..., Any]
+) -> None:
+    options = {"max_start_epoch": 0, "num_experts": 1} if objective == "mtt" else {}
+    NETWORKS.add("plain", plain)
+    try:
+        memory = tiny(make_set(), make_layout(), objective=objective, network="plain", **options)
+    finally:
+        NETWORKS.remove("plain")
+    assert memory.num_images
+    assert memory.report["beta"] is not None  # pruned by that network, too
