@@ -121,7 +121,7 @@ def test_what_the_help_says_of_defaults_is_true(run: Console) -> None:
     config = TrainingConfig()
     assert f"channels of ConvNet's blocks (default: {config.width})" in text
     assert f"images that a network is shown in all (default: {config.num_passes})" in text
-    assert cli._NETWORKS == NETWORKS
+    assert cli._NETWORKS == tuple(NETWORKS)
     assert cli._SELECTIONS == SELECTIONS
     assert tuple(CONTAINERS) == cli._CONTAINERS
     assert config.network == "convnet"

@@ -276,8 +276,8 @@ def lacking(scene: Scene) -> Any:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (wrong_shape, "target must hold the parameters of Network.*'head.1.bias'"),
-        (lacking, "start must hold the parameters of Network.*'stages.1.0.bias'"),
+        (wrong_shape, "target must hold the parameters of Network.*'body.head.1.bias'"),
+        (lacking, "start must hold the parameters of Network.*'body.stages.1.0.bias'"),
     ],
 )
 def test_other_parameters_are_refused(spoil: Callable[[Scene], Any], message: str) -> None:
