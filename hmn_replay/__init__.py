@@ -5,6 +5,7 @@
 >>> network, accuracy = hmn_replay.evaluate(memory, test_set, seed=0)  # doctest: +SKIP
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from hmn_replay.baselines.fill import jpeg_images, lossless_images, raw_images
@@ -61,13 +62,16 @@ from hmn_replay.training.networks import NETWORKS, build_network
 from hmn_replay.training.train import TrainingConfig, train_network
 
 if TYPE_CHECKING:
-    from hmn_replay.avalanche.plugin import HMNReplay, MemoryReplay, reattach_optim_modules
+    from hmn_replay.avalanche.buffer import MemoryBuffer
+    from hmn_replay.avalanche.losses import LOSSES, ReplayStep
+    from hmn_replay.avalanche.plugin import HMNReplay, JPEGReplay, MemoryReplay, RawReplay
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DATASETS",
     "EFFORTS",
+    "LOSSES",
     "MEMORIES",
     "NETWORKS",
     "NUMBER_FORMATS",
@@ -87,17 +91,21 @@ __all__ = [
     "HMNReplayWarning",
     "HierarchicalMemory",
     "JPEGMemory",
+    "JPEGReplay",
     "LabelledImages",
     "LearnedMemory",
     "LosslessMemory",
     "Memory",
+    "MemoryBuffer",
     "MemoryFileError",
     "MemoryLayout",
     "MemoryReplay",
     "NumberFormat",
     "Objective",
     "RawMemory",
+    "RawReplay",
     "RealMemory",
+    "ReplayStep",
     "StoredTensor",
     "TrainingConfig",
     "TrainingError",
@@ -121,7 +129,6 @@ __all__ = [
     "lossless_images",
     "margins",
     "raw_images",
-    "reattach_optim_modules",
     "record_experts",
     "register_memory",
     "select_images",
@@ -130,16 +137,22 @@ __all__ = [
 ]
 
 # Importing Avalanche takes seconds, and a gigabyte.
-_LAZY = ("HMNReplay", "MemoryReplay", "reattach_optim_modules")
+_LAZY = {
+    "HMNReplay": "plugin",
+    "JPEGReplay": "plugin",
+    "LOSSES": "losses",
+    "MemoryBuffer": "buffer",
+    "MemoryReplay": "plugin",
+    "RawReplay": "plugin",
+    "ReplayStep": "losses",
+}
 
 
 def __getattr__(name: str) -> object:
     """Import what needs Avalanche when it is asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hmn_replay.avalanche import plugin
-
-    return getattr(plugin, name)
+    return getattr(import_module(f"hmn_replay.avalanche.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:

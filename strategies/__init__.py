@@ -1,4 +1,4 @@
-"""Ready-made Avalanche strategies: HMN replay, and each rival's memory under as many bytes.
+"""Ready-made Avalanche strategies: HMN replay, and its rivals under as many bytes.
 
 >>> strategy = strategies.build("jpeg", model, 300 * 1024, num_classes=100)  # doctest: +SKIP
 >>> for experience in benchmark.train_stream:  # doctest: +SKIP
@@ -16,26 +16,49 @@ from torch import nn
 
 from hmn_replay.budget import Budget
 from hmn_replay.errors import ConfigError
-from strategies import derpp, er_ace, gdumb, herding, hmn, joint, jpeg, naive, raw
-from strategies.memory_use import MemoryUse, memory_images, memory_use
+from hmn_replay.registry import suggest
+from strategies import (
+    avalanche_replay,
+    derpp,
+    er_ace,
+    gdumb,
+    herding,
+    hmn,
+    joint,
+    jpeg,
+    naive,
+    raw,
+)
+from strategies.measures import MemoryUse, loss_used, memory_images, memory_use
 from strategies.settings import Settings, Strategy
 
 if TYPE_CHECKING:
     from avalanche.core import SupervisedPlugin
     from avalanche.training.plugins.evaluation import EvaluationPlugin
 
-__all__ = ["NAMES", "MemoryUse", "Strategy", "build", "memory_images", "memory_use"]
+    from hmn_replay.avalanche.losses import Loss
+
+__all__ = [
+    "NAMES",
+    "MemoryUse",
+    "Strategy",
+    "build",
+    "loss_used",
+    "memory_images",
+    "memory_use",
+]
 
 _BUILDERS: dict[str, Callable[[Settings], Strategy]] = {
     "naive": naive.build,
     "joint": joint.build,
     "hmn": hmn.build,
+    "jpeg": jpeg.build,
     "raw": raw.build,
     "herding": herding.build,
     "gdumb": gdumb.build,
     "derpp": derpp.build,
     "er_ace": er_ace.build,
-    "jpeg": jpeg.build,
+    "avalanche-replay": avalanche_replay.build,
 }
 
 NAMES = tuple(_BUILDERS)
@@ -58,6 +81,7 @@ def build(
     seed: int = 0,
     device: str | torch.device = "auto",
     mode: Literal["replay", "memory_only"] = "replay",
+    loss: Loss = "auto",
     effort: str = "quick",
     expected_classes: int | None = None,
     evaluator: EvaluationPlugin | None = None,
@@ -67,8 +91,10 @@ def build(
 ) -> Strategy:
     """Build an Avalanche strategy whose memory never takes more than a budget.
 
-    All train by SGD and cross-entropy. Experiences give float images in [0, 1] and labels, and task
-    labels too where DER++ is to learn from them. Avalanche shuffles and draws from the global
+    All train by SGD and cross-entropy; the memories of this package (hmn, jpeg, raw, herding) under
+    the same replay loss. :func:`loss_used` names it for every strategy. Experiences give float
+    images in [0, 1] and labels, and task labels too where DER++ is to learn from them. Avalanche
+    shuffles and draws from the global
     generators: seed these (``RNGManager.set_random_seeds``) for the same results again.
 
     Args:
@@ -79,31 +105,37 @@ def build(
         num_classes: Number of logits.
         image_shape: ``(C, H, W)``.
         lr: Learning rate of SGD.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
         batch_size: New images in a step.
         batch_size_mem: Replayed images beside them, fewer where the memory has fewer. Default: as
             many as new ones.
         epochs: Times that the images of an experience are shown.
-        seed: Of what the HMN and JPEG memories draw; the others draw from the global generators.
-        device: Where to train; ``"auto"`` is the best device present.
+        seed: Seed of what hmn, jpeg, raw and herding draw; the others draw from the global
+            generators.
+        device: Where to train; ``"auto"`` is CUDA where there is one, else the CPU.
         mode: ``"replay"``, or ``"memory_only"``: from the second experience on the memory is
-            renewed before training, and trained on alone. DER++ and ER-ACE lack the latter; GDumb
-            is always so; naive and joint training have no memory.
-        effort: Of HMN's condensation: ``"quick"``, ``"standard"`` or ``"paper"``.
+            renewed before training, and trained on alone. DER++, ER-ACE and Avalanche's replay lack
+            the latter; GDumb is always so; naive and joint training have no memory.
+        loss: Replay loss of hmn, jpeg, raw and herding, as :class:`hmn_replay.MemoryReplay` takes
+            it. GDumb trains on its memory alone, DER++ and ER-ACE have losses of their own, and
+            Avalanche's replay has the plain one.
+        effort: Effort of HMN's condensation: ``"quick"``, ``"standard"`` or ``"paper"``.
         expected_classes: How many classes will come in all, if that is known; for HMN and JPEG.
         evaluator: Avalanche's metrics and loggers. Default: none.
         plugins: More plugins, called after the strategy's own.
-        progress: Whether HMN shows bars on standard error.
+        progress: Whether hmn, jpeg, raw and herding print a line after each update.
         **options: The strategy's own, named in its module.
 
     Raises:
-        BudgetError: The budget cannot be read, or does not hold one image. HMN and JPEG tell the
-            latter when they make their first memory.
+        BudgetError: The budget cannot be read, or does not hold one image. The memories of this
+            package raise the latter when they are first made.
         ConfigError: An unknown name or option, or a value outside its range.
     """
     if name not in _BUILDERS:
-        raise ConfigError(f"unknown strategy {name!r}; choose from {', '.join(NAMES)}")
+        raise ConfigError(
+            f"strategy must be one of {', '.join(NAMES)}; got {name!r}{suggest(name, list(NAMES))}"
+        )
     settings = Settings(
         model=model,
         budget_bytes=Budget.parse(budget_bytes).num_bytes,
@@ -118,6 +150,7 @@ def build(
         seed=seed,
         device=device,
         mode=mode,
+        loss=loss,
         effort=effort,
         expected_classes=expected_classes,
         evaluator=evaluator,

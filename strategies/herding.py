@@ -1,33 +1,26 @@
 """Replay of herded images: of each class those whose features, in order, keep close to its mean.
 
 iCaRL's selection (Rebuffi et al. 2017, Algorithm 4), as many images of every class, as uint8
-pixels; labels are not counted, in its favour. When classes come, the others drop their last images.
-Avalanche's own buffer herds what is left anew each time, takes features of two axes alone, and
-leaves the model in evaluation mode.
+pixels. When classes come, the others drop their last images. Avalanche's own buffer herds what is
+left anew each time, takes features of two axes alone, and leaves the model in evaluation mode.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from avalanche.training.storage_policy import BalancedExemplarsBuffer, ReservoirSamplingBuffer
 from avalanche.training.supervised import Naive
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from hmn_replay import LabelledImages, RawReplay
 from hmn_replay.baselines.selection import herding
 from hmn_replay.errors import ConfigError
-from strategies.buffers import MeasuredBuffer, replay_plugin
 from strategies.settings import Settings, Strategy
 
-if TYPE_CHECKING:
-    _Groups = BalancedExemplarsBuffer[ReservoirSamplingBuffer]
-else:
-    _Groups = BalancedExemplarsBuffer
-
-__all__ = ["HerdingBuffer", "build", "class_features"]
+__all__ = ["build", "class_features", "herd"]
 
 _BATCH = 512
 
@@ -36,67 +29,51 @@ def build(settings: Settings) -> Strategy:
     """Build it.
 
     Raises:
-        BudgetError: The budget does not hold one image.
         ConfigError: The model has no linear layer, whose inputs are the features.
     """
     settings.choose()
     if not _linear_layers(settings.model):
         raise ConfigError("herding takes the inputs of the last nn.Linear; the model has none")
-    buffer = HerdingBuffer(settings.num_images())
-    return Naive(**settings.common(replay_plugin(settings, buffer)))
+    most = settings.budget_bytes // math.prod(settings.image_shape)
+    replay = RawReplay(
+        settings.budget_bytes, selection=partial(herd, most=most), **settings.replay_options()
+    )
+    return Naive(**settings.common(replay))
 
 
-class HerdingBuffer(MeasuredBuffer, _Groups):
-    """The herded images of each class, those chosen first to stay longest.
-
-    A class that comes again is herded anew, from its new images and those still kept.
-    """
-
-    def post_adapt(self, agent: Any, exp: Any) -> None:
-        """Herd the classes of an experience by the features of ``agent.model``."""
-        data = exp.dataset.eval()
-        labels = torch.as_tensor([int(label) for label in data.targets])
-        classes = labels.unique().tolist()
-        num_classes = len(self.buffer_groups.keys() | set(classes))
-        lengths = self.get_group_lengths(num_classes)  # type: ignore[no-untyped-call]
-        for label in classes:
-            members = data.subset((labels == label).nonzero().flatten().tolist())
-            if label in self.buffer_groups:
-                members = members.concat(self.buffer_groups[label].buffer)
-            features = class_features(agent.model, members, agent.device)
-            group = ReservoirSamplingBuffer(max(lengths))
-            group.buffer = members.subset(herding(features, max(lengths)).tolist())
-            self.buffer_groups[label] = group
-        # A reservoir that is resized keeps its first images.
-        for group, length in zip(self.buffer_groups.values(), lengths, strict=True):
-            group.resize(agent, length)
+def herd(images: LabelledImages, model: nn.Module, *, most: int) -> Tensor:
+    """Return the positions of images, at most so many of a class, each in the order of herding."""
+    orders = []
+    for label in images.classes.tolist():
+        members = images.of_class(label)
+        features = class_features(model, images.floats(members))
+        orders.append(members[herding(features, max(1, min(most, len(members))))])
+    return torch.cat(orders)
 
 
-def class_features(model: nn.Module, data: Any, device: torch.device) -> Tensor:
+@torch.no_grad()
+def class_features(model: nn.Module, images: Tensor) -> Tensor:
     """Return the features of images: what the model's last linear layer takes in, at unit length.
 
     Args:
         model: Runs in evaluation mode; the mode of every module is as it was afterwards.
-        data: A map-style data set of ``(image, ...)``.
-        device: Where the model is.
+        images: float ``(N, C, H, W)`` in [0, 1].
 
     Returns:
-        float ``(N, D)`` on ``device``.
+        float ``(N, D)`` on the CPU.
     """
     features: list[Tensor] = []
 
     def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        features.append(F.normalize(inputs[0].flatten(1)))
+        features.append(F.normalize(inputs[0].flatten(1)).cpu())
 
+    layer = _linear_layers(model)[-1]
     modes = {module: module.training for module in model.modules()}
-    hook = _linear_layers(model)[-1].register_forward_pre_hook(record)
-    # Without a generator, a loader would draw from torch's global one.
-    loader = DataLoader(data, batch_size=_BATCH, generator=torch.Generator())
+    hook = layer.register_forward_pre_hook(record)
     try:
         model.eval()
-        with torch.no_grad():
-            for images, *_ in loader:
-                model(images.to(device))
+        for part in images.split(_BATCH):
+            model(part.to(layer.weight.device))
     finally:
         hook.remove()
         for module, mode in modes.items():

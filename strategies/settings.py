@@ -14,6 +14,8 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import nn
 
+from hmn_replay.avalanche.losses import Loss
+from hmn_replay.avalanche.plugin import MODES
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.runtime import resolve_device
 
@@ -22,7 +24,6 @@ __all__ = ["EqualPasses", "Settings", "Strategy"]
 Strategy: TypeAlias = "SupervisedTemplate[Any, Any, Any]"
 
 _EVAL_BATCH = 512
-_MODES = ("replay", "memory_only")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ class Settings:
     seed: int
     device: str | torch.device
     mode: Literal["replay", "memory_only"]
+    loss: Loss
     effort: str
     expected_classes: int | None
     evaluator: EvaluationPlugin | None
@@ -54,8 +56,8 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.mode not in _MODES:
-            raise ConfigError(f"mode is one of {_MODES}; got {self.mode!r}")
+        if self.mode not in MODES:
+            raise ConfigError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
 
     def common(self, *plugins: SupervisedPlugin[Any]) -> dict[str, Any]:
         """Return what all of Avalanche's strategies take, the given plugins before the caller's."""
@@ -78,6 +80,16 @@ class Settings:
             "plugins": [*plugins, *self.plugins],
             # A logger that writes nothing: without any, Avalanche warns.
             "evaluator": self.evaluator or EvaluationPlugin(loggers=BaseLogger()),
+        }
+
+    def replay_options(self) -> dict[str, Any]:
+        """Return what all replay plugins of :mod:`hmn_replay` take."""
+        return {
+            "batch_size_mem": self.batch_size_mem,
+            "mode": self.mode,
+            "loss": "plain" if self.mode == "memory_only" else self.loss,
+            "seed": self.seed,
+            "progress": self.progress,
         }
 
     def num_images(self, extra_bytes: int = 0) -> int:

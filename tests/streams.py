@@ -19,8 +19,9 @@ from avalanche.training.supervised import Naive
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hmn_replay.avalanche.memory_replay import MemoryReplay
+from hmn_replay.avalanche.plugin import MemoryReplay
 from hmn_replay.data.images import LabelledImages
+from hmn_replay.memory import RawMemory
 
 SHAPE = (3, 8, 8)
 
@@ -47,58 +48,33 @@ class Images(Dataset[tuple[object, int]]):
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
 
-class Memory:
-    """Real images, kept as they are."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    @property
-    def num_images(self) -> int:
-        return len(self.images)
-
-    @property
-    def images_per_class(self) -> list[int]:
-        counts: list[int] = self.labels.unique(return_counts=True)[1].tolist()
-        return counts
-
-    @property
-    def file_bytes(self) -> int:
-        return self.images.numel()
-
-    def decode(self, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        assert dtype == torch.uint8
-        return self.images, self.labels
-
-    def serialise(self) -> bytes:
-        values = torch.cat([self.labels, self.images.flatten().long()])
-        return values.numpy().tobytes()
+def raw_memory(images: Tensor, labels: Tensor) -> RawMemory:
+    """Return real images as a memory, without a budget."""
+    memory = RawMemory(images.shape[1:])
+    memory.extend(LabelledImages(images, labels))
+    return memory
 
 
-class RawReplay(MemoryReplay):
+class KeepFirst(MemoryReplay):
     """Keeps the first images of each class; a class that comes again is replaced."""
+
+    memory: Any
 
     def __init__(self, per_class: int = 3, **options: Any) -> None:
         super().__init__(**options)
         self.per_class = per_class
         self.given: list[LabelledImages] = []
 
-    def update(self, images: LabelledImages, *, index: int) -> tuple[Memory, dict[str, Any]]:
+    def update(
+        self, images: LabelledImages, *, index: int, model: nn.Module | None
+    ) -> tuple[RawMemory, dict[str, Any]]:
         self.given.append(images)
-        kept = [images.of_class(label)[: self.per_class] for label in images.classes.tolist()]
-        pixels, labels = images.images[torch.cat(kept)], images.labels[torch.cat(kept)]
+        memory = RawMemory(images.image_shape)
         if self.memory is not None:
-            stays = ~torch.isin(self.memory.labels, labels)
-            pixels = torch.cat([self.memory.images[stays], pixels])
-            labels = torch.cat([self.memory.labels[stays], labels])
-        return Memory(pixels, labels), {"index": index, "draw": float(torch.rand(()))}
-
-    def memory_from_bytes(self, data: bytes) -> Memory:
-        size = 1 + torch.Size(SHAPE).numel()
-        values = torch.frombuffer(bytearray(data), dtype=torch.int64)
-        num_images = len(values) // size
-        images = values[num_images:].to(torch.uint8).view(num_images, *SHAPE)
-        return Memory(images, values[:num_images])
+            memory.extend(LabelledImages(*self.memory.decode(dtype=torch.uint8)))
+        kept = [images.of_class(label)[: self.per_class] for label in images.classes.tolist()]
+        memory.extend(images, order=torch.cat(kept))
+        return memory, {"index": index, "draw": float(torch.rand(()))}
 
 
 def streams(kind: str = "nc", data: Images | None = None, num_experiences: int = 2) -> Any:

@@ -121,11 +121,13 @@ class Quiet(BaseLogger):
 class CondenseOnce(hmn_replay.HMNReplay):
     """Keeps its first memory: to condense in every round would take long, and is not timed."""
 
-    def update(self, images: LabelledImages, *, index: int) -> tuple[Container, dict[str, Any]]:
+    def update(
+        self, images: LabelledImages, *, index: int, model: nn.Module | None
+    ) -> tuple[Container, dict[str, Any]]:
         """Condense the first experience alone."""
         if self.memory is not None:
             return self.memory, {}
-        return super().update(images, index=index)
+        return super().update(images, index=index, model=model)
 
 
 class Stopwatch(SupervisedPlugin[Any]):

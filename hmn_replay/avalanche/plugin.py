@@ -1,73 +1,161 @@
-"""Replay inside Avalanche: a plugin that keeps a condensed memory of what was learned.
+"""Replay inside Avalanche: plugins that keep a memory of what was learned, and train on it.
 
-    replay = HMNReplay(budget="300 KiB")
-    strategy = Naive(model=model, optimizer=optimizer, criterion=criterion, plugins=[replay])
-    for experience in benchmark.train_stream:
-        strategy.train(experience)
-    replay.memory.save("seen.hmn")
-
-Of this package, only this module and those that it is made of import Avalanche.
+replay = HMNReplay("300 KiB")
+strategy = Naive(model=model, optimizer=optimizer, criterion=criterion, plugins=[replay])
+for experience in benchmark.train_stream:
+    strategy.train(experience)
+replay.memory.save("seen.hmn")
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import sys
+import time
+import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, TypeVar
 
 import torch
-from torch import Tensor
+from avalanche.benchmarks import OnlineCLExperience
+from avalanche.core import BasePlugin, SupervisedPlugin
+from avalanche.training.supervised import JointTraining
+from avalanche.training.templates.common_templates import SupervisedTemplate
+from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from hmn_replay.avalanche.losses import Loss
-from hmn_replay.avalanche.memory_replay import MemoryReplay, Strategy
-from hmn_replay.budget import Budget
+from hmn_replay.avalanche.buffer import DecodedImages, add_to_minibatch, finish_images
+from hmn_replay.avalanche.losses import Loss, ReplayLoss, ReplayStep, find_loss, plain
+from hmn_replay.avalanche.streams import (
+    Gatherer,
+    Normalization,
+    check_experiences,
+    class_counts,
+    find_normalization,
+    isolated,
+    read_experiences,
+)
+from hmn_replay.baselines.fill import choose_quality, jpeg_images, raw_images
+from hmn_replay.baselines.selection import SELECTIONS, select_images
+from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import make_config
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import BudgetError
-from hmn_replay.memory import HierarchicalMemory, LearnedMemory, loads
+from hmn_replay.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    HMNReplayError,
+    HMNReplayWarning,
+)
+from hmn_replay.memory import (
+    MEMORIES,
+    JPEGMemory,
+    LearnedMemory,
+    Memory,
+    RawMemory,
+    RealMemory,
+    loads,
+)
 from hmn_replay.memory.base import MAX_CLASSES
-from hmn_replay.runtime import derive_seed, resolve_device
+from hmn_replay.registry import suggest
+from hmn_replay.runtime import derive_seed, make_generator, resolve_device
+from hmn_replay.training.train import TrainingConfig
 
-__all__ = ["HMNReplay", "MemoryReplay", "reattach_optim_modules"]
+__all__ = ["MODES", "HMNReplay", "JPEGReplay", "MemoryReplay", "RawReplay", "Strategy"]
+
+Strategy: TypeAlias = Any
+"""An Avalanche strategy; its types promise less than it has."""
+
+MODES = ("replay", "memory_only")
+
+Selection: TypeAlias = "str | Callable[[LabelledImages, nn.Module], Tensor]"
+
+_STATE_VERSION = 2
+
+AnyMemory = TypeVar("AnyMemory", bound=Memory)
 
 
-class HMNReplay(MemoryReplay):
-    """Replays a hierarchical memory, condensed by gradient matching, under a budget of bytes.
+class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
+    """Trains on a memory's images beside the current experience's, and renews the memory after it.
 
-    After each experience the memory is extended by :func:`hmn_replay.condense` with
-    ``memory=``: new classes get memories of their own, old ones give up instance memories, classes
-    that come back are renewed, and the saved file stays within the budget.
+    A subclass says how the memory is made: :meth:`update` makes it from an experience's images. Its
+    classes are numbered by :func:`hmn_replay.avalanche.streams.class_key` (the label, where the
+    task label is 0).
+
+    ``mode="replay"``: each training mini-batch gets decoded images at its end, drawn uniformly and
+    none twice; :attr:`last_replay_size` and :attr:`replay_mask` tell them apart.
+    ``mode="memory_only"``, the protocol of GDumb and IDC: the first experience trains on its
+    raw images and is condensed after that; every later one is condensed *before* training, and then
+    the memory alone is trained on, under the strategy's own loss.
+
+    An online stream (``split_online_stream``) gives an experience in pieces. They are gathered, and
+    made into the memory when the next experience begins, where the stream shows that
+    (``access_task_boundaries=True``); at the end of a ``strategy.train(...)`` call with several
+    pieces; when :meth:`finish` is called, which a loop over single pieces has to do in the end; and
+    where a stream hides its borders, also each time that ``max_raw_images`` have come.
+
+    ``JointTraining``, which is given all experiences at once, makes all of them into one memory.
+
+    Images are read through the eval transforms. torchvision's ``Normalize`` among them is undone
+    for the memory, and applied again to what is replayed; of the train transforms nothing is, as
+    they are mostly for PIL images: ``replay_transform`` takes their place.
+
+    The caller's random state, module modes and gradients are left alone; as long as there is no
+    memory, training is bit for bit what it is without the plugin. Avalanche's ``save_checkpoint``
+    works with the plugin; ``maybe_load_checkpoint`` makes a new one: read it from
+    ``strategy.plugins`` after it.
 
     Args:
-        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        batch_size_mem: As in :class:`MemoryReplay`, and so are the next seven.
-        mode: See there.
-        replay_transform: See there.
-        replay_weight: See there.
-        loss: See there; but the default is ``"auto"``.
-        normalization: See there.
-        max_raw_images: See there.
-        seed: See there.
-        expected_classes: How many classes the stream will have in all, if that is known: the
-            memory's tiers are shaped for so many. Default: None, ten times those of the first
-            experience, or as many of them as the budget can be shaped for.
-        effort: ``"quick"``, ``"standard"`` or ``"paper"``.
-        device: Where to condense: ``"auto"`` for the best device present, None for the strategy's.
-        progress: Whether to show bars on standard error.
-        **options: Fields of :class:`~hmn_replay.condensation.config.CondenseConfig`.
+        batch_size_mem: Images replayed in a step; fewer where the memory has fewer. Default: the
+            strategy's ``train_mb_size``. ``"memory_only"`` does not use it.
+        mode: ``"replay"`` or ``"memory_only"``.
+        replay_transform: Augments decoded images, float ``(N, C, H, W)`` in [0, 1], on the
+            strategy's device, before normalisation; returns as many of the same shape. It
+            should draw from a generator of its own.
+        replay_weight: Share w in [0, 1] of the replayed images in the loss: ``(1 - w) *
+            criterion(current) + w * criterion(replayed)``, whatever the batch sizes. Default:
+            ``None``, the criterion of the whole mini-batch.
+        loss: What the criterion's part of the loss becomes in steps that replay: a name in
+            :data:`~hmn_replay.avalanche.losses.LOSSES` (``"plain"``, ``"balanced"``,
+            ``"asymmetric"``), or a callable that takes a
+            :class:`~hmn_replay.avalanche.losses.ReplayStep`. The default, ``"auto"``, is
+            ``"balanced"`` where that can be, else ``"plain"``, with one warning: a criterion other
+            than ``CrossEntropyLoss`` without label smoothing, task labels above 0, or a strategy
+            with a loss of its own, such as DER, for which replayed images count as current ones.
+        normalization: ``(mean, std)`` that the benchmark's transforms apply. Default: ``None``,
+            that of torchvision's ``Normalize`` in the eval transforms, or none.
+        max_raw_images: Bound on the raw images gathered of an online experience. They do not count
+            towards the memory's bytes, as an experience's own data does not.
+        seed: Seed of every draw.
+        device: Where the memory is made: None for the strategy's device, ``"auto"`` for CUDA where
+            there is one, else the CPU, or anything that ``torch.device`` takes.
+        progress: Whether to print a line on standard error after each update.
 
     Raises:
-        BudgetError: The budget cannot be read.
-        ConfigError: An unknown option, or a value outside its range.
+        ConfigError: A value outside its range.
+
+    Attributes:
+        memory: What was last made, or None. It may be set to a memory that was loaded.
+        report: For each update a dict of JSON types: ``update`` (0, 1, ...), ``seconds``,
+            ``num_images``, ``images_per_class``, ``file_bytes``, ``loss_used``, and what
+            :meth:`update` adds.
+        loss_used: Name of the loss that the current or last experience was trained with: one of
+            ``LOSSES``, a callable's name, or the name of a strategy with a loss of its own. None
+            before the first.
+        last_replay_size: How many of the current mini-batch's images are replayed.
     """
 
-    memory: LearnedMemory | None
+    memory: Memory | None
+    report: list[dict[str, Any]]
+    loss_used: str | None
+    last_replay_size: int
 
     def __init__(
         self,
-        budget: Budget | int | str,
         *,
         batch_size_mem: int | None = None,
         mode: Literal["replay", "memory_only"] = "replay",
@@ -77,9 +165,471 @@ class HMNReplay(MemoryReplay):
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
+        device: str | torch.device | None = None,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        _check_settings(mode, batch_size_mem, max_raw_images, replay_weight, loss)
+        self.batch_size_mem, self.mode = batch_size_mem, mode
+        self.replay_transform = replay_transform
+        self.replay_weight, self.loss = replay_weight, loss
+        self.normalization = None if normalization is None else Normalization.of(normalization)
+        if device is not None:
+            resolve_device(device)
+        self.device = device
+        self.max_raw_images, self.seed, self.progress = max_raw_images, seed, progress
+        self.memory, self.report, self.loss_used = None, [], None
+        self.last_replay_size = 0
+        self._gatherer = Gatherer(max_raw_images, seed)
+        self._num_updates = self._num_steps = self._num_pieces = 0
+        self._num_replayed = self._num_before = self._num_views = 0
+        self._device = torch.device("cpu")
+        self._model: nn.Module | None = None
+        self._found = self.normalization
+        self._item_length = 0
+        self._is_renewed = False
+        self._warned: set[str] = set()
+        self._loss_now: ReplayLoss = plain
+        self._current_counts: Tensor | None = None
+        self._decoded: DecodedImages | None = None
+        _reattach_optim_modules()
+
+    @abstractmethod
+    def update(
+        self, images: LabelledImages, *, index: int, model: nn.Module | None
+    ) -> tuple[Memory, dict[str, Any]]:
+        """Make the memory that follows :attr:`memory`, and leave that one as it is.
+
+        Torch's, numpy's and Python's global generators are seeded meanwhile, and restored.
+
+        Args:
+            images: An experience's images; their labels are class keys.
+            index: The number of the update: 0, 1, ...
+            model: The strategy's network as it is now, to be left as it is; None where the plugin
+                has not been in a training since it was loaded.
+
+        Returns:
+            The new memory, and what to add to the report, of types that JSON has.
+        """
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bytes of the memory's file; 0 without a memory."""
+        return 0 if self.memory is None else self.memory.file_bytes
+
+    @property
+    def num_pending(self) -> int:
+        """How many raw images of an online stream wait to be condensed."""
+        return len(self._gatherer)
+
+    @property
+    def replay_mask(self) -> Tensor:
+        """Bool ``(N,)`` on the strategy's device: which of the current mini-batch are replayed.
+
+        Where a strategy shows several views of the mini-batch one after the other, as SCR does, it
+        marks the replayed images of every view.
+        """
+        mask = torch.zeros(self._num_before + self._num_replayed, dtype=torch.bool)
+        mask[self._num_before :] = True
+        return mask.repeat(self._num_views).to(self._device)
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the memory is made: :attr:`device`, or the strategy's."""
+        return self._device if self.device is None else resolve_device(self.device)
+
+    @property
+    def found_normalization(self) -> Normalization | None:
+        """The normalisation of the current experience's images: the given one, or that found."""
+        return self._found
+
+    @property
+    def has_task_labels(self) -> bool:
+        """Whether the current experience's items are ``(image, label, task label)``."""
+        return self._item_length > 2
+
+    def finish(self) -> bool:
+        """Make what an online stream has left into the memory; True where there was something."""
+        images = self._gatherer.images()
+        if images is not None:
+            self._renew(images)
+            self._gatherer.clear()
+        return images is not None
+
+    def learn(self, strategy: Strategy, experience: Any) -> None:
+        """Make an experience into the memory, outside of a training.
+
+        A piece of an online stream is gathered, as the class says. For those that use the plugin
+        as what makes a memory, such as :class:`~hmn_replay.MemoryBuffer`.
+
+        Args:
+            strategy: Its ``device`` and its ``model`` are used, where it has them.
+            experience: Of Avalanche.
+        """
+        self._device = torch.device(getattr(strategy, "device", "cpu"))
+        self._model = getattr(strategy, "model", None)
+        self._check_data(_experiences_of(strategy, experience))
+        if _is_piece(strategy, experience):
+            self._gather(experience)
+            self._end_piece(experience)
+            if not experience.access_task_boundaries:
+                self._end_by_number()
+        else:
+            self._learn(strategy, experience)
+
+    def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+        """Note the device, and check that the loss can be had."""
+        self._device, self._model = torch.device(strategy.device), strategy.model
+        self._num_pieces = 0
+        self._choose_loss(strategy, has_tasks=False)
+
+    def before_train_dataset_adaptation(
+        self, strategy: Strategy, *args: Any, **kwargs: Any
+    ) -> None:
+        """Check the experience's data, and find its normalisation."""
+        self._is_renewed = False
+        if self.mode == "memory_only" and _is_piece(strategy, strategy.experience):
+            raise ConfigError(
+                'mode="memory_only" condenses an experience before training, but an online stream '
+                'gives it in pieces: use mode="replay"'
+            )
+        self._check_data(_experiences_of(strategy, strategy.experience))
+
+    def after_train_dataset_adaptation(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+        """In ``"memory_only"``, condense the experience, and train from the memory."""
+        if self.mode == "replay" or self.memory is None:
+            return
+        self._choose_loss(strategy, has_tasks=False)
+        self._learn(strategy, strategy.experience)
+        self._is_renewed = True
+        decoded = self._decode()
+        assert decoded is not None
+        strategy.adapted_dataset = decoded.as_dataset(self._found, with_tasks=self.has_task_labels)
+
+    def before_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+        """Gather a piece of an online stream; decode the memory."""
+        experience = strategy.experience
+        self._current_counts = None
+        if _is_piece(strategy, experience):
+            self._num_pieces += 1
+            self._gather(experience)
+        else:
+            self.finish()
+        decoded = self._decode()
+        has_tasks = decoded is not None and bool(decoded.tasks.any())
+        for each in _experiences_of(strategy, experience):
+            has_tasks |= any(getattr(each, "task_labels", ()))
+        self._choose_loss(strategy, has_tasks=has_tasks)
+
+    def before_training_iteration(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+        """Add decoded images to the mini-batch, or augment those that it consists of."""
+        mbatch = strategy.mbatch
+        self._note_replayed(len(mbatch[0]), 0)
+        if self._is_renewed:
+            self._note_replayed(0, len(mbatch[0]))
+            if self.replay_transform is not None:
+                images = mbatch[0] if self._found is None else self._found.undo(mbatch[0])
+                mbatch[0] = finish_images(images.clamp(0, 1), self.replay_transform, self._found)
+        if self.mode == "memory_only":
+            return
+        decoded = self._decode()
+        if decoded is None or not len(decoded):
+            return
+        # A generator a step, so that a checkpoint needs the number of the step alone.
+        generator = make_generator(self.seed, "replay", self._num_steps)
+        self._num_steps += 1
+        images, labels, tasks = decoded.draw(
+            self.batch_size_mem or strategy.train_mb_size, mbatch[0].dtype, generator
+        )
+        self._note_replayed(len(mbatch[0]), len(images))
+        images = finish_images(images, self.replay_transform, self._found)
+        add_to_minibatch(mbatch, images, labels, tasks)
+
+    def after_forward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+        """Count what others have put before the mini-batch since, and how often it is shown."""
+        num_labels = len(strategy.mb_y)
+        self._note_replayed(
+            num_labels - self._num_replayed,
+            self._num_replayed,
+            len(strategy.mbatch[0]) // max(1, num_labels),
+        )
+
+    def before_backward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+        """Put the replay loss in the place of the criterion."""
+        decoded, num_replayed = self._decoded, self._num_replayed
+        if self.mode == "memory_only" or decoded is None or not num_replayed:
+            return
+        if self._loss_now is plain and self.replay_weight is None:
+            return
+        logits, labels = strategy.mb_output, strategy.mb_y
+        step = ReplayStep(
+            logits=logits,
+            labels=labels,
+            num_replayed=num_replayed,
+            criterion=strategy._criterion,
+            replay_weight=self.replay_weight,
+            current_counts=self._count(labels[:-num_replayed], logits.shape[1]),
+            memory_counts=decoded.counts(logits.shape[1]),
+            strategy=strategy,
+        )
+        # Another plugin may have added a term of its own before: only the criterion's is replaced.
+        strategy.loss = strategy.loss - strategy.criterion() + self._loss_now(step)
+
+    def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+        """Make the experience into the memory."""
+        experience = strategy.experience
+        if _is_piece(strategy, experience):
+            self._end_piece(experience)
+        elif not self._is_renewed:
+            self._learn(strategy, experience)
+
+    def after_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+        """Where several pieces were given at once, they have come to their end."""
+        if self._num_pieces > 1:
+            self.finish()
+        elif self._num_pieces and not strategy.experience.access_task_boundaries:
+            self._end_by_number()
+            self._warn(
+                "the online stream hides where an experience ends: its images are made into the "
+                f"memory each time that max_raw_images={self.max_raw_images} of them have come, "
+                "and when finish() is called; access_task_boundaries=True of split_online_stream "
+                "shows it"
+            )
+        self._note_replayed(0, 0)
+        self._current_counts = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the plugin has learned, as tensors, numbers and texts, with a digest of all.
+
+        It holds no settings: :meth:`load_state_dict` is for a plugin made with the same ones.
+        ``torch.load(..., weights_only=True)`` reads it from a file.
+        """
+        memory = b"" if self.memory is None else self.memory.to_bytes()
+        state = {
+            "version": _STATE_VERSION,
+            # torch.frombuffer refuses a buffer of no bytes.
+            "memory": torch.frombuffer(bytearray(memory + b"\0"), dtype=torch.uint8)[:-1],
+            "report": json.dumps(self.report),
+            "num_updates": self._num_updates,
+            "num_steps": self._num_steps,
+            "pending": self._gatherer.state_dict(),
+        }
+        return {**state, "digest": _digest(state)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; what follows is bit for bit what it would be.
+
+        Raises:
+            CheckpointError: The state is not one of this version, or is damaged; nothing changes.
+        """
+        gatherer = Gatherer(self.max_raw_images, self.seed)
+        try:
+            version, digest = state["version"], state["digest"]
+            if version != _STATE_VERSION:
+                raise CheckpointError(f"version {version!r}, expected {_STATE_VERSION}")
+            if digest != _digest({key: state[key] for key in state if key != "digest"}):
+                raise CheckpointError("its digest does not fit: it was altered")
+            memory = state["memory"].cpu().numpy().tobytes()
+            loaded = loads(memory, device=self.compute_device) if memory else None
+            gatherer.load_state_dict(state["pending"])
+            report, updates, steps = state["report"], state["num_updates"], state["num_steps"]
+        except (HMNReplayError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"not a whole state of {type(self).__name__}: {error}; take an earlier one"
+            ) from error
+        self.memory, self.report, self._gatherer = loaded, json.loads(report), gatherer
+        self._num_updates, self._num_steps = updates, steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what Avalanche's ``save_checkpoint`` keeps: no image that can be decoded again."""
+        left_out = dict.fromkeys(("memory", "report", "_gatherer", "_decoded", "_model"))
+        return {**self.__dict__, **left_out, "state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become what :meth:`__getstate__` described."""
+        learned = state.pop("state")
+        self.__dict__.update(state)
+        self.load_state_dict(learned)
+        _reattach_optim_modules()
+
+    def _check_data(self, experiences: Sequence[Any]) -> None:
+        self._found = self.normalization or find_normalization(*(e.dataset for e in experiences))
+        with isolated(self._device, self.seed, "check"):
+            self._item_length = check_experiences(experiences, self._found)
+
+    def _learn(self, strategy: Strategy, experience: Any) -> None:
+        experiences = _experiences_of(strategy, experience)
+        if any(len(each.dataset) for each in experiences):
+            self._renew(self._read(experiences))
+
+    def _read(self, experiences: Sequence[Any]) -> LabelledImages:
+        with isolated(self._device, self.seed, "read", self._num_updates):
+            return read_experiences(experiences, self._found)
+
+    def _gather(self, piece: Any) -> None:
+        """Take the first piece of an experience for the end of the one before it, and add it."""
+        if piece.access_task_boundaries and piece.is_first_subexp:
+            self.finish()
+        self._gatherer.add(self._read([piece]))
+
+    def _end_piece(self, piece: Any) -> None:
+        if piece.access_task_boundaries and piece.is_last_subexp:
+            self.finish()
+
+    def _end_by_number(self) -> None:
+        if self._gatherer.num_seen.total() >= self.max_raw_images:
+            self.finish()
+
+    def _renew(self, images: LabelledImages) -> None:
+        index, started = self._num_updates, time.monotonic()
+        with isolated(self._device, self.seed, "update", index):
+            memory, report = self.update(images, index=index, model=self._model)
+        entry = {
+            "update": index,
+            **report,
+            "loss_used": self.loss_used,
+            "seconds": time.monotonic() - started,
+            "num_images": memory.num_images,
+            "images_per_class": list(memory.images_per_class),
+            "file_bytes": memory.file_bytes,
+        }
+        # Through JSON, so that what a checkpoint gives back has the same types.
+        self.report.append(json.loads(json.dumps(entry)))
+        self.memory, self._num_updates = memory, index + 1
+        if self.progress:
+            print(
+                f"{type(self).__name__}, update {index}: {memory.num_images:,} images of "
+                f"{len(entry['images_per_class'])} classes in {memory.file_bytes:,} bytes, "
+                f"{entry['seconds']:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _choose_loss(self, strategy: Strategy, *, has_tasks: bool) -> None:
+        """Settle the loss of an experience: refuse, or warn of, one that cannot be had."""
+        name, loss = find_loss(self.loss)
+        changes_logits = getattr(loss, "changes_logits", False)
+        reason = ""
+        if self.mode == "memory_only":
+            name, loss = "plain", plain
+        elif not _has_plain_criterion(strategy):
+            reason = f"{type(strategy).__name__} has a loss of its own"
+            if self.replay_weight is not None or self.loss not in ("auto", "plain"):
+                raise ConfigError(
+                    f"{reason}, which replay_weight and loss cannot replace; leave them out, and "
+                    "choose batch_size_mem instead"
+                )
+        elif changes_logits and not _is_cross_entropy(strategy._criterion):
+            reason = (
+                "the criterion is not nn.CrossEntropyLoss without label smoothing, but "
+                f"{strategy._criterion}"
+            )
+            if self.loss != "auto":
+                raise ConfigError(f"loss={name!r} changes the logits of a softmax: {reason}")
+        elif changes_logits and has_tasks:
+            reason = "task labels above 0 tell classes apart"
+        if reason:
+            if self.loss != "plain":
+                self._warn(f"replayed images are trained with the plain loss: {reason}")
+            name, loss = "plain", plain
+        self._loss_now, self.loss_used = loss, name
+        if not _has_plain_criterion(strategy):
+            self.loss_used = type(strategy).__name__
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"{type(self).__name__}: {message}", HMNReplayWarning, stacklevel=2)
+
+    def _note_replayed(self, num_before: int, num_replayed: int, num_views: int = 1) -> None:
+        self._num_before, self._num_replayed = num_before, num_replayed
+        self._num_views = num_views
+        self.last_replay_size = num_views * num_replayed
+
+    def _count(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Count the labels of a mini-batch with those of its experience so far: ``(K,)``."""
+        if self._current_counts is None:
+            seen = self._gatherer.num_seen
+            keys, counts = torch.tensor(list(seen)), torch.tensor(list(seen.values()))
+            counted = class_counts(keys.long(), counts.float(), num_classes)
+            self._current_counts = counted.to(labels.device)
+        self._current_counts += class_counts(labels, torch.ones_like(labels).float(), num_classes)
+        return self._current_counts
+
+    def _decode(self) -> DecodedImages | None:
+        """Decode the memory, once until it is another one."""
+        memory, decoded = self.memory, self._decoded
+        if memory is None:
+            return None
+        if decoded is None or decoded.memory is not memory or decoded.device != self._device:
+            self._decoded = decoded = DecodedImages.of(memory, self._device)
+        return decoded
+
+
+class ReplayOptions(TypedDict, total=False):
+    """The options of :class:`MemoryReplay`, which its subclasses take too."""
+
+    batch_size_mem: int | None
+    mode: Literal["replay", "memory_only"]
+    replay_transform: Callable[[Tensor], Tensor] | None
+    replay_weight: float | None
+    loss: Loss
+    normalization: tuple[Sequence[float], Sequence[float]] | None
+    max_raw_images: int
+    seed: int
+    device: str | torch.device | None
+    progress: bool
+
+
+class HMNReplay(MemoryReplay):
+    """Replays a learned memory, condensed by gradient matching, under a budget of bytes.
+
+    After each experience the memory is extended by :func:`hmn_replay.condense` with
+    ``memory=``: new classes get memories of their own, old ones give up instance memories, classes
+    that come back are renewed, and the saved file stays within the budget.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        kind: A learned memory kind: ``"hmn"``, or ``"pixels"``, ``"idc"``, ``"haba"``, ``"linba"``.
+        expected_classes: How many classes the stream will have in all, if that is known: the
+            memory's tensors are shaped for so many. Default: None, ten times those of the first
+            experience, or as many of them as the budget can be shaped for.
+        effort: ``"quick"``, ``"standard"`` or ``"paper"``.
+        batch_size_mem: Images replayed in a step; this and the options below are explained in
+            :class:`MemoryReplay`.
+        mode: ``"replay"`` or ``"memory_only"``.
+        replay_transform: Augments decoded images.
+        replay_weight: Share of the replayed images in the loss.
+        loss: Replay loss: ``"auto"``, a name in ``LOSSES`` or a callable.
+        normalization: ``(mean, std)`` that the benchmark's transforms apply.
+        max_raw_images: Bound on the raw images gathered of an online experience.
+        seed: Seed of every draw.
+        device: Where to condense. Default: None, the strategy's device.
+        progress: Whether to print a line on standard error after each update; in a terminal bars
+            are shown too.
+        **options: Fields of :class:`~hmn_replay.condensation.config.CondenseConfig`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: An unknown option, or a value outside its range.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        kind: str = "hmn",
         expected_classes: int | None = None,
         effort: str = "quick",
-        device: str | torch.device | None = "auto",
+        batch_size_mem: int | None = None,
+        mode: Literal["replay", "memory_only"] = "replay",
+        replay_transform: Callable[[Tensor], Tensor] | None = None,
+        replay_weight: float | None = None,
+        loss: Loss = "auto",
+        normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+        max_raw_images: int = 10_000,
+        seed: int = 0,
+        device: str | torch.device | None = None,
         progress: bool = False,
         **options: Any,
     ) -> None:
@@ -92,34 +642,36 @@ class HMNReplay(MemoryReplay):
             normalization=normalization,
             max_raw_images=max_raw_images,
             seed=seed,
+            device=device,
+            progress=progress,
         )
         make_config(effort, **options)
-        if device is not None:
-            resolve_device(device)
-        self.budget = Budget.parse(budget)
+        self._learned_kind(kind)
+        self.budget, self.kind = Budget.parse(budget), kind
         self.expected_classes, self.effort, self.options = expected_classes, effort, options
-        self.device, self.progress = device, progress
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Bring the memory to where it is condensed."""
         super().before_training(strategy, *args, **kwargs)
         if self.memory is not None:
-            self.memory.to(self._compute_device())
+            self.memory.to(self.compute_device)
 
-    def update(self, images: LabelledImages, *, index: int) -> tuple[LearnedMemory, dict[str, Any]]:
+    def update(
+        self, images: LabelledImages, *, index: int, model: nn.Module | None
+    ) -> tuple[LearnedMemory, dict[str, Any]]:
         """Condense an experience's images into the memory."""
-        device = self._compute_device()
-        # From the file's values, so that a run that goes on from a file takes the same steps.
-        old = None if self.memory is None else loads(self.memory.to_bytes(), device=device)
+        device = self.compute_device
+        old = _copied(self.memory, self._learned_kind(self.kind), device)
         memory = condense(
             images,
             self.budget,
+            kind=self.kind,
             memory=old,
             expected_classes=self._expected(images),
             effort=self.effort,
             seed=derive_seed(self.seed, "update", index),
             device=device,
-            progress=self.progress,
+            progress=self.progress and sys.stderr.isatty(),
             **self.options,
         )
         return memory, memory.report
@@ -131,35 +683,236 @@ class HMNReplay(MemoryReplay):
         for factor in (10, 5, 2):
             expected = min(factor * images.num_classes, MAX_CLASSES)
             with contextlib.suppress(BudgetError):
-                HierarchicalMemory.choose_layout(
+                self._learned_kind(self.kind).choose_layout(
                     self.budget, images.image_shape, expected, number_format
                 )
                 return expected
         return None
 
-    def memory_to_bytes(self, memory: LearnedMemory) -> bytes:
-        """Return the bytes of the memory's file."""
-        return memory.to_bytes()
-
-    def memory_from_bytes(self, data: bytes) -> LearnedMemory:
-        """Read the bytes of a memory's file.
-
-        Raises:
-            MemoryFileError: They are damaged.
-        """
-        return loads(data, device=self._compute_device())
-
-    def _compute_device(self) -> torch.device:
-        return self._device if self.device is None else resolve_device(self.device)
+    @staticmethod
+    def _learned_kind(kind: str) -> type[LearnedMemory]:
+        memory_type = MEMORIES[kind]
+        if not issubclass(memory_type, LearnedMemory):
+            raise ConfigError(
+                f"HMNReplay learns its memory, and {kind!r} holds real images: use RawReplay or "
+                "JPEGReplay"
+            )
+        return memory_type
 
 
-def reattach_optim_modules() -> None:
-    """Let Avalanche's ``save_checkpoint`` pickle optimizers; call it once, before saving.
+class RealReplay(MemoryReplay):
+    """Replays real images, as many of every class as fit a budget of bytes.
+
+    When classes come, the others make room by dropping their last images. An image once encoded
+    stays as it is, byte for byte; a class that comes again is replaced.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        selection: Which images of a class stay longest: one of
+            :data:`~hmn_replay.baselines.selection.SELECTIONS`, or a callable that takes an
+            experience's images and the strategy's network, and returns their order, int64 ``(n,)``.
+        **options: Those of :class:`MemoryReplay`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: An unknown option, or a value outside its range.
+    """
+
+    memory_type: ClassVar[type[RealMemory]]
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        selection: Selection = "random",
+        **options: Unpack[ReplayOptions],
+    ) -> None:
+        super().__init__(**options)
+        if not callable(selection) and selection not in SELECTIONS:
+            raise ConfigError(
+                f"selection must be a callable or one of {', '.join(SELECTIONS)}; got "
+                f"{selection!r}{suggest(selection, list(SELECTIONS))}"
+            )
+        self.budget, self.selection = Budget.parse(budget), selection
+
+    @abstractmethod
+    def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
+        """Return the first memory, filled, and what to add to its report."""
+
+    def update(
+        self, images: LabelledImages, *, index: int, model: nn.Module | None
+    ) -> tuple[RealMemory, dict[str, Any]]:
+        """Add an experience's images to the memory."""
+        seed = derive_seed(self.seed, "selection", index)
+        if not callable(self.selection):
+            device = self.compute_device
+            order = select_images(images, self.selection, seed=seed, device=device)
+        elif model is None:
+            raise ConfigError("a selection by the network needs one: train the strategy first")
+        else:
+            order = self.selection(images, model)
+        if self.memory is None:
+            return self.begin(images, order)
+        memory = loads(self.memory.to_bytes())
+        if not isinstance(memory, RealMemory):
+            raise ConfigError(
+                f"{type(self).__name__} extends real images; its memory is {memory!r}"
+            )
+        memory.budget_bytes = self.budget.num_bytes
+        memory.extend(images, order=order)
+        return memory, {}
+
+
+class RawReplay(RealReplay):
+    """Replays real images that are stored as uint8 pixels; arguments as for :class:`RealReplay`."""
+
+    memory_type = RawMemory
+
+    def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
+        """Return the first memory, filled."""
+        return raw_images(images, self.budget, selection=order), {}
+
+
+class JPEGReplay(RealReplay):
+    """Replays real images that are stored as JPEG scans under one header.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        quality: libjpeg's, 1 (smallest) to 100 (best). Default: None, the one of ``QUALITIES`` that
+            a small network learns best from, by a training each on the first experience; see
+            :func:`hmn_replay.baselines.fill.choose_quality`.
+        expected_classes: How many classes the stream will have in all, if that is known, for that
+            choice. Default: None, ten times those of the first experience.
+        training: Training of that network. Default: None, that of ``choose_quality``.
+        selection: Which images of a class stay longest; see :class:`RealReplay`.
+        **options: Those of :class:`MemoryReplay`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: An unknown option, or a value outside its range.
+    """
+
+    memory_type = JPEGMemory
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        quality: int | None = None,
+        expected_classes: int | None = None,
+        training: TrainingConfig | None = None,
+        selection: Selection = "random",
+        **options: Unpack[ReplayOptions],
+    ) -> None:
+        super().__init__(budget, selection=selection, **options)
+        if quality is not None and not 1 <= (as_int(quality) or 0) <= 100:
+            raise ConfigError(
+                f"quality must be None or a whole number from 1 to 100; got {quality!r}"
+            )
+        self.quality, self.expected_classes, self.training = quality, expected_classes, training
+
+    def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
+        """Return the first memory, filled, after the choice of its quality."""
+        report: dict[str, Any] = {}
+        quality = self.quality
+        if quality is None:
+            quality, report["accuracies"] = choose_quality(
+                images,
+                self.budget,
+                expected_classes=self.expected_classes,
+                seed=self.seed,
+                device=self.compute_device,
+                training=self.training,
+            )
+        return jpeg_images(images, self.budget, quality=quality, selection=order), report
+
+    def update(
+        self, images: LabelledImages, *, index: int, model: nn.Module | None
+    ) -> tuple[RealMemory, dict[str, Any]]:
+        """Add an experience's images, at the quality of those that are there."""
+        memory, report = super().update(images, index=index, model=model)
+        return memory, {"quality": memory.summary()["quality"], **report}
+
+
+def _copied(
+    memory: Memory | None, memory_type: type[AnyMemory], device: torch.device
+) -> AnyMemory | None:
+    """Return a memory as its file has it, so that a run that goes on from a file does the same."""
+    if memory is None:
+        return None
+    copied = loads(memory.to_bytes(), device=device)
+    if not isinstance(copied, memory_type):
+        raise ConfigError(f"the plugin extends a {memory_type.__name__}; its memory is {memory!r}")
+    return copied
+
+
+def _check_settings(
+    mode: str,
+    batch_size_mem: int | None,
+    max_raw_images: int,
+    replay_weight: float | None,
+    loss: Loss,
+) -> None:
+    """Raise a ConfigError for settings of a plugin outside their ranges."""
+    if mode not in MODES:
+        raise ConfigError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    find_loss(loss)
+    for name, size in (("batch_size_mem", batch_size_mem), ("max_raw_images", max_raw_images)):
+        if size is not None and (as_int(size) or 0) < 1:
+            raise ConfigError(f"{name} must be a whole number of 1 or more; got {size!r}")
+    if replay_weight is not None and not 0 <= replay_weight <= 1:
+        raise ConfigError(f"replay_weight must be in [0, 1]; got {replay_weight!r}")
+    if mode == "memory_only" and (replay_weight is not None or loss not in ("auto", "plain")):
+        raise ConfigError(
+            "replay_weight and loss are for a memory beside raw images, which "
+            'mode="memory_only" does not train on; leave them out'
+        )
+
+
+def _has_plain_criterion(strategy: Strategy) -> bool:
+    """Return whether a strategy's loss is its criterion of output and labels."""
+    kind = type(strategy)
+    return (
+        kind.training_epoch is SupervisedTemplate.training_epoch
+        and kind.criterion is SupervisedTemplate.criterion
+        and not isinstance(strategy._criterion, BasePlugin)
+    )
+
+
+def _is_cross_entropy(criterion: object) -> bool:
+    return isinstance(criterion, nn.CrossEntropyLoss) and not criterion.label_smoothing
+
+
+def _is_piece(strategy: Strategy, experience: Any) -> bool:
+    """Return whether an experience is a piece of one, of an online stream."""
+    return isinstance(experience, OnlineCLExperience) and not isinstance(strategy, JointTraining)
+
+
+def _experiences_of(strategy: Strategy, experience: Any) -> Sequence[Any]:
+    """Return all experiences whose data a training has: of joint training several."""
+    return strategy._experiences if isinstance(strategy, JointTraining) else [experience]
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """Return 32 hexadecimal digits of nested numbers, texts and tensors, names among them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(state.items()):
+        if isinstance(value, dict):
+            value = _digest(value)
+        if isinstance(value, Tensor):
+            digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(repr((name, value)).encode())
+    return digest.hexdigest()
+
+
+def _reattach_optim_modules() -> None:
+    """Let Avalanche's ``save_checkpoint`` pickle optimizers.
 
     Torch deletes the names of its modules such as ``torch.optim.sgd``, where dill, which Avalanche
     saves with, looks for a class; it then fails with a PicklingError, with or without a plugin.
-    This puts the names back. ``maybe_load_checkpoint`` replaces the strategy's plugins: read
-    :class:`HMNReplay` from ``strategy.plugins`` again after it.
+    This puts the names back.
     """
     for name, module in list(sys.modules.items()):
         parent, _, child = name.rpartition(".")

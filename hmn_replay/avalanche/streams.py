@@ -1,8 +1,8 @@
-"""An Avalanche experience's data, as the labelled images of [0, 1] that a memory is made of.
+"""Experiences of Avalanche, as the labelled images in [0, 1] that a memory is made of.
 
 Images are read through the experience's *eval* transforms: what a memory keeps is not augmented.
 Those transforms may normalise; the normalisation is undone here, and applied again to what is
-replayed.
+replayed. An online stream gives an experience in pieces, which :class:`Gatherer` puts together.
 """
 
 from __future__ import annotations
@@ -10,31 +10,34 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from torchvision import transforms
 from torchvision.transforms import v2
 
 from hmn_replay.data.images import LabelledImages, stack_images, to_image, to_label
 from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.runtime import derive_seed
+from hmn_replay.runtime import derive_seed, make_generator
 
 __all__ = [
+    "Gatherer",
     "Normalization",
-    "as_experience_data",
-    "check_experience",
+    "check_experiences",
+    "class_counts",
     "class_key",
     "find_normalization",
-    "isolated_random_state",
-    "read_experience",
+    "first_in_turn",
+    "isolated",
+    "read_experiences",
     "split_class_keys",
+    "without_autocast",
 ]
 
 # A class key holds the task's label in its upper half, the class's in its lower.
@@ -50,7 +53,7 @@ class Normalization:
         std: The same, above 0.
 
     Raises:
-        ConfigError: Numbers that are not so.
+        ConfigError: The numbers are not as said above.
     """
 
     mean: tuple[float, ...]
@@ -107,14 +110,14 @@ def _constants(
     return mean, std
 
 
-def find_normalization(dataset: Any) -> Normalization | None:
-    """Find the ``Normalize`` of torchvision among a data set's eval transforms.
+def find_normalization(*datasets: Any) -> Normalization | None:
+    """Find the ``Normalize`` of torchvision among the eval transforms of data sets.
 
     Both of torchvision's (``transforms`` and ``transforms.v2``) are found, inside any ``Compose``,
     in Avalanche's transform groups, and in the wrapped data set's own ``transform``.
 
     Args:
-        dataset: An ``AvalancheDataset``.
+        *datasets: Each an ``AvalancheDataset``.
 
     Returns:
         The normalisation, or None where there is none.
@@ -122,7 +125,10 @@ def find_normalization(dataset: Any) -> Normalization | None:
     Raises:
         DataError: There are several, or the train transforms have another.
     """
-    found = {group: set(_normalizations(dataset, group)) for group in ("train", "eval")}
+    found = {
+        group: {each for dataset in datasets for each in _normalizations(dataset, group)}
+        for group in ("train", "eval")
+    }
     if len(found["eval"]) > 1 or found["train"] != found["eval"]:
         raise DataError(
             "expected one normalisation, the same in the train and the eval transforms, found "
@@ -132,16 +138,16 @@ def find_normalization(dataset: Any) -> Normalization | None:
     return next(iter(found["eval"]), None)
 
 
-def check_experience(experience: Any, normalization: Normalization | None) -> int:
-    """Read the first image of an experience, so that what cannot be used is told before training.
+def check_experiences(experiences: Sequence[Any], normalization: Normalization | None) -> int:
+    """Read the first image, so that data that cannot be used is refused before training.
 
     Returns:
         How many parts an item has: 2, or 3 with a task label; 0 where there is no item.
 
     Raises:
-        DataError: As :func:`read_experience`.
+        DataError: As :func:`read_experiences`.
     """
-    dataset = experience.dataset.eval()
+    dataset = _eval_data(experiences)
     if not len(dataset):
         return 0
     image, _ = _fetch(dataset, 0, normalization)
@@ -149,22 +155,24 @@ def check_experience(experience: Any, normalization: Normalization | None) -> in
     return len(dataset[0])
 
 
-def read_experience(experience: Any, normalization: Normalization | None) -> LabelledImages:
-    """Read an experience through its eval transforms.
+def read_experiences(
+    experiences: Sequence[Any], normalization: Normalization | None
+) -> LabelledImages:
+    """Read experiences through their eval transforms.
 
     Args:
-        experience: An Avalanche experience. Its items are ``(image, label)`` or ``(image, label,
-            task label)``; nothing but its data set is used.
-        normalization: What its transforms end in, or None.
+        experiences: Of Avalanche, one or more. Their items are ``(image, label)`` or ``(image,
+            label, task label)``; nothing but their data sets is used.
+        normalization: What their transforms end in, or None.
 
     Returns:
-        The images, whose labels are class keys; see :func:`class_key`.
+        The images of all, whose labels are class keys; see :func:`class_key`.
 
     Raises:
         DataError: Items of another form, images of other than 1 or 3 channels, values outside
             [0, 1] once the normalisation is undone, or labels that are not single integers.
     """
-    dataset = experience.dataset.eval()
+    dataset = _eval_data(experiences)
     return stack_images(
         lambda position: _fetch(dataset, position, normalization),
         len(dataset),
@@ -189,7 +197,7 @@ def class_key(label: int, task: int = 0) -> int:
     if not (least <= label < 2**_LABEL_BITS and 0 <= task < 2**31):
         raise DataError(
             "expected labels below 2**32, not negative where the task label is above 0, and task "
-            f"labels from 0 to 2**31 - 1; came label {label}, task label {task}"
+            f"labels from 0 to 2**31 - 1; got label {label}, task label {task}"
         )
     return (task << _LABEL_BITS) | label if task else label
 
@@ -200,36 +208,26 @@ def split_class_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(tasks == 0, keys, keys & (2**_LABEL_BITS - 1)), tasks
 
 
-def as_experience_data(
-    memory: Any, normalization: Normalization | None, *, with_tasks: bool
-) -> AvalancheDataset[Any]:
-    """Decode a memory into an Avalanche data set, in the space that training sees.
-
-    Args:
-        memory: Its labels are class keys.
-        normalization: Applied to each image as it is read, or None.
-        with_tasks: Whether items are ``(image, label, task label)`` or ``(image, label)``.
-    """
-    images, keys = memory.decode(dtype=torch.uint8)
-    labels, tasks = (values.tolist() for values in split_class_keys(keys))
-    attributes = [DataAttribute(labels, "targets")]
-    if with_tasks:
-        attributes.append(DataAttribute(tasks, "targets_task_labels", use_in_getitem=True))
-    decoded = _Decoded(images.cpu(), labels, normalization)
-    return AvalancheDataset([decoded], data_attributes=attributes)
+def class_counts(labels: Tensor, counts: Tensor, num_classes: int) -> Tensor:
+    """Add up counts by label: float32 ``(K,)``; labels outside [0, K) are left out."""
+    is_inside = (labels >= 0) & (labels < num_classes)
+    totals = torch.zeros(num_classes + 1, device=labels.device)
+    return totals.index_add(0, labels.where(is_inside, num_classes), counts)[:num_classes]
 
 
 @contextlib.contextmanager
-def isolated_random_state(device: torch.device, seed: int, *names: int | str) -> Iterator[None]:
+def isolated(device: torch.device, seed: int, *names: int | str) -> Iterator[None]:
     """Seed the global generators of torch, numpy and Python inside the block; restore them after.
 
-    For code that is not ours: a benchmark's transforms, and whatever makes a memory.
+    For code that is not ours: a benchmark's transforms, and whatever makes a memory. Inside the
+    block no autocast is on, in which a caller's training loop may be.
     """
     state, numpy_state = random.getstate(), np.random.get_state()
     value = derive_seed(seed, *names)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), without_autocast(device):
         torch.default_generator.manual_seed(value)
-        if device.type == "cuda":
+        if devices:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(value)
         random.seed(value)
@@ -241,20 +239,96 @@ def isolated_random_state(device: torch.device, seed: int, *names: int | str) ->
             np.random.set_state(numpy_state)
 
 
-class _Decoded(Dataset[tuple[Tensor, int]]):
-    def __init__(
-        self, images: Tensor, targets: list[int], normalization: Normalization | None
-    ) -> None:
-        self.images, self.targets, self.normalization = images, targets, normalization
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Turn autocast off inside the block, on the CPU and on a device."""
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+class Gatherer:
+    """Gathers the pieces of an online experience: of every class, a random sample of its images.
+
+    Each image has a random priority, and the classes take turns in keeping their image of lowest
+    priority. So a class with fewer images than its share keeps them all, and each image of another
+    class has the same chance to be kept. Adding images costs time in proportion to their number,
+    and a sort of the priorities where the gatherer is full.
+
+    Args:
+        capacity: Images kept at most, 1 or more.
+        seed: Seed of the priorities.
+
+    Attributes:
+        num_seen: For each label, how many of its images were added.
+    """
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self.capacity, self.seed = capacity, seed
+        self.clear()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self._images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.images[index].float().div_(255)
-        if self.normalization is not None:
-            image = self.normalization.apply(image)
-        return image, self.targets[index]
+    def clear(self) -> None:
+        """Begin anew, for another experience."""
+        self.num_seen: Counter[int] = Counter()
+        # One tensor an image: one is replaced without a copy of the others.
+        self._images: list[Tensor] = []
+        self._labels = torch.empty(0, dtype=torch.int64)
+        self._priorities = torch.empty(0)
+
+    def add(self, data: LabelledImages) -> None:
+        """Add images, uint8 ``(N, C, H, W)``, and drop what is beyond the capacity."""
+        generator = make_generator(self.seed, "raw buffer", self.num_seen.total())
+        priorities = torch.cat([self._priorities, torch.rand(len(data), generator=generator)])
+        labels = torch.cat([self._labels, data.labels])
+        kept = torch.arange(len(labels))
+        if len(labels) > self.capacity:
+            kept = first_in_turn(labels, priorities)[: self.capacity].sort().values
+        num_old = len(self)
+        self._images = [
+            self._images[i] if i < num_old else data.images[i - num_old].clone()
+            for i in kept.tolist()
+        ]
+        self._labels, self._priorities = labels[kept], priorities[kept]
+        self.num_seen.update(data.labels.tolist())
+
+    def images(self) -> LabelledImages | None:
+        """Return the images that are kept; None where there is none."""
+        return LabelledImages(torch.stack(self._images), self._labels) if self._images else None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what was gathered, as tensors."""
+        seen = torch.tensor(sorted(self.num_seen.items()), dtype=torch.int64).view(-1, 2)
+        images = torch.stack(self._images) if self._images else torch.empty(0, dtype=torch.uint8)
+        return {
+            "images": images,
+            "labels": self._labels,
+            "priorities": self._priorities,
+            "seen": seen,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.num_seen = Counter({label: count for label, count in state["seen"].tolist()})
+        self._images = [image.clone() for image in state["images"]]
+        self._labels, self._priorities = state["labels"].clone(), state["priorities"].clone()
+
+
+def first_in_turn(labels: Tensor, priorities: Tensor) -> Tensor:
+    """Order images so that the classes take turns, each with its lowest priority first."""
+    order = priorities.argsort(stable=True)
+    order = order[labels[order].argsort(stable=True)]
+    _, counts = labels[order].unique_consecutive(return_counts=True)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    turns = torch.arange(len(labels)) - starts
+    # The last sort is stable, and would favour the lowest labels in the last turn.
+    shuffled = priorities[order].argsort(stable=True)
+    return order[shuffled][turns[shuffled].argsort(stable=True)]
+
+
+def _eval_data(experiences: Sequence[Any]) -> ConcatDataset[Any]:
+    return ConcatDataset([experience.dataset.eval() for experience in experiences])
 
 
 def _fetch(
@@ -266,7 +340,7 @@ def _fetch(
     if not isinstance(item, (tuple, list)) or len(item) not in (2, 3):
         count = f" of {len(item)}" if isinstance(item, (tuple, list, dict)) else ""
         raise DataError(
-            f"{name}: expected (image, label) or (image, label, task label), came "
+            f"{name}: expected (image, label) or (image, label, task label), got "
             f"{type(item).__name__}{count}"
         )
     image, label = item[0], to_label(item[1], name)
@@ -284,7 +358,7 @@ def _to_unit_range(image: Tensor, normalization: Normalization | None, name: str
         if image.ndim != 3 or len(normalization.mean) not in (1, len(image)):
             raise DataError(
                 f"{name}: expected an image (C, H, W) with the {len(normalization.mean)} channels "
-                f"of its normalisation, came {tuple(image.shape)}"
+                f"of its normalisation, got {tuple(image.shape)}"
             )
         # What rounding may have moved out of the range goes back into it.
         image, tolerance = normalization.undo(image.float()), 1e-3
@@ -297,7 +371,7 @@ def _to_unit_range(image: Tensor, normalization: Normalization | None, name: str
             "undone"
         )
         raise DataError(
-            f"{name}: expected floats in [0, 1], came [{low:.3g}, {high:.3g}]; {undone}; pass the "
+            f"{name}: expected floats in [0, 1], got [{low:.3g}, {high:.3g}]; {undone}; pass the "
             "one that the benchmark applies as normalization=(mean, std)"
         )
     return image.clamp(0, 1)

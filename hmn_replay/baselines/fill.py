@@ -5,13 +5,17 @@ What is compared is a real file, its header and labels counted, filled with as m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hmn_replay.baselines.selection import select_images
 from hmn_replay.budget import Budget
 from hmn_replay.data.images import LabelledImages
+from hmn_replay.errors import BudgetError
+from hmn_replay.evaluation import evaluate
 from hmn_replay.memory.jpeg import SUBSAMPLINGS
 from hmn_replay.memory.real import (
     AnyReal,
@@ -20,8 +24,16 @@ from hmn_replay.memory.real import (
     RawMemory,
     check_order,
 )
+from hmn_replay.training.train import TrainingConfig
 
-__all__ = ["jpeg_images", "lossless_images", "raw_images"]
+__all__ = ["QUALITIES", "choose_quality", "jpeg_images", "lossless_images", "raw_images"]
+
+QUALITIES = (5, 10, 20, 35, 50, 75)
+"""The JPEG qualities that :func:`choose_quality` tries."""
+
+_USUAL_QUALITY = 20
+_USUAL_EXPERIENCES = 10
+_HELD_OUT = 0.2
 
 
 def raw_images(
@@ -106,6 +118,56 @@ def lossless_images(
         ConfigError: ``selection`` is not as said above.
     """
     return _fill(LosslessMemory, data, budget, _order(data, selection, None, seed))
+
+
+def choose_quality(
+    data: LabelledImages,
+    budget: Budget | int | str,
+    *,
+    expected_classes: int | None = None,
+    qualities: Sequence[int] = QUALITIES,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    training: TrainingConfig | None = None,
+) -> tuple[int, dict[str, float]]:
+    """Choose the JPEG quality that a small network learns best from, on held-out real images.
+
+    Each quality is given the bytes that these classes will have in the end. A network is trained on
+    the images that fit, and scored on a fifth of the data, which is kept back.
+
+    Args:
+        data: Images of the first classes.
+        budget: Bytes of the whole memory.
+        expected_classes: How many classes will come in all. Default: 10 times those of ``data``.
+        qualities: What to choose from, ascending.
+        seed: Seed of the split, the draw and the training.
+        device: Where to train.
+        training: How each network is trained. Default: a ConvNet of width 32, 6,000 image passes.
+
+    Returns:
+        The quality, the lower one of two as good, and the accuracy of each that fits, in [0, 1].
+        Where there is nothing to choose by (one class alone, no image to hold out, no room), 20 and
+        no accuracy.
+    """
+    counts = torch.bincount(data.class_indices)
+    if data.num_classes < 2 or int(counts.min()) < 2:
+        return _USUAL_QUALITY, {}
+    train, held_out = data.split(_HELD_OUT, seed)
+    num_classes = expected_classes or _USUAL_EXPERIENCES * data.num_classes
+    num_bytes = Budget.parse(budget).num_bytes
+    share = num_bytes * data.num_classes // max(num_classes, data.num_classes)
+    training = training or TrainingConfig(width=32, num_passes=6000)
+    accuracies: dict[int, float] = {}
+    for quality in qualities:
+        try:
+            memory = jpeg_images(train, max(share, 1), quality=quality, seed=seed)
+        except BudgetError:
+            break
+        _, accuracies[quality] = evaluate(
+            memory, held_out, seed=seed, device=device, config=training
+        )
+    best = max(accuracies, key=lambda quality: accuracies[quality], default=_USUAL_QUALITY)
+    return best, {str(quality): accuracy for quality, accuracy in accuracies.items()}
 
 
 def _fill(

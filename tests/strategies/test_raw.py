@@ -1,4 +1,4 @@
-"""Raw replay: a reservoir, and how many of its images join a batch."""
+"""Raw replay, ours and Avalanche's: how many images join a batch, and which are kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from avalanche.core import SupervisedPlugin
 
 import strategies
+from hmn_replay.errors import ConfigError
 from tests.strategies.support import build, easy_set, make_stream
 
 
@@ -22,9 +23,9 @@ class Sizes(SupervisedPlugin[Any], supports_distributed=False):
 
 
 @pytest.mark.parametrize(("batch_size_mem", "expected"), [(None, 16), (3, 11), (100, 32)])
-def test_replayed_images_join_every_batch(batch_size_mem: int | None, expected: int) -> None:
+def test_a_reservoirs_images_join_every_batch(batch_size_mem: int | None, expected: int) -> None:
     sizes = Sizes()
-    strategy = build("raw", batch_size_mem=batch_size_mem, plugins=[sizes])
+    strategy = build("avalanche-replay", batch_size_mem=batch_size_mem, plugins=[sizes])
     first, second = make_stream(num_per_class=8, num_experiences=2)
     strategy.train(first)
     assert sizes.sizes == [8, 8]
@@ -33,14 +34,23 @@ def test_replayed_images_join_every_batch(batch_size_mem: int | None, expected: 
     assert sizes.sizes[2] == min(expected, 8 + 16)
 
 
-def test_the_reservoir_holds_images_of_the_stream_as_they_are() -> None:
+@pytest.mark.parametrize("name", ["raw", "avalanche-replay"])
+def test_what_is_kept_are_images_of_the_stream_as_they_are(name: str) -> None:
     torch.manual_seed(0)
-    strategy = build("raw")
+    strategy = build(name)
     for experience in make_stream():
         strategy.train(experience)
     images, labels = strategies.memory_images(strategy)
     data = easy_set()
     known = {(x.numpy().tobytes(), int(y)) for x, y in zip(data.images, data.labels, strict=True)}
     found = {(x.numpy().tobytes(), int(y)) for x, y in zip(images, labels, strict=True)}
-    assert len(found) == 24
+    assert len(found) == len(images) >= 20
     assert found <= known
+    if name == "raw":
+        counts = labels.bincount().tolist()
+        assert max(counts) - min(counts) <= 1
+
+
+def test_avalanches_replay_needs_current_images() -> None:
+    with pytest.raises(ConfigError, match='no mode "memory_only"'):
+        build("avalanche-replay", mode="memory_only")

@@ -1,4 +1,4 @@
-"""What a strategy's memory takes and looks like, read from the memory itself."""
+"""What a strategy's memory takes and looks like, and the loss it was replayed with."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from avalanche.training.supervised import JointTraining, Naive
 from torch import Tensor
 
-from hmn_replay.avalanche.memory_replay import MemoryReplay
+from hmn_replay import MemoryReplay
 from hmn_replay.data.images import as_labelled_images
 from strategies.buffers import MeasuredBuffer
 from strategies.settings import Strategy
 
-__all__ = ["MemoryUse", "memory_images", "memory_use"]
+__all__ = ["MemoryUse", "loss_used", "memory_images", "memory_use"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class MemoryUse:
     """What a memory takes at the moment.
 
     Attributes:
-        num_bytes: Of the whole file, where the memory has one; else of the images in the buffer,
-            a byte a value, and of the float32 numbers beside them. 0 without a memory.
+        num_bytes: Size of the whole file, where the memory has one; else of the images in the
+            buffer, a byte a value, and of the float32 numbers beside them. 0 without a memory.
         num_images: How many images it gives.
         seconds: Spent on making and renewing it so far.
     """
@@ -44,6 +45,18 @@ def memory_use(strategy: Strategy) -> MemoryUse:
     samples = [memory.buffer[position] for position in range(len(memory.buffer))]
     num_bytes = sum(_sample_bytes(*sample) for sample in samples)
     return MemoryUse(num_bytes, len(samples), memory.seconds)
+
+
+def loss_used(strategy: Strategy) -> str:
+    """Return the name of the loss that a strategy trains with.
+
+    One of ``hmn_replay.LOSSES`` for memories of this package; the class of a strategy with a loss
+    of its own; else ``"plain"``, the criterion.
+    """
+    memory = _find_memory(strategy)
+    if isinstance(memory, MemoryReplay):
+        return memory.loss_used or "plain"
+    return "plain" if type(strategy) in (Naive, JointTraining) else type(strategy).__name__
 
 
 def memory_images(strategy: Strategy) -> tuple[Tensor, Tensor]:

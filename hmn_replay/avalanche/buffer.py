@@ -1,0 +1,333 @@
+"""A memory's images as Avalanche takes them: in mini-batches, and as a buffer of exemplars.
+
+:class:`MemoryBuffer` is a storage policy for methods that replay from a buffer of their own:
+
+    buffer = MemoryBuffer(HMNReplay("300 KiB"))
+    plugin = ReplayPlugin(mem_size=buffer.max_size, storage_policy=buffer)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from avalanche.benchmarks.utils import (
+    AvalancheDataset,
+    DataAttribute,
+    TaskAwareSupervisedClassificationDataset,
+)
+from avalanche.models.utils import avalanche_forward
+from avalanche.training.storage_policy import ExemplarsBuffer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hmn_replay.avalanche.streams import (
+    Normalization,
+    class_counts,
+    first_in_turn,
+    split_class_keys,
+    without_autocast,
+)
+from hmn_replay.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from hmn_replay.avalanche.plugin import MemoryReplay
+
+__all__ = ["DecodedImages", "MemoryBuffer", "add_to_minibatch", "finish_images"]
+
+_BATCH = 256
+
+
+class MemoryBuffer(ExemplarsBuffer):
+    """A memory as a storage policy of Avalanche: for ReplayPlugin, GDumb, ER-ACE, DER and others.
+
+    :attr:`buffer` is the memory's decoded images, normalised as the benchmark normalises them,
+    without its train transforms; ``replay_transform`` of the plugin augments them. Items are
+    ``(image, label)``, or ``(image, label, task label)`` where the benchmark's are.
+
+    ``ReplayPlugin`` takes it as ``storage_policy``; to methods that make a buffer of their own it
+    is given afterwards: ``plugin.storage_policy = MemoryBuffer(...)``. What Avalanche's code
+    allows:
+
+    * ReplayPlugin, GDumb and RAR work on every benchmark, ``task_balanced_dataloader=True`` on
+      those with task labels.
+    * ER-ACE and MIR read a task label from every item of the buffer: pass ``task_labels=True``
+      where the benchmark has none. (MIR fails with ``eval_every`` above 0, whatever its buffer.)
+    * DER, with ``logits=True``, ER-AML, MER (``strategy.buffer.storage_policy``) and SCR
+      (``strategy.replay_plugin.storage_policy``) work on benchmarks with task labels alone.
+    * ER-ACE, DER and MIR replay nothing while the buffer is smaller than their ``batch_size_mem``.
+    * BiC does not run with the versions of torch that this package needs; methods that store
+      features or gradients in place of images have no use for it.
+
+    Args:
+        replay: What makes the memory: a replay plugin such as ``HMNReplay("300 KiB")``, which is
+            not to be among the strategy's plugins too. Its options that concern training (``loss``,
+            ``batch_size_mem``, ``mode``) are not used; its ``memory``, ``report``, ``finish()`` and
+            ``state_dict()`` are what they always are.
+        max_size: Images in the buffer at most; more of the memory's are left out, of every class
+            alike. Default: None, no bound but the memory's own in bytes.
+        task_labels: Whether items have a task label (0, where the stream has none). Default: None,
+            where the stream's items have one.
+        logits: Whether items end in the logits that the strategy's network gave when the memory
+            was made, which DER replays. They are computed from the decoded images, kept in working
+            memory, and not part of the memory's file or budget.
+
+    Attributes:
+        replay: As given.
+        max_size: As given, ``sys.maxsize`` for no bound.
+    """
+
+    def __init__(
+        self,
+        replay: MemoryReplay,
+        *,
+        max_size: int | None = None,
+        task_labels: bool | None = None,
+        logits: bool = False,
+    ) -> None:
+        limit = sys.maxsize if max_size is None else max_size
+        super().__init__(limit)
+        if limit < 1:
+            raise ConfigError(f"max_size must be 1 or more, or None; got {max_size!r}")
+        self.replay, self.task_labels, self.needs_logits = replay, task_labels, logits
+        self._logits: Tensor | None = None
+        self._made_for: tuple[Any, ...] = ()
+
+    @property  # type: ignore[misc]
+    def buffer(self) -> AvalancheDataset[Any]:
+        """The memory's images; none before the first experience."""
+        memory = self.replay.memory
+        if memory is None:
+            return AvalancheDataset([])
+        now = (memory, self.max_size, self.replay.found_normalization, self._logits)
+        # Compared by identity: a memory has no equality.
+        if len(self._made_for) != len(now) or any(
+            a is not b for a, b in zip(self._made_for, now, strict=True)
+        ):
+            decoded = DecodedImages.of(memory, torch.device("cpu")).first(self.max_size)
+            self._buffer = decoded.as_dataset(
+                self.replay.found_normalization,
+                self.replay.replay_transform,
+                with_tasks=self._with_tasks,
+                logits=self._logits,
+            )
+            self._made_for = now
+        return self._buffer
+
+    @property
+    def buffer_groups(self) -> dict[int, SimpleNamespace]:
+        """The part of the buffer with each label, as ``.buffer``; MIR and ER-AML read it."""
+        buffer: Any = self.buffer
+        labels = torch.tensor([int(label) for label in buffer.targets])
+        return {
+            label: SimpleNamespace(buffer=buffer.subset((labels == label).nonzero()[:, 0].tolist()))
+            for label in labels.unique().tolist()
+        }
+
+    @property
+    def buffer_datasets(self) -> list[AvalancheDataset[Any]]:
+        """The buffer in parts, one a label, as SCR reads it."""
+        return [group.buffer for group in self.buffer_groups.values()]
+
+    @property
+    def _with_tasks(self) -> bool:
+        if self.task_labels is None:
+            return self.replay.has_task_labels
+        return self.task_labels
+
+    def update(self, strategy: Any, **kwargs: Any) -> None:
+        """Make the strategy's current experience into the memory."""
+        self.post_adapt(strategy, strategy.experience)
+
+    def post_adapt(self, agent: Any, exp: Any) -> None:
+        """Make an experience into the memory.
+
+        A piece of an online stream is gathered, as :class:`~hmn_replay.MemoryReplay` says.
+        """
+        self.replay.learn(agent, exp)
+        self._logits = None
+        if self.needs_logits and len(self.buffer):
+            self._logits = self._compute_logits(agent)
+
+    def resize(self, strategy: Any, new_size: int) -> None:
+        """Show at most so many images; the memory itself keeps its own."""
+        self.max_size, self._logits = new_size, None
+        if self.needs_logits and len(self.buffer):
+            self._logits = self._compute_logits(strategy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what Avalanche's ``save_checkpoint`` keeps: no image that can be decoded again."""
+        return {**self.__dict__, "_buffer": None, "_made_for": ()}
+
+    @torch.no_grad()
+    def _compute_logits(self, agent: Any) -> Tensor:
+        modes = {module: module.training for module in agent.model.modules()}
+        # A generator of its own: a loader would draw from torch's global one.
+        buffer: Any = self.buffer
+        loader = DataLoader(buffer, batch_size=_BATCH, generator=torch.Generator())
+        agent.model.eval()
+        try:
+            with without_autocast(torch.device(agent.device)):
+                parts = []
+                for images, _, *rest in loader:
+                    tasks = rest[0].to(agent.device) if self._with_tasks else None
+                    parts.append(avalanche_forward(agent.model, images.to(agent.device), tasks))
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return torch.cat(parts).cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedImages:
+    """A memory's images, decoded once and kept on the device that trains.
+
+    Attributes:
+        memory: What they were decoded from.
+        device: Where they are.
+        images: uint8 ``(N, C, H, W)``: a quarter of the bytes that floats would take.
+        labels: int64 ``(N,)``.
+        tasks: int64 ``(N,)``, the task labels.
+    """
+
+    memory: Any
+    device: torch.device
+    images: Tensor
+    labels: Tensor
+    tasks: Tensor
+
+    @classmethod
+    def of(cls, memory: Any, device: torch.device) -> DecodedImages:
+        """Decode a memory where it is, and bring its images to a device."""
+        with without_autocast(device):
+            images, keys = memory.decode(dtype=torch.uint8)
+        parts = (images, *split_class_keys(keys))
+        return cls(memory, device, *(part.to(device) for part in parts))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def counts(self, num_classes: int) -> Tensor:
+        """Return how many images of each class below K there are, of task 0: float32 ``(K,)``."""
+        return class_counts(self.labels, (self.tasks == 0).float(), num_classes)
+
+    def first(self, count: int) -> DecodedImages:
+        """Return the first images of every class, the classes taking turns, ``count`` at most."""
+        if count >= len(self):
+            return self
+        keys = (self.tasks << 32) + self.labels
+        chosen = first_in_turn(keys, torch.arange(len(self)))[:count].sort().values
+        parts = self.images[chosen], self.labels[chosen], self.tasks[chosen]
+        return DecodedImages(self.memory, self.device, *parts)
+
+    def draw(
+        self, count: int, dtype: torch.dtype, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw images at random, none twice.
+
+        Args:
+            count: How many; all, where there are fewer.
+            dtype: Dtype of the images: a floating one.
+            generator: On the CPU.
+
+        Returns:
+            Images ``(n, C, H, W)`` in [0, 1], labels and task labels.
+
+        Raises:
+            DataError: ``dtype`` is another.
+        """
+        if not dtype.is_floating_point:
+            raise DataError(
+                f"expected a mini-batch of floats, got {dtype}; give the benchmark transforms that "
+                "end in floats"
+            )
+        indices = torch.randperm(len(self), generator=generator)[:count]
+        indices = indices.to(self.device, non_blocking=True)
+        images = self.images[indices].to(dtype).div_(255)
+        return images, self.labels[indices], self.tasks[indices]
+
+    def as_dataset(
+        self,
+        normalization: Normalization | None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        *,
+        with_tasks: bool,
+        logits: Tensor | None = None,
+    ) -> AvalancheDataset[Any]:
+        """Return the images as a data set of Avalanche, in the space that training sees.
+
+        Args:
+            normalization: Applied to each image as it is read, or None.
+            transform: Applied before, to a batch of one image, or None.
+            with_tasks: Whether items are ``(image, label, task label)`` or ``(image, label)``.
+            logits: ``(N, K)``, a last part of the items; None for none.
+        """
+        labels = self.labels.tolist()
+        attributes = [DataAttribute(labels, "targets")]
+        if with_tasks:
+            tasks = self.tasks.tolist()
+            attributes.append(DataAttribute(tasks, "targets_task_labels", use_in_getitem=True))
+        if logits is not None:
+            rows: Any = list(logits)
+            attributes.append(DataAttribute(rows, "logits", use_in_getitem=True))
+        items = _Items(self.images.cpu(), labels, normalization, transform)
+        kind = TaskAwareSupervisedClassificationDataset if with_tasks else AvalancheDataset
+        return kind([items], data_attributes=attributes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Items(Dataset[tuple[Tensor, int]]):
+    images: Tensor
+    targets: list[int]
+    normalization: Normalization | None
+    transform: Callable[[Tensor], Tensor] | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index : index + 1].float().div_(255)
+        return finish_images(image, self.transform, self.normalization)[0], self.targets[index]
+
+
+def finish_images(
+    images: Tensor,
+    transform: Callable[[Tensor], Tensor] | None,
+    normalization: Normalization | None,
+) -> Tensor:
+    """Augment and normalise images ``(N, C, H, W)`` in [0, 1].
+
+    Raises:
+        DataError: ``transform`` changed their shape.
+    """
+    if transform is not None:
+        shape = images.shape
+        images = transform(images)
+        if images.shape != shape:
+            raise DataError(
+                f"replay_transform returned {tuple(images.shape)} for {tuple(shape)}; expected as "
+                "many images of the same shape"
+            )
+    return images if normalization is None else normalization.apply(images)
+
+
+def add_to_minibatch(mbatch: list[Tensor], images: Tensor, labels: Tensor, tasks: Tensor) -> None:
+    """Append images to a mini-batch of images, labels, and task labels or none, in place.
+
+    Raises:
+        DataError: The mini-batch has other parts, or images of another size.
+    """
+    if len(mbatch) > 3 or mbatch[0].shape[1:] != images.shape[1:]:
+        raise DataError(
+            f"the memory's images are {tuple(images.shape[1:])}; expected a mini-batch of images "
+            "as large, labels, and task labels or none, got shapes "
+            f"{[tuple(part.shape) for part in mbatch]}; the train transforms must give the size "
+            "that the eval transforms give"
+        )
+    # A plain zip: without task labels, the third part is left out.
+    for position, (part, replayed) in enumerate(zip(mbatch, (images, labels, tasks), strict=False)):
+        mbatch[position] = torch.cat([part, replayed])

@@ -1,0 +1,163 @@
+"""Replay of real images, raw and JPEG: what stays, how full the file is, what is chosen."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hmn_replay import HMNReplay, JPEGReplay, LabelledImages, RawReplay
+from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.memory import JPEGMemory, RawMemory, RealMemory
+from hmn_replay.training.train import TrainingConfig
+from tests.streams import in_pieces, labelled_streams, make_model, make_strategy, streams, train
+from tests.support import TINY
+
+BUDGET = 2500
+KINDS: list[tuple[Any, dict[str, Any]]] = [(RawReplay, {}), (JPEGReplay, {"quality": 30})]
+
+
+def memory_of(replay: Any) -> RealMemory:
+    assert isinstance(replay.memory, RealMemory)
+    return replay.memory
+
+
+def by_class(memory: RealMemory) -> dict[int, list[bytes]]:
+    found: dict[int, list[bytes]] = {}
+    for label, payload in zip(memory.labels.tolist(), memory.payloads, strict=True):
+        found.setdefault(label, []).append(payload)
+    return found
+
+
+@pytest.mark.parametrize(("make", "options"), KINDS)
+def test_images_stay_byte_for_byte_and_the_file_stays_full(make: Any, options: Any) -> None:
+    replay = make(BUDGET, **options)
+    strategy = make_strategy([replay], model=make_model(6))
+    before: dict[int, list[bytes]] = {}
+    for experience in labelled_streams((0, 1), (4, 5), (2, 3)).train_stream:
+        strategy.train(experience)
+        memory = memory_of(replay)
+        assert memory.file_bytes == len(memory.to_bytes()) == replay.memory_bytes <= BUDGET
+        images = by_class(memory)
+        # One image more would not fit, with its length and padding.
+        largest = max(len(payload) for own in images.values() for payload in own)
+        if memory.num_images < 10 * len(images):
+            assert memory.file_bytes > BUDGET - largest - 24
+        assert max(memory.images_per_class) - min(memory.images_per_class) <= 1
+        for label, own in before.items():
+            assert images[label] == own[: len(images[label])]
+        before = images
+    assert memory.classes.tolist() == [0, 1, 2, 3, 4, 5]
+    assert isinstance(memory, RawMemory if make is RawReplay else JPEGMemory)
+    assert replay.loss_used == "balanced" == replay.report[-1]["loss_used"]
+
+
+@pytest.mark.parametrize(("make", "options"), KINDS)
+def test_the_seed_draws_and_a_class_that_comes_again_is_replaced(make: Any, options: Any) -> None:
+    def run(seed: int) -> RealMemory:
+        replay = make(1500, seed=seed, **options)
+        train(make_strategy([replay]), labelled_streams((0, 1), (1, 2)).train_stream)
+        return memory_of(replay)
+
+    first = run(0)
+    assert first.to_bytes() == run(0).to_bytes() != run(1).to_bytes()
+    assert first.classes.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("make", "options"), KINDS)
+def test_a_run_that_goes_on_from_its_state_ends_with_the_same_file(make: Any, options: Any) -> None:
+    stream = streams(num_experiences=4).train_stream
+
+    def run(restart: bool) -> bytes:
+        replay = make(BUDGET, **options)
+        for number, experience in enumerate(stream):
+            train(make_strategy([replay]), [experience], seed=number)
+            if restart:
+                file = io.BytesIO()
+                torch.save(replay.state_dict(), file)
+                file.seek(0)
+                replay = make(BUDGET, **options)
+                replay.load_state_dict(torch.load(file, weights_only=True))
+        return memory_of(replay).to_bytes()
+
+    assert run(restart=False) == run(restart=True)
+
+
+@pytest.mark.parametrize(("make", "options"), KINDS)
+def test_modes_and_online_streams_are_those_of_all_replay(make: Any, options: Any) -> None:
+    replay = make(BUDGET, mode="memory_only", **options)
+    train(make_strategy([replay]), streams("ci").train_stream)
+    assert memory_of(replay).num_classes == 4 and replay.loss_used == "plain"
+    replay = make(BUDGET, batch_size_mem=2, replay_weight=0.5, loss="asymmetric", **options)
+    train(
+        make_strategy([replay]), in_pieces(streams().train_stream, 5, access_task_boundaries=True)
+    )
+    assert replay.finish() and memory_of(replay).num_classes == 4
+    assert replay.loss_used == "asymmetric"
+
+
+def test_the_images_may_be_chosen_by_the_network() -> None:
+    models: list[nn.Module] = []
+
+    def darkest(images: LabelledImages, model: nn.Module) -> Tensor:
+        models.append(model)
+        return images.images.flatten(1).long().sum(1).argsort()
+
+    replay = RawReplay(1300, selection=darkest)
+    strategy = make_strategy([replay])
+    stream = labelled_streams((0,)).train_stream
+    strategy.train(stream[0])
+    assert models == [strategy.model]
+    kept, _ = memory_of(replay).decode(dtype=torch.uint8)
+    assert 0 < len(kept) < 10
+    brightness = [int(image.long().sum()) for image in kept]
+    every = sorted(int((x * 255).round().sum()) for x, *_ in stream[0].dataset)
+    assert brightness == every[: len(kept)]
+
+
+@pytest.mark.parametrize("selection", ["herding", "k-centre"])
+def test_the_images_may_be_chosen_by_name(selection: str) -> None:
+    replay = RawReplay(1500, selection=selection)
+    train(make_strategy([replay]), streams().train_stream[:1])
+    assert memory_of(replay).num_classes == 2
+
+
+def test_a_quality_is_chosen_on_the_first_experience_and_stays() -> None:
+    replay = JPEGReplay(BUDGET, training=TrainingConfig(width=4, num_passes=40), expected_classes=4)
+    train(make_strategy([replay]), streams().train_stream)
+    first, second = replay.report
+    assert first["quality"] == second["quality"] == memory_of(replay).summary()["quality"]
+    assert len(first["accuracies"]) > 1 and "accuracies" not in second
+
+
+def test_wrong_settings_are_refused_at_once() -> None:
+    for quality in (0, 101, 2.5):
+        with pytest.raises(ConfigError, match="quality must be None or a whole number"):
+            JPEGReplay(BUDGET, quality=quality)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="did you mean 'herding'"):
+        RawReplay(BUDGET, selection="herdin")
+    with pytest.raises(BudgetError):
+        RawReplay("much")
+    with pytest.raises(ConfigError, match="mode must be"):
+        RawReplay(BUDGET, mode="both")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'jpeg' holds real images: use RawReplay or JPEGReplay"):
+        HMNReplay(BUDGET, kind="jpeg")
+
+
+def test_a_budget_below_one_image_is_refused() -> None:
+    for make, options in KINDS:
+        with pytest.raises(BudgetError, match="does not hold one image"):
+            train(make_strategy([make(150, **options)]), streams().train_stream[:1])
+
+
+def test_a_memory_of_another_kind_is_not_extended() -> None:
+    for other in (JPEGReplay(BUDGET), HMNReplay(6000, **TINY)):
+        replay = RawReplay(BUDGET)
+        strategy = make_strategy([replay])
+        strategy.train(streams().train_stream[0])
+        other.memory = replay.memory
+        with pytest.raises(ConfigError, match=r"the plugin extends a .*; its memory is RawMemory"):
+            make_strategy([other]).train(streams().train_stream[1])

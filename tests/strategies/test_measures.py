@@ -1,0 +1,49 @@
+"""What is measured is what is there."""
+
+from __future__ import annotations
+
+import pytest
+
+import strategies
+from hmn_replay.errors import ConfigError
+from strategies.buffers import ReservoirBuffer
+from tests.strategies.support import IMAGE_BYTES, build, make_stream
+
+
+def test_a_buffer_that_holds_more_than_promised_is_found_out() -> None:
+    strategy = build("avalanche-replay")
+    buffer = ReservoirBuffer(30)
+    strategy.plugins[0].storage_policy = buffer
+    strategy.train(make_stream()[0])
+    assert strategies.memory_use(strategy).num_bytes == 30 * IMAGE_BYTES
+    assert strategies.memory_use(strategy).seconds == buffer.seconds > 0
+
+
+def test_a_file_is_measured_whole() -> None:
+    strategy = build("jpeg")
+    strategy.train(make_stream()[0])
+    replay = strategy.plugins[0]
+    use = strategies.memory_use(strategy)
+    assert use.num_bytes == len(replay.memory.to_bytes())
+    assert use.num_images == replay.memory.num_images
+    assert use.seconds == replay.report[0]["seconds"]
+
+
+@pytest.mark.parametrize("name", strategies.NAMES)
+def test_the_loss_is_named(name: str) -> None:
+    strategy = build(name)
+    stream = make_stream(num_per_class=4, num_experiences=2)
+    for step in [stream] if name == "joint" else stream:
+        strategy.train(step)
+    expected = {"derpp": "DER", "er_ace": "ER_ACE"}
+    expected |= dict.fromkeys(("hmn", "jpeg", "raw", "herding"), "balanced")
+    assert strategies.loss_used(strategy) == expected.get(name, "plain")
+
+
+def test_all_memories_of_this_package_are_replayed_with_the_loss_that_is_asked_for() -> None:
+    for name in ("hmn", "jpeg", "raw", "herding"):
+        strategy = build(name, loss="asymmetric")
+        strategy.train(make_stream(num_per_class=4, num_experiences=1)[0])
+        assert strategies.loss_used(strategy) == "asymmetric"
+        with pytest.raises(ConfigError, match="loss must be"):
+            build(name, loss="assymetric")
