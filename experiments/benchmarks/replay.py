@@ -27,7 +27,7 @@ import hmn_replay
 from experiments.benchmarks.common import now, parse_options, positive
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.base import Container
+from hmn_replay.memory import LearnedMemory
 from hmn_replay.runtime import make_generator, resolve_device
 
 SMOKE = {
@@ -123,9 +123,9 @@ class CondenseOnce(hmn_replay.HMNReplay):
 
     def update(
         self, images: LabelledImages, *, index: int, model: nn.Module | None
-    ) -> tuple[Container, dict[str, Any]]:
+    ) -> tuple[LearnedMemory, dict[str, Any]]:
         """Condense the first experience alone."""
-        if self.memory is not None:
+        if isinstance(self.memory, LearnedMemory):
             return self.memory, {}
         return super().update(images, index=index, model=model)
 

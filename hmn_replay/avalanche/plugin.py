@@ -751,13 +751,9 @@ class RealReplay(MemoryReplay):
             raise ConfigError("a selection by the network needs one: train the strategy first")
         else:
             order = self.selection(images, model)
-        if self.memory is None:
+        memory = _copied(self.memory, self.memory_type, torch.device("cpu"))
+        if memory is None:
             return self.begin(images, order)
-        memory = loads(self.memory.to_bytes())
-        if not isinstance(memory, RealMemory):
-            raise ConfigError(
-                f"{type(self).__name__} extends real images; its memory is {memory!r}"
-            )
         memory.budget_bytes = self.budget.num_bytes
         memory.extend(images, order=order)
         return memory, {}
