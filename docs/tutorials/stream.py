@@ -25,7 +25,7 @@ def learn_stream(*plugins):
         optimizer=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
         criterion=torch.nn.CrossEntropyLoss(),
         train_mb_size=64,
-        train_epochs=4,
+        train_epochs=10,
         plugins=list(plugins),
         evaluator=EvaluationPlugin(accuracy_metrics(stream=True)),
     )
