@@ -23,8 +23,8 @@ venv: $(STAMP)  ## Make .venv and install the package in it, with the tools of a
 
 demo: $(STAMP)  ## Learn the digits two by two, with memories of as many bytes: HMN, raw and JPEG
 	rm -f $(OUT)/results.json
-	$(BIN)/python experiments/split_cifar100.py --dataset digits --experiences 5 --budget 2KiB \
-	    --strategies hmn,raw,jpeg,naive,joint --model convnet --width 32 --epochs 10 --out $(OUT)
+	$(BIN)/python experiments/split_cifar100.py --data digits --experiences 5 --budget 2KiB \
+	    --strategies hmn,jpeg,raw,naive,joint --model convnet --width 32 --epochs 10 --out $(OUT)
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)

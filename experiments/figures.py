@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ COLOURS = {
     "gdumb": "tab:green",
     "derpp": "tab:purple",
     "er_ace": "tab:pink",
+    "avalanche-replay": "tab:olive",
     "naive": "tab:gray",
     "joint": "black",
 }
@@ -35,9 +37,8 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
     """Draw the accuracy over the classes seen so far, with a band of one deviation over seeds."""
     from matplotlib.figure import Figure
 
-    experiences = report["configuration"]["experiences"]
-    num_classes = report["configuration"]["num_classes"]
-    seen = [num_classes * (i + 1) // experiences for i in range(experiences)]
+    seen = list(accumulate(report["configuration"]["classes_per_experience"]))
+    experiences = len(seen)
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for name, runs in finished(report["results"]).items():
@@ -69,7 +70,7 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("classes seen")
     axes.set_ylabel("test accuracy over the classes seen (%)")
     axes.set_title(
-        f"{Path(report['configuration']['dataset']).name}, {experiences} experiences, memories of "
+        f"{Path(report['configuration']['data']).name}, {experiences} experiences, memories of "
         f"{report['configuration']['budget']:,} bytes"
     )
     axes.grid(alpha=0.3)
@@ -143,6 +144,7 @@ def draw_memories(report: dict[str, Any], folder: Path, path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the file's suffix: ``.png``, ``.pdf``, ``.svg``."""
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    figure.savefig(file, format=path.suffix[1:])
     write_atomically(path, file.getvalue())

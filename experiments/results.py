@@ -106,7 +106,9 @@ def deviation(values: Sequence[float]) -> float:
 
 def make_table(results: dict[str, dict[str, Any]]) -> str:
     """Return a Markdown table of the strategies, best first; accuracies in percent."""
-    title = "strategy, memory bytes, images, final accuracy %, average accuracy %, forgetting %"
+    title = (
+        "strategy, loss, memory bytes, images, final accuracy %, average accuracy %, forgetting %"
+    )
     rows = [f"{title}, seeds, training s, memory s".split(", ")]
     for name, runs in finished(results).items():
         accuracies = [100 * run["final_accuracy"] for run in runs]
@@ -114,6 +116,7 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
         rows.append(
             [
                 name,
+                runs[0]["loss_used"],
                 f"{mean_of(runs, 'memory_bytes'):,.0f}",
                 f"{mean_of(runs, 'memory_images'):,.0f}",
                 f"{statistics.fmean(accuracies):.1f} ± {deviation(accuracies):.1f}",

@@ -1,18 +1,21 @@
 """Split CIFAR-100: which memory forgets least at equal bytes?
 
     python experiments/split_cifar100.py --download
-    python experiments/split_cifar100.py --dataset cifar10 --experiences 5 --budget 48KiB --seed 0,1
-    python experiments/split_cifar100.py --dataset digits --experiences 5 --budget 2KiB
+    python experiments/split_cifar100.py --data cifar10 --experiences 5 --budget 48KiB --seed 0,1
+    python experiments/split_cifar100.py --data digits --experiences 5 --budget 2KiB
     python experiments/split_cifar100.py --smoke
 
 The classes of a data set come in experiences, a few new ones in each, and one network learns them
 one experience after the other (class-incremental: one head, no task label at test time). Every
 strategy gets the same network, epochs, augmentation, class order and budget of bytes for its
-memory, and is scored after each experience on the test images of all classes seen so far.
+memory, and is scored after each experience on the test images of all classes seen so far. The
+memories of this package are replayed under the same loss; results.json names it, and those of the
+other strategies, as loss_used.
 
-Written to OUT: results.json, after every finished run; accuracy.png and memory.png; and the memory
-file of each HMN run, memory-hmn-seed0.hmn. With --resume, runs that OUT/results.json holds already
-are kept. The exit code is 1 if a strategy failed; its error is in results.json.
+Written to OUT: results.json, after every finished run; accuracy.png and memory.png (or other
+--formats); and the memory file of each run that has one, memory-hmn-seed0.hmn. With --resume, runs
+that OUT/results.json holds already are kept. The exit code is 1 if a strategy failed; its error is
+in results.json.
 """
 
 from __future__ import annotations
@@ -31,13 +34,20 @@ import torch
 from torch import Tensor, nn
 
 import hmn_replay
-from experiments.arguments import make_parser, parse_numbers, parse_options
+from experiments.arguments import (
+    add_data,
+    make_parser,
+    parse_names,
+    parse_numbers,
+    parse_options,
+)
 from experiments.results import make_table, reset_peak_memory, resumed, summarise, versions
+from hmn_replay.avalanche.losses import LOSSES
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import make_config
 from hmn_replay.data.augment import draw_augmentation
 from hmn_replay.data.images import LabelledImages, channel_stats
-from hmn_replay.data.sources import TORCHVISION
+from hmn_replay.data.sources import TORCHVISION, Split
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError
 from hmn_replay.evaluation import score
 from hmn_replay.files import write_atomically
@@ -51,7 +61,7 @@ DIGITS_OPTIONS["pruning_augmentations"] = DIGITS_AUGMENTATIONS
 
 # What --smoke puts in the place of the defaults; options given on the command line still count.
 SMOKE: dict[str, Any] = {
-    "dataset": "digits",
+    "data": "digits",
     "experiences": 2,
     "budget": "4KiB",
     "width": 8,
@@ -64,20 +74,27 @@ SMOKE_OPTIONS |= dict.fromkeys(("real_batch", "decoded_batch", "network_width", 
 SMOKE_OPTIONS |= {"pruning_passes": 20, "pruning_width": 4}
 
 # These say where and what to run, not how: they may differ when a run is resumed.
-NOT_COMPARED = ("data_root", "download", "strategies", "seed", "smoke", "set", "resume", "out")
+NOT_COMPARED = {"data_root", "download", "strategies", "seed", "smoke", "set", "resume", "out"}
+NOT_COMPARED |= {"formats"}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--dataset", default="cifar100", help="cifar100, cifar10, digits, an .npz file, a folder")
-    add("--data-root", default="data", help="folder of torchvision's files (default: data)")
-    add("--download", action="store_true", help="fetch a torchvision data set if absent")
-    add("--size", type=int, help="side in pixels to resize a folder's images to")
+    add_data(parser, default="cifar100")
     add("--train-images", type=int, help="use at most so many training images of each class")
     add("--test-images", type=int, help="use at most so many test images of each class")
-    add("--experiences", type=int, default=10, help="the classes are split into so many, evenly")
-    add("--budget", default="300KiB", help="bytes of every memory: 307200, 300KiB, ...")
+    add(
+        "--experiences",
+        type=int,
+        default=10,
+        help="parts that the classes are split into, as evenly as can be",
+    )
+    add(
+        "--budget",
+        default="300KiB",
+        help="bytes of every memory: 307200, 300KiB, ... (default: 300KiB)",
+    )
     add("--strategies", default="all", help="some of strategies.NAMES, such as hmn,raw,jpeg")
     add("--model", choices=("slim_resnet18", "convnet", "resnet18"),
         help="default: slim_resnet18 for 3 x 32 x 32 images, else convnet")  # fmt: skip
@@ -90,16 +107,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=0.01, help="learning rate of SGD with momentum 0.9")
     add("--mode", choices=("replay", "memory_only"), default="replay",
         help="memory_only: later experiences train on the memory alone")  # fmt: skip
-    add("--loss", choices=("plain", "balanced", "asymmetric", "auto"), default="auto",
-        help="of HMN and JPEG replay: auto is balanced here; asymmetric is ER-ACE's")  # fmt: skip
+    add("--loss", choices=("auto", *LOSSES), default="auto",
+        help="of hmn, jpeg, raw, herding; auto is balanced, asymmetric ER-ACE's")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
-    add("--expected-classes", type=int, help="tell HMN how many classes will come in all")
+    add("--expected-classes", type=int, help="tell HMN and JPEG how many classes will come in all")
+    add("--kind", default="hmn", help="memory kind of the strategy hmn: hmn, pixels, idc, ...")
     add("--effort", default="quick", help="of HMN's condensation: quick, standard, paper")
-    add("--set", action="append", default=[], metavar="NAME=VALUE",
+    add("--set", action="append", default=[], metavar="FIELD=VALUE",
         help="any setting of hmn_replay.CondenseConfig, for HMN; several times")  # fmt: skip
-    add("--device", default="auto", help="cpu, cuda, ... (default: the best present)")
+    add("--device", default="auto", help="cpu, cuda, ... (default: CUDA where present, else cpu)")
     add("--smoke", action="store_true", help="everything tiny, to see in seconds that it works")
     add("--resume", action="store_true", help="keep the runs that OUT/results.json holds")
+    add("--formats", default="png", help="of the figures: some of png,pdf,svg")
     add("--out", type=Path, default=Path("split_cifar100"), help="folder to write to")
     if parser.parse_args(argv).smoke:
         parser.set_defaults(**SMOKE)
@@ -113,25 +132,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.budget = Budget.parse(args.budget).num_bytes
     args.device = str(resolve_device(args.device))
     seeds = parse_numbers("--seed", args.seed)
+    formats = parse_names("--formats", args.formats, ("png", "pdf", "svg"))
     args.options = dict[str, Any](SMOKE_OPTIONS if args.smoke else {})
-    if args.dataset in DIGITS:
+    if args.data in DIGITS:
         args.options |= DIGITS_OPTIONS
     args.options |= parse_options(args.set)
     make_config(args.effort, **args.options)
     training: dict[str, Any] = {"width": 4, "num_passes": 100} if args.smoke else {"width": 32}
-    if args.dataset in DIGITS:
+    if args.data in DIGITS:
         training |= {"augmentations": DIGITS_AUGMENTATIONS, "cutmix_probability": 0.0}
     args.jpeg_training = {"num_passes": 6000, **training}
 
     # ---------------------------------------------------------------------------------- the data
     train, test = load(args, "train"), load(args, "test")
     num_classes = train.num_classes
-    if num_classes % args.experiences:
-        fitting = [n for n in range(1, num_classes + 1) if num_classes % n == 0]
+    if not 1 <= args.experiences <= num_classes:
         raise ConfigError(
-            f"--experiences {args.experiences} does not divide the {num_classes} classes evenly; "
-            f"choose from {', '.join(map(str, fitting))}"
+            f"--experiences must be from 1 to the {num_classes} classes; got {args.experiences}"
         )
+    # As even as can be: the first experiences have a class more than the last.
+    each, rest = divmod(num_classes, args.experiences)
+    sizes = [each + (position < rest) for position in range(args.experiences)]
     # The network's outputs, and so the labels from here on, are positions in the sorted classes.
     if not test.classes.equal(train.classes):
         raise DataError("the test split must have the same classes as the training split")
@@ -143,7 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # ------------------------------------------------------------------------------- the results
     configuration = {name: v for name, v in vars(args).items() if name not in NOT_COMPARED}
-    configuration |= {"num_classes": num_classes, "num_train": len(train), "num_test": len(test)}
+    configuration |= {
+        "num_train": len(train),
+        "num_test": len(test),
+        "classes_per_experience": sizes,
+    }
     report: dict[str, Any] = {
         "configuration": configuration,
         "versions": versions("torch", "torchvision", "avalanche-lib"),
@@ -161,9 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"avalanche|deprecated|qpsolvers")
     import strategies  # Avalanche takes seconds to import: only once all else is known to be well
 
-    names = strategies.NAMES if args.strategies == "all" else args.strategies.split(",")
-    if unknown := [name for name in names if name not in strategies.NAMES]:
-        raise ConfigError(f"no strategy {unknown[0]!r}; choose from {', '.join(strategies.NAMES)}")
+    names = parse_names("--strategies", args.strategies, strategies.NAMES)
     for seed in seeds:
         order = torch.randperm(num_classes, generator=make_generator(seed, "classes")).tolist()
         report["seeds"] = sorted({*report["seeds"], seed})
@@ -174,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{name}, seed {seed}: kept", flush=True)
                 continue
             try:
-                runs[str(seed)] = run(name, seed, order, train, test, args)
+                runs[str(seed)] = run(name, seed, order, sizes, train, test, args)
             except Exception as error:  # one strategy's failure must not cost the others' results
                 traceback.print_exc()
                 runs[str(seed)] = {"error": f"{type(error).__name__}: {error}"}
@@ -183,8 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # ------------------------------------------------------------------------ figures and a table
     from experiments.figures import draw_accuracy, draw_memories
 
-    draw_accuracy(report, args.out / "accuracy.png")
-    draw_memories(report, args.out, args.out / "memory.png")
+    for suffix in formats:
+        draw_accuracy(report, args.out / f"accuracy.{suffix}")
+        draw_memories(report, args.out, args.out / f"memory.{suffix}")
     print("\n" + make_table(results))
     print(f"\nIn {args.out}: " + ", ".join(sorted(path.name for path in args.out.glob("[!.]*"))))
     failed = [name for name in names for seed in seeds if "error" in results[name][str(seed)]]
@@ -197,6 +221,7 @@ def run(
     name: str,
     seed: int,
     order: list[int],
+    sizes: list[int],
     train: LabelledImages,
     test: LabelledImages,
     args: argparse.Namespace,
@@ -212,19 +237,18 @@ def run(
     RNGManager.set_random_seeds(seed)  # Avalanche draws the order of the images from torch's state
     sets: dict[str, Any] = {"train_dataset": train, "test_dataset": test}
     benchmark = nc_benchmark(
-        **sets, n_experiences=args.experiences, task_labels=False, fixed_class_order=order
+        **sets,
+        n_experiences=len(sizes),
+        per_exp_classes=dict(enumerate(sizes)),
+        task_labels=False,
+        fixed_class_order=order,
     )
-    per_experience = len(order) // args.experiences
-    tests = [
-        test.take(torch.isin(test.labels, torch.tensor(order[start : start + per_experience])))
-        for start in range(0, len(order), per_experience)
-    ]
+    tests = [test.take(torch.isin(test.labels, own)) for own in torch.tensor(order).split(sizes)]
     model = build_model(args, train, seed=seed)
-    augment_training(model, ("crop",) if args.dataset in DIGITS else ("crop", "flip"), seed)
-    jpeg_training = hmn_replay.TrainingConfig(**args.jpeg_training)
+    augment_training(model, ("crop",) if args.data in DIGITS else ("crop", "flip"), seed)
     options: dict[str, dict[str, Any]] = {
-        "hmn": {"loss": args.loss, **args.options},
-        "jpeg": {"loss": args.loss, "training": jpeg_training},
+        "hmn": {"kind": args.kind, **args.options},
+        "jpeg": {"training": hmn_replay.TrainingConfig(**args.jpeg_training)},
     }
     strategy = strategies.build(
         name,
@@ -239,6 +263,7 @@ def run(
         seed=seed,
         device=args.device,
         mode=args.mode,
+        loss=args.loss,
         effort=args.effort,
         expected_classes=args.expected_classes,
         progress=sys.stderr.isatty(),
@@ -273,9 +298,10 @@ def run(
         save_samples(images, labels, args.out / f"memory-{name}-seed{seed}.png")
     for plugin in strategy.plugins:
         memory = getattr(plugin, "memory", None)
-        if isinstance(memory, hmn_replay.HierarchicalMemory):
+        if isinstance(memory, hmn_replay.Memory):
             memory.save(args.out / f"memory-{name}-seed{seed}.hmn")
     return {
+        "loss_used": strategies.loss_used(strategy),
         "memory_bytes": use.num_bytes,
         "memory_images": use.num_images,
         "accuracy_matrix": matrix,
@@ -286,17 +312,17 @@ def run(
     }
 
 
-def load(args: argparse.Namespace, split: hmn_replay.data.sources.Split) -> LabelledImages:
+def load(args: argparse.Namespace, split: Split) -> LabelledImages:
     """Load a split, of each class at most as many images as are wanted."""
     try:
         data = hmn_replay.load_dataset(
-            args.dataset, split, data_root=args.data_root, download=args.download, size=args.size
+            args.data, split, data_root=args.data_root, download=args.download, size=args.size
         )
     except DataError as error:
-        if args.dataset not in TORCHVISION:
+        if args.data not in TORCHVISION:
             raise
         raise DataError(
-            f"{error}. Or give its images as --dataset FILE.npz; --dataset digits needs no file"
+            f"{error}. Or give its images as --data FILE.npz; --data digits needs no file"
         ) from error
     limit = args.train_images if split == "train" else args.test_images
     if limit is None:

@@ -33,9 +33,8 @@ def report() -> dict[str, Any]:
     joint = run | {"accuracy_seen": [None, 0.8], "final_accuracy": 0.8}
     return {
         "configuration": {
-            "experiences": 2,
-            "num_classes": 10,
-            "dataset": "digits",
+            "classes_per_experience": [7, 3],
+            "data": "digits",
             "budget": 256,
         },
         "results": {
@@ -84,3 +83,14 @@ def test_memories_are_drawn_where_there_are_some(tmp_path: Path, report: dict[st
     save_samples(images, torch.arange(4), tmp_path / "memory-joint-seed0.png")
     draw_memories(report, tmp_path, tmp_path / "memory.png")
     assert size_of(tmp_path / "memory.png")[1] > one_row
+
+
+def test_the_suffix_chooses_the_format(tmp_path: Path, report: dict[str, Any]) -> None:
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    save_samples(images, torch.arange(4), tmp_path / "memory-raw-seed0.png")
+    for suffix, start in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
+        draw_accuracy(report, tmp_path / f"accuracy.{suffix}")
+        draw_memories(report, tmp_path, tmp_path / f"memory.{suffix}")
+        for name in ("accuracy", "memory"):
+            content = (tmp_path / f"{name}.{suffix}").read_bytes()
+            assert content.startswith(start) and len(content) > 1000

@@ -58,6 +58,7 @@ def test_unfinished_and_single_rows_have_no_forgetting() -> None:
 
 def run_of(final: float, *, forgetting: float | None = 0.25) -> dict[str, Any]:
     return {
+        "loss_used": "balanced",
         "memory_bytes": 2000,
         "memory_images": 30,
         "final_accuracy": final,
@@ -79,8 +80,19 @@ def test_table_ranks_by_mean_and_leaves_failures_out() -> None:
     lines = make_table(results).splitlines()
     assert [line.split()[1] for line in lines[2:]] == ["joint", "hmn", "raw"]
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
-    assert cells == ["hmn", "2,000", "30", "70.0 ± 14.1", "75.0", "25.0", "2", "12", "1,234"]
-    assert [cell.strip() for cell in lines[2].split("|")][6] == "-"
+    assert cells == [
+        "hmn",
+        "balanced",
+        "2,000",
+        "30",
+        "70.0 ± 14.1",
+        "75.0",
+        "25.0",
+        "2",
+        "12",
+        "1,234",
+    ]
+    assert [cell.strip() for cell in lines[2].split("|")][7] == "-"
     assert len({len(line) for line in lines}) == 1
 
 

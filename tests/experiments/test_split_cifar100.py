@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import hmn_replay
 from experiments import split_cifar100
 from experiments.split_cifar100 import augment_training, main
 from hmn_replay.errors import ConfigError, DataError
@@ -52,6 +53,7 @@ def fake_strategies(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         build=build,
         memory_use=memory_use,
         memory_images=memory_images,
+        loss_used=lambda strategy: "plain",
     )
     monkeypatch.setitem(sys.modules, "strategies", fake)
     return calls
@@ -110,15 +112,16 @@ def test_resume_runs_only_what_is_missing(tmp_path: Path, fake_strategies: dict[
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--experiences", "4"], ConfigError, "choose from 1, 2, 5, 10"),
-        (["--strategies", "naive,magic"], ConfigError, "no strategy 'magic'"),
+        (["--experiences", "11"], ConfigError, "from 1 to the 10 classes; got 11"),
+        (["--strategies", "naive,magic"], ConfigError, "--strategies has no 'magic'"),
+        (["--formats", "gif"], ConfigError, "--formats has no 'gif'"),
         (["--seed", "one"], ConfigError, "--seed"),
         (["--model", "slim_resnet18"], ConfigError, "--model convnet"),
         (["--set", "outer_stepz=1"], ConfigError, "outer_stepz"),
         (["--effort", "heroic"], ConfigError, "effort"),
         (["--train-images", "0"], ConfigError, "--train-images"),
-        (["--dataset", "cifar100", "--data-root", "nowhere"], DataError,
-         r"--download.*--data-root.*FILE.npz; --dataset digits"),
+        (["--data", "cifar100", "--data-root", "nowhere"], DataError,
+         r"--download.*--data-root.*FILE.npz; --data digits"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused_at_once(
@@ -138,9 +141,28 @@ def test_settings_reach_the_strategies(tmp_path: Path, fake_strategies: dict[str
     arguments += ["--batch-size-mem", "7", "--expected-classes", "10", "--out", str(tmp_path)]
     assert main(arguments) == 0
     ((_, settings),) = fake_strategies["built"]
-    expected = {"lr": 0.2, "mode": "memory_only", "batch_size_mem": 7, "expected_classes": 10}
+    expected = {
+        "lr": 0.2,
+        "mode": "memory_only",
+        "batch_size_mem": 7,
+        "expected_classes": 10,
+        "loss": "auto",
+    }
     assert settings.items() >= {**expected, "image_shape": (1, 8, 8), "num_classes": 10}.items()
     assert "outer_steps" not in settings
+
+
+def test_experiences_may_differ_by_a_class(tmp_path: Path, fake_strategies: dict[str, Any]) -> None:
+    arguments = ["--smoke", "--strategies", "naive", "--experiences", "4", "--out", str(tmp_path)]
+    assert main([*arguments, "--formats", "svg,pdf"]) == 0
+    report = results_in(tmp_path)
+    assert report["configuration"]["classes_per_experience"] == [3, 3, 2, 2]
+    matrix = report["results"]["naive"]["0"]["accuracy_matrix"]
+    assert [sum(value is not None for value in row) for row in matrix] == [1, 2, 3, 4]
+    assert {path.name for path in tmp_path.glob("*.*")} == {
+        "results.json", "accuracy.svg", "accuracy.pdf", "memory.svg", "memory.pdf",
+        "memory-naive-seed0.png",
+    }  # fmt: skip
 
 
 def test_augmentation_meets_every_training_batch_and_no_other() -> None:
@@ -179,7 +201,12 @@ def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
         assert 0 <= run["memory_bytes"] <= 4096, name
         assert 0 <= run["final_accuracy"] <= 1 and 0 <= run["average_accuracy"] <= 1
         assert run["train_seconds"] > 0 and run["memory_seconds"] >= 0
+        assert run["loss_used"] in ("balanced", "plain", "DER", "ER_ACE")
         assert run["peak_rss_bytes"] > 2**20 and math.isfinite(run["peak_rss_bytes"])
-    hmn = tmp_path / "memory-hmn-seed0.hmn"
-    assert hmn.stat().st_size == report["results"]["hmn"]["0"]["memory_bytes"]
+    # Every memory of this package is replayed under the same loss, and is in a file.
+    for name in ("hmn", "jpeg", "raw", "herding"):
+        run, path = report["results"][name]["0"], tmp_path / f"memory-{name}-seed0.hmn"
+        assert run["loss_used"] == "balanced"
+        assert path.stat().st_size == run["memory_bytes"]
+        assert hmn_replay.load(path).num_images == run["memory_images"]
     assert (tmp_path / "accuracy.png").exists() and (tmp_path / "memory.png").exists()
