@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
@@ -42,8 +42,7 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             ConfigError: The name is taken, or has other characters.
         """
-        words = name.replace("-", "_").replace(":", "_").replace(".", "_") if name else ""
-        if not words.isidentifier() or not words.isascii():
+        if not re.fullmatch(r"[A-Za-z][\w:.-]*", name, re.ASCII):
             raise ConfigError(
                 f"the name of a registered {self.what} has letters, digits, '-', '_', ':' and '.', "
                 f"and begins with a letter; got {name!r}"
@@ -106,12 +105,14 @@ def name_of(entry: object) -> str:
     """Return what reports and files call a thing that is given by name, or as a function.
 
     A name is returned as it is, and a function or class as its module and name, such as
-    ``"my_project.losses.match_means"``; of other callables, those of their class.
+    ``"my_project.losses.match_means"``. A partial or wrapper has the name of its function, and any
+    other callable that of its class.
     """
     if isinstance(entry, str):
         return entry
-    function = entry.func if isinstance(entry, functools.partial) else entry
-    named = function if hasattr(function, "__qualname__") else type(function)
+    while inner := getattr(entry, "__wrapped__", getattr(entry, "func", None)):
+        entry = inner
+    named = entry if hasattr(entry, "__qualname__") else type(entry)
     return f"{named.__module__}.{named.__qualname__}"
 
 

@@ -26,7 +26,7 @@ from hmn_replay.errors import ConfigError
 from hmn_replay.objectives.features import distribution_matching, last_block_matching
 from hmn_replay.objectives.gradients import cosine_matching, gradient_matching
 from hmn_replay.objectives.trajectories import trajectory_matching
-from hmn_replay.registry import Registry
+from hmn_replay.registry import Registry, name_of
 
 __all__ = [
     "OBJECTIVES",
@@ -66,6 +66,10 @@ class Objective:
     network_augments: bool = True
     network_cutmix: bool = True
 
+    def __post_init__(self) -> None:
+        # Reports and checkpoints name the objective by its function; see name_of.
+        object.__setattr__(self, "__wrapped__", self.loss)
+
     @property
     def fresh_network(self) -> bool:
         """Whether every step draws a new network: one that learns nothing serves once."""
@@ -91,9 +95,9 @@ class Objective:
                 scalar with a graph to ``decoded_images``.
         """
         if self.loss is None:
-            raise ConfigError("this objective compares whole trainings; it has no loss of batches")
+            raise ConfigError("this objective compares whole trainings, not batches")
         loss = self.loss(network, real_images, real_labels, decoded_images, decoded_labels)
-        name = getattr(self.loss, "__name__", repr(self.loss))
+        name = name_of(self.loss)
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
             raise ConfigError(f"an objective must return a scalar tensor; {name} returned {got}")

@@ -48,7 +48,7 @@ _WINOGRAD_WIDTH = 64
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Some images' states, last map ``(n, h, w, C)``, probabilities, and gradient to logits."""
+    """States of some images: layers', last map ``(n, h, w, C)``, probabilities, logit gradients."""
 
     patches: Patches
     maps: list[Maps]
@@ -162,12 +162,12 @@ class ConvNet:
 
     @torch.no_grad()
     def image_gradient(self, trace: Trace, directions: Sequence[Tensor]) -> Tensor:
-        """Return the gradient to the images of sum_W <v_W, g_W>, with v held still.
+        """Return the gradient to the images of sum_W <v_W, g_W>, for constant v.
 
         Args:
-            trace: Of the images.
-            directions: v, for the first of :attr:`weights`: for all convolutions, and maybe for the
-                head.
+            trace: The images' trace.
+            directions: v for the first of :attr:`weights`: for all convolutions, and optionally for
+                the head.
 
         Returns:
             ``(N, C, H, W)``, of the network's dtype.
@@ -225,14 +225,14 @@ class Maps:
     """State of a :class:`MapLayer`: maps ``(n, h, w, C)`` and statistics ``(n, 1, 1, C)``.
 
     Attributes:
-        input: Of the convolution, in the convolution's dtype.
-        lifted: The input as the convolution multiplies it, where ``rectified`` is.
+        input: The convolution's input, in the convolution's dtype.
+        lifted: The input as the convolution multiplies it, in scratch memory like ``rectified``.
         normalised: n.
         rate: r.
         rectified: ReLU's output, in scratch memory: until the layer sees other images.
         gradient: h, in the convolution's dtype.
         projection: m(n g).
-        tangent: D n, where ``rectified`` is.
+        tangent: D n, in scratch memory like ``rectified``.
         slope: m(n D y).
         correlation: m(h D y).
     """
@@ -270,12 +270,12 @@ class MapLayer:
         D h = s r (D g - m(D g) - n m(n D g)) - n r m(h D y) - D n s r m(n g) - h r m(n D y).
 
     Args:
-        name: Of its memory; no other layer's.
-        weight: Of the convolution, ``(O, I, 3, 3)``.
-        norm: With scale and shift.
-        convolution: Which computes.
-        scratch: What the layer works in. Maps that it returns are in scratch memory: valid until
-            the next pass of any layer but the one that they are given to.
+        name: Name of its memory, which no other layer has.
+        weight: Weight of the convolution, ``(O, I, 3, 3)``.
+        norm: Normalisation, with scale and shift.
+        convolution: Computes the products.
+        scratch: Memory that the layer works in. Maps that it returns are in it: valid until the
+            next pass of any layer but the one that they are given to.
     """
 
     def __init__(
@@ -412,17 +412,17 @@ class Patches:
 
     Attributes:
         shape: ``(h, w)``.
-        values: ``(n, P, h w)``: of patches, relative to their means; the last is 1. In the layer's
-            dtype, and so is ``to_output``.
+        values: ``(n, P, h w)``: values of patches, relative to their means; the last is 1. They
+            have the layer's dtype, as ``to_output`` has.
         gram: ``(n, P, P)``: means of products of values.
         rate: r, ``(n, 1, K)``.
-        normalised: Of n.
-        rectified: As in :class:`Maps`.
+        normalised: Coefficients of n.
+        rectified: ReLU's output, in scratch memory: until the layer sees other images.
         to_output: The gradient to the block's output.
-        removed: Of m(g) + n m(n g).
+        removed: Coefficients of m(g) + n m(n g).
         moments: Means of values times h.
         projection: m(n g), ``(n, 1, K)``.
-        tangent: Of D n.
+        tangent: Coefficients of D n.
         correlation: m(h D y), ``(n, 1, K)``.
     """
 
@@ -455,11 +455,11 @@ class PatchLayer:
     moments V g / (h w). So the passes write maps out only to rectify them.
 
     Args:
-        weight: Of the convolution, ``(K, C, 3, 3)``.
-        norm: With scale and shift.
-        dtype: Of maps, and of their products with patch values. Coefficients, and what is computed
-            from them alone, have the dtype of the weight.
-        scratch: As in :class:`MapLayer`.
+        weight: Weight of the convolution, ``(K, C, 3, 3)``.
+        norm: Normalisation, with scale and shift.
+        dtype: Dtype of maps, and of their products with patch values. Coefficients, and what is
+            computed from them alone, have the dtype of the weight.
+        scratch: Memory that the layer works in; see :class:`MapLayer`.
     """
 
     def __init__(
@@ -485,7 +485,7 @@ class PatchLayer:
 
         Args:
             images: ``(n, C, h, w)``.
-            memory: For the state.
+            memory: Memory of the state.
         """
         n, c, h, w = images.shape
         exact = self._scratch("patches", (n, 9 * c + 1, h * w))
@@ -525,8 +525,9 @@ class PatchLayer:
         """Return D of the gradient to the images, ``(n, C, h, w)``, in memory of its own."""
         own, scale = state.values[:, :-1], self._norm.weight
         scaled, scaled_tangent = scale * state.normalised, scale * state.tangent
-        # What D h gives by the weight, and h by the direction. The latter loses to D r what makes
-        # it r D n; the rest of D h, which has no ReLU in it, is a form of the patch values.
+        # The products of D h with the weight and of h with the direction. In the latter, D r
+        # turns the direction into r D n; the rest of D h does not pass ReLU, and is a bilinear
+        # form of the patch values.
         g = unpool(to_output, state.rectified, self._scratch)
         _, removed, _ = self._project(state, g)
         to_patches = self._scratch("to patches", own.shape, self._dtype)

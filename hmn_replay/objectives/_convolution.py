@@ -1,9 +1,9 @@
 """A 3 x 3 convolution of maps with its two derivatives, and the memory that they work in.
 
-Maps are ``(n, h, w, C)``. A convolution and its derivatives are three products of two out of three:
-a layer's input, its kernel, and the gradient to its output. What one of them needs done before it
-is multiplied, here a cast, is done once and is called lifting. A fast convolution lifts to a space
-of its own: :class:`Winograd`.
+Maps are ``(n, h, w, C)``. A convolution and its derivatives are three products, each of two out
+of three tensors: a layer's input, its kernel, and the gradient to its output. What a tensor needs
+before it is multiplied is done once, and is called lifting: a cast in :class:`Direct`, a transform
+in :class:`Winograd`.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class Scratch:
 
         Args:
             name: Tensors of two names, or of two dtypes, share nothing.
-            shape: Of the tensor, which is contiguous.
-            dtype: Of the tensor. Default: that of ``like``.
+            shape: Shape of the tensor, which is contiguous.
+            dtype: Dtype of the tensor. Default: that of ``like``.
         """
         dtype = dtype or self.like.dtype
         if self.like.device.type != "cpu":
@@ -153,7 +153,7 @@ class Scratch:
 
 
 class Memory(Scratch):
-    """Memory that is given once: it stays valid, whatever the name."""
+    """Memory that is never reused: tensors stay valid, whatever their name."""
 
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Return a tensor of any values that shares memory with no other."""
@@ -167,11 +167,11 @@ def _aligned(slab: Tensor) -> Tensor:
 class Convolution(Protocol):
     """A 3 x 3 convolution with padding 1, and its derivatives.
 
-    Maps that it returns are in scratch memory: valid until it is called again. A ``name`` is of the
-    memory that a lifted map may take; it may share the map's own instead.
+    The maps that it returns are in scratch memory: valid until it is called again. A ``name`` is
+    that of the scratch memory of a lifted map, which may share the map's own memory instead.
 
     Attributes:
-        dtype: In which maps can be kept without loss, where they are to be lifted.
+        dtype: The dtype that maps are multiplied in: they can be kept in it without further loss.
     """
 
     dtype: torch.dtype
@@ -213,8 +213,8 @@ class Direct:
     """A convolution as torch computes it.
 
     Args:
-        dtype: In which it multiplies.
-        scratch: Where its results are; they have the dtype of its ``like``.
+        dtype: Dtype of its products.
+        scratch: Memory of its results, which have the dtype of its ``like``.
     """
 
     def __init__(self, dtype: torch.dtype, scratch: Scratch) -> None:
@@ -265,7 +265,7 @@ class Direct:
         return total
 
     def _widen(self, x: Tensor, name: str) -> Tensor:
-        # Sums of two dtypes would do the same, in memory that is new each time.
+        # A sum of two dtypes would do the same, in new memory each time.
         scratch = self._scratch
         return x if x.dtype == scratch.like.dtype else scratch(name, x.shape).copy_(x)
 
@@ -303,10 +303,10 @@ class Winograd:
     integers; both round more than direct convolution.
 
     It pays from about 64 channels on, where products outweigh transforms. Sizes that are no
-    multiple of 4 are filled up with zeros.
+    multiple of 4 are padded with zeros.
 
     Args:
-        scratch: Where it works, and where its results are, in the dtype of its ``like``: float32 or
+        scratch: Memory of its work and of its results, in the dtype of its ``like``: float32 or
             float64.
     """
 

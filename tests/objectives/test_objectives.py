@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from hmn_replay.objectives import (
     gradient_matching,
     last_block_matching,
 )
-from hmn_replay.training.networks import Network, build_network
+from hmn_replay.registry import name_of
+from hmn_replay.training.networks import Network, StagedNetwork, build_network
 from tests.support import tiny
 
 Batches = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -306,9 +308,15 @@ def test_the_loss_is_one_of_the_image_and_what_decoded_it(objective: ObjectiveFu
 
 
 @objectives
-@pytest.mark.parametrize("name", ["convnet", "resnet18"])
-def test_weights_cast_without_a_graph_do_no_harm(objective: ObjectiveFunction, name: str) -> None:
-    network = build_network(name, (3, 8, 8), 3, width=4)
+@pytest.mark.parametrize("is_convnet", [True, False])
+def test_weights_cast_without_a_graph_do_no_harm(
+    objective: ObjectiveFunction, is_convnet: bool
+) -> None:
+    network = some_network().float()
+    if not is_convnet:
+        body = network.body
+        assert isinstance(body, StagedNetwork)
+        body.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     real, real_labels, decoded, labels = some_batches()
     batches = (real.float(), real_labels, decoded.float(), labels)
     with torch.autocast("cpu", torch.bfloat16):
@@ -366,6 +374,23 @@ def test_bfloat16_is_near_float32(objective: ObjectiveFunction) -> None:
     assert rough.dtype == torch.float32
     assert float(near) == pytest.approx(float(loss), rel=0.2)
     assert float(F.cosine_similarity(rough.flatten(), gradient.flatten(), dim=0)) > 0.9
+
+
+@objectives
+def test_threads_with_a_network_each_do_not_disturb_each_other(
+    objective: ObjectiveFunction,
+) -> None:
+    networks = [some_network(seed=seed) for seed in range(4)] * 4
+    expected = [differentiate(objective, network, *some_batches()) for network in networks[:4]]
+
+    def run(network: Network) -> tuple[Tensor, Tensor]:
+        return differentiate(objective, copy.deepcopy(network), *some_batches())
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, networks))
+    for (loss, gradient), (own_loss, own_gradient) in zip(found, expected * 4, strict=True):
+        assert loss.equal(own_loss)
+        assert gradient.equal(own_gradient)
 
 
 def test_cosine_matching_reads_directions_alone() -> None:
@@ -428,6 +453,7 @@ def test_another_name_is_refused_with_those_that_there_are() -> None:
 def test_a_function_is_an_objective_with_the_defaults() -> None:
     assert get_objective(distribution_matching) == get_objective("distribution")
     plain = Objective(distribution_matching, augments=False)
+    assert name_of(plain) == "hmn_replay.objectives.features.distribution_matching"
     assert get_objective(plain) is plain
     network, batches = some_network(), some_batches()
     assert plain(network, *batches).equal(distribution_matching(network, *batches))
