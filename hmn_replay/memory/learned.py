@@ -1,8 +1,8 @@
 """Memories whose images are learned: one declaration of what is stored, and all that follows.
 
-A memory kind declares a table of :class:`StoredTensor`. Parameters, bytes, growth, dropping, scales,
-bits, learning rates, saving and loading follow from it, so that a further tier is one more row and
-what reads it.
+A memory kind declares a table of :class:`StoredTensor`. Parameters, bytes, growth, dropping,
+scales, bits, learning rates, saving and loading follow from it, so that a further tier is one more
+row and what reads it.
 """
 
 from __future__ import annotations
@@ -211,8 +211,8 @@ class LearnedMemory(Memory, nn.Module):
     The parameters are latent float32 values; :meth:`forward` and :meth:`decode` see them rounded to
     the layout's number format, so that what is decoded now is what the saved file will give back.
 
-    A subclass declares :attr:`Layout`, :meth:`table`, :meth:`choose_layout` and :meth:`forward`, and
-    is registered by :func:`~hmn_replay.memory.base.register_memory`.
+    A subclass declares :attr:`Layout`, :meth:`table`, :meth:`choose_layout` and :meth:`forward`,
+    and is registered by :func:`~hmn_replay.memory.base.register_memory`.
 
     Args:
         layout: Shapes and number format.
@@ -444,10 +444,12 @@ class LearnedMemory(Memory, nn.Module):
         Raises:
             BudgetError: Not even one group of images a class fits; the message gives the smallest
                 budget that this layout can do with.
-            ConfigError: There are not 1 to 1000 classes.
+            ConfigError: There are not 1 to 1000 classes, or the layout is not one of this kind.
         """
+        cls.check_layout(layout)
         limit = Budget.parse(budget).num_bytes
-        num_classes = check_num_classes(classes if isinstance(classes, int) else len(classes))
+        classes = list(classes) if isinstance(classes, Sequence) else check_num_classes(classes)
+        num_classes = check_num_classes(len(classes) if isinstance(classes, list) else classes)
         size = layout.group_size
 
         def takes(num_groups: int, budget_bytes: int = limit) -> int:
@@ -573,7 +575,9 @@ class LearnedMemory(Memory, nn.Module):
         latent = self.get_parameter(tensor.name)
         if tensor.is_bias:
             return round_bias(latent, self.layout.format).to(self.layout.format.bias_dtype)
-        return self.layout.format.quantise(latent, self._scale(tensor, self._row_classes(tensor)))
+        scale = self._scale(tensor, self._row_classes(tensor))
+        stored: Tensor = self.layout.format.quantise(latent, scale)
+        return stored
 
     def _values(self) -> list[StoredTensor]:
         """Return the tensors that are stored in the number format, in the order of the table."""
