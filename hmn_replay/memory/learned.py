@@ -152,7 +152,7 @@ class MemoryLayout:
             is_tuple = str(field.type).startswith("tuple")
             numbers = list(value) if is_tuple and isinstance(value, Sequence) else [value]
             whole = [number for number in map(as_int, numbers) if number is not None]
-            if len(whole) < len(numbers):
+            if len(whole) < len(numbers) or is_tuple != isinstance(value, Sequence):
                 what = "a sequence of integers" if is_tuple else "an integer"
                 raise ConfigError(f"{field.name} is {what}; got {value!r}")
             object.__setattr__(self, field.name, tuple(whole) if is_tuple else whole[0])
