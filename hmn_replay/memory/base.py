@@ -573,6 +573,8 @@ def check_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]
 
 
 def _decompress(names: Tensor, num_classes: int) -> list[str]:
+    if names.dtype != torch.uint8 or names.ndim != 1:
+        raise MemoryFileError(f"tensor 'names' is {names.dtype} {tuple(names.shape)}")
     inflate = zlib.decompressobj()
     try:
         data = inflate.decompress(names.numpy().tobytes(), _MAX_NAMES_BYTES)

@@ -579,6 +579,14 @@ class LearnedMemory(Memory, nn.Module):
         stored: Tensor = self.layout.format.quantise(latent, scale)
         return stored
 
+    def _rounded(self, tensor: StoredTensor) -> Tensor:
+        """Return the values that a tensor will be loaded with, in its shape."""
+        latent = self.get_parameter(tensor.name)
+        if tensor.is_bias:
+            return round_bias(latent, self.layout.format)
+        scale = self._scale(tensor, self._row_classes(tensor))
+        return round_to_format(latent, self.layout.format, scale)
+
     def _values(self) -> list[StoredTensor]:
         """Return the tensors that are stored in the number format, in the order of the table."""
         return [tensor for tensor in self.tensors.values() if not tensor.is_bias]
@@ -856,9 +864,9 @@ class LearnedMemory(Memory, nn.Module):
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
         """Return what the file stores: all values one after another, in the order of the table."""
-        latents = {name: self.get_parameter(name) for name in self.tensors}
-        for name, latent in latents.items():
-            if not _is_tame(latent):
+        for name, tensor in self.tensors.items():
+            # What is loaded is the rounded value; it is to be as good as the latent one.
+            if not (_is_tame(self.get_parameter(name)) and _is_tame(self._rounded(tensor))):
                 raise TrainingError(
                     f"the memory's {name} has values that are not finite or beyond "
                     f"{_MAX_MAGNITUDE:,.0f}: its training diverged; lower the learning rate"
@@ -918,6 +926,8 @@ class LearnedMemory(Memory, nn.Module):
         for tensor, latent, own in zip(values, latents, found, strict=True):
             scale = memory._scale(tensor, memory._row_classes(tensor))
             latent.copy_(layout.format.dequantise(own, scale))
+            if not _is_tame(latent):
+                raise MemoryFileError(f"its {tensor.name} has values that are far too large")
         biases = [memory.get_parameter(t.name) for t in memory.tensors.values() if t.is_bias]
         for latent, own in zip(biases, _split(tensors.get("biases"), biases), strict=True):
             latent.copy_(own.float())

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError, TrainingError
+from hmn_replay.errors import BudgetError, ConfigError, TrainingError
 from hmn_replay.memory import (
     NUMBER_FORMATS,
     HaBaLayout,
@@ -986,15 +986,3 @@ def test_the_largest_values_that_are_saved_still_decode_to_images(
         images, _ = loads(data).decode()
         assert 0 <= float(images.min()) <= float(images.max()) <= 1
     assert refused > 0 or kind in ("pixels", "idc")
-
-
-@pytest.mark.parametrize("kind", [k for k in LEARNED if learned_type(k).codes_entropy])
-def test_a_code_too_short_for_its_images_is_refused_before_there_is_room(kind: str) -> None:
-    memory = made(kind, "entropy", groups=(40, 2))
-    data = memory.to_bytes()
-    assert isinstance(loads(data), LearnedMemory)
-    stored = memory.stored()
-    stored["code"] = stored["code"][:4]
-    memory.stored = lambda: stored  # type: ignore[method-assign]
-    with pytest.raises(MemoryFileError, match="its code of 4 bytes is too short for 42 images"):
-        loads(memory.to_bytes())
