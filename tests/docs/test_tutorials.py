@@ -31,5 +31,12 @@ def test_tutorial(
     assert float(re.findall(r"HMN: .*?([\d.]+)%", printed)[0]) > 40
 
 
+@pytest.mark.parametrize("name", ["condensation", "stream"])
+def test_page_has_every_part_of_its_script(name: str) -> None:
+    parts = re.findall(r"\[start:(\w+)\]", (TUTORIALS / f"{name}.py").read_text())
+    page = (TUTORIALS / f"{name}.md").read_text()
+    assert re.findall(r'^--8<-- "tutorials/\w+\.py:(\w+)"$', page, re.MULTILINE) == parts
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"[^\W\d]+", text)
