@@ -44,7 +44,7 @@ from experiments.tables.store import Store
 from hmn_replay.baselines.fill import pack_jpeg_images
 from hmn_replay.baselines.jpeg import SUBSAMPLINGS, decode_jpeg_scans, encode_jpeg_scans
 from hmn_replay.condensation.config import make_config
-from hmn_replay.condensation.fidelity import mean_psnr
+from hmn_replay.condensation.loop import mean_psnr
 from hmn_replay.condensation.steps import RealImages, warm_start_targets
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.sources import load_dataset

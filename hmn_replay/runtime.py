@@ -25,7 +25,9 @@ __all__ = [
     "make_generator",
     "peak_memory_bytes",
     "resolve_device",
+    "resolve_precision",
     "seeded",
+    "without_autocast",
 ]
 
 PRECISIONS = ("float32", "bfloat16", "auto")
@@ -67,16 +69,36 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return ``"float32"`` or ``"bfloat16"``: what a precision means on a device.
+
+    Args:
+        precision: ``"float32"``; ``"bfloat16"``; or ``"auto"``, bfloat16 where the processor
+            multiplies it natively (on a CPU, as far as torch 2.9 or newer tells).
+        device: Where networks and decoders compute.
+    """
+    if precision == "auto":
+        return "bfloat16" if _has_native_bfloat16(device.type) else "float32"
+    return precision
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which networks and decoders compute.
 
     Args:
         device: The device of the tensors.
-        precision: ``"float32"``; ``"bfloat16"``; or ``"auto"``, bfloat16 where the processor
-            multiplies it natively (on a CPU, as far as torch 2.9 or newer tells).
+        precision: As in :func:`resolve_precision`.
     """
-    enabled = precision == "bfloat16" or (precision == "auto" and _has_native_bfloat16(device.type))
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    enabled = resolve_precision(precision, device) == "bfloat16"
+    # Inside another autocast, torch would keep the weights that it cast while they are trained on.
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Let no ``torch.autocast`` of the caller apply inside the block, on a device or the CPU."""
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from hmn_replay.condensation.condense import condense
 from hmn_replay.data.images import LabelledImages
+from hmn_replay.distributed import GradientPart, Team
 from hmn_replay.memory import (
     MEMORIES,
     NUMBER_FORMATS,
@@ -258,6 +260,47 @@ def _interpolated_by_hand(image: Tensor, size: int) -> Tensor:
         high = min(low + 1, given - 1)
         values.append((1 - place + low) * image[..., low] + (place - low) * image[..., high])
     return torch.stack(values, dim=-1)
+
+
+class Observer(Team):
+    """A single process that calls a function before each message that several would exchange.
+
+    Args:
+        **on: By the name of a method, a function of the number of the call, from 1, and its
+            arguments: to count steps, to interrupt one, or to look at gradients.
+    """
+
+    def __init__(self, **on: Callable[..., None]) -> None:
+        self.on, self.calls = on, Counter[str]()
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        self.calls[name] += 1
+        if name in self.on:
+            self.on[name](self.calls[name], *arguments)
+
+    def sum_gradients(self, parts: Iterable[GradientPart]) -> None:
+        self._call("sum_gradients", parts)
+
+    def add_up(self, values: Tensor) -> None:
+        self._call("add_up", values)
+
+    def sum(self, *values: float) -> list[float]:
+        self._call("sum", *values)
+        return super().sum(*values)
+
+    def agree(self, decide: Callable[[], Any]) -> Any:
+        self._call("agree")
+        return super().agree(decide)
+
+
+def at_call(number: int, action: Callable[[], object]) -> Callable[..., None]:
+    """Return what does something at the call of a number, for :class:`Observer`."""
+
+    def called(count: int, *_: object) -> None:
+        if count == number:
+            action()
+
+    return called
 
 
 def values_of(module: nn.Module) -> list[Tensor]:

@@ -114,20 +114,21 @@ def make_work(args: argparse.Namespace) -> dict[str, Callable[[Team], object]]:
     shape = (3, args.side, args.side)
     memory = random_memory(args.budget, shape, args.classes, config.number_format).to(device)
     real = steps.RealImages.of(noise(shape, args.classes, args.real_images))
-    network, learner = steps.fresh_network(memory, real, config, 0)
     optimizer = steps.make_optimizer(memory, (0.5, 0.99))
+    alone = steps.StepContext(memory, real, config, optimizer)
+    network, learner = steps.fresh_network(alone, 0)
 
     def match(team: Team) -> None:
-        generator = make_generator(0, "match")
-        steps.match_step(memory, optimizer, network, real, config, generator, 0, team)
+        context = steps.StepContext(memory, real, config, optimizer, team=team)
+        steps.match_step(context, network, make_generator(0, "match"))
 
     def move(_: Team) -> None:
         optimizer.step()
         memory.update_scales()
 
     def train(team: Team) -> None:
-        generator = make_generator(0, "train")
-        steps.train_step(network, learner, real, config, generator, memory, team)
+        context = steps.StepContext(memory, real, config, optimizer, team=team)
+        steps.train_step(context, network, learner, make_generator(0, "train"))
 
     return {"match": match, "move": move, "train": train}
 

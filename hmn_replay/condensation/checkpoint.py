@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 _KEY, _DIGEST_KEY = "hmn_replay_checkpoint", "digest"
+# Longer texts, such as those of layouts, are named in messages but not shown.
+_SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,16 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    path: str | Path, fingerprint: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    path: str | Path,
+    identity: Mapping[str, str],
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Write a checkpoint, all at once or not at all, from the tensors' own memory.
 
     Args:
         path: The file.
-        fingerprint: What tells this run from every other one.
+        identity: What tells this run from every other one: texts by name.
         state: JSON values.
         tensors: Name to tensor, on any device.
 
@@ -61,7 +66,7 @@ def write_checkpoint(
         OSError: The file cannot be written.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({"fingerprint": fingerprint, "state": state})
+    text = json.dumps({"identity": dict(identity), "state": state})
     metadata = {_KEY: text, _DIGEST_KEY: digest_tensors(text, stored)}
     try:
         write_atomically(path, partial(safetensors.torch.save_file, stored, metadata=metadata))
@@ -69,12 +74,16 @@ def write_checkpoint(
         raise OSError(f"cannot write the checkpoint {str(path)!r} ({error})") from error
 
 
-def read_checkpoint(path: str | Path, fingerprint: str) -> Checkpoint | None:
+def read_checkpoint(path: str | Path, identity: Mapping[str, str]) -> Checkpoint | None:
     """Read a checkpoint; None where there is none.
 
+    Args:
+        path: The file.
+        identity: That of the run that goes on, by the same names.
+
     Raises:
-        CheckpointError: The file is no checkpoint, is damaged, or belongs to a run with other data
-            or settings.
+        CheckpointError: The file is no checkpoint, is damaged, or belongs to another run; the
+            message says which names have other values.
     """
     path = Path(path)
     if not path.exists():
@@ -85,16 +94,17 @@ def read_checkpoint(path: str | Path, fingerprint: str) -> Checkpoint | None:
             metadata = file.metadata() or {}
             text, digest = metadata[_KEY], metadata[_DIGEST_KEY]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        content = json.loads(text)
+        found, state = dict(content["identity"]), content["state"]
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"cannot read the checkpoint ({error}); {advice}") from error
     if digest_tensors(text, tensors) != digest:
         raise CheckpointError(f"the checkpoint was altered or damaged; {advice}")
-    content = json.loads(text)
-    if content["fingerprint"] != fingerprint:
+    if differing := _differences(found, identity):
         raise CheckpointError(
-            "the checkpoint belongs to a run with other data, budget, seed or settings; " + advice
+            f"the checkpoint belongs to another run, with {', '.join(differing)}; {advice}"
         )
-    return Checkpoint(content["state"], tensors)
+    return Checkpoint(state, tensors)
 
 
 def flatten_state(prefix: str, owner: nn.Module | torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -119,3 +129,14 @@ def load_state(owner: nn.Module | torch.optim.Optimizer, tensors: Mapping[str, T
         index, name = key.split("/")
         state.setdefault(int(index), {})[name] = value
     owner.load_state_dict({**owner.state_dict(), "state": state})
+
+
+def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """Return, for each name whose texts differ, what was found in place of what was wanted."""
+    differing = []
+    for name in sorted({*found, *wanted}):
+        was, now = found.get(name, "none"), wanted.get(name, "none")
+        if was != now:
+            long = max(len(was), len(now)) > _SHOWN_CHARACTERS or name in ("data", "memory")
+            differing.append(f"other {name}" if long else f"{name} {was} in place of {now}")
+    return differing

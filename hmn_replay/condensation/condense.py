@@ -7,24 +7,35 @@ the over-budget to the budget.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hmn_replay.budget import Budget
-from hmn_replay.condensation.config import make_config
+from hmn_replay.condensation.config import CondenseConfig, make_config
 from hmn_replay.condensation.loop import Condensation
 from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.distributed import Team, join
-from hmn_replay.errors import ConfigError
+from hmn_replay.errors import ConfigError, HMNReplayWarning
 from hmn_replay.memory.base import MEMORIES, check_num_classes
+from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
 from hmn_replay.objectives._convolution import release_memory
-from hmn_replay.runtime import deterministic_cudnn, resolve_device
+from hmn_replay.runtime import (
+    derive_seed,
+    deterministic_cudnn,
+    resolve_device,
+    resolve_precision,
+    without_autocast,
+)
 
 __all__ = ["condense"]
+
+# Of the images that a budget is planned for, the share that makes no warning.
+_USED_SHARE = 0.9
 
 
 @torch.inference_mode(False)
@@ -32,6 +43,7 @@ def condense(
     source: ImageSource,
     budget: Budget | int | str,
     *,
+    config: CondenseConfig | None = None,
     effort: str = "quick",
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -46,20 +58,25 @@ def condense(
 ) -> LearnedMemory:
     """Condense a labelled image set into a memory (Zheng et al. 2024, Algorithm 1).
 
+    What is made depends on the arguments alone: not on the caller's ``torch.autocast``, default
+    dtype, grad mode or cuDNN flags, and not on torch's random state.
+
     Args:
         source: A map-style data set of ``(image, label)``, a pair of arrays or tensors, or
-            :class:`LabelledImages`; see :func:`hmn_replay.data.images.as_labelled_images`.
+            :class:`LabelledImages`; see :func:`hmn_replay.as_labelled_images`.
         budget: Bytes that the saved file may take, header and all: a number, a text such as
-            ``"120 KiB"``, or a :class:`Budget`.
+            ``"120 KiB"``, or a :class:`Budget`. A memory has no more images of a class than there
+            are real ones: where the budget is for more, a :class:`HMNReplayWarning` says so.
+        config: The settings, in place of ``effort`` and ``options``. Default: those of ``effort``.
         effort: ``"quick"``, ``"standard"`` or ``"paper"``: a set of
-            :class:`~hmn_replay.condensation.config.CondenseConfig` fields.
+            :class:`~hmn_replay.CondenseConfig` fields.
         seed: The same seed gives the same memory, bit for bit, on the same machine with the same
-            number of threads. The caller's random state is not touched.
-        device: Where to compute; ``"auto"`` is the best device present.
+            number of threads.
+        device: Where to compute; ``"auto"`` is CUDA where it is present, else the CPU.
         kind: The memory kind: ``"hmn"``, or one that it is compared with: ``"pixels"``, ``"idc"``,
             ``"haba"`` or ``"linba"``. Not read with ``memory``, which has one.
-        layout: The shapes of the memory's tensors, and the number format. Default: what the
-            kind chooses for the budget, by ``choose_layout``.
+        layout: The shapes of the memory's tensors, and the number format. Default: what the kind
+            chooses for the budget, by ``choose_layout``.
         memory: A memory to add to. Its classes stay and make room: each gives up images by
             double-ended pruning until all classes, old and new, share the budget alike; no image
             that stays changes by one bit. What all images are decoded with stays too, and only the
@@ -67,39 +84,39 @@ def condense(
             already is renewed: condensed again, from its new images and its old ones. The given
             memory is not changed. Default: None, a new memory.
         expected_classes: How many classes are to come in all, where more are to be added later: the
-            layout is chosen for so many. Default: those of ``source``. With ``memory`` or
-            ``layout``, which have one, it is not read.
+            layout is chosen for so many. Default: those of ``source``. Not read with ``memory`` or
+            ``layout``, which have one.
         checkpoint: A file to go on from where it exists, and that is written every minute; None
             for none. It stays there in the end, and so does ``NAME.experts`` beside it, a folder
             that ``objective="mtt"`` makes where no other is named.
         progress: Whether to show bars on standard error.
         team: The processes that share the work, from :func:`hmn_replay.distributed.join`, which
-            tells how long to wait for one; all call this alike, with the same arguments, and leave
+            says how long to wait for one; all call this alike, with the same arguments, and leave
             the team when it ends. Process 0 alone reads and writes the checkpoint. Default: all
-            that ``torch.distributed`` was initialised for, or this process alone;
-            :data:`hmn_replay.distributed.ALONE` makes each work for itself.
-        **options: Fields of :class:`~hmn_replay.condensation.config.CondenseConfig`, to replace the effort's.
+            that ``torch.distributed`` was initialised for, or a single process;
+            :data:`hmn_replay.distributed.ALONE` makes each process condense by itself.
+        **options: Fields of :class:`~hmn_replay.CondenseConfig`, to replace the effort's.
 
     Returns:
-        The memory, on ``device``. ``memory.report`` is a dict with the settings, ``seconds``, and
-        for each phase ``seconds``, ``images``, ``images_per_second`` and
-        ``peak_memory_bytes`` (so far); ``warm_start_psnr`` in dB (None without a warm start);
-        ``beta`` (None where nothing was pruned) and ``beta_accuracies``, in [0, 1] on held-out real
-        images;
-        ``drift_psnr``, dB of the old images to what they were (None where no bit changed);
-        ``student_rate``, the learning rate that ``"mtt"`` ended with (None for other objectives),
-        whose phases count the recording of experts, ``experts``, by itself;
-        ``images_per_class`` and ``file_bytes``.
+        The memory, on ``device``. ``memory.report`` is a dict of JSON values: the settings (the
+        precision as it was resolved), ``seconds``, and for each phase ``seconds``, ``images``,
+        ``images_per_second`` and ``peak_memory_bytes`` (so far); ``warm_start_psnr`` in dB (None
+        without a warm start); ``beta`` (None where nothing was pruned) and ``beta_accuracies``, in
+        [0, 1] on held-out real images (empty without a search); ``student_rate``, the learning rate
+        that ``"mtt"`` ended with (None for other objectives), whose phases count the recording of
+        experts, ``experts``, by itself; ``images_per_class``, ``file_bytes`` and ``unused_bytes``
+        of the budget.
 
     Raises:
         BudgetError: The budget does not hold one image a class; the message says what would.
-        ConfigError: An unknown option, or a value outside its range.
+        ConfigError: A value outside its range, or arguments that exclude each other.
+        UnknownOptionError: An option that is no field; also a TypeError.
         DataError: Images or labels that cannot be used.
         CheckpointError: The checkpoint belongs to another run, or cannot be read.
         DistributedError: A process of the team was lost, or was given something else; the message
             names the checkpoint, from which any number of processes may go on.
         ExpertError: The folder ``experts`` has those of other images or settings, or a damaged one.
-        TrainingError: The optimisation left the real numbers.
+        TrainingError: The optimisation diverged.
     """
     memory_type = MEMORIES[kind] if memory is None else type(memory)
     if not issubclass(memory_type, LearnedMemory):
@@ -110,32 +127,41 @@ def condense(
         layout = memory.layout
     if layout is not None:
         memory_type.check_layout(layout)
-        options.setdefault("number_format", layout.number_format)
-    config = make_config(effort, **options)
+    if config is None:
+        layouts_own = {} if layout is None else {"number_format": layout.number_format}
+        config = make_config(effort, **{**layouts_own, **options})
+    elif options or effort != "quick":
+        given = sorted(options) or ["effort"]
+        raise ConfigError(f"config= has all settings; give it alone, without {given[0]}=")
+    number_format = config.number_format
+    if number_format and NUMBER_FORMATS[number_format].is_coded and not memory_type.codes_entropy:
+        raise ConfigError(
+            f"memory kind {memory_type.kind!r} has no number format {number_format!r}"
+        )
+    limit, target = Budget.parse(budget), resolve_device(device)
+    derive_seed(seed)
     data = as_labelled_images(source)
-    limit = Budget.parse(budget)
     if layout is None:
         num_classes = data.num_classes
         if expected_classes is not None:
             num_classes = max(num_classes, check_num_classes(expected_classes, "expected_classes"))
+        num_real = len(data) // data.num_classes
         layout = memory_type.choose_layout(
-            limit,
-            data.image_shape,
-            num_classes,
-            config.number_format,
-            len(data) // data.num_classes,
+            limit, data.image_shape, num_classes, number_format, num_real
         )
-    elif (layout.image_shape, layout.number_format) != (
-        data.image_shape,
-        config.number_format or layout.number_format,
-    ):
+    number_format = number_format or layout.number_format
+    if (layout.image_shape, layout.number_format) != (data.image_shape, number_format):
         raise ConfigError(
             f"the layout is for {layout.number_format} images of {layout.image_shape}; the data "
-            f"and options ask for {config.number_format} and {data.image_shape}"
+            f"and options ask for {number_format} and {data.image_shape}"
         )
+    config = config.replace(
+        number_format=number_format, precision=resolve_precision(config.precision, target)
+    )
     with (
         torch.enable_grad(),
-        deterministic_cudnn(),
+        without_autocast(target),
+        deterministic_cudnn() if target.type == "cuda" else contextlib.nullcontext(),
         join() if team is None else team as team,
     ):
         run = Condensation(
@@ -146,14 +172,37 @@ def condense(
             memory_type=memory_type,
             old=memory,
             seed=seed,
-            device=resolve_device(device),
+            device=target,
             progress=progress,
             team=team,
         )
+        _warn_of_unused_bytes(run, limit)
         if checkpoint is not None:
             run.resume(Path(checkpoint))
         condensed = run.finish()
     release_memory()
     settings = {"kind": memory_type.kind, "effort": effort, "seed": seed}
-    condensed.report = {**settings, **dataclasses.asdict(config), **run.report()}
+    condensed.report = {
+        **settings,
+        **config.model_dump(),
+        **run.report(),
+        "unused_bytes": limit.num_bytes - condensed.file_bytes,
+    }
     return condensed
+
+
+def _warn_of_unused_bytes(run: Condensation, budget: Budget) -> None:
+    """Warn where a tenth of the planned images or more cannot be, for want of real ones."""
+    memory, planned = run.memory, run.growth.num_planned
+    usable = memory.num_images - sum(run.growth.drops())
+    # Where images are entropy-coded, fewer of them take more bytes each.
+    if usable > _USED_SHARE * planned or memory.layout.is_coded:
+        return
+    enough = memory.file_bytes_with(usable, None, budget.num_bytes)
+    warnings.warn(
+        f"the budget of {budget} is planned for {planned:,} images, but the data has real images "
+        f"for {usable:,} of them only, and a memory has no more images of a class than there are "
+        f"real ones; {enough:,} bytes are enough",
+        HMNReplayWarning,
+        stacklevel=4,
+    )

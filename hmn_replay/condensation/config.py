@@ -2,199 +2,189 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from hmn_replay.condensation.options import convert, convert_fields
+from pydantic import Field, field_serializer
+
 from hmn_replay.data.augment import STRATEGIES
-from hmn_replay.errors import ConfigError
 from hmn_replay.memory.formats import NUMBER_FORMATS
-from hmn_replay.objectives import OBJECTIVES
+from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction
 from hmn_replay.objectives.trajectories import EXPERT_TRAINING
+from hmn_replay.registry import UnknownNameError, name_of
 from hmn_replay.runtime import PRECISIONS
-from hmn_replay.training.networks import NETWORKS
+from hmn_replay.settings import Settings, check_options, one_of
+from hmn_replay.training.networks import NETWORKS, NetworkFactory
 from hmn_replay.training.train import TrainingConfig
 
 __all__ = ["EFFORTS", "CondenseConfig", "make_config", "parse_option"]
 
-_AT_LEAST_0 = (
-    *("warm_start_steps", "outer_steps", "inner_steps", "network_images", "max_start_epoch"),
-)
-_AT_LEAST_1 = (
-    *("warm_start_batch", "real_batch", "decoded_batch", "network_width", "network_batch"),
-    *("num_experts", "expert_epochs", "student_steps", "student_batch"),
-    *("pruning_passes", "pruning_width"),
-)
-_RATES = (
-    *("warm_start_learning_rate", "memory_learning_rate", "network_learning_rate"),
-    *("expert_learning_rate", "student_learning_rate"),
-)
+_AtLeast0 = Annotated[int, Field(ge=0)]
+_AtLeast1 = Annotated[int, Field(ge=1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Seconds = Annotated[float, Field(gt=0)]
+_Rate = Annotated[float, Field(gt=0)]
+_Augmentation = Annotated[str, one_of("augmentation", STRATEGIES)]
 
 
-@dataclass(frozen=True)
-class CondenseConfig:
+class CondenseConfig(Settings):
     """How a memory is condensed; the defaults are those of ``effort="quick"``.
 
-    A *step* draws some classes, matches a batch of each and moves the memory once. Of ``"mtt"``, it
-    lets a student follow an expert, and moves the memory once.
-
-    Attributes:
-        number_format: How values are stored: ``"float32"``, ``"float16"``, ``"int8"`` or
-            ``"entropy"``; see :mod:`hmn_replay.memory.formats`.
-        objective: ``"gradient"`` (IDC's), ``"distribution"``, ``"dc"``, ``"dsa"``, ``"dm"`` or
-            ``"mtt"``; see :data:`hmn_replay.objectives.OBJECTIVES`, which tells, too, whether both
-            batches are augmented, and what the network learns from between steps.
-        warm_start_steps: Steps of fitting the memory to real images before matching; 0 for none.
-        warm_start_batch: Images a step of the warm start.
-        warm_start_learning_rate: Of Adam, for extractors, decoder and dataset memory; class and
-            instance memories take 10 times that, and 30 times where new classes come to a memory.
-        warm_start_seconds: Seconds after which the warm start ends, as ``max_seconds`` ends
-            matching. ``warm_start_steps`` still bounds it. Default: None, no bound.
-        outer_steps: How many random networks are drawn one after another; 0 for no matching.
-        inner_steps: Steps with each of them.
-        classes_per_step: Classes drawn in a step; None for all.
-        real_batch: Real images of each drawn class.
-        decoded_batch: Decoded images of each drawn class, at most.
-        memory_learning_rate: Of Adam, for extractors, decoder and dataset memory while matching;
-            class and instance memories take 10 times that.
-        augmentations: Drawn once a class and step, for real and decoded images alike; of experts
-            and students, for every image.
-        max_seconds: Seconds after which matching ends, those of the warm start counted; the
-            learning rate has then come down to 0. ``outer_steps`` still bounds it. The result then
-            depends on the machine's speed. Those of recording experts are counted too; experts
-            that are there already cost none. Default: None, no bound.
-        network: One of :data:`hmn_replay.training.networks.NETWORKS`, or several to be drawn in turn, one an
-            outer step; pruning trains the first.
-        network_width: Channels of ConvNet's blocks.
-        network_images: Images that the network learns from after each step; 0 for none.
-        network_batch: Batch size of that training.
-        network_learning_rate: Of its SGD (momentum 0.9, weight decay 5e-4).
-        network_cutmix_probability: That a batch of it is mixed by CutMix.
-        experts: The folder of the expert trajectories that ``"mtt"`` is after; other objectives
-            read neither it nor what has "expert" or "student" in its name below. Experts that are
-            missing are recorded; those that are there serve every run with the same seed, settings
-            of experts and real images, those not kept back. Default: None, ``NAME.experts`` beside
-            the checkpoint; without one, a temporary folder.
-        num_experts: How many networks are trained on real images; ``network`` in turn.
-        expert_images: Real images that an expert sees in an epoch; None for all.
-        expert_batch: Batch size of that training.
-        expert_learning_rate: Of its SGD, which has neither momentum nor a schedule.
-        expert_epochs: How many epochs after its start a student's goal is.
-        max_start_epoch: The last epoch of an expert that a student starts at; one is drawn for
-            every step. So many epochs are recorded, and ``expert_epochs`` more.
-        student_steps: Steps of a student on decoded images, in one step of the memory.
-        student_batch: Decoded images of each, at most, of all classes that are condensed.
-        student_learning_rate: Of a student's SGD, at first; it is learned beside the memory.
-        student_rate_learning_rate: Of the Adam that learns its logarithm; 0 to leave it.
-        over_budget: Share of instance memories condensed beyond what fits, and pruned in the end.
-        beta_grid: Shares of hard images among the pruned that are tried; one alone is just taken.
-        holdout: Share of the real images kept back to choose beta by.
-        pruning_passes: Images that each network of the pruning is shown in all.
-        pruning_width: Channels of its ConvNet's blocks.
-        pruning_augmentations: Of those networks' training, which mixes batches as often as
-            ``network_cutmix_probability`` says.
-        precision: ``"float32"``; ``"bfloat16"`` for autocast in the decoder and the networks, two
-            to three times faster where the processor multiplies it natively; ``"auto"`` for
-            bfloat16 just there.
+    A *step* draws some classes, matches a batch of each, and moves the memory once. With ``"mtt"``,
+    it lets a student follow an expert, and moves the memory once. Learning rates are those of what
+    all images share (in the hierarchical memory: dataset memory, extractors and decoder); each
+    memory kind says by which factor its other tensors learn faster, see
+    :meth:`hmn_replay.LearnedMemory.parameter_groups`.
 
     Raises:
-        ConfigError: A value outside its range.
+        UnknownOptionError: A keyword that is no field.
+        ConfigError: A value of another type, or outside its range.
     """
 
-    number_format: str | None = None
-    objective: str = "gradient"
-    warm_start_steps: int = 1500
-    warm_start_batch: int = 256
-    warm_start_learning_rate: float = 0.01
-    warm_start_seconds: float | None = None
-    outer_steps: int = 10
-    inner_steps: int = 10
-    classes_per_step: int | None = 10
-    real_batch: int = 64
-    decoded_batch: int = 96
-    memory_learning_rate: float = 0.001
-    augmentations: tuple[str, ...] = ("color", "crop", "cutout")
-    max_seconds: float | None = None
-    network: tuple[str, ...] = ("convnet",)
-    network_width: int = 32
-    network_images: int = 512
-    network_batch: int = 64
-    network_learning_rate: float = 0.01
-    network_cutmix_probability: float = 0.5
-    experts: str | None = None
-    num_experts: int = 4
-    expert_images: int | None = 4096
-    expert_batch: int = 64
-    expert_learning_rate: float = 0.01
-    expert_epochs: int = 2
-    max_start_epoch: int = 3
-    student_steps: int = 10
-    student_batch: int = 64
-    student_learning_rate: float = 0.02
-    student_rate_learning_rate: float = 0.05
-    over_budget: float = 0.1
-    beta_grid: tuple[float, ...] = (0.0, 0.5, 1.0)
-    holdout: float = 0.1
-    pruning_passes: int = 10_000
-    pruning_width: int = 32
-    pruning_augmentations: tuple[str, ...] = ("color", "crop", "flip", "scale", "rotate")
-    precision: str = "auto"
+    number_format: Annotated[str, one_of("number format", NUMBER_FORMATS)] | None = None
+    """How values are stored, by name. Default: the memory kind's own, entropy-coded for hmn."""
 
-    def __post_init__(self) -> None:
-        if isinstance(self.network, str):
-            object.__setattr__(self, "network", (self.network,))
-        convert_fields(self)
-        requirements = {
-            "number_format": (
-                self.number_format in (None, *NUMBER_FORMATS),
-                f"None or one of {list(NUMBER_FORMATS)}",
-            ),
-            "objective": (self.objective in OBJECTIVES, f"one of {tuple(OBJECTIVES)}"),
-            "network": (
-                len(self.network) > 0 and set(self.network) <= set(NETWORKS),
-                f"one of {NETWORKS}, or several",
-            ),
-            "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
-            "over_budget": (0 <= self.over_budget <= 10, "in [0, 10]"),
-            "holdout": (0 < self.holdout <= 0.5, "in (0, 0.5]"),
-            "network_cutmix_probability": (0 <= self.network_cutmix_probability <= 1, "in [0, 1]"),
-            "beta_grid": (
-                len(self.beta_grid) > 0 and all(0 <= beta <= 1 for beta in self.beta_grid),
-                "one number in [0, 1], or several",
-            ),
-            "expert_batch": (self.expert_batch >= 2, "2 or more"),
-            "experts": (self.experts != "", "None, or the name of a folder"),
-            "student_rate_learning_rate": (
-                0 <= self.student_rate_learning_rate < math.inf,
-                "0 or more and finite",
-            ),
-        }
-        for name in ("classes_per_step", "expert_images"):
-            count = getattr(self, name)
-            requirements[name] = (count is None or count >= 1, "None, or 1 or more")
-        for name in ("warm_start_seconds", "max_seconds"):
-            seconds = getattr(self, name)
-            requirements[name] = (
-                seconds is None or 0 < seconds < math.inf,
-                "None, or above 0 and finite",
-            )
-        for name in ("augmentations", "pruning_augmentations"):
-            requirements[name] = (
-                set(getattr(self, name)) <= set(STRATEGIES),
-                f"among {STRATEGIES}",
-            )
-        for name in _AT_LEAST_0:
-            requirements[name] = (getattr(self, name) >= 0, "0 or more")
-        for name in _AT_LEAST_1:
-            requirements[name] = (getattr(self, name) >= 1, "1 or more")
-        for name in _RATES:
-            requirements[name] = (0 < getattr(self, name) < math.inf, "above 0 and finite")
-        for name, (met, wanted) in requirements.items():
-            if not met:
-                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+    objective: Annotated[str | ObjectiveFunction, one_of("objective", OBJECTIVES)] = "gradient"
+    """What is matched: a registered name, or a function like those of `hmn_replay.objectives`; see
+    hmn_replay.objectives.Objective for what it decides beside."""
+
+    warm_start_steps: _AtLeast0 = 1500
+    """Steps of fitting the memory to real images before matching; 0 for none."""
+
+    warm_start_batch: _AtLeast1 = 256
+    """Images in a step of the warm start."""
+
+    warm_start_learning_rate: _Rate = 0.01
+    """Learning rate of the warm start's Adam, at first; it falls to 0 along half a cosine."""
+
+    warm_start_seconds: _Seconds | None = None
+    """Seconds after which the warm start ends, its learning rate brought down to 0;
+    warm_start_steps still bounds it. None for no bound."""
+
+    outer_steps: _AtLeast0 = 10
+    """How many random networks are drawn one after another to match with; 0 for no matching."""
+
+    inner_steps: _AtLeast0 = 10
+    """Steps of matching with each network."""
+
+    classes_per_step: _AtLeast1 | None = 10
+    """Classes drawn in a step; None for all."""
+
+    real_batch: _AtLeast1 = 64
+    """Real images of each drawn class."""
+
+    decoded_batch: _AtLeast1 = 96
+    """Decoded images of each drawn class, at most."""
+
+    memory_learning_rate: _Rate = 0.001
+    """Learning rate of matching's Adam, at first; it falls to 0 along half a cosine."""
+
+    augmentations: tuple[_Augmentation, ...] = ("color", "crop", "cutout")
+    """Augmentations, drawn once for each class and step, for real and decoded images alike; of
+    experts and students, for every image."""
+
+    max_seconds: _Seconds | None = None
+    """Seconds after which matching ends, those of the warm start and of recording experts counted,
+    its learning rate brought down to 0; outer_steps still bounds it. The result then depends on the
+    machine's speed. None for no bound."""
+
+    network: Annotated[
+        tuple[Annotated[str | NetworkFactory, one_of("network", NETWORKS)], ...],
+        Field(min_length=1),
+    ] = ("convnet",)
+    """Architecture to match with: a registered name, or a function from image shape and number of
+    classes to a module; several take turns, one for each outer step, and pruning trains the
+    first."""
+
+    network_width: _AtLeast1 = 32
+    """Channels of a matched ConvNet's blocks."""
+
+    network_images: _AtLeast0 = 512
+    """Images that the matched network learns from after each step; 0 for none."""
+
+    network_batch: _AtLeast1 = 64
+    """Batch size of the matched network's training."""
+
+    network_learning_rate: _Rate = 0.01
+    """Learning rate of the matched network's SGD (momentum 0.9, weight decay 5e-4)."""
+
+    network_cutmix_probability: _Share = 0.5
+    """Probability that a training batch of the matched network is mixed by CutMix."""
+
+    experts: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of the expert trajectories that "mtt" follows; other objectives read neither it nor
+    what has "expert" or "student" in its name below. Missing experts are recorded; those that are
+    there serve every run with the same seed, expert settings and real images. None for NAME.experts
+    beside the checkpoint, or without one, for a temporary folder."""
+
+    num_experts: _AtLeast1 = 4
+    """How many networks are trained on real images; those of network take turns."""
+
+    expert_images: _AtLeast1 | None = 4096
+    """Real images that an expert sees in an epoch; None for all."""
+
+    expert_batch: Annotated[int, Field(ge=2)] = 64
+    """Batch size of an expert's training."""
+
+    expert_learning_rate: _Rate = 0.01
+    """Learning rate of an expert's SGD, which has neither momentum nor a schedule."""
+
+    expert_epochs: _AtLeast1 = 2
+    """How many epochs after its start an expert's parameters are the student's target."""
+
+    max_start_epoch: _AtLeast0 = 3
+    """The last epoch of an expert that a student starts at; one is drawn for every step."""
+
+    student_steps: _AtLeast1 = 10
+    """Steps of a student on decoded images, in one step of the memory."""
+
+    student_batch: _AtLeast1 = 64
+    """Decoded images in a step of a student, at most, of all classes that are condensed."""
+
+    student_learning_rate: _Rate = 0.02
+    """Learning rate of a student's SGD, at first; it is learned beside the memory."""
+
+    student_rate_learning_rate: Annotated[float, Field(ge=0)] = 0.05
+    """Learning rate of the Adam that learns the logarithm of the student's; 0 to leave it."""
+
+    over_budget: Annotated[float, Field(ge=0, le=10)] = 0.1
+    """Share of images condensed beyond what fits, and pruned in the end."""
+
+    beta: _Share = 0.5
+    """Share of hard images among those that are pruned; the others are easy ones."""
+
+    beta_grid: tuple[_Share, ...] = ()
+    """Values of beta to try instead: of each, a network is trained on the images that would stay,
+    and the best one on held-out real images is taken. A choice costs a training for each; their
+    accuracies often differ by less than those of two seeds. Empty for no search."""
+
+    holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    """Share of the real images kept back to choose beta by; none are without beta_grid."""
+
+    pruning_passes: _AtLeast1 = 10_000
+    """Images that each network of the pruning is shown in all."""
+
+    pruning_width: _AtLeast1 = 32
+    """Channels of a pruning ConvNet's blocks."""
+
+    pruning_augmentations: tuple[_Augmentation, ...] = ("color", "crop", "flip", "scale", "rotate")
+    """Augmentations of the pruning networks' training, which mixes batches as often as
+    network_cutmix_probability says."""
+
+    precision: Annotated[str, one_of("precision", PRECISIONS)] = "auto"
+    """Precision of decoder and networks: float32, bfloat16 (autocast), or auto for bfloat16 just
+    where the processor multiplies it natively."""
+
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds between checkpoints; 0 for one after every step. It does not change the result."""
+
+    @field_serializer("objective")
+    def _named_objective(self, objective: Any) -> str:
+        """Return a function by its name, so that reports have JSON's types."""
+        return name_of(getattr(objective, "loss", objective))
+
+    @field_serializer("network")
+    def _named_networks(self, networks: Any) -> tuple[str, ...]:
+        return tuple(map(name_of, networks))
 
     @property
     def num_steps(self) -> int:
@@ -232,7 +222,6 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "warm_start_steps": 3000,
         "outer_steps": 60,
         "inner_steps": 20,
-        "beta_grid": (0.0, 0.25, 0.5, 0.75, 1.0),
         "pruning_passes": 20_000,
         "pruning_width": 64,
     },
@@ -253,11 +242,11 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "student_steps": 30,
         "student_batch": 100,
         "student_learning_rate": 0.01,
-        "beta_grid": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         "pruning_passes": 100_000,
         "pruning_width": 128,
     },
 }
+"""For each effort, the fields of :class:`CondenseConfig` that differ from their defaults."""
 
 
 def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
@@ -268,42 +257,24 @@ def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
         **options: Fields of :class:`CondenseConfig` by name.
 
     Raises:
-        ConfigError: No such effort or field, or a value outside its range.
+        ConfigError: No such effort, or a value outside its range.
+        UnknownOptionError: No such field; also a TypeError.
     """
     if not isinstance(effort, str) or effort not in EFFORTS:
-        raise ConfigError(f"effort is one of {', '.join(EFFORTS)}; got {effort!r}")
-    for name in options:
-        _field_type(name)
+        raise UnknownNameError("effort", effort, list(EFFORTS))
+    check_options("condense", options, CondenseConfig.model_fields)
     return CondenseConfig(**{**EFFORTS[effort], **options})
 
 
 def parse_option(name: str, text: str) -> Any:
-    """Read the value of a :class:`CondenseConfig` field as a person would type it.
+    """Read the value of a :class:`CondenseConfig` field as a person types it.
 
     Args:
         name: A field's name.
-        text: ``"3"``, ``"0.5"``, ``"none"``, a word, or a list apart by commas.
+        text: ``"3"``, ``"0.5"``, ``"none"``, a word, or several apart by commas.
 
     Raises:
-        ConfigError: No such field, or a text that is not a value of its type.
+        ConfigError: A text that is not a value of the field.
+        UnknownOptionError: No such field.
     """
-    kind = _field_type(name)
-    if text.lower() == "none":
-        return convert(name, None, kind)
-    if kind.startswith("tuple"):
-        return convert(name, tuple(_literal(word) for word in text.split(",") if word), kind)
-    return convert(name, text if kind.startswith("str") else _literal(text), kind)
-
-
-def _literal(text: str) -> int | float | str:
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return number(text)
-    return text.strip()
-
-
-def _field_type(name: str) -> str:
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(CondenseConfig)}
-    if name not in kinds:
-        raise ConfigError(f"there is no option {name!r}; there are {', '.join(kinds)}")
-    return kinds[name]
+    return getattr(make_config(**{name: text}), name)

@@ -1,46 +1,274 @@
 """The loop behind :func:`hmn_replay.condense`: warm start, matching, pruning.
 
 Every draw depends on the seed and the step alone, so a run that goes on from a checkpoint takes the
-very steps that it would have taken.
+very steps that it would have taken. :class:`Run` knows phases, clock, bars, Ctrl-C and checkpoint;
+:class:`Condensation` is a run whose phases condense a memory; :class:`BatchMatcher` and
+:class:`TrajectoryMatcher` take the steps of matching.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import math
-from collections.abc import Callable
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from hmn_replay.budget import Budget
 from hmn_replay.condensation import steps
-from hmn_replay.condensation.checkpoint import load_state
+from hmn_replay.condensation.checkpoint import (
+    Checkpoint,
+    flatten_state,
+    load_state,
+    read_checkpoint,
+    write_checkpoint,
+)
 from hmn_replay.condensation.config import CondenseConfig
-from hmn_replay.condensation.fidelity import drift_psnr, reconstruction_psnr
 from hmn_replay.condensation.growth import make_room
 from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
-from hmn_replay.condensation.run import Run
-from hmn_replay.condensation.steppers import BatchStepper, Stepper
-from hmn_replay.condensation.students import TrajectoryStepper, needs_experts, open_experts
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_images, take_images
 from hmn_replay.distributed import ALONE, Team
+from hmn_replay.errors import DistributedError, TrainingError
 from hmn_replay.evaluation import score
 from hmn_replay.files import digest_tensors
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
-from hmn_replay.objectives.trajectories import Experts
-from hmn_replay.runtime import derive_seed, make_generator
-from hmn_replay.training.networks import Network
+from hmn_replay.objectives import get_objective
+from hmn_replay.objectives.trajectories import Experts, experts_beside
+from hmn_replay.runtime import derive_seed, make_generator, peak_memory_bytes
 from hmn_replay.training.train import cosine_rate, train_network
 
-__all__ = ["Condensation"]
+__all__ = ["BatchMatcher", "Condensation", "Matcher", "Run", "TrajectoryMatcher", "mean_psnr"]
+
+_Stateful: TypeAlias = "nn.Module | torch.optim.Optimizer | Tensor"
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """Where a memory's training stands: phase, step, measurements, checkpoint.
+
+    Args:
+        memory: What is trained.
+        identity: What tells this run from every other one, by name; see
+            :func:`~hmn_replay.condensation.checkpoint.read_checkpoint`.
+        phases: Their names, in their order.
+        measured: JSON values that the phases write over, for :meth:`report`.
+        device: Where it is trained.
+        progress: Whether to show bars on standard error.
+        team: The processes that train it together. The first one's clock counts for all; it alone
+            shows bars, and reads and writes the checkpoint.
+        checkpoint_seconds: Seconds between checkpoints.
+    """
+
+    def __init__(
+        self,
+        memory: LearnedMemory,
+        identity: Mapping[str, str],
+        phases: Sequence[str],
+        measured: Mapping[str, Any],
+        device: torch.device,
+        progress: bool,
+        team: Team = ALONE,
+        checkpoint_seconds: float = 60.0,
+    ) -> None:
+        self.memory, self.identity, self.team = memory, dict(identity), team
+        self.phases, self.device, self.progress = tuple(phases), device, progress and team.first
+        self.checkpoint_seconds = checkpoint_seconds
+        same = json.dumps({**self.identity, "device": device.type})
+        team.check_same(same, "data, budget, seed, settings or device")
+        self.state: dict[str, Any] = {
+            "phase": self.phases[0],
+            "step": 0,
+            "phases": {
+                name: {"seconds": 0.0, "images": 0, "peak_memory_bytes": 0} for name in self.phases
+            },
+            **measured,
+        }
+        self.resumed: Checkpoint | None = None
+        self.checkpoint: Path | None = None
+        self.interrupted = False
+        self.saved_at = self.clock = time.monotonic()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint where there is one, and write to it from now on."""
+        self.checkpoint = checkpoint
+        found = self.team.agree(lambda: read_checkpoint(checkpoint, self.identity))
+        if found is None:
+            self._save()
+            return
+        self.state, self.resumed = found.state, found
+        load_state(self.memory, found.group("memory"))
+        log.info("going on from %s at %s %d", checkpoint, self.state["phase"], self.state["step"])
+
+    def work(self, phases: Mapping[str, Callable[[], None]]) -> None:
+        """Go through the phases that are left, in their order."""
+        with self._interruptible(), self._advising_after_a_loss():
+            for phase in self.phases:
+                if self.state["phase"] == phase:
+                    self.clock = time.monotonic()
+                    phases[phase]()
+
+    def report(self) -> dict[str, Any]:
+        """Return what was measured, as JSON values."""
+        phases = {
+            name: {
+                **numbers,
+                "images_per_second": numbers["images"] / max(numbers["seconds"], 1e-9),
+            }
+            for name, numbers in self.state["phases"].items()
+        }
+        measured = {k: v for k, v in self.state.items() if k not in ("phase", "step", "phases")}
+        seconds = sum(numbers["seconds"] for numbers in phases.values())
+        return {
+            "seconds": seconds,
+            "phases": phases,
+            **measured,
+            "images_per_class": self.memory.images_per_class,
+            "file_bytes": self.memory.file_bytes,
+        }
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C wait for the end of a step, whose state can be kept; a second one does not."""
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        in_main = threading.current_thread() is threading.main_thread()
+        if self.checkpoint is None or not usual or not in_main:
+            yield
+            return
+
+        def handle(*_: object) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @contextlib.contextmanager
+    def _advising_after_a_loss(self) -> Iterator[None]:
+        try:
+            yield
+        except DistributedError as error:
+            advice = "without a checkpoint, its work is lost: give it one"
+            if self.checkpoint is not None:
+                advice = (
+                    f"the work so far is in {self.checkpoint}, from where any number of processes "
+                    "goes on"
+                )
+            raise DistributedError(f"{error}; {advice}") from error
+
+    @contextlib.contextmanager
+    def _bar(self, name: str, num_steps: int, images_per_step: int) -> Iterator[Any]:
+        with tqdm(
+            total=num_steps * images_per_step,
+            initial=min(self.state["step"], num_steps) * images_per_step if num_steps > 1 else 0,
+            desc=name,
+            unit="img",
+            unit_scale=True,
+            disable=not self.progress,
+        ) as bar:
+            yield bar
+
+    def _follow(self, bar: Any) -> Callable[[int, int], None]:
+        """Return what moves a bar along a training that begins now, and stops it at Ctrl-C."""
+        start = bar.n
+
+        def advance(num_seen: int, _: int) -> None:
+            if any(self.team.sum(self.interrupted)):
+                raise KeyboardInterrupt  # what came before this training has been kept
+            bar.update(start + num_seen - bar.n)
+
+        return advance
+
+    def _share_done(self, num_steps: int, most_seconds: float | None) -> float:
+        """Return how much of a phase is done: 1 where steps or seconds, of all so far, are out."""
+        done: float = self.state["step"] / num_steps if num_steps else 1.0
+        if most_seconds is None:
+            return done
+        seconds: float = sum(numbers["seconds"] for numbers in self.state["phases"].values())
+        return min(1.0, max(done, seconds / most_seconds))
+
+    def _stepped(
+        self, num_images: int, owners: Mapping[str, _Stateful], *, save: bool = False
+    ) -> None:
+        """Count one step, and write a checkpoint, with what else is needed, where it is due."""
+        self.state["step"] += 1
+        self.resumed = None
+        overdue, interrupted = self._count(num_images)
+        if save or overdue or interrupted:
+            self._check()
+            self._save(owners)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _count(self, num_images: int) -> tuple[bool, bool]:
+        """Count images and seconds; return if a checkpoint is due, and if any process is to end."""
+        now, first = time.monotonic(), self.team.first
+        overdue = now - self.saved_at >= self.checkpoint_seconds
+        seconds, num_overdue, num_interrupted = self.team.sum(
+            (now - self.clock) * first, overdue * first, self.interrupted
+        )
+        numbers = self.state["phases"][self.state["phase"]]
+        numbers["seconds"] += seconds
+        numbers["images"] += num_images
+        self.clock = now
+        return num_overdue > 0, num_interrupted > 0
+
+    def _next_phase(self) -> None:
+        self._check()
+        self._end_phase()
+        self.state["phase"] = self.phases[self.phases.index(self.state["phase"]) + 1]
+        self.state["step"] = 0
+        self._save()
+
+    def _end_phase(self) -> None:
+        self._count(0)
+        numbers = self.state["phases"][self.state["phase"]]
+        # A run that went on from a checkpoint may have used more before.
+        peak = max(numbers["peak_memory_bytes"], peak_memory_bytes(self.device))
+        numbers["peak_memory_bytes"] = peak
+
+    def _check(self) -> None:
+        try:
+            self.memory.to_bytes()
+        except TrainingError as error:
+            raise TrainingError(
+                f"the memory diverged in the {self.state['phase']} phase: it has values that "
+                "cannot be stored; lower warm_start_learning_rate, memory_learning_rate or, with "
+                "mtt, student_learning_rate"
+            ) from error
+
+    def _save(self, owners: Mapping[str, _Stateful] | None = None) -> None:
+        if self.checkpoint is None or not self.team.first:
+            return
+        tensors = flatten_state("memory", self.memory)
+        for name, owner in (owners or {}).items():
+            tensors |= {name: owner} if isinstance(owner, Tensor) else flatten_state(name, owner)
+        write_checkpoint(self.checkpoint, self.identity, self.state, tensors)
+        self.saved_at = time.monotonic()
 
 
 class Condensation(Run):
-    """One run: the images, the memory, and how far it is; arguments as for ``condense``."""
+    """One condensation: the images, the memory, and how far it is.
+
+    Arguments as for :func:`hmn_replay.condense`.
+    """
 
     def __init__(
         self,
@@ -68,10 +296,11 @@ class Condensation(Run):
             device=device,
         )
         self.first_class = self.growth.first_class
+        self.betas = config.beta_grid or (config.beta,)
         learned: Tensor | None = None
         self.held_out: LabelledView | None = None
         # Real images are kept back for the choice of beta only where there is a choice to make.
-        if len(config.beta_grid) > 1 and any(self.growth.drops()) and len(data) > data.num_classes:
+        if len(self.betas) > 1 and any(self.growth.drops()) and len(data) > data.num_classes:
             learned, kept_back = data.split_positions(config.holdout, derive_seed(seed, "holdout"))
             held_out = join_images([data.images]).take(kept_back)
             self.held_out = LabelledView(held_out, data.labels[kept_back])
@@ -81,20 +310,25 @@ class Condensation(Run):
             "warm_start_psnr": None,
             "beta": None,
             "beta_accuracies": {},
-            "drift_psnr": None,
             "student_rate": None,
         }
         self.experts: Experts | None = None
-        phases = ["warm_start", "matching", "pruning"]
-        if needs_experts(config):
-            phases.insert(1, "experts")
-        fingerprint = _fingerprint(data, budget, layout, config, seed, old)
-        super().__init__(self.growth.memory, fingerprint, phases, measured, device, progress, team)
+        follows = get_objective(config.objective).compares_trainings and config.num_steps > 0
+        phases = ["warm_start", *(["experts"] if follows else []), "matching", "pruning"]
+        super().__init__(
+            self.growth.memory,
+            _identity(data, budget, layout, config, seed, old),
+            phases,
+            measured,
+            device,
+            progress,
+            team,
+            config.checkpoint_seconds,
+        )
 
     def finish(self) -> LearnedMemory:
         """Take all the steps that are left."""
-        arguments = (self.memory, self.real, self.config, self.seed, self.first_class)
-        with open_experts(*arguments, self.checkpoint) as self.experts:
+        with self._open_experts() as self.experts:
             self.work(
                 {
                     "warm_start": self._warm_start,
@@ -104,6 +338,8 @@ class Condensation(Run):
                 }
             )
         return self.memory
+
+    # The warm start.
 
     def _warm_start(self) -> None:
         config, memory, num_old = self.config, self.memory, self.growth.num_old
@@ -122,7 +358,7 @@ class Condensation(Run):
         if warm and self.state["step"] == 0 and memory.fit(num_old, wanted_images):
             num_steps = 0
         memory.update_scales(self.first_class)
-        optimizer, rate_control = self._optimizer((0.9, 0.99)), self._rate_control()
+        context = self._context((0.9, 0.99))
         order, order_epoch = torch.empty(0), -1
         with self._bar("warm start", num_steps, batch_size) as bar:
             while (done := self._share_done(num_steps, config.warm_start_seconds)) < 1:
@@ -130,25 +366,110 @@ class Condensation(Run):
                 if epoch != order_epoch:
                     generator = make_generator(self.seed, "warm start", epoch)
                     order, order_epoch = torch.randperm(num_images, generator=generator), epoch
-                indices = order[position * batch_size : (position + 1) * batch_size]
-                wanted = wanted_images(num_old + indices)
-                steps.set_rate(optimizer, cosine_rate(done, 1, rate))
-                steps.warm_start_step(
-                    memory,
-                    optimizer,
-                    num_old + indices,
-                    wanted,
-                    config.precision,
-                    self.first_class,
-                    self.team,
-                    rate_control,
-                )
+                indices = order[position * batch_size : (position + 1) * batch_size] + num_old
+                steps.set_rate(context.optimizer, cosine_rate(done, 1, rate))
+                steps.warm_start_step(context, indices, wanted_images(indices))
                 bar.update(batch_size)
-                self._stepped(len(indices), optimizer=optimizer, **_kept(rate_control))
+                self._stepped(len(indices), _kept(context))
         if warm:
             new = torch.arange(num_old, memory.num_images)
-            self.state["warm_start_psnr"] = reconstruction_psnr(memory, new, wanted_images)
+            self.state["warm_start_psnr"] = _reconstruction_psnr(memory, new, wanted_images)
         self._next_phase()
+
+    # Matching.
+
+    def _match(self) -> None:
+        config, num_steps = self.config, self.config.num_steps
+        context = self._context((0.5, 0.99))
+        matcher: Matcher = BatchMatcher(context, self.seed)
+        if self.experts is not None:
+            matcher = TrajectoryMatcher(context, self.seed, self.experts)
+        if self.resumed and self.state["step"]:
+            matcher.resume(self.resumed, self.state["step"])
+        with self._bar("matching", num_steps, matcher.images_per_step) as bar:
+            while (done := self._share_done(num_steps, config.max_seconds)) < 1:
+                rate = cosine_rate(done, 1, config.memory_learning_rate)
+                steps.set_rate(context.optimizer, rate)
+                num_decoded = matcher.step(self.state["step"])
+                bar.update(matcher.images_per_step)
+                self._stepped(num_decoded, {**matcher.kept(), **_kept(context)})
+        self.state |= matcher.results()
+        self._next_phase()
+
+    def _context(self, betas: tuple[float, float]) -> steps.StepContext:
+        """Return what the steps of a phase share, as its checkpoint has it if it goes on from one.
+
+        Args:
+            betas: Of Adam.
+        """
+        # Processes may differ in last bits; from here on, all move the same memory.
+        self.team.copy_first(self.memory.state_dict().values())
+        optimizer, rate_control = steps.make_optimizer(self.memory, betas), self._rate_control()
+        if self.resumed and self.state["step"]:
+            load_state(optimizer, self.resumed.group("optimizer"))
+            if rate_control is not None:
+                rate_control.state = self.resumed.tensors["rate_control"].to(self.device)
+        return steps.StepContext(
+            self.memory,
+            self.real,
+            self.config,
+            optimizer,
+            self.first_class,
+            rate_control,
+            self.team,
+        )
+
+    def _rate_control(self) -> RateControl | None:
+        """Return what keeps the bits of an entropy-coded memory near the budget; else None."""
+        memory, growth = self.memory, self.growth
+        if not memory.layout.is_coded:
+            return None
+        budget_bytes = self.budget.num_bytes
+        file_bytes = memory.file_bytes_with(memory.num_images, 0, budget_bytes)
+        return RateControl(
+            memory,
+            budget_bytes - file_bytes,
+            memory.num_images - sum(growth.drops()),
+            growth.num_old,
+            growth.num_old - growth.old_drops,
+        )
+
+    # Experts, for trajectory matching.
+
+    @contextlib.contextmanager
+    def _open_experts(self) -> Iterator[Experts | None]:
+        """Give the experts that the run follows, those there are and those to be recorded; or None.
+
+        They are of the images of the classes that are condensed, and have logits for all of the
+        memory's classes. A temporary folder is gone after the block.
+        """
+        if "experts" not in self.phases:
+            yield None
+            return
+        config = self.config
+        with contextlib.ExitStack() as stack:
+            if config.experts is not None:
+                folder = Path(config.experts)
+            elif self.checkpoint is not None:
+                folder = experts_beside(self.checkpoint)
+            else:
+                temporary = tempfile.TemporaryDirectory(prefix="hmn-experts-")
+                folder = Path(stack.enter_context(temporary))
+            images, class_indices = self.real.data.images, self.real.class_indices
+            if self.first_class:
+                chosen = (class_indices >= self.first_class).nonzero().flatten()
+                images, class_indices = take_images(images, chosen), class_indices[chosen]
+            yield Experts(
+                folder,
+                images,
+                class_indices,
+                self.memory.num_classes,
+                num_experts=config.num_experts,
+                num_epochs=config.max_start_epoch + config.expert_epochs,
+                networks=config.network,
+                config=config.expert_training,
+                seed=self.seed,
+            )
 
     def _record_experts(self) -> None:
         experts = self.experts
@@ -157,87 +478,34 @@ class Condensation(Run):
         with self._bar("experts", self.state["step"] + len(missing), size) as bar:
             for number in missing:
                 experts.record(number, self.device, self._follow(bar), self.team)
-                self._stepped(size, save=True)
+                self._stepped(size, {}, save=True)
         self._next_phase()
 
-    def _match(self) -> None:
-        config, num_steps = self.config, self.config.num_steps
-        optimizer, rate_control = self._optimizer((0.5, 0.99)), self._rate_control()
-        stepper = self._stepper(rate_control)
-        if self.resumed and self.state["step"]:
-            stepper.resume(self.resumed, self.state["step"])
-        with self._bar("matching", num_steps, stepper.images_per_step) as bar:
-            while (done := self._share_done(num_steps, config.max_seconds)) < 1:
-                steps.set_rate(optimizer, cosine_rate(done, 1, config.memory_learning_rate))
-                num_decoded = stepper.step(optimizer, self.state["step"])
-                bar.update(stepper.images_per_step)
-                owners = {**stepper.owners(), **_kept(rate_control)}
-                self._stepped(num_decoded, optimizer=optimizer, **owners)
-        self.state |= stepper.results()
-        self._next_phase()
-
-    def _stepper(self, rate_control: RateControl | None) -> Stepper:
-        arguments = (self.memory, self.real, self.config, self.seed, self.first_class, self.team)
-        if self.experts is None:
-            return BatchStepper(*arguments, rate_control)
-        return TrajectoryStepper(*arguments, rate_control, experts=self.experts)
-
-    def _rate_control(self) -> RateControl | None:
-        """Return what keeps the bits of an entropy-coded memory near the budget; else None."""
-        memory, growth = self.memory, self.growth
-        if not _is_coded(memory):
-            return None
-        budget_bytes = self.budget.num_bytes
-        file_bytes = memory.file_bytes_with(memory.num_images, 0, budget_bytes)
-        rate_control = RateControl(
-            memory,
-            budget_bytes - file_bytes,
-            memory.num_images - sum(growth.drops()),
-            growth.num_old,
-            growth.num_old - growth.old_drops,
-        )
-        if self.resumed and self.state["step"]:
-            rate_control.state = self.resumed.tensors["rate_control"].to(self.device)
-        return rate_control
-
-    def _share_done(self, num_steps: int, most_seconds: float | None) -> float:
-        """Return how much of a phase is done: 1 where steps or seconds, of all so far, are out."""
-        done: float = self.state["step"] / num_steps if num_steps else 1.0
-        if most_seconds is None:
-            return done
-        seconds: float = sum(numbers["seconds"] for numbers in self.state["phases"].values())
-        return min(1.0, max(done, seconds / most_seconds))
+    # Pruning.
 
     def _prune(self) -> None:
         self.team.copy_first(self.memory.state_dict().values())
-        self.state["drift_psnr"] = self._drift()
         if any(self.growth.drops()):
             images = self.memory.decoded()
             scores = self.resumed.tensors.get("scores") if self.resumed else None
             if scores is None:
                 scores = self._score_images(images)
                 self.team.copy_first([scores])
-                self._stepped(self.config.pruning_passes, save=True, scores=scores)
+                self._stepped(self.config.pruning_passes, {"scores": scores}, save=True)
             self.memory.keep(self._choose(images, scores))
-        if _is_coded(self.memory):
+        if self.memory.layout.is_coded:
             num_old = sum(self.memory.images_per_class[: self.first_class])
             fit_code(self.memory, self.budget.num_bytes, num_old)
         self.memory.budget_bytes = self.budget.num_bytes
         self.memory.requires_grad_(True)
         self._end_phase()
 
-    def _drift(self) -> float | None:
-        """Return the PSNR in dB of the old images to what they were; None if no bit changed."""
-        growth = self.growth
-        stays = torch.isin(growth.old_labels, self.memory.classes[: self.first_class].cpu())
-        return drift_psnr(self.memory, take_images(growth.old_images, stays.nonzero().flatten()))
-
     def _score_images(self, images: Images) -> Tensor:
         """Return the AUM of every decoded image, from one training on all of them."""
         class_index = self.memory.class_index
         recorded: list[Tensor] = []
 
-        def record(_: int, network: Network) -> None:
+        def record(_: int, network: nn.Module) -> None:
             network.eval()
             margin = torch.zeros(len(images), dtype=torch.float32, device=self.device)
             positions = torch.arange(len(images), device=self.device)
@@ -255,11 +523,10 @@ class Condensation(Run):
         """Return the images that stay, for the beta that scores best on held-out real images."""
         accuracies: dict[str, float] = self.state["beta_accuracies"]
         class_index = self.memory.class_index
-        grid = self.config.beta_grid
-        kept = {beta: self._stays(scores, beta) for beta in grid}
+        kept = {beta: self._stays(scores, beta) for beta in self.betas}
         if self.held_out is not None:
             held_out = steps.RealImages.of(self.held_out, self.memory.classes)
-            for beta in grid:
+            for beta in self.betas:
                 if str(beta) in accuracies:
                     continue
                 stays = kept[beta].to(self.device)
@@ -269,8 +536,8 @@ class Condensation(Run):
                 accuracies[str(beta)] = self.team.agree(
                     partial(score, network, held_out.data.images, held_out.class_indices)
                 )
-                self._stepped(self.config.pruning_passes, save=True, scores=scores)
-        best = max(grid, key=lambda beta: accuracies.get(str(beta), 0.0))
+                self._stepped(self.config.pruning_passes, {"scores": scores}, save=True)
+        best = max(self.betas, key=lambda beta: accuracies.get(str(beta), 0.0))
         self.state["beta"] = best
         return kept[best]
 
@@ -285,9 +552,10 @@ class Condensation(Run):
         def stays(num_images: int) -> Tensor:
             drops = [drop // size for drop in growth.drops(num_images)]
             groups = double_ended_prune(group_scores, group_class, drops, beta)
-            return (groups.view(-1, 1) * size + torch.arange(size)).flatten()
+            positions: Tensor = groups.view(-1, 1) * size + torch.arange(size)
+            return positions.view(-1)
 
-        if _is_coded(memory):
+        if memory.layout.is_coded:
             numbers = growth.num_planned, growth.num_most
             return most_that_fit(memory, self.budget.num_bytes, stays, *numbers)
         return stays(growth.num_planned)
@@ -297,8 +565,8 @@ class Condensation(Run):
         images: Images,
         class_index: Tensor,
         name: str,
-        on_epoch: Callable[[int, Network], None] | None = None,
-    ) -> Network:
+        on_epoch: Callable[[int, Any], None] | None = None,
+    ) -> nn.Module:
         training = self.config.pruning_training
         with self._bar(name, 1, training.num_passes) as bar:
             return train_network(
@@ -313,44 +581,199 @@ class Condensation(Run):
                 team=self.team,
             )
 
-    def _follow(self, bar: Any) -> Callable[[int, int], None]:
-        """Return what moves a bar along a training that begins now, and stops it at Ctrl-C."""
-        start = bar.n
 
-        def advance(num_seen: int, _: int) -> None:
-            if any(self.team.sum(self.interrupted)):
-                raise KeyboardInterrupt  # what came before this training has been kept
-            bar.update(start + num_seen - bar.n)
+class Matcher(Protocol):
+    """Takes the steps of matching, one after another.
 
-        return advance
+    What a step draws comes from the seed and the step's number alone, so one that goes on from a
+    checkpoint takes the same steps.
+    """
 
-    def _optimizer(self, betas: tuple[float, float]) -> torch.optim.Adam:
-        # Processes may differ in last bits; from here on, all move the same memory.
-        self.team.copy_first(self.memory.state_dict().values())
-        optimizer = steps.make_optimizer(self.memory, betas)
-        if self.resumed and self.state["step"]:
-            load_state(optimizer, self.resumed.group("optimizer"))
-        return optimizer
+    @property
+    def images_per_step(self) -> int:
+        """How many decoded images a step is over, about."""
 
+    def step(self, number: int) -> int:
+        """Take the step of that number, from 0; return how many decoded images it was over."""
 
-def _is_coded(memory: LearnedMemory) -> bool:
-    return bool(memory.layout.is_coded)
+    def kept(self) -> dict[str, _Stateful]:
+        """Return what a checkpoint must keep after a step, beside memory and optimizer."""
 
+    def resume(self, checkpoint: Checkpoint, number: int) -> None:
+        """Take over what a checkpoint kept, to go on with a step of that number, 1 or more."""
 
-def _kept(rate_control: RateControl | None) -> dict[str, Any]:
-    """Return what a checkpoint keeps of it."""
-    return {} if rate_control is None else {"rate_control": rate_control.state}
+    def results(self) -> dict[str, Any]:
+        """Return JSON values for the report, after the last step."""
 
 
-def _fingerprint(
+class BatchMatcher:
+    """Matches real and decoded batches of each class, on one random network after another.
+
+    Args:
+        context: What the steps share.
+        seed: Of all draws.
+    """
+
+    network: nn.Module
+    learner: torch.optim.SGD
+
+    def __init__(self, context: steps.StepContext, seed: int) -> None:
+        self.context, self.seed = context, seed
+        fresh = context.objective.fresh_network
+        self.steps_per_network = 1 if fresh else context.config.inner_steps
+
+    @property
+    def images_per_step(self) -> int:
+        """How many decoded images a step is over, about."""
+        context, config = self.context, self.context.config
+        counts = context.memory.images_per_class[context.first_class :]
+        num_classes = min(len(counts), config.classes_per_step or len(counts))
+        return num_classes * min(config.decoded_batch, max(counts))
+
+    def step(self, number: int) -> int:
+        """Match a batch of some classes, then let the network learn."""
+        if number % self.steps_per_network == 0:
+            self._draw_network(number // self.steps_per_network)
+        generator = make_generator(self.seed, "match", number)
+        num_decoded = steps.match_step(self.context, self.network, generator)
+        if self.context.config.network_images:
+            generator = make_generator(self.seed, "train", number)
+            steps.train_step(self.context, self.network, self.learner, generator)
+        return num_decoded
+
+    def kept(self) -> dict[str, _Stateful]:
+        """Return the network, and what it learns by."""
+        return {"network": self.network, "learner": self.learner}
+
+    def resume(self, checkpoint: Checkpoint, number: int) -> None:
+        """Take over the network, where the step does not draw another one."""
+        outer_step, done = divmod(number, self.steps_per_network)
+        if done:
+            self._draw_network(outer_step)
+            load_state(self.network, checkpoint.group("network"))
+            load_state(self.learner, checkpoint.group("learner"))
+
+    def results(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def _draw_network(self, number: int) -> None:
+        seed = derive_seed(self.seed, "network", number)
+        self.network, self.learner = steps.fresh_network(self.context, seed, number)
+
+
+class TrajectoryMatcher:
+    """Lets students follow experts (MTT): in each step one, from some epoch of some expert on.
+
+    The learning rate of the students is learned too, or rather its logarithm, by Adam: so the rate
+    stays above 0, and changes by a share of itself. MTT takes SGD on the rate, with a learning rate
+    chosen for each data set. Process 0 alone reads the experts, which all record together.
+
+    Args:
+        context: What the steps share.
+        seed: Of all draws.
+        experts: Those to follow; any that are not there yet are recorded here.
+    """
+
+    def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
+        self.context, self.seed, self.experts = context, seed, experts
+        config, device = context.config, context.device
+        for number in context.team.agree(experts.missing):
+            experts.record(number, device, team=context.team)
+        self.networks = [experts.network(k).to(device) for k in range(len(config.network))]
+        logarithm = torch.tensor(math.log(config.student_learning_rate), device=device)
+        self.rate = nn.ParameterDict({"logarithm": logarithm})
+        self.learner = torch.optim.Adam(
+            self.rate.parameters(), lr=config.student_rate_learning_rate
+        )
+
+    @property
+    def images_per_step(self) -> int:
+        """How many decoded images a step is over, about."""
+        context, config = self.context, self.context.config
+        num_images = sum(context.memory.images_per_class[context.first_class :])
+        return config.student_steps * min(config.student_batch, num_images)
+
+    def step(self, number: int) -> int:
+        """Follow an expert from some epoch on."""
+        config, device = self.context.config, self.context.device
+        generator = make_generator(self.seed, "match", number)
+        expert = int(torch.randint(self.experts.num_experts, (), generator=generator))
+        epoch = int(torch.randint(config.max_start_epoch + 1, (), generator=generator))
+        read = partial(self.experts.read, expert, epoch, epoch + config.expert_epochs)
+        start, target = (
+            {name: value.to(device) for name, value in parameters.items()}
+            for parameters in self.context.team.agree(read)
+        )
+        logarithm = self.rate["logarithm"]
+        rate = logarithm.detach().exp()
+        network = self.networks[expert % len(self.networks)]
+        num_decoded, of_rate = steps.trajectory_step(
+            self.context, network, start, target, rate, generator
+        )
+        logarithm.grad = rate * of_rate
+        self.learner.step()
+        return num_decoded
+
+    def kept(self) -> dict[str, _Stateful]:
+        """Return the student's learning rate, and what it is learned by."""
+        return {"rate": self.rate, "learner": self.learner}
+
+    def resume(self, checkpoint: Checkpoint, number: int) -> None:
+        """Take over the student's learning rate."""
+        load_state(self.rate, checkpoint.group("rate"))
+        load_state(self.learner, checkpoint.group("learner"))
+
+    def results(self) -> dict[str, Any]:
+        """Return the learning rate that students have in the end."""
+        return {"student_rate": float(self.rate["logarithm"].detach().exp())}
+
+
+def mean_psnr(errors: Tensor) -> float:
+    """Return the mean PSNR in dB of images by their mean squared errors; 100 for one of 1e-10."""
+    return float(-10 * errors.clamp_min(1e-10).log10().mean())
+
+
+def _reconstruction_psnr(
+    memory: LearnedMemory, positions: Tensor, wanted_images: Callable[[Tensor], Tensor]
+) -> float:
+    """Return the mean PSNR in dB of some images of a memory to wanted ones, decoded in parts."""
+    # Not a list of the parts' errors: each, kept where large tensors come and go, would keep the
+    # hole before it from being used again, and the process would grow by a tensor each time.
+    errors = torch.empty(len(positions), dtype=torch.float32)
+    parts = images_at_once(memory.image_shape)
+    for own, part in zip(errors.split(parts), positions.split(parts), strict=True):
+        own[:] = (memory.decode(part)[0].cpu() - wanted_images(part)).square().mean(dim=(1, 2, 3))
+    return mean_psnr(errors)
+
+
+def _kept(context: steps.StepContext) -> dict[str, _Stateful]:
+    """Return what a checkpoint keeps of a phase's steps, beside the memory."""
+    kept: dict[str, _Stateful] = {"optimizer": context.optimizer}
+    if context.rate_control is not None:
+        kept["rate_control"] = context.rate_control.state
+    return kept
+
+
+def _identity(
     data: LabelledImages,
     budget: Budget,
     layout: MemoryLayout,
     config: CondenseConfig,
     seed: int,
     old: LearnedMemory | None,
-) -> str:
-    tensors = {"images": data.images, "labels": data.labels}
+) -> dict[str, str]:
+    """Return what tells a run from every other one, by names that an error message can show."""
+    settings = config.model_dump(exclude={"checkpoint_seconds"})
+    old_tensors = {}
     if old is not None:
-        tensors["old"] = torch.frombuffer(bytearray(old.to_bytes()), dtype=torch.uint8)
-    return digest_tensors(repr((budget, layout, config, seed)), tensors)
+        old_tensors["file"] = torch.frombuffer(bytearray(old.to_bytes()), dtype=torch.uint8)
+    return {
+        "data": digest_tensors("", {"images": data.images, "labels": data.labels}),
+        "memory": digest_tensors("", old_tensors),
+        "layout": repr(layout),
+        "budget": str(budget),
+        "seed": repr(seed),
+        **{name: repr(value) for name, value in settings.items()},
+        "torch": str(torch.__version__),
+    }

@@ -1,4 +1,4 @@
-"""The steps that a condensation is made of, as functions of a memory, real images and a generator.
+"""The steps that a condensation is made of, as functions of a context and a generator.
 
 What a step draws comes from its generator alone, so a step taken again is the same step.
 """
@@ -6,13 +6,13 @@ What a step draws comes from its generator alone, so a step taken again is the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.rate import RateControl
@@ -22,18 +22,21 @@ from hmn_replay.data.lookup import LabelledView, images_at_once
 from hmn_replay.distributed import ALONE, GradientPart, Team
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.learned import LearnedMemory
-from hmn_replay.objectives import get_objective
+from hmn_replay.objectives import Objective, get_objective
+from hmn_replay.objectives.trajectories import trajectory_matching
 from hmn_replay.runtime import autocast, make_generator
-from hmn_replay.training.networks import Network, build_network
-from hmn_replay.training.train import add_gradients, draw_batch
+from hmn_replay.training.networks import build_network
+from hmn_replay.training.train import add_gradients, draw_batch, draw_epoch
 
 __all__ = [
     "RealImages",
+    "StepContext",
     "fresh_network",
     "make_optimizer",
     "match_step",
     "set_rate",
     "train_step",
+    "trajectory_step",
     "warm_start_step",
     "warm_start_targets",
 ]
@@ -78,17 +81,85 @@ class RealImages:
         return cls(data, indices, list(order.split(counts)), mean, std)
 
 
+@dataclass(frozen=True, eq=False)
+class StepContext:
+    """What all steps of a phase share.
+
+    Attributes:
+        memory: The memory that is condensed.
+        real: Real images of its classes.
+        config: The settings.
+        optimizer: The optimizer of the memory; see :func:`make_optimizer`.
+        first_class: Classes before this position are not condensed, and what their images are
+            decoded from stays as it is.
+        rate_control: What adds bits to the loss, where the memory is entropy-coded.
+        team: The processes that take each step together; all call the step functions alike.
+    """
+
+    memory: LearnedMemory
+    real: RealImages
+    config: CondenseConfig
+    optimizer: torch.optim.Optimizer
+    first_class: int = 0
+    rate_control: RateControl | None = None
+    team: Team = ALONE
+    objective: Objective = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objective", get_objective(self.config.objective))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        return self.memory.class_index.device
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Return images with a graph, float32, decoded in the precision of the settings."""
+        with autocast(self.device, self.config.precision):
+            images: Tensor = self.memory(indices.to(self.device))
+        return images.float()
+
+    def draw_augmentation(
+        self, generator: torch.Generator, batch: int | None = None
+    ) -> Augmentation:
+        """Return an augmentation for real and decoded images: one draw, or one for each image."""
+        names = self.config.augmentations if self.objective.augments else ()
+        size = self.memory.image_shape[1:]
+        mean, std = self.real.mean, self.real.std
+        return draw_augmentation(names, size, generator, batch=batch, fill=mean, std=std)
+
+    def move(self, indices: Tensor, loss: Tensor, *, shared: bool = True) -> None:
+        """Move the memory once, when the gradients of a loss have been added up.
+
+        Args:
+            indices: int64 ``(B,)``, positions of the images in the loss, the same in every process.
+            loss: A scalar without a graph: that of this process's share.
+            shared: Whether each process has the gradients of its share only, which are then summed;
+                else every process has all of them.
+        """
+        team = self.team if shared else ALONE
+        team.sum_gradients(self._parts_of(indices))
+        if self.rate_control is not None:
+            self.rate_control.add_gradients(indices, loss, team)
+        self.optimizer.step()
+        self.memory.update_scales(self.first_class)
+
+    def _parts_of(self, indices: Tensor) -> Iterator[GradientPart]:
+        """Yield what images are decoded from, parameter by parameter."""
+        for parameter, rows in self.memory.rows_of(indices):
+            yield parameter, ... if rows is None else rows
+
+
 def make_optimizer(memory: LearnedMemory, betas: tuple[float, float]) -> torch.optim.Adam:
-    """Return Adam over a memory: what many images share, then class and instance memories.
+    """Return Adam over a memory, in groups with a factor of the learning rate each.
 
     Parameters that require no gradient are left out.
     """
-    groups = memory.parameter_groups()
-    return torch.optim.Adam(groups, betas=betas)
+    return torch.optim.Adam(memory.parameter_groups(), betas=betas)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of what images share; class and instance memories learn faster, by a factor."""
+    """Set the learning rate of what images share; other tensors learn faster, by their factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
 
@@ -98,8 +169,8 @@ def warm_start_targets(
 ) -> Tensor:
     """Return, for each image of the memory, the real image that it starts from: int64 ``(N,)``.
 
-    Drawn at random within the class. A class with fewer real images than instance memories takes
-    them in turn. Images of the classes before ``first_class`` are left out.
+    Drawn at random within the class. A class with fewer real images than memory images takes them
+    in turn. Images of the classes before ``first_class`` are left out.
     """
     targets = []
     for index in range(first_class, memory.num_classes):
@@ -110,78 +181,41 @@ def warm_start_targets(
     return torch.cat(targets)
 
 
-def warm_start_step(
-    memory: LearnedMemory,
-    optimizer: torch.optim.Optimizer,
-    indices: Tensor,
-    wanted: Tensor,
-    precision: str = "float32",
-    first_class: int = 0,
-    team: Team = ALONE,
-    rate_control: RateControl | None = None,
-) -> None:
+def warm_start_step(context: StepContext, indices: Tensor, wanted: Tensor) -> None:
     """Move the memory so that some of its images come nearer to real ones, by squared error.
 
-    Images are decoded in parts, so that peak memory does not grow with their size.
+    Images are decoded in parts, so that peak memory does not grow with their number.
 
     Args:
-        memory: The memory.
-        optimizer: Over its parameters.
+        context: What the phase's steps share.
         indices: int64 ``(B,)``, positions of images.
         wanted: float32 ``(B, C, H, W)`` in [0, 1].
-        precision: As in :class:`~hmn_replay.condensation.config.CondenseConfig`.
-        first_class: Scales of the classes before it stay as they are; see
-            :meth:`LearnedMemory.update_scales`.
-        team: The processes that share the images; all are given the same ones.
-        rate_control: What adds bits to the error, where the memory is entropy-coded.
     """
-    device, parts = memory.class_index.device, images_at_once(memory.image_shape)
-    optimizer.zero_grad()
+    device, parts = context.device, images_at_once(context.memory.image_shape)
+    context.optimizer.zero_grad()
     error = torch.zeros((), device=device)
+    team = context.team
     own = zip(team.share(indices).split(parts), team.share(wanted).split(parts), strict=True)
     for some, targets in own:
         if not len(some):
             continue
-        with autocast(device, precision):
-            images = memory(some.to(device))
-        loss = F.mse_loss(images.float(), targets.to(device, non_blocking=True))
+        loss = F.mse_loss(context.decode(some), targets.to(device, non_blocking=True))
         loss = loss * (len(some) / len(indices))
         torch.autograd.backward(loss)
         error += loss.detach()
-    team.sum_gradients(_parts_of(memory, [indices]))
-    if rate_control is not None:
-        rate_control.add_gradients(indices, error, team)
-    optimizer.step()
-    memory.update_scales(first_class)
+    context.move(indices, error)
 
 
-def match_step(
-    memory: LearnedMemory,
-    optimizer: torch.optim.Optimizer,
-    network: Network,
-    real: RealImages,
-    config: CondenseConfig,
-    generator: torch.Generator,
-    first_class: int = 0,
-    team: Team = ALONE,
-    rate_control: RateControl | None = None,
-) -> int:
+def match_step(context: StepContext, network: nn.Module, generator: torch.Generator) -> int:
     """Match a batch of some classes, each apart, and move the memory once.
 
     Classes are decoded in groups, so that peak memory grows with the batch of a group and not with
-    the number of classes.
+    the number of classes. A step that draws no class with images moves nothing.
 
     Args:
-        memory: The memory; classes without an image are passed over.
-        optimizer: Over its parameters.
+        context: What the phase's steps share.
         network: Its logits are in the order of the memory's classes.
-        real: Images of the memory's classes.
-        config: ``objective``, ``classes_per_step``, ``real_batch``, ``decoded_batch``,
-            ``augmentations`` and ``precision`` are read.
         generator: Of classes, images and augmentations.
-        first_class: The classes before it are not matched, and their scales stay as they are.
-        team: The processes that share the classes; all call this alike.
-        rate_control: What adds bits to the distance, where the memory is entropy-coded.
 
     Returns:
         How many images were decoded, by all processes together.
@@ -189,89 +223,130 @@ def match_step(
     Raises:
         ConfigError: The objective compares trainings, not batches.
     """
-    device = memory.class_index.device
-    objective = get_objective(config.objective)
+    memory, real, config = context.memory, context.real, context.config
+    objective = context.objective
     if objective.compares_trainings:
         raise ConfigError(f"objective {config.objective!r} compares trainings, not batches")
-    strategies = config.augmentations if objective.augments else ()
-    counts = memory.images_per_class
-    starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-    num_classes = memory.num_classes - first_class
-    drawn_classes = _draw(num_classes, config.classes_per_step, generator) + first_class
-    present = [label for label in drawn_classes.tolist() if counts[label]]
     pixels = config.decoded_batch * math.prod(memory.image_shape[1:])
     group_size = max(1, _PIXELS_PER_GROUP // pixels)
-    drawn: list[_Match] = []
-    for first in range(0, len(present), group_size):
-        group = present[first : first + group_size]
-        indices = [
-            starts[label] + _draw(counts[label], config.decoded_batch, generator) for label in group
-        ]
-        for label, own in zip(group, indices, strict=True):
-            members = real.members[label]
-            chosen = members[_draw(len(members), config.real_batch, generator)]
-            augment = draw_augmentation(
-                strategies,
-                memory.image_shape[1:],
-                generator,
-                fill=real.mean,
-                std=real.std,
-            )
-            drawn.append(_Match(label, own, chosen, augment))
-    optimizer.zero_grad()
+    drawn = _draw_matches(context, generator)
+    if not drawn:
+        return 0
+    device = context.device
+    context.optimizer.zero_grad()
     distance = torch.zeros((), device=device)
-    shared = team.share(drawn)
+    shared = context.team.share(drawn)
     for first in range(0, len(shared), group_size):
         matches = shared[first : first + group_size]
-        with autocast(device, config.precision):
-            images = memory(torch.cat([match.decoded for match in matches]).to(device)).float()
+        images = context.decode(torch.cat([match.decoded for match in matches]))
         gradients = []
         sizes = [len(match.decoded) for match in matches]
         for match, own in zip(matches, images.split(sizes), strict=True):
-            label, augment = match.label, match.augment
             real_images = real.data.floats(match.real).to(device, non_blocking=True)
+            real_images = _not_alone(match.augment(real_images))
             decoded = own.detach().requires_grad_()
-            real_images, augmented = _not_alone(augment(real_images)), _not_alone(augment(decoded))
+            augmented = _not_alone(match.augment(decoded))
             with autocast(device, config.precision):
                 loss = objective(
                     network,
                     real_images,
-                    torch.full((len(real_images),), label, device=device),
+                    torch.full((len(real_images),), match.label, device=device),
                     augmented,
-                    torch.full((len(augmented),), label, device=device),
+                    torch.full((len(augmented),), match.label, device=device),
                 )
             distance += loss.detach()
             gradients.extend(torch.autograd.grad(loss, decoded))
         torch.autograd.backward(images, torch.cat(gradients))
-    team.sum_gradients(_parts_of(memory, [match.decoded for match in drawn]))
-    if rate_control is not None:
-        rate_control.add_gradients(torch.cat([match.decoded for match in drawn]), distance, team)
-    optimizer.step()
-    memory.update_scales(first_class)
-    return sum(len(match.decoded) for match in drawn)
+    indices = torch.cat([match.decoded for match in drawn])
+    context.move(indices, distance)
+    return len(indices)
+
+
+def trajectory_step(
+    context: StepContext,
+    network: nn.Module,
+    start: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    learning_rate: Tensor,
+    generator: torch.Generator,
+) -> tuple[int, Tensor]:
+    """Let a student follow an expert on decoded images, and move the memory once.
+
+    Its batches go through the images that are condensed in a random order, then in another; each
+    image is augmented by a draw of its own, anew for each batch, as an expert's are. Every image
+    that they have is decoded twice, a bounded number at a time: to be shown, and, when its gradient
+    is known, to send that on. So what is kept does not grow with the number of images.
+
+    A student's steps follow each other, and are not shared: every process of a team takes them all.
+
+    Args:
+        context: What the phase's steps share.
+        network: Of the expert's architecture, on the memory's device, with a logit for each of the
+            memory's classes.
+        start: The expert's parameters that the student begins with, by name.
+        target: Those that it is to come to.
+        learning_rate: The student's, a scalar.
+        generator: Of images and augmentations.
+
+    Returns:
+        How many decoded images the student saw, repeats counted; and the gradient of the loss with
+        respect to its learning rate, a scalar.
+    """
+    memory, config, device = context.memory, context.config, context.device
+    first_image = sum(memory.images_per_class[: context.first_class])
+    drawn: list[Tensor] = []
+    while len(drawn) < config.student_steps:
+        num_images = memory.num_images - first_image
+        drawn.extend(draw_epoch(num_images, config.student_batch, generator))
+    del drawn[config.student_steps :]
+    sizes = [len(batch) for batch in drawn]
+    augmentations = [context.draw_augmentation(generator, batch=size) for size in sizes]
+    seen, positions = torch.cat(drawn).unique(return_inverse=True)
+    seen = (first_image + seen).to(device)
+    groups = seen.split(max(1, _PIXELS_PER_GROUP // math.prod(memory.image_shape[1:])))
+    with torch.no_grad():
+        images = torch.cat([context.decode(group) for group in groups])
+    images.requires_grad_()
+    rate = learning_rate.detach().requires_grad_()
+    with autocast(device, config.precision):
+        loss = trajectory_matching(
+            network,
+            start,
+            target,
+            images,
+            memory.class_index[seen],
+            positions.to(device).split(sizes),
+            rate,
+            augmentations,
+        )
+    gradient, of_rate = torch.autograd.grad(loss, [images, rate])
+    context.optimizer.zero_grad()
+    for group, of_group in zip(groups, gradient.split([len(g) for g in groups]), strict=True):
+        torch.autograd.backward(context.decode(group), of_group)
+    context.move(seen, loss.detach(), shared=False)
+    return sum(sizes), of_rate
 
 
 def fresh_network(
-    memory: LearnedMemory, real: RealImages, config: CondenseConfig, seed: int, number: int = 0
-) -> tuple[Network, torch.optim.SGD]:
+    context: StepContext, seed: int, number: int = 0
+) -> tuple[nn.Module, torch.optim.SGD]:
     """Return a random network to match with, on the memory's device, and what it learns by.
 
     Args:
-        memory: Its classes and image shape are read.
-        real: Its pixels' mean and deviation are read.
-        config: ``network``, ``network_width`` and ``network_learning_rate`` are read.
+        context: What the phase's steps share.
         seed: Of the network's values.
         number: How many networks came before it; those of ``config.network`` are taken in turn.
     """
+    config, real = context.config, context.real
     network = build_network(
         config.network[number % len(config.network)],
-        memory.image_shape,
-        memory.num_classes,
+        context.memory.image_shape,
+        context.memory.num_classes,
         width=config.network_width,
         mean=real.mean,
         std=real.std,
         seed=seed,
-    ).to(memory.class_index.device)
+    ).to(context.device)
     learner = torch.optim.SGD(
         network.parameters(), lr=config.network_learning_rate, momentum=0.9, weight_decay=5e-4
     )
@@ -279,34 +354,37 @@ def fresh_network(
 
 
 def train_step(
-    network: Network,
+    context: StepContext,
+    network: nn.Module,
     learner: torch.optim.Optimizer,
-    real: RealImages,
-    config: CondenseConfig,
     generator: torch.Generator,
-    memory: LearnedMemory,
-    team: Team = ALONE,
 ) -> None:
     """Let the network learn from ``network_images`` images, as IDC does after every step.
 
     The objective says from which images, and whether they are augmented and mixed; see
-    :class:`hmn_replay.objectives.Objective`. The processes of a team share each batch, and all call
-    this alike; see :func:`hmn_replay.training.train.add_gradients`.
+    :class:`hmn_replay.objectives.Objective`. The processes of a team share each batch; see
+    :func:`hmn_replay.training.train.add_gradients`.
+
+    Args:
+        context: What the phase's steps share; the memory is not changed.
+        network: The network that learns.
+        learner: Its optimizer.
+        generator: Of images, augmentations and CutMix.
     """
-    device = network.mean.device
-    objective = get_objective(config.objective)
-    if objective.learns_from == "nothing":
+    memory, real, config = context.memory, context.real, context.config
+    device, objective = context.device, context.objective
+    learns_from = objective.learns_from
+    num_images = len(real.data) if learns_from == "real" else memory.num_images
+    if learns_from == "nothing" or not num_images:
         return
-    from_real = objective.learns_from == "real"
-    num_images = len(real.data) if from_real else memory.num_images
     chosen = torch.randint(num_images, (config.network_images,), generator=generator)
     for indices in map(_not_alone, chosen.split(config.network_batch)):
-        if from_real:
+        if learns_from == "real":
             images = real.data.floats(indices).to(device, non_blocking=True)
             labels = real.class_indices[indices].to(device, non_blocking=True)
         else:
-            with torch.no_grad(), autocast(device, config.precision):
-                images = memory(indices.to(device)).float()
+            with torch.no_grad():
+                images = context.decode(indices)
             labels = memory.class_index[indices.to(device)]
         batch, labels_a, labels_b, lam = draw_batch(
             images,
@@ -321,7 +399,7 @@ def train_step(
         )
         learner.zero_grad()
         add_gradients(
-            network, batch, labels_a, labels_b, lam, precision=config.precision, team=team
+            network, batch, labels_a, labels_b, lam, precision=config.precision, team=context.team
         )
         learner.step()
 
@@ -335,12 +413,21 @@ class _Match(NamedTuple):
     augment: Augmentation
 
 
-def _parts_of(memory: LearnedMemory, drawn: Sequence[Tensor]) -> Iterator[GradientPart]:
-    """Yield what images are decoded from, parameter by parameter; nothing where none were drawn."""
-    if not drawn:
-        return
-    for parameter, rows in memory.rows_of(torch.cat([*drawn])):
-        yield parameter, ... if rows is None else rows
+def _draw_matches(context: StepContext, generator: torch.Generator) -> list[_Match]:
+    """Draw classes, and for each that has images a batch of these and of real ones."""
+    memory, real, config = context.memory, context.real, context.config
+    counts = memory.images_per_class
+    starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+    num_classes = memory.num_classes - context.first_class
+    classes = _draw(num_classes, config.classes_per_step, generator) + context.first_class
+    drawn: list[_Match] = []
+    for label in classes.tolist():
+        if counts[label]:
+            decoded = starts[label] + _draw(counts[label], config.decoded_batch, generator)
+            members = real.members[label]
+            chosen = members[_draw(len(members), config.real_batch, generator)]
+            drawn.append(_Match(label, decoded, chosen, context.draw_augmentation(generator)))
+    return drawn
 
 
 def _not_alone(batch: Tensor) -> Tensor:

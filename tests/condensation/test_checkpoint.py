@@ -22,6 +22,8 @@ from hmn_replay.condensation.checkpoint import (
 )
 from hmn_replay.errors import CheckpointError
 
+MINE = {"data": "0123", "seed": "0", "layout": "x" * 99, "torch": "2.9.0"}
+THEIRS = {"data": "4567", "seed": "1", "layout": "y" * 99, "torch": "2.9.0"}
 STATE: dict[str, Any] = {
     "phase": "matching",
     "step": 3,
@@ -54,8 +56,8 @@ def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
 
 
 def test_state_and_tensors_are_read_back(path: Path) -> None:
-    write_checkpoint(path, "mine", STATE, some_tensors())
-    checkpoint = read_checkpoint(path, "mine")
+    write_checkpoint(path, MINE, STATE, some_tensors())
+    checkpoint = read_checkpoint(path, MINE)
     assert checkpoint is not None
     assert checkpoint.state == STATE
     assert same(checkpoint.tensors, some_tensors())
@@ -68,24 +70,24 @@ def test_what_cannot_be_written_is_the_systems_error(
     def full(*_: object, **__: object) -> None:
         raise safetensors.SafetensorError("No space left on device")
 
-    write_checkpoint(path, "mine", STATE, some_tensors())
+    write_checkpoint(path, MINE, STATE, some_tensors())
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match=r"cannot write the checkpoint .*No space left"):
-        write_checkpoint(path, "mine", {"step": 4}, {})
-    checkpoint = read_checkpoint(path, "mine")
+        write_checkpoint(path, MINE, {"step": 4}, {})
+    checkpoint = read_checkpoint(path, MINE)
     assert checkpoint is not None
     assert checkpoint.state == STATE
 
 
 def test_a_later_checkpoint_takes_the_place_of_an_earlier_one(path: Path) -> None:
-    write_checkpoint(path, "mine", STATE, some_tensors())
-    write_checkpoint(path, "mine", {"step": 4}, {})
-    assert read_checkpoint(path, "mine") == Checkpoint({"step": 4}, {})
+    write_checkpoint(path, MINE, STATE, some_tensors())
+    write_checkpoint(path, MINE, {"step": 4}, {})
+    assert read_checkpoint(path, MINE) == Checkpoint({"step": 4}, {})
     assert os.listdir(path.parent) == [path.name]
 
 
 def test_without_a_checkpoint_there_is_none(path: Path) -> None:
-    assert read_checkpoint(path, "mine") is None
+    assert read_checkpoint(path, MINE) is None
 
 
 def test_a_group_is_what_begins_with_its_name_and_a_slash() -> None:
@@ -96,10 +98,12 @@ def test_a_group_is_what_begins_with_its_name_and_a_slash() -> None:
 
 
 def test_the_checkpoint_of_another_run_is_refused_and_left(path: Path) -> None:
-    write_checkpoint(path, "theirs", STATE, some_tensors())
+    write_checkpoint(path, THEIRS, STATE, some_tensors())
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match=r"other data, budget, seed or settings; delete '.*'"):
-        read_checkpoint(path, "mine")
+    with pytest.raises(
+        CheckpointError, match=r"with other data, other layout, seed 1 in place of 0; delete '"
+    ):
+        read_checkpoint(path, MINE)
     assert path.read_bytes() == before
 
 
@@ -107,7 +111,7 @@ def test_the_checkpoint_of_another_run_is_refused_and_left(path: Path) -> None:
 def test_a_file_that_is_no_checkpoint_is_refused(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"cannot read the checkpoint \(.*\); delete '.*' to"):
-        read_checkpoint(path, "mine")
+        read_checkpoint(path, MINE)
 
 
 @pytest.mark.parametrize(
@@ -116,16 +120,16 @@ def test_a_file_that_is_no_checkpoint_is_refused(path: Path, data: bytes) -> Non
 def test_another_safetensors_file_is_refused(path: Path, metadata: Any) -> None:
     path.write_bytes(safetensors.torch.save({"weight": torch.zeros(3)}, metadata))
     with pytest.raises(CheckpointError, match="cannot read the checkpoint"):
-        read_checkpoint(path, "mine")
+        read_checkpoint(path, MINE)
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot read the checkpoint"):
-        read_checkpoint(tmp_path, "mine")
+        read_checkpoint(tmp_path, MINE)
 
 
 def test_no_damage_gets_through(path: Path) -> None:
-    write_checkpoint(path, "mine", STATE, some_tensors())
+    write_checkpoint(path, MINE, STATE, some_tensors())
     data, rng = path.read_bytes(), random.Random(0)
     tensors = some_tensors()
     for number in range(600):
@@ -140,7 +144,7 @@ def test_no_damage_gets_through(path: Path) -> None:
         path.unlink()  # it may be mapped
         path.write_bytes(changed)
         try:
-            checkpoint = read_checkpoint(path, "mine")
+            checkpoint = read_checkpoint(path, MINE)
         except CheckpointError:
             continue
         assert checkpoint is not None
@@ -173,8 +177,8 @@ def test_a_module_and_its_optimizer_go_on_where_they_were(kind: str, path: Path)
     for number in range(0 if "before" in kind else 3):
         step(network, optimizer, number)
     tensors = flatten_state("network", network) | flatten_state("optimizer", optimizer)
-    write_checkpoint(path, "mine", {}, tensors)
-    checkpoint = read_checkpoint(path, "mine")
+    write_checkpoint(path, MINE, {}, tensors)
+    checkpoint = read_checkpoint(path, MINE)
     assert checkpoint is not None
     again, again_optimizer = start(1)
     load_state(again, checkpoint.group("network"))

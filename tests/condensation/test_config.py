@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 from typing import Any
@@ -14,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config, parse_option
-from hmn_replay.errors import ConfigError
+from hmn_replay.errors import ConfigError, UnknownOptionError
 from hmn_replay.objectives.trajectories import EXPERT_TRAINING
 
-FIELDS = [field.name for field in dataclasses.fields(CondenseConfig)]
+FIELDS = list(CondenseConfig.model_fields)
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -76,25 +75,19 @@ def test_experts_are_trained_as_the_settings_say() -> None:
 
 def test_an_option_replaces_the_efforts_own() -> None:
     config = make_config("standard", outer_steps=3)
-    assert config == dataclasses.replace(make_config("standard"), outer_steps=3)
+    assert config == make_config("standard").replace(outer_steps=3)
 
 
-def test_every_field_is_told_in_the_docstring() -> None:
-    assert CondenseConfig.__doc__ is not None
-    for name in FIELDS:
-        assert f"        {name}: " in CondenseConfig.__doc__
+def test_every_field_is_described() -> None:
+    assert all(field.description for field in CondenseConfig.model_fields.values())
 
 
-def test_values_are_brought_to_the_fields_type() -> None:
-    config = make_config(over_budget=1, beta_grid=[0, 1], augmentations=["flip"])
-    assert (config.over_budget, type(config.over_budget)) == (1.0, float)
-    assert config.beta_grid == (0.0, 1.0)
-    assert all(type(beta) is float for beta in config.beta_grid)
-    assert config.augmentations == ("flip",)
-    assert hash(config) == hash(dataclasses.replace(config))
+def test_beta_is_searched_on_request_only() -> None:
+    assert all(make_config(effort).beta_grid == () for effort in EFFORTS)
+    assert make_config(beta_grid="0,0.5,1").beta_grid == (0.0, 0.5, 1.0)
 
 
-def test_numbers_of_numpy_are_brought_to_the_fields_type() -> None:
+def test_numbers_of_numpy_make_the_same_settings() -> None:
     config = make_config(
         outer_steps=np.int64(3),
         classes_per_step=np.uint8(5),
@@ -106,7 +99,26 @@ def test_numbers_of_numpy_are_brought_to_the_fields_type() -> None:
         outer_steps=3, classes_per_step=5, over_budget=1.0, holdout=0.25, beta_grid=(0.0, 0.5, 1.0)
     )
     assert repr(config) == repr(plain)  # what a checkpoint knows a run by
-    assert json.dumps(dataclasses.asdict(config)) == json.dumps(dataclasses.asdict(plain))
+    assert config.model_dump_json() == plain.model_dump_json()
+
+
+def match_nothing(*batches: Any) -> Any:
+    raise AssertionError(batches)
+
+
+def make_nothing(image_shape: Any, num_classes: int) -> Any:
+    raise AssertionError(image_shape, num_classes)
+
+
+def test_functions_stand_in_for_names_and_are_reported_by_theirs() -> None:
+    config = make_config(objective=match_nothing, network=("convnet", make_nothing))
+    assert config.objective is match_nothing
+    assert config.network == ("convnet", make_nothing)
+    told = json.loads(config.model_dump_json())
+    assert told["objective"].endswith("test_config.match_nothing")
+    assert told["network"][0] == "convnet"
+    assert told["network"][1].endswith("test_config.make_nothing")
+    assert make_config(network=make_nothing).network == (make_nothing,)
 
 
 def test_the_training_of_the_pruning_has_its_own_size() -> None:
@@ -123,13 +135,13 @@ def test_the_training_of_the_pruning_has_its_own_size() -> None:
     assert training.precision == "bfloat16"
 
 
-def test_another_effort_or_option_is_refused_with_those_that_there_are() -> None:
+def test_another_effort_or_option_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="one of quick, standard, paper; got 'slow'"):
         make_config("slow")
-    with pytest.raises(
-        ConfigError, match=r"no option 'outer_step'; there are number_format, .*oute"
-    ):
+    with pytest.raises(TypeError, match="no option 'outer_step'; did you mean 'outer_steps'"):
         make_config(outer_step=3)
+    with pytest.raises(UnknownOptionError, match="no option 'depth'; it has number_format"):
+        parse_option("depth", "3")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +157,6 @@ def test_another_effort_or_option_is_refused_with_those_that_there_are() -> None
         ("holdout", 0.0),
         ("holdout", 0.6),
         ("network_cutmix_probability", 1.1),
-        ("beta_grid", ()),
         ("beta_grid", (0.5, 1.5)),
         ("beta_grid", (math.nan,)),
         ("classes_per_step", 0),
@@ -171,34 +182,8 @@ def test_another_effort_or_option_is_refused_with_those_that_there_are() -> None
     ],
 )
 def test_a_value_outside_its_range_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"^{name} must be .*, got "):
-        make_config(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("outer_steps", 3.0),
-        ("outer_steps", "3"),
-        ("outer_steps", True),
-        ("outer_steps", None),
-        ("over_budget", "0.1"),
-        ("over_budget", False),
-        ("over_budget", 10**400),
-        ("outer_steps", np.True_),
-        ("outer_steps", np.float64(3)),
-        ("network", 3),
-        ("network", None),
-        ("beta_grid", 0.5),
-        ("beta_grid", ("a",)),
-        ("augmentations", "color"),
-        ("augmentations", None),
-        ("classes_per_step", 2.5),
-        ("experts", 3),
-    ],
-)
-def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"^{name} must be (int|float|str|a list)"):
+    shown = name.replace("_", "[_ ]")
+    with pytest.raises(ConfigError, match=rf"^(each entry of )?{shown}.* must .*; got "):
         make_config(**{name: value})
 
 
@@ -241,30 +226,11 @@ def test_every_default_can_be_typed(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("outer_steps", "three"),
-        ("outer_steps", "3.5"),
-        ("outer_steps", "none"),
-        ("outer_steps", ""),
-        ("outer_steps", "True"),
-        ("over_budget", "10 %"),
-        ("beta_grid", "0;1"),
-        ("beta_grid", "none"),
-        ("network", "none"),
-    ],
-)
-def test_a_text_that_is_no_such_value_is_refused(name: str, text: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name} must be"):
-        parse_option(name, text)
-
-
-@pytest.mark.parametrize(
     "text", ["{[]: 1}", "-" * 10_000 + "1", "(" * 500, "'\\d'", "\0", "1" * 400, "1" * 9999]
 )
 def test_a_hostile_text_is_refused_like_any_other(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^over_budget must be"):
-        make_config(over_budget=parse_option("over_budget", text))
+        make_config(over_budget=text)
 
 
 @given(st.sampled_from(FIELDS), st.text(max_size=10))
@@ -273,12 +239,7 @@ def test_any_text_is_read_or_refused(name: str, text: str) -> None:
         make_config(**{name: parse_option(name, text)})
 
 
-def test_an_option_that_is_not_there_cannot_be_read() -> None:
-    with pytest.raises(ConfigError, match="no option 'depth'; there are number_format"):
-        parse_option("depth", "3")
-
-
 @pytest.mark.parametrize("effort", [["quick"], None, 1])
 def test_an_effort_that_is_no_name_is_refused(effort: Any) -> None:
-    with pytest.raises(ConfigError, match="effort is one of quick, standard, paper"):
+    with pytest.raises(ConfigError, match="effort must be one of quick, standard, paper"):
         make_config(effort)

@@ -164,10 +164,8 @@ def test_a_stopped_condensation_goes_on_from_its_checkpoint(
     make: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("containers", "--rows", "raw", "--ipc", "4", "--set", "inner_steps=6")
+    arguments += ("--set", "checkpoint_seconds=0")
     steps: Any = importlib.import_module("hmn_replay.condensation.steps")
-    monkeypatch.setattr(
-        importlib.import_module("hmn_replay.condensation.run"), "_CHECKPOINT_SECONDS", 0
-    )
     match_step, taken = steps.match_step, []
 
     def stop_at_the_fifth(*args: Any) -> Any:

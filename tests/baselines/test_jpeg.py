@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hmn_replay.baselines.jpeg import decode_jpeg_scans, encode_jpeg_scans, read_jpeg_shape
 from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.memory.jpeg import decode_jpeg_scans, encode_jpeg_scans, read_jpeg_shape
 
 
 def some_images(*shape: int, seed: int = 0) -> Tensor:
@@ -96,7 +96,7 @@ def test_an_unknown_subsampling_is_refused() -> None:
 
 
 def test_images_of_another_kind_are_refused() -> None:
-    with pytest.raises(DataError, match="expected images as a tensor of uint8"):
+    with pytest.raises(DataError, match="expected images as a uint8 tensor"):
         encode_jpeg_scans(torch.zeros(1, 3, 8, 8), 20)
     for shape in ((1, 2, 8, 8), (0, 3, 8, 8)):
         with pytest.raises(DataError, match="with 1 or 3 channels, came"):
