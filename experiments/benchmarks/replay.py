@@ -3,7 +3,7 @@
 Both plugins replay as many images beside as many current ones; without one, a step has the current
 ones alone. All three train on the same data and take turns, an experience at a time; loading and
 replay are counted, what comes between experiences is not: see `extend`. Images are noise, and the
-memory is condensed once, shortly (--option): a step's speed depends on neither.
+memory is condensed once, shortly (--set): a step's speed depends on neither.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import hmn_replay
-from experiments.benchmarks.common import now, parse_options, positive
+from experiments.benchmarks.common import now, positive
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory import LearnedMemory
@@ -35,8 +35,8 @@ SMOKE = {
     "images": 12,
     "side": 8,
     "budget": "6000",
-    "batch": 8,
-    "batch_mem": 4,
+    "batch_size": 8,
+    "batch_size_mem": 4,
     "rounds": 1,
     "width": 4,
 }
@@ -49,31 +49,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", default="300 KiB", help="bytes of the memory")
     parser.add_argument("--model", default="convnet", choices=("linear", *hmn_replay.NETWORKS))
     parser.add_argument("--width", type=positive, default=32, help="channels of ConvNet's blocks")
-    parser.add_argument("--batch", type=positive, default=64, help="current images in a step")
-    parser.add_argument("--batch-mem", type=positive, default=64, help="replayed images in a step")
+    parser.add_argument("--batch-size", type=positive, default=64, help="current images in a step")
+    parser.add_argument(
+        "--batch-size-mem", type=positive, default=64, help="replayed images in a step"
+    )
     parser.add_argument("--rounds", type=positive, default=10, help="experiences timed of each")
     parser.add_argument(
-        "--option",
+        "--set",
         action="append",
         default=["warm_start_steps=10", "outer_steps=0", "over_budget=0"],
-        metavar="NAME=VALUE",
-        help="of condense(); several times",
+        metavar="FIELD=VALUE",
+        help="setting of the condensation; several times",
     )
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(args.device)
     stream = make_stream(args)
+    settings: dict[str, Any] = dict(text.split("=", 1) for text in args.set)
     plugin = CondenseOnce(
-        args.budget, batch_size_mem=args.batch_mem, device=device, **parse_options(args.option)
+        args.budget, batch_size_mem=args.batch_size_mem, device=device, **settings
     )
     rivals: dict[str, list[Any]] = {
         "HMNReplay": [plugin],
         "ReplayPlugin": [
             ReplayPlugin(
                 mem_size=args.classes * args.images,
-                batch_size=args.batch,
-                batch_size_mem=args.batch_mem,
+                batch_size=args.batch_size,
+                batch_size_mem=args.batch_size_mem,
             )
         ],
         "none": [],
@@ -86,22 +89,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for strategy in strategies.values():
         strategy.train(stream[0])
     assert plugin.memory is not None
-    if plugin.memory.num_images < args.batch_mem:
-        raise ConfigError(f"the memory holds {plugin.memory.num_images} images: lower --batch-mem")
+    if plugin.memory.num_images < args.batch_size_mem:
+        raise ConfigError(
+            f"the memory has {plugin.memory.num_images} images: lower --batch-size-mem"
+        )
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(args.rounds + 1):
         for name, strategy in strategies.items():
             steps = watches[name].steps
             steps.clear()
             strategy.train(stream[1])
-            wanted = args.batch + (args.batch_mem if rivals[name] else 0)
+            wanted = args.batch_size + (args.batch_size_mem if rivals[name] else 0)
             full = [taken for taken, num_images in steps if num_images == wanted]
             # The first round, and an experience's first step, warm up.
             seconds[name] += full[1:] if number else []
     if not all(seconds.values()):
         raise ConfigError(
             f"an experience of {args.classes} x {args.images} images has less than two steps of "
-            f"{args.batch}: lower --batch, or raise --images"
+            f"{args.batch_size}: lower --batch-size, or raise --images"
         )
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, median in medians.items():
@@ -176,7 +181,7 @@ def make_strategy(args: argparse.Namespace, plugins: list[Any], device: torch.de
     return Naive(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-        train_mb_size=args.batch,
+        train_mb_size=args.batch_size,
         device=device,
         plugins=plugins,
         evaluator=EvaluationPlugin(loggers=[Quiet()]),  # type: ignore[no-untyped-call]

@@ -299,7 +299,6 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """In ``"memory_only"``, condense the experience, and train from the memory."""
         if self.mode == "replay" or self.memory is None:
             return
-        self._choose_loss(strategy, has_tasks=False)
         self._learn(strategy, strategy.experience)
         self._is_renewed = True
         decoded = self._decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from typing import Any
 
@@ -25,6 +26,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision import transforms
 
+from hmn_replay.avalanche.plugin import (
+    HMNReplay,
+    JPEGReplay,
+    MemoryReplay,
+    RawReplay,
+    ReplayOptions,
+)
 from hmn_replay.errors import CheckpointError, ConfigError, DataError
 from hmn_replay.memory import RawMemory
 from tests.streams import (
@@ -583,3 +591,14 @@ def test_items_of_another_form_are_refused() -> None:
     features.targets = features.tensors[1].tolist()
     with pytest.raises(DataError, match="image 0 of the experience"):
         make_strategy([KeepFirst()]).train(streams(data=features).train_stream[0])
+
+
+def test_every_plugin_takes_the_same_options() -> None:
+    options = set(ReplayOptions.__annotations__)
+    assert options == set(inspect.signature(MemoryReplay).parameters)
+    assert options < set(inspect.signature(HMNReplay).parameters)
+    given: Any = dict.fromkeys(("batch_size_mem", "max_raw_images", "seed"), 7)
+    for replay in (RawReplay("1 KiB", **given), JPEGReplay("1 KiB", **given)):
+        assert (replay.batch_size_mem, replay.max_raw_images, replay.seed) == (7, 7, 7)
+    with pytest.raises(TypeError, match="batch_size_memory"):
+        RawReplay("1 KiB", batch_size_memory=3)  # type: ignore[call-arg]

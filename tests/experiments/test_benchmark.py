@@ -154,8 +154,8 @@ def test_replay_takes_turns_with_its_rivals(measure: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch-mem", "10000"], "lower --batch-mem"),
-        (["--batch", "20"], "lower --batch, or raise --images"),
+        (["--batch-size-mem", "10000"], "lower --batch-size-mem"),
+        (["--batch-size", "20"], "lower --batch-size, or raise --images"),
     ],
 )
 def test_replay_refuses_what_it_cannot_time(

@@ -15,7 +15,7 @@ from torch import nn
 import hmn_replay
 from experiments import split_cifar100
 from experiments.split_cifar100 import augment_training, main
-from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.errors import ConfigError, DataError, HMNReplayError
 
 MemoryUse = namedtuple("MemoryUse", "num_bytes, num_images, seconds")
 
@@ -117,7 +117,7 @@ def test_resume_runs_only_what_is_missing(tmp_path: Path, fake_strategies: dict[
         (["--formats", "gif"], ConfigError, "--formats has no 'gif'"),
         (["--seed", "one"], ConfigError, "--seed"),
         (["--model", "slim_resnet18"], ConfigError, "--model convnet"),
-        (["--set", "outer_stepz=1"], ConfigError, "outer_stepz"),
+        (["--set", "outer_stepz=1"], HMNReplayError, "outer_stepz"),
         (["--effort", "heroic"], ConfigError, "effort"),
         (["--train-images", "0"], ConfigError, "--train-images"),
         (["--data", "cifar100", "--data-root", "nowhere"], DataError,
