@@ -51,7 +51,7 @@ class _LogitBuffer(MeasuredBuffer, ClassBalancedBufferWithLogits):
         sample = strategy.experience.dataset[0]
         if len(sample) != 3:
             raise DataError(
-                "DER++ needs samples (image, label, task label), as nc_benchmark makes them; came "
+                "DER++ needs samples (image, label, task label), as nc_benchmark makes them; got "
                 f"samples of {len(sample)}"
             )
         ClassBalancedBufferWithLogits.update(self, strategy, **kwargs)

@@ -1,4 +1,4 @@
-"""ER-ACE (Caccia et al. 2022): new images are told apart from each other, not from old classes.
+"""ER-ACE (Caccia et al. 2022): the softmax of new images leaves old classes out.
 
 Avalanche's ``ER_ACE`` over a class-balanced buffer of uint8 pixels, whose labels are not counted,
 in its favour. The buffer takes in the images of an experience before they are learnt. Replayed

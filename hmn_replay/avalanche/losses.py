@@ -130,8 +130,8 @@ def balanced(step: ReplayStep) -> Tensor:
 def asymmetric(step: ReplayStep) -> Tensor:
     """Return the loss of ER-ACE (Caccia et al. 2022, equation 2).
 
-    Classes of the memory that no current image of the step has are left out of the current images'
-    softmax, so that these are told apart from each other alone; the replayed ones from all.
+    Classes of the memory that no current image of the step has are left out of the softmax of the
+    current images, so that new classes do not push old ones down; replayed images keep all classes.
     """
     own = step.labels[: step.num_current]
     left_out = (step.memory_counts > 0).index_fill(0, own, False)

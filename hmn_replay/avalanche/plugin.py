@@ -264,7 +264,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
         Args:
             strategy: Its ``device`` and its ``model`` are used, where it has them.
-            experience: Of Avalanche.
+            experience: An experience of Avalanche, or a piece of one.
         """
         self._device = torch.device(getattr(strategy, "device", "cpu"))
         self._model = getattr(strategy, "model", None)

@@ -53,7 +53,8 @@ class Normalization:
         std: The same, above 0.
 
     Raises:
-        ConfigError: The numbers are not as said above.
+        ConfigError: Another number of channels than 1 or 3, a number that is not finite, or a std
+            of 0 or less.
     """
 
     mean: tuple[float, ...]
@@ -161,7 +162,7 @@ def read_experiences(
     """Read experiences through their eval transforms.
 
     Args:
-        experiences: Of Avalanche, one or more. Their items are ``(image, label)`` or ``(image,
+        experiences: One or more. Their items are ``(image, label)`` or ``(image,
             label, task label)``; nothing but their data sets is used.
         normalization: What their transforms end in, or None.
 

@@ -34,5 +34,5 @@ def test_a_buffer_below_one_batch_is_replayed_all_the_same() -> None:
 
 
 def test_samples_without_a_task_label_are_refused() -> None:
-    with pytest.raises(DataError, match=r"\(image, label, task label\).*came samples of 2"):
+    with pytest.raises(DataError, match=r"\(image, label, task label\).*got samples of 2"):
         build("derpp").train(make_stream_without_tasks()[0])
