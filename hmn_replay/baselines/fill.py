@@ -51,8 +51,9 @@ def raw_images(
             has no more to give.
         budget: Bytes of the file, header and labels counted.
         selection: One of :data:`hmn_replay.baselines.selection.SELECTIONS`; or the order in which
-            images are taken while they fit, int64 positions in ``data``, such as those that
-            :func:`hmn_replay.baselines.selection.select_images` gives with options of your own.
+            the images of a class are taken, int64 positions in ``data``, such as those that
+            :func:`hmn_replay.baselines.selection.select_images` gives with options of your own:
+            the first image of every class, then the second, while they fit.
         seed: Of a selection by name. A larger budget adds images to those of a smaller one.
 
     Raises:

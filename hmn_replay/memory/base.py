@@ -1,7 +1,7 @@
 """What every memory is: labelled images under a budget of bytes, decoded on demand.
 
-The loop, the replay, the command and the evaluation know memories by :class:`Memory` alone. Memories
-whose images are learned are in :mod:`hmn_replay.memory.learned`, real images in
+The loop, the replay, the command and the evaluation know memories by :class:`Memory` alone.
+Memories whose images are learned are in :mod:`hmn_replay.memory.learned`, real images in
 :mod:`hmn_replay.memory.real`.
 """
 
@@ -258,8 +258,8 @@ class Memory(abc.ABC):
                 their present order. A class may lose all of its images; the class stays.
 
         Raises:
-            ConfigError: A position outside ``0 .. N - 1``, one that occurs twice, a mask, or some of
-                the images that share stored values without the others.
+            ConfigError: A position outside ``0 .. N - 1``, one that occurs twice, a mask, or some
+                of the images that share stored values without the others.
         """
         kept = check_indices(indices, self.num_images).sort().values
         if len(kept.unique()) != len(kept):
@@ -573,6 +573,8 @@ def check_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]
 
 
 def _decompress(names: Tensor, num_classes: int) -> list[str]:
+    if names.dtype != torch.uint8 or names.ndim != 1:
+        raise MemoryFileError(f"tensor 'names' is {names.dtype} {tuple(names.shape)}")
     inflate = zlib.decompressobj()
     try:
         data = inflate.decompress(names.numpy().tobytes(), _MAX_NAMES_BYTES)

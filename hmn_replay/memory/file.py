@@ -187,6 +187,9 @@ def _unpack(file: BinaryIO, num_bytes: int) -> Record:
         tensors = safetensors.torch.load(prefix + header + data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise MemoryFileError(f"its tensors cannot be read ({error})") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise MemoryFileError(f"tensor {name!r} is {tensor.dtype}, which no memory stores")
     return Record(kind, num_images, budget_bytes, words, tensors)
 
 

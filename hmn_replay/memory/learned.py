@@ -1,8 +1,8 @@
 """Memories whose images are learned: one declaration of what is stored, and all that follows.
 
-A memory kind declares a table of :class:`StoredTensor`. Parameters, bytes, growth, dropping, scales,
-bits, learning rates, saving and loading follow from it, so that a further tier is one more row and
-what reads it.
+A memory kind declares a table of :class:`StoredTensor`. Parameters, bytes, growth, dropping,
+scales, bits, learning rates, saving and loading follow from it, so that a further tier is one more
+row and what reads it.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class MemoryLayout:
             is_tuple = str(field.type).startswith("tuple")
             numbers = list(value) if is_tuple and isinstance(value, Sequence) else [value]
             whole = [number for number in map(as_int, numbers) if number is not None]
-            if len(whole) < len(numbers):
+            if len(whole) < len(numbers) or is_tuple != isinstance(value, Sequence):
                 what = "a sequence of integers" if is_tuple else "an integer"
                 raise ConfigError(f"{field.name} is {what}; got {value!r}")
             object.__setattr__(self, field.name, tuple(whole) if is_tuple else whole[0])
@@ -211,8 +211,8 @@ class LearnedMemory(Memory, nn.Module):
     The parameters are latent float32 values; :meth:`forward` and :meth:`decode` see them rounded to
     the layout's number format, so that what is decoded now is what the saved file will give back.
 
-    A subclass declares :attr:`Layout`, :meth:`table`, :meth:`choose_layout` and :meth:`forward`, and
-    is registered by :func:`~hmn_replay.memory.base.register_memory`.
+    A subclass declares :attr:`Layout`, :meth:`table`, :meth:`choose_layout` and :meth:`forward`,
+    and is registered by :func:`~hmn_replay.memory.base.register_memory`.
 
     Args:
         layout: Shapes and number format.
@@ -444,10 +444,12 @@ class LearnedMemory(Memory, nn.Module):
         Raises:
             BudgetError: Not even one group of images a class fits; the message gives the smallest
                 budget that this layout can do with.
-            ConfigError: There are not 1 to 1000 classes.
+            ConfigError: There are not 1 to 1000 classes, or the layout is not one of this kind.
         """
+        cls.check_layout(layout)
         limit = Budget.parse(budget).num_bytes
-        num_classes = check_num_classes(classes if isinstance(classes, int) else len(classes))
+        classes = list(classes) if isinstance(classes, Sequence) else check_num_classes(classes)
+        num_classes = check_num_classes(len(classes) if isinstance(classes, list) else classes)
         size = layout.group_size
 
         def takes(num_groups: int, budget_bytes: int = limit) -> int:
@@ -573,7 +575,17 @@ class LearnedMemory(Memory, nn.Module):
         latent = self.get_parameter(tensor.name)
         if tensor.is_bias:
             return round_bias(latent, self.layout.format).to(self.layout.format.bias_dtype)
-        return self.layout.format.quantise(latent, self._scale(tensor, self._row_classes(tensor)))
+        scale = self._scale(tensor, self._row_classes(tensor))
+        stored: Tensor = self.layout.format.quantise(latent, scale)
+        return stored
+
+    def _rounded(self, tensor: StoredTensor) -> Tensor:
+        """Return the values that a tensor will be loaded with, in its shape."""
+        latent = self.get_parameter(tensor.name)
+        if tensor.is_bias:
+            return round_bias(latent, self.layout.format)
+        scale = self._scale(tensor, self._row_classes(tensor))
+        return round_to_format(latent, self.layout.format, scale)
 
     def _values(self) -> list[StoredTensor]:
         """Return the tensors that are stored in the number format, in the order of the table."""
@@ -852,9 +864,9 @@ class LearnedMemory(Memory, nn.Module):
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
         """Return what the file stores: all values one after another, in the order of the table."""
-        latents = {name: self.get_parameter(name) for name in self.tensors}
-        for name, latent in latents.items():
-            if not _is_tame(latent):
+        for name, tensor in self.tensors.items():
+            # What is loaded is the rounded value; it is to be as good as the latent one.
+            if not (_is_tame(self.get_parameter(name)) and _is_tame(self._rounded(tensor))):
                 raise TrainingError(
                     f"the memory's {name} has values that are not finite or beyond "
                     f"{_MAX_MAGNITUDE:,.0f}: its training diverged; lower the learning rate"
@@ -914,6 +926,8 @@ class LearnedMemory(Memory, nn.Module):
         for tensor, latent, own in zip(values, latents, found, strict=True):
             scale = memory._scale(tensor, memory._row_classes(tensor))
             latent.copy_(layout.format.dequantise(own, scale))
+            if not _is_tame(latent):
+                raise MemoryFileError(f"its {tensor.name} has values that are far too large")
         biases = [memory.get_parameter(t.name) for t in memory.tensors.values() if t.is_bias]
         for latent, own in zip(biases, _split(tensors.get("biases"), biases), strict=True):
             latent.copy_(own.float())

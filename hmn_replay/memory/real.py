@@ -6,7 +6,7 @@ import abc
 import io
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -125,8 +125,13 @@ class RealMemory(Memory):
             )
         order = torch.arange(len(data)) if order is None else check_order(order, len(data))
         payloads = self._by_class()
+        places: dict[int, Iterator[int]] = {}
         for label in data.labels[order].unique().tolist():
-            payloads[label] = []
+            payloads[label], places[label] = [], itertools.count()
+        # The first image of every class, then the second: what is over the budget is the rest.
+        labels = data.labels[order].tolist()
+        queue = [(next(places[label]), label, i) for i, label in enumerate(labels)]
+        order = order[[i for _, _, i in sorted(queue)]]
         num_bytes = 0
         for chunk in order.split(_ENCODED_AT_ONCE):
             encoded = self.encode(data.images[chunk])
@@ -137,13 +142,11 @@ class RealMemory(Memory):
                 break
         names = {**self.class_names, **(data.class_names or {})}
         names = affordable_names(names, payloads, self.budget_bytes)
-        # The first image of every class, then the second, while they fit.
-        queue = sorted((i, label) for label, own in payloads.items() for i in range(len(own)))
-        num_images = len(queue)
+        wanted = sorted((i, label) for label, own in payloads.items() for i in range(len(own)))
         if self.budget_bytes is not None:
-            num_images = self._most_that_fit(queue, payloads, names, self.budget_bytes)
+            wanted = wanted[: self._most_that_fit(wanted, payloads, names, self.budget_bytes)]
         kept: dict[int, list[bytes]] = {}
-        for label, i in sorted((label, i) for i, label in queue[:num_images]):
+        for label, i in sorted((label, i) for i, label in wanted):
             kept.setdefault(label, []).append(payloads[label][i])
         self._set(list(kept), [len(own) for own in kept.values()], itertools.chain(*kept.values()))
         self.class_names = {label: name for label, name in names.items() if label in kept}
@@ -156,13 +159,12 @@ class RealMemory(Memory):
         limit: int,
     ) -> int:
         """Return how many of a queue of images fit, by bisection: files grow with their images."""
-        names_bytes = stored_names_bytes(names, sorted(payloads))
 
         def takes(num_images: int) -> int:
             chosen = queue[:num_images]
             classes = sorted({label for _, label in chosen})
             lengths = [len(payloads[label][i]) for i, label in chosen]
-            return self._size(classes, lengths, names_bytes)
+            return self._size(classes, lengths, stored_names_bytes(names, classes))
 
         if not queue or takes(1) > limit:
             smallest = f"; the smallest that does is {takes(1):,} bytes" if queue else ""

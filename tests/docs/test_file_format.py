@@ -22,7 +22,7 @@ def memory() -> hmn_replay.HierarchicalMemory:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in memory.parameters():
-            parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.5)
     memory.class_names = {7: "cat", 300: "dog"}
     return memory
 

@@ -16,3 +16,10 @@ def test_every_public_name_has_an_entry() -> None:
     assert "hmn_replay.errors" in entries
     entries |= {f"hmn_replay.{name}" for name in errors.__all__}
     assert [name for name in hmn_replay.__all__ if f"hmn_replay.{name}" not in entries] == []
+
+
+def test_every_inclusion_is_one() -> None:
+    lines = [line for page in API.parent.rglob("*.md") for line in page.read_text().splitlines()]
+    inclusions = [line for line in lines if line.startswith("--8")]
+    assert inclusions
+    assert [line for line in inclusions if not re.fullmatch(r'--8<-- "[\w./:]+"', line)] == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import math
 import os
 import random
 import re
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,39 +19,34 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hmn_replay.memory.file
-from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError, TrainingError
-from hmn_replay.memory.base import Container
-from hmn_replay.memory.container_layout import DIGEST_LENGTH, METADATA_KEY, ContainerLayout
-from hmn_replay.memory.file import deserialise, load, save_memory, serialise
-from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
-from hmn_replay.memory.haba import HaBaLayout
-from hmn_replay.memory.hierarchical import HierarchicalMemory
-from hmn_replay.memory.layout import Layout
-from hmn_replay.memory.linba import LinBaLayout
-from hmn_replay.memory.pixels import IDCLayout, RawLayout
-from hmn_replay.memory.registry import CONTAINERS, make_container
-from tests.support import LAYOUTS, hmn_layout, made
-
-MakeLayout = Callable[..., Layout]
-
-every_container = pytest.mark.parametrize("container", CONTAINERS)
-every_kind = pytest.mark.parametrize(
-    ("container", "number_format"),
-    [(name, own) for name, layout in CONTAINERS.items() for own in layout.number_formats],
+from hmn_replay.errors import DataError, MemoryFileError
+from hmn_replay.memory import (
+    MEMORIES,
+    HaBaLayout,
+    HierarchicalMemory,
+    HMNLayout,
+    IDCLayout,
+    LearnedMemory,
+    LinBaLayout,
+    Memory,
+    PixelLayout,
+    load,
+    loads,
 )
-# The files that are damaged and forged: one of each container, and HMN's in every format.
-every_file = pytest.mark.parametrize(
-    ("container", "number_format"),
-    [
-        *(("hmn", number_format) for number_format in NUMBER_FORMATS),
-        *(("raw", "float16"), ("idc", "int8"), ("haba", "int8"), ("linba", "int8")),
-    ],
-)
+from hmn_replay.memory.file import FILE_VERSION, Record, TensorSpec, pack, packed_size, unpack
+from tests.support import LEARNED, LEARNED_FORMATS, REAL, hmn_layout, learned_type, real, same_bits
+
+# The files that are damaged and forged: every kind, and HMN's in every format.
+FILES = [
+    *((kind, name) for kind, name in LEARNED_FORMATS if kind == "hmn" or name == "int8"),
+    *((kind, "") for kind in REAL),
+]
+every_file = pytest.mark.parametrize(("kind", "number_format"), FILES)
 
 SMALL: dict[str, Any] = {
     "image_shape": (1, 8, 8),
@@ -64,24 +57,25 @@ SMALL: dict[str, Any] = {
     "instance_channels": 2,
     "decoder_channels": (2, 2),
 }
-
-
-SMALL_LAYOUTS: dict[str, Callable[[NumberFormat], ContainerLayout]] = {
-    "hmn": lambda number_format: hmn_layout(number_format=number_format, **SMALL),
-    "raw": functools.partial(RawLayout, (1, 8, 8)),
-    "idc": functools.partial(IDCLayout, (1, 8, 8), factor=2),
+SMALL_LAYOUTS: dict[str, Any] = {
+    "hmn": functools.partial(hmn_layout, **SMALL),
+    "pixels": functools.partial(PixelLayout, (1, 8, 8)),
+    "idc": functools.partial(IDCLayout, (1, 8, 8), pieces=2),
     "haba": functools.partial(HaBaLayout, (1, 8, 8), num_hallucinators=2),
     "linba": functools.partial(LinBaLayout, (1, 8, 8), num_bases=6),
 }
 
 
 @functools.lru_cache
-def small_file(number_format: NumberFormat = "int8", container: str = "hmn") -> bytes:
-    layout = SMALL_LAYOUTS[container](number_format)
-    counts = [layout.group_size * count for count in (2, 1, 3)]
-    memory = make_container(layout, [7, -3, 10**12], counts)
-    memory.budget_bytes = 9000
-    return serialise(memory)
+def small_file(number_format: str = "int8", kind: str = "hmn") -> bytes:
+    if kind in REAL:
+        memory: Memory = real(kind, (1, 8, 8), (-3, 7, 10**12), (1, 2, 3))
+    else:
+        layout = SMALL_LAYOUTS[kind](number_format=number_format)
+        counts = [layout.group_size * count for count in (2, 1, 3)]
+        memory = learned_type(kind)(layout, [7, -3, 10**12], counts)
+    memory.budget_bytes, memory.class_names = 9000, {7: "cat"}
+    return memory.to_bytes()
 
 
 def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -97,36 +91,28 @@ def sealed(header: bytes | dict[str, Any], body: bytes) -> bytes:
         header += b" " * (-len(header) % 8)
     prefix = len(header).to_bytes(8, "little")
     found = re.search(rb'"hmn_replay":"\S* ([^ "]*) ', header)
-    if found is None:
+    if found is None or len(found[1]) != 16:
         return prefix + header + body
     before, after = header[: found.start(1)], header[found.end(1) :]
-    digest = blake2b(prefix + before + after + body, digest_size=DIGEST_LENGTH // 2).hexdigest()
-    if len(found[1]) != DIGEST_LENGTH:
-        return prefix + header + body
+    digest = blake2b(prefix + before + after + body, digest_size=8).hexdigest()
     return prefix + before + digest.encode() + after + body
 
 
-def with_words(header: dict[str, Any], **words: str) -> dict[str, Any]:
-    """Replace words of the metadata by their names."""
-    names = ("version", "digest", "budget", "format", "shape", "stride", "channels", "decoder")
-    old = dict(zip(names, header["__metadata__"][METADATA_KEY].split(" "), strict=True))
-    text = " ".join({**old, **words}.values())
-    return {**header, "__metadata__": {METADATA_KEY: text}}
+def text_of(header: dict[str, Any]) -> str:
+    text: str = header["__metadata__"]["hmn_replay"]
+    return text
 
 
-def edited_words(data: bytes, old: str, new: str) -> dict[str, Any]:
-    """Return a file's header with other words in its metadata."""
-    header, _ = parts(data)
-    text = header["__metadata__"][METADATA_KEY]
-    assert old in text
-    return {**header, "__metadata__": {METADATA_KEY: text.replace(old, new)}}
+def with_text(header: dict[str, Any], text: Any) -> dict[str, Any]:
+    return {**header, "__metadata__": {"hmn_replay": text}}
 
 
-def reshaped(header: dict[str, Any], **shapes: Any) -> dict[str, Any]:
-    return {
-        name: {**entry, "shape": shapes[name]} if name in shapes else entry
-        for name, entry in header.items()
-    }
+def reworded(data: bytes, old: str, new: str) -> bytes:
+    """Return a file with other words in its metadata, sealed."""
+    header, body = parts(data)
+    text = text_of(header)
+    assert text.count(old) == 1
+    return sealed(with_text(header, text.replace(old, new)), body)
 
 
 def rewritten(data: bytes, name: str, values: Any) -> bytes:
@@ -139,44 +125,42 @@ def rewritten(data: bytes, name: str, values: Any) -> bytes:
 
 
 def stored(data: bytes, name: str) -> Any:
-    header, body = parts(data)
-    start, end = header[name]["data_offsets"]
-    dtypes = {"I64": "<i8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "I8": "<i1", "U8": "<u1"}
-    return np.frombuffer(body[start:end], dtypes[header[name]["dtype"]]).copy()
+    return unpack(data).tensors[name].numpy().copy()
 
 
-def overwrite(path: Path, data: bytes) -> None:
-    """Write a file's bytes where it stands: a thousand times as fast as to make it anew."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0))
+def check(data: bytes) -> Memory | None:
+    """Read bytes that may be anything: a memory that works, or a MemoryFileError; never else."""
     try:
-        os.ftruncate(handle, len(data))
-        os.write(handle, data)
-    finally:
-        os.close(handle)
-
-
-def times(container: str, count: int) -> int:
-    """Return how often to damage a file: the rivals' together as often as HMN's in one format."""
-    return count if container == "hmn" else count // 4
-
-
-def check(path: Path, data: bytes) -> Container | None:
-    """Load a file that may be anything: a memory that works, or a MemoryFileError; never else."""
-    overwrite(path, data)
-    try:
-        memory = load(path)
+        memory = loads(data)
     except MemoryFileError as error:
-        assert str(error).startswith(f"cannot read '{path}': ")
-        assert len(str(error)) > len(f"cannot read '{path}': ")
+        assert str(error).startswith("cannot read the bytes of a memory: ")
+        assert len(str(error)) > len("cannot read the bytes of a memory: ")
         return None
-    images, labels = memory.decode()
+    try:
+        images, labels = memory.decode()
+    except DataError:  # of a codec that is not ours, whose images are read when they are asked for
+        assert memory.kind in REAL
+        return memory
     assert bool(((images >= 0) & (images <= 1)).all())
     assert len(images) == len(labels)
-    again = serialise(memory)
+    again = memory.to_bytes()
     assert len(again) == memory.file_bytes
-    # A forger's code may be longer than need be.
-    assert len(again) == len(data) or memory.layout.is_coded
+    # A forger's code, or class names, may be longer than need be.
+    is_plain = not isinstance(memory, LearnedMemory) or not memory.layout.is_coded
+    assert len(again) == len(data) or not is_plain or memory.names_bytes or b"names" in data
     return memory
+
+
+def same_memory(one: Memory, two: Memory) -> bool:
+    (images, labels), (other_images, other_labels) = one.decode(), two.decode()
+    return (
+        one.words() == two.words()
+        and one.budget_bytes == two.budget_bytes
+        and one.class_names == two.class_names
+        and one.classes.equal(two.classes)
+        and labels.equal(other_labels)
+        and same_bits(images, other_images)
+    )
 
 
 @pytest.fixture
@@ -184,118 +168,72 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "memory.hmn"
 
 
-def same_memory(one: Container, two: Container) -> bool:
-    (images, labels), (other_images, other_labels) = one.decode(), two.decode()
-    return (
-        one.layout == two.layout
-        and one.budget_bytes == two.budget_bytes
-        and one.classes.equal(two.classes)
-        and labels.equal(other_labels)
-        and images.numpy().tobytes() == other_images.numpy().tobytes()
-    )
+# What is packed.
 
 
-# What is saved comes back.
+DTYPES = [
+    torch.int64,
+    torch.float64,
+    torch.float32,
+    torch.int32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+]
+SPECS = st.builds(
+    TensorSpec, st.sampled_from(DTYPES), st.lists(st.integers(0, 7), max_size=4).map(tuple)
+)
+NAMES = st.text("abcxyz._019", min_size=1, max_size=12)
+WORDS = st.lists(st.text("abc019,-", min_size=1, max_size=9), max_size=4).map(tuple)
+RECORDS = st.builds(
+    Record,
+    st.sampled_from(sorted(MEMORIES)),
+    st.integers(0, 10**7),
+    st.none() | st.integers(1, 10**15),
+    WORDS,
+    st.dictionaries(NAMES, SPECS, min_size=1, max_size=8),
+)
 
 
-@every_kind
-@settings(max_examples=10, deadline=None)
-@given(data=st.data())
-def test_what_is_decoded_after_load_is_what_was_decoded_before_save(
-    container: str,
-    number_format: NumberFormat,
-    data: st.DataObject,
-    tmp_path_factory: pytest.TempPathFactory,
+@settings(max_examples=60, deadline=None)
+@given(RECORDS)
+def test_the_size_that_is_predicted_is_the_size_that_safetensors_writes(record: Any) -> None:
+    specs = record.tensors
+    tensors = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    data = pack(Record(record.kind, record.num_images, record.budget_bytes, record.words, tensors))
+    size = packed_size(record.kind, record.num_images, record.budget_bytes, record.words, specs)
+    assert len(data) == size
+    back = unpack(data)
+    assert (back.kind, back.num_images) == (record.kind, record.num_images)
+    assert (back.budget_bytes, back.words) == (record.budget_bytes, record.words)
+    found = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in back.tensors.items()}
+    assert found == specs
+    assert len(safetensors.torch.load(data)) == len(specs)
+
+
+@every_file
+def test_the_file_is_safetensors_and_says_what_it_is(
+    kind: str, number_format: str, path: Path
 ) -> None:
-    layout = LAYOUTS[container](data.draw(st.sampled_from([(1, 8, 8), (3, 9, 13)])), number_format)
-    size = layout.group_size
-    labels = data.draw(st.sets(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5))
-    counts = [size * data.draw(st.integers(1, 4)) for _ in labels]
-    memory = make_container(layout, sorted(labels), counts, seed=data.draw(st.integers(0, 99)))
-    with torch.no_grad():
-        for parameter in memory.parameters():
-            parameter.mul_(data.draw(st.sampled_from([0.0, 1e-6, 1.0, 3.0, 80.0])))
-    memory.update_scales()
-    if data.draw(st.booleans()):
-        memory.keep([i for i in range(memory.num_images) if i // size % 2 == 0])
-    if data.draw(st.booleans()):
-        new = data.draw(st.integers().filter(lambda v: v not in labels and abs(v) < 9**18))
-        memory.extend([new], 2 * size)
-    path = tmp_path_factory.getbasetemp() / "round_trip.hmn"
-
-    memory.save(path)
-    loaded = load(path)
-
-    assert path.stat().st_size == memory.file_bytes == loaded.file_bytes
-    assert same_memory(memory, loaded)
-    assert loaded.images_per_class == memory.images_per_class
-    assert serialise(loaded) == path.read_bytes() == serialise(memory)
-
-
-@every_kind
-def test_a_loaded_memory_goes_on_like_the_one_saved(
-    container: str, number_format: NumberFormat, path: Path
-) -> None:
-    memory = made(container, number_format, classes=(3, 1), groups=(4, 2))
-    memory.budget_bytes = 20 * 1024
-    memory.save(path)
-    loaded = load(path)
-    size = memory.layout.group_size
-    for one in (memory, loaded):
-        one.keep([*range(2 * size), *range(5 * size, 6 * size)])
-        one.extend([9], 3 * size, seed=1)
-    assert same_memory(memory, loaded)
-    assert serialise(memory) == serialise(loaded)
-
-
-@every_container
-def test_a_memory_without_any_image_comes_back(container: str, path: Path) -> None:
-    memory = made(container)
-    memory.keep([])
-    memory.save(path)
-    loaded = load(path)
-    assert loaded.num_images == 0
-    assert loaded.images_per_class == [0, 0]
-    assert loaded.decode()[0].shape == (0, 3, 8, 8)
-
-
-TENSORS = {
-    "hmn": ["dataset", "classes", "instances", "extractors", "decoder", "biases", "scales"],
-    "raw": ["images"],
-    "idc": ["images"],
-    "haba": ["bases", "hallucinators", "biases", "scales"],
-    "linba": ["coefficients", "basis", "scales"],
-}
-
-
-# Parameters that are brought back to the range of pixels after every step.
-PIXELS = ("images", "bases")
-
-
-@every_container
-def test_the_file_is_safetensors_and_says_what_it_is(container: str, path: Path) -> None:
-    memory = made(container, classes=(3, 1))
-    memory.budget_bytes = 10_000
-    memory.save(path)
-    layout = memory.layout
+    path.write_bytes(small_file(number_format, kind))
+    memory = load(path)
     with safetensors.safe_open(path, "pt") as file:
-        assert set(file.keys()) == {"labels", "counts", *TENSORS[container]}
-        assert file.metadata()[METADATA_KEY].startswith("1 ")
-        assert file.get_tensor("labels").tolist() == [3, 1]
+        assert set(file.keys()) == {"labels", "counts", "names", *memory.stored()}
+        text = file.metadata()["hmn_replay"]
+        assert text.startswith(f"{FILE_VERSION} ")
+        assert text.split(" ")[2:] == [kind, str(len(memory)), "9000", *memory.words()]
+        assert file.get_tensor("labels").tolist() == memory.classes.tolist()
         assert file.get_tensor("counts").tolist() == memory.images_per_class
-        assert file.get_tensor(layout.per_image).dtype == torch.int8
-        assert len(file.get_tensor(layout.per_image)) == memory.num_images / layout.group_size
-        num_values = sum(file.get_tensor(name).numel() for name in layout.learned)
-        assert num_values == memory.num_floats
 
 
 def test_the_file_is_the_same_in_another_process(tmp_path: Path) -> None:
     script = f"""
-        import sys
-        from hmn_replay.memory.layout import Layout
-        from hmn_replay.memory.hierarchical import HierarchicalMemory
-        layout = Layout(number_format="int8", **{SMALL!r})
+        from hmn_replay import HierarchicalMemory, HMNLayout
+        layout = HMNLayout(number_format="int8", **{SMALL!r})
         memory = HierarchicalMemory(layout, [7, -3, 10**12], [2, 1, 3], budget=9000)
+        memory.class_names = {{7: "cat"}}
         memory.save({str(tmp_path / "other.hmn")!r})
     """
     environment = {**os.environ, "PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1"}
@@ -303,11 +241,12 @@ def test_the_file_is_the_same_in_another_process(tmp_path: Path) -> None:
     assert (tmp_path / "other.hmn").read_bytes() == small_file()
 
 
-def test_loading_takes_a_path_as_text_too_and_a_device(path: Path) -> None:
-    path.write_bytes(small_file())
-    assert load(str(path), device="cpu").num_images == 6
-    with pytest.raises(ConfigError, match="device 'nowhere' cannot be used"):
-        load(path, device="nowhere")
+@every_file
+def test_bytes_are_read_to_a_memory_of_the_same_bytes(kind: str, number_format: str) -> None:
+    data = small_file(number_format, kind)
+    memory = loads(data)
+    assert memory.to_bytes() == data
+    assert (memory.budget_bytes, memory.class_names) == (9000, {7: "cat"})
 
 
 def test_loading_and_saving_leave_the_random_state(
@@ -315,39 +254,7 @@ def test_loading_and_saving_leave_the_random_state(
 ) -> None:
     path.write_bytes(small_file())
     load(path).save(path)
-
-
-# Saving.
-
-
-def test_a_memory_over_its_budget_is_not_saved(make_layout: MakeLayout, path: Path) -> None:
-    memory = HierarchicalMemory(make_layout(), [3, 1], 2)
-    memory.budget_bytes = 1500
-    path.write_bytes(b"old")
-    with pytest.raises(BudgetError, match=r"takes [\d,]+ bytes, over its budget of 1,500; drop"):
-        memory.save(path)
-    assert path.read_bytes() == b"old"
-    memory.budget_bytes = memory.file_bytes
-    save_memory(memory, path)
-    assert path.stat().st_size == memory.budget_bytes
-
-
-@every_kind
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_a_memory_that_diverged_is_not_saved(
-    container: str, number_format: NumberFormat, value: float, path: Path
-) -> None:
-    names = [name for name, _ in made(container).named_parameters()]
-    if not math.isnan(value):
-        names = [name for name in names if name not in PIXELS]
-    for name in names:
-        memory = made(container, number_format)
-        with torch.no_grad():
-            memory.get_parameter(name).view(-1)[0] = value
-        memory.update_scales()
-        with pytest.raises(TrainingError, match=r"values .* not finite.*: its training diverged"):
-            memory.save(path)
-        assert not path.exists()
+    assert path.read_bytes() == small_file()
 
 
 # Files that are no files.
@@ -367,7 +274,7 @@ def test_a_folder_is_the_systems_error(tmp_path: Path) -> None:
 @pytest.mark.timeout(10)
 def test_a_pipe_is_refused_at_once(path: Path) -> None:
     os.mkfifo(path)
-    with pytest.raises(MemoryFileError, match="not a regular file"):
+    with pytest.raises(MemoryFileError, match=r"memory\.hmn': not a regular file"):
         load(path)
 
 
@@ -378,13 +285,18 @@ def test_a_device_without_an_end_is_refused_at_once() -> None:
         load("/dev/zero")
 
 
+def test_a_name_with_a_null_character_is_refused() -> None:
+    with pytest.raises(MemoryFileError, match="a file name holds no null character"):
+        load("memory\0.hmn")
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"\0", b"\0" * 7, b"\0" * 8, b"\0" * 4096, b"\xff" * 4096, b"hello\n", b"PK\3\4" * 99],
 )
 def test_any_other_file_is_refused(path: Path, data: bytes) -> None:
     path.write_bytes(data)
-    with pytest.raises(MemoryFileError, match=r"cannot read .*: not a memory file"):
+    with pytest.raises(MemoryFileError, match=r"cannot read '.*memory\.hmn': not a memory file"):
         load(path)
 
 
@@ -394,58 +306,66 @@ def test_another_safetensors_file_is_refused(path: Path) -> None:
         load(path)
 
 
+def test_nothing_is_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    monkeypatch.setattr("pickle.loads", refuse)
+    monkeypatch.setattr("pickle.load", refuse)
+    monkeypatch.setattr("torch.load", refuse)
+    for kind, number_format in FILES:
+        assert loads(small_file(number_format, kind)).num_classes == 3
+
+
 # Files that were damaged: the digest.
 
 
 @every_file
-def test_a_truncated_file_is_refused_wherever_it_ends(
-    container: str, number_format: NumberFormat, path: Path
-) -> None:
-    data = small_file(number_format, container)
+def test_a_truncated_file_is_refused_wherever_it_ends(kind: str, number_format: str) -> None:
+    data = small_file(number_format, kind)
     for length in range(len(data)):
-        assert check(path, data[:length]) is None
+        assert check(data[:length]) is None
 
 
 @every_file
-def test_no_flipped_bit_goes_unseen(
-    container: str, number_format: NumberFormat, path: Path
-) -> None:
-    data = small_file(number_format, container)
+def test_no_flipped_byte_goes_unseen(kind: str, number_format: str) -> None:
+    data = small_file(number_format, kind)
     for position in range(len(data)):
-        changed = bytearray(data)
-        changed[position] ^= 1 << (position % 8)
-        assert check(path, bytes(changed)) is None
+        for change in (1 << (position % 8), 255):
+            changed = bytearray(data)
+            changed[position] ^= change
+            assert check(bytes(changed)) is None
 
 
-def test_what_was_done_to_a_file_is_said(path: Path) -> None:
+def test_what_was_done_to_a_file_is_said() -> None:
     data = small_file()
     changed = bytearray(data)
     changed[-1] ^= 1
+    altered = "its digest does not fit its content: the file was truncated, altered or damaged"
     for damaged, message in (
-        (bytes(changed), "digest does not fit its content: the file was altered or damaged"),
-        (data[:-1], f"it is truncated: {len(data) - 1:,} bytes instead of {len(data):,}"),
-        (data + b"\0", f"followed by bytes that are not its own: {len(data) + 1:,} bytes"),
+        (bytes(changed), altered),
+        (data[:-1], altered),
+        (data + b"\0", altered),
         (data[:100], "a truncated one: 100 bytes do not hold the header that they announce"),
     ):
-        path.write_bytes(damaged)
-        with pytest.raises(MemoryFileError, match=re.escape(message) or None):
-            load(path)
+        with pytest.raises(MemoryFileError, match=re.escape(message)):
+            loads(damaged)
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
     """Damage a file in one of the ways that files are damaged."""
     at, length = rng.randrange(len(data) + 1), rng.randrange(1, 40)
-    kind = rng.randrange(6)
-    if kind == 0:  # overwritten
+    way = rng.randrange(6)
+    if way == 0:  # overwritten
         return data[:at] + rng.randbytes(length) + data[at + length :]
-    if kind == 1:  # inserted
+    if way == 1:  # inserted
         return data[:at] + rng.randbytes(length) + data[at:]
-    if kind == 2:  # cut out
+    if way == 2:  # cut out
         return data[:at] + data[at + length :]
-    if kind == 3:  # a piece of itself elsewhere
+    if way == 3:  # a piece of itself elsewhere
         source = rng.randrange(len(data))
         return data[:at] + data[source : source + length] + data[at + length :]
-    if kind == 4:  # doubled
+    if way == 4:  # doubled
         return data[:at] + data[max(0, at - length) :]
     changed = bytearray(data)  # bits
     for _ in range(rng.randrange(1, 4)):
@@ -454,43 +374,39 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 @every_file
-def test_no_damage_gets_through(container: str, number_format: NumberFormat, path: Path) -> None:
-    data, rng = small_file(number_format, container), random.Random(0)
-    path.write_bytes(data)
-    whole = load(path)
+def test_no_damage_gets_through(kind: str, number_format: str) -> None:
+    data, rng = small_file(number_format, kind), random.Random(0)
     started = time.monotonic()
-    for _ in range(times(container, 2500)):
+    for _ in range(1000):
         changed = mutated(data, rng)
-        memory = check(path, changed)
-        assert memory is None or (changed == data and same_memory(memory, whole))
-    assert time.monotonic() - started < 15
+        memory = check(changed)
+        assert memory is None or changed == data
+    assert time.monotonic() - started < 30
 
 
 # Files that were forged: the digest fits.
 
 
 @every_file
-def test_forged_bytes_are_refused_or_make_a_whole_memory(
-    container: str, number_format: NumberFormat, path: Path
-) -> None:
-    data, rng = small_file(number_format, container), random.Random(1)
+def test_forged_bytes_are_refused_or_make_a_whole_memory(kind: str, number_format: str) -> None:
+    data, rng = small_file(number_format, kind), random.Random(1)
     length = int.from_bytes(data[:8], "little")
     header, body = data[8 : 8 + length], data[8 + length :]
     assert sealed(header, body) == data
     num_whole = 0
-    for number in range(times(container, 1200)):
+    for number in range(400):
         if number % 2:
             forged = sealed(mutated(header, rng), body)
         else:
             forged = sealed(header, mutated(body, rng))
-        num_whole += check(path, forged) is not None
-    assert num_whole > 20  # the digest of the forger is the right one
+        num_whole += check(forged) is not None
+    assert num_whole > 5  # the digest of the forger is the right one
 
 
 JUNK: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 6, 1000, 1001, 2**31, 2**63, 2**64, 10**400),
     *(0.0, 1.0, 1.5, 3.0, -1.0, 1e308, float("inf"), float("nan")),
-    *("", "x", "I8", "F32", "F64", "BF16", "BOOL", "U8", "\ud800", "9" * 50),
+    *("", "x", "I8", "F32", "F64", "BF16", "BOOL", "U8", "F8_E4M3", "\ud800", "9" * 50),
     *([], [[]], [0], [1], [3], [6], [-1], [3, 1], [None], ["x"], [1.5], [10**400], {}, {"a": 1}),
 ]
 
@@ -512,14 +428,14 @@ def edited(header: dict[str, Any], rng: random.Random) -> dict[str, Any]:
             if action == 0:
                 del node[key]
             elif action == 1 and isinstance(node, dict):
-                node[rng.choice(["x", "labels", "dtype", "shape", "instances"])] = node[key]
+                node[rng.choice(["x", "labels", "dtype", "shape", "values"])] = node[key]
             elif action == 2 and isinstance(node[key], int):
                 node[key] += rng.choice((-1, 1, 8, -8, 2**32))
             elif isinstance(node[key], str) and " " in node[key]:
                 words = node[key].split(" ")
                 place = rng.choice([0, *range(2, len(words))])
                 numbers = ("0", "-1", "999999", "1,1", "4", "8,8", "int8")
-                words[place] = rng.choice([*words, *numbers, *CONTAINERS])
+                words[place] = rng.choice([*words, *numbers, *MEMORIES])
                 node[key] = " ".join(words)
             else:
                 node[key] = copy.deepcopy(rng.choice(JUNK))
@@ -528,201 +444,185 @@ def edited(header: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 @every_file
-def test_forged_headers_are_refused_or_make_a_whole_memory(
-    container: str, number_format: NumberFormat, path: Path
-) -> None:
-    (header, body), rng = parts(small_file(number_format, container)), random.Random(2)
-    for _ in range(times(container, 2500)):
-        check(path, sealed(edited(header, rng), body))
+def test_forged_headers_are_refused_or_make_a_whole_memory(kind: str, number_format: str) -> None:
+    (header, body), rng = parts(small_file(number_format, kind)), random.Random(2)
+    for _ in range(700):
+        check(sealed(edited(header, rng), body))
 
 
 def forgeries() -> dict[str, tuple[bytes, str]]:
-    data, pieces = small_file(), small_file(container="idc")
-    hallucinated = small_file(container="haba")
+    data, pieces = small_file(), small_file(kind="idc")
     header, body = parts(data)
-    labels, scales = stored(data, "labels"), stored(data, "scales")
-    biases, counts = stored(data, "biases"), stored(data, "counts")
+    labels, counts = stored(data, "labels"), stored(data, "counts")
+    scales, biases = stored(data, "scales"), stored(data, "biases")
+    names = len(stored(data, "names"))
     nested = b'{"a":' * 5000 + b"1" + b"}" * 5000
-    huge = 10**400
     twice = json.dumps(header)[:-1] + ',"labels":{"dtype":"I64","shape":[9],"data_offsets":[0,24]}}'
-    infinity, nan = np.float32(np.inf), np.float32(np.nan)
+    hmn = " ".join(text_of(header).split(" ")[5:])
+    assert hmn == "int8 1,8,8 4 1 1 1 2 2,2 0"
 
-    def scaled(value: Any) -> bytes:
-        return rewritten(data, "scales", np.where(np.arange(len(scales)) == 3, value, scales))
+    def scaled(value: float) -> bytes:
+        return rewritten(
+            data, "scales", np.where(np.arange(len(scales)) == 3, np.float32(value), scales)
+        )
 
-    def biased(value: Any) -> bytes:
-        changed = np.where(np.arange(len(biases)) == 3, np.float16(value), biases)
-        return rewritten(data, "biases", changed)
+    def biased(value: float) -> bytes:
+        return rewritten(
+            data, "biases", np.where(np.arange(len(biases)) == 3, np.float16(value), biases)
+        )
 
-    def without_classes() -> bytes:
-        emptied = reshaped(header, labels=[0], counts=[0], extractors=[0, 1, 1], scales=[4])
-        emptied["classes"] = {**header["classes"], "shape": [0, 1, 2, 2]}
-        emptied["biases"] = {**header["biases"], "shape": [8]}
-        sizes = {"I64": 8, "F32": 4, "I32": 4, "F16": 2, "I8": 1}
-        pieces, offset = [], 0
-        for name, entry in emptied.items():
-            if name == "__metadata__":
-                continue
-            size = int(np.prod(entry["shape"])) * sizes[entry["dtype"]]
-            start = header[name]["data_offsets"][0]
-            pieces.append(body[start : start + size])
-            emptied[name] = {**entry, "data_offsets": [offset, offset + size]}
-            offset += size
-        return sealed(emptied, b"".join(pieces))
+    def reshaped(name: str, shape: Any) -> bytes:
+        return sealed({**header, name: {**header[name], "shape": shape}}, body)
+
+    def renamed(text: bytes) -> bytes:
+        return rewritten(data, "names", np.frombuffer(text.ljust(names, b"\0"), np.uint8))
 
     return {
         "nested": (sealed(nested, body), "its header is not hmn_replay's"),
-        "nested in the metadata": (
-            sealed({**header, "__metadata__": {METADATA_KEY: [[[]]]}}, body),
-            "its header is not hmn_replay's",
-        ),
+        "nested in the metadata": (sealed(with_text(header, [[[]]]), body), "is not hmn_replay's"),
         "a list": (sealed(b"[1, 2, 3]", body), "its header is not hmn_replay's"),
         "not UTF-8": (sealed(b"\xff\xfe\xfa", body), "its header is not hmn_replay's"),
         "an oversized header": (sealed(b" " * 2**17, body), "a header of 131,072 bytes, over 65"),
         "a header of many exabytes": (b"\xff" * 7 + b"\x7f" + data[8:], "do not hold the header"),
-        "version 2": (
-            sealed(with_words(header, version="2"), body),
-            "file version 2; this version of hmn_replay reads version 1: install the version",
+        "version 3": (
+            sealed(with_text(header, "3" + text_of(header)[1:]), body),
+            "file version 3; this version of hmn_replay reads version 2: install the version",
         ),
-        "version -1": (sealed(with_words(header, version="-1"), body), "file version -1"),
-        "no version": (sealed(with_words(header, version=""), body), "is not hmn_replay's"),
-        "budget 0": (sealed(with_words(header, budget="0"), body), "1 byte or more"),
-        "a budget of a million digits": (sealed(with_words(header, budget="9" * 60_000), body), ""),
-        "three channels": (sealed(with_words(header, channels="1,1,1"), body), "not enough values"),
-        "five channels": (
-            sealed(with_words(header, channels="1,1,1,2,2"), body),
-            "too many values",
+        "version -1": (sealed(with_text(header, "-1 x y"), body), "file version -1"),
+        "no version": (sealed(with_text(header, " x y"), body), "is not hmn_replay's"),
+        "too few words": (sealed(with_text(header, "2 0123456789abcdef hmn"), body), "unpack"),
+        "budget 0": (reworded(data, " 9000 ", " 0 "), "1 byte or more"),
+        "a budget in another way": (reworded(data, " 9000 ", " +9000 "), "written in another way"),
+        "a budget of a million digits": (reworded(data, "9000", "9" * 60_000), "metadata"),
+        "fewer than no images": (reworded(data, "hmn 6 ", "hmn -6 "), "a negative number"),
+        "another number of images": (reworded(data, "hmn 6 ", "hmn 7 "), "add up to its 7 images"),
+        "a kind that nobody knows": (
+            reworded(data, " hmn ", " hmm "),
+            f"memory kind must be one of {', '.join(MEMORIES)}; got 'hmm'; did you mean 'hmn'",
         ),
-        "another layout": (sealed(with_words(header, channels="1,1,1,3"), body), "the layout has"),
+        "a kind of real images": (reworded(data, " hmn ", " raw "), "too many values to unpack"),
+        "another kind": (reworded(pieces, " idc 24 ", " pixels 24 "), "a layout of 2 words, got 3"),
+        "too many fields": (reworded(data, " 2,2 0", " 2,2 0 0"), "a layout of 9 words, got 10"),
+        "too few fields": (reworded(data, " 2,2 0", " 2,2"), "a layout of 9 words, got 8"),
+        "another layout": (reworded(data, " 2 2,2 0", " 3 2,2 0"), "tensor 'values' is torch.int8"),
         "the largest layout": (
-            sealed(with_words(header, shape="3,224,224", channels="512,512,512,512"), body),
-            "the layout has",
+            reworded(data, "1,8,8 4 1 1 1 2 2,2", "3,224,224 2 512 512 512 512 512"),
+            "tensor 'biases' is torch.float16",
         ),
-        "another format": (sealed(with_words(header, format="float32"), body), "the layout has"),
+        "another format": (reworded(data, " int8 ", " float32 "), "are not those of such a memory"),
+        "an unknown format": (reworded(data, " int8 ", " int7 "), "number format must be one of"),
         "a tensor too many": (
-            sealed({**header, "x": {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}}, body),
-            "tensors that no memory has: ['x']",
-        ),
-        "a tensor too few": (
-            sealed({k: v for k, v in header.items() if k != "decoder"}, body),
-            "its tensors are not those of a memory (KeyError('decoder'))",
-        ),
-        "a shape of text": (
-            sealed(reshaped(header, instances=["x", 2, 2, 2]), body),
-            "it has 'x' instances",
-        ),
-        "a shape of nothing": (sealed(reshaped(header, instances=[]), body), "IndexError"),
-        "a null shape": (sealed(reshaped(header, instances=None), body), "TypeError"),
-        "a shape of null": (sealed(reshaped(header, instances=[None, 2, 2, 2]), body), "None inst"),
-        "a fractional shape": (
-            sealed(reshaped(header, instances=[6.0, 2, 2, 2]), body),
-            "it has 6.0 instances",
-        ),
-        "shapes beyond floats": (
             sealed(
-                reshaped(
-                    header,
-                    **{name: [huge] for name in ("labels", "counts")},
-                    classes=[huge, 1, 2, 2],
-                    extractors=[huge, 1, 1],
-                    biases=[huge + 8],
-                    scales=[1 + 4 * huge + 3],
-                    instances=[1.5, 2, 2, 2],
-                ),
+                {**header, "x": {"dtype": "I8", "shape": [0], "data_offsets": [len(body)] * 2}},
                 body,
             ),
-            "it has 1.5 instances",
+            "its tensors are not those of such a memory: ['x']",
         ),
-        "fewer than no images": (
-            sealed(reshaped(header, instances=[-1, 2, 2, 2]), body),
-            "it has -1 instances",
+        "a tensor too few": (
+            sealed({k: v for k, v in header.items() if k != "values"}, body),
+            "its tensors cannot be read",
         ),
-        "more images than bytes": (
-            sealed(reshaped(header, instances=[2**40, 2, 2, 2]), body),
-            "it is truncated",
-        ),
-        "no classes": (without_classes(), "it has 0 labels"),
+        "a shape of text": (reshaped("values", ["x"]), "its tensors cannot be read"),
+        "a shape of nothing": (reshaped("values", []), "its tensors cannot be read"),
+        "a null shape": (reshaped("values", None), "its tensors cannot be read"),
+        "a fractional shape": (reshaped("values", [6.0]), "its tensors cannot be read"),
+        "a shape below nothing": (reshaped("values", [-1]), "its tensors cannot be read"),
+        "a shape beyond floats": (reshaped("values", [10**400]), "its tensors cannot be read"),
+        "another shape": (reshaped("values", [1, header["values"]["shape"][0]]), "tensor 'values'"),
+        "labels of another shape": (reshaped("labels", [3, 1]), "1 to 1000 classes; got 0"),
         "a name twice": (sealed(twice.encode(), body), ""),
         "offsets that overlap": (
-            sealed({**header, "counts": {**header["counts"], "data_offsets": [0, 12]}}, body),
-            "",
+            sealed({**header, "counts": {**header["counts"], "data_offsets": [0, 3]}}, body),
+            "its tensors cannot be read",
         ),
         "offsets beyond the end": (
             sealed({**header, "counts": {**header["counts"], "data_offsets": [0, 2**62]}}, body),
-            "",
+            "its tensors cannot be read",
         ),
         "the same class twice": (
             rewritten(data, "labels", labels[[0, 1, 0]]),
-            "classes come once each",
+            "each class may occur once",
+        ),
+        "labels that a byte holds": (
+            rewritten(data, "labels", np.array([1, 2, 3])),
+            "tensor 'labels' is torch.int64 (3,); expected torch.uint8 (3,)",
         ),
         "counts that do not add up": (
-            rewritten(data, "counts", counts + np.array([1, 0, 0], np.int32)),
-            "images a class do not add up to its",
-        ),
-        "a count below none": (
-            rewritten(data, "counts", np.array([-1, 3, 4], np.int32)),
-            "do not add up",
-        ),
-        "counts beyond bounds": (
-            rewritten(data, "counts", np.array([2**31 - 1, 2**31 - 1, 8], np.int32)),
-            "do not add up",
-        ),
-        "a scale of NaN": (scaled(nan), "its scales hold values that are not finite or far too"),
-        "an infinite scale": (scaled(infinity), "its scales hold values"),
-        "a scale far too large": (scaled(np.float32(1e30)), "its scales hold values"),
-        "a scale below zero": (scaled(np.float32(-0.01)), "a scale is not positive"),
-        "a scale of zero": (scaled(np.float32(0)), "a scale is not positive"),
-        "a denormal scale": (scaled(np.float32(1e-40)), "a scale is not positive"),
-        "counts apart from groups": (
-            rewritten(pieces, "counts", np.array([7, 5, 12], np.int32)),
-            "images come in groups of 4 that share stored values",
-        ),
-        "pieces as raw images": (
-            sealed(edited_words(pieces, " idc 2", " raw"), parts(pieces)[1]),
+            rewritten(data, "counts", counts + np.array([1, 0, 0], np.uint8)),
             "images a class do not add up to its 6 images",
         ),
-        "fewer hallucinators": (
-            sealed(edited_words(hallucinated, "haba 2", "haba 1"), parts(hallucinated)[1]),
-            "tensor 'hallucinators' is I8",
+        "counts apart from groups": (
+            rewritten(pieces, "counts", np.array([7, 5, 12], np.uint8)),
+            "4 images share stored values",
         ),
-        "a container that nobody knows": (
-            sealed(edited_words(pieces, " idc 2", " hmm 2"), parts(pieces)[1]),
-            "not enough values to unpack",
+        "a scale of NaN": (scaled(np.nan), "its scales are not finite, or far too large"),
+        "an infinite scale": (scaled(np.inf), "its scales are not finite"),
+        "a scale far too large": (scaled(1e30), "its scales are not finite"),
+        "a scale too large for its integers": (scaled(9999), "has values that are far too large"),
+        "a scale below zero": (scaled(-0.01), "a scale is not positive"),
+        "a scale of zero": (scaled(0), "a scale is not positive"),
+        "a denormal scale": (scaled(1e-40), "a scale is not positive"),
+        "a bias of NaN": (biased(np.nan), "its biases are not finite, or far too large"),
+        "an infinite bias": (biased(np.inf), "its biases are not finite"),
+        "names of another type": (
+            sealed({**header, "names": {**header["names"], "dtype": "I8"}}, body),
+            "tensor 'names' is torch.int8",
         ),
-        "a bias of NaN": (biased(np.nan), "its biases hold values that are not finite"),
-        "an infinite bias": (biased(np.inf), "its biases hold values that are not finite"),
+        "a type of float8": (
+            sealed({**header, "names": {**header["names"], "dtype": "F8_E4M3"}}, body),
+            "tensor 'names' is torch.float8_e4m3fn, which no memory stores",
+        ),
+        "names that are no code": (renamed(b"abc"), "its class names cannot be read"),
+        "names of another number": (renamed(zlib_of('["a"]')), "its class names are not 3 texts"),
+        "names that are numbers": (renamed(zlib_of("[1,2,3]")), "its class names are not 3 texts"),
+        "names that are a text": (renamed(zlib_of('"abc"')), "its class names"),
+        "names that are no JSON": (renamed(zlib_of("[")), "its class names cannot be read"),
     }
 
 
+def zlib_of(text: str) -> bytes:
+    import zlib
+
+    return zlib.compress(text.encode())
+
+
 @pytest.mark.parametrize("name", forgeries())
-def test_a_forged_file_is_refused_with_the_reason(name: str, path: Path) -> None:
+def test_a_forged_file_is_refused_with_the_reason(name: str) -> None:
     data, message = forgeries()[name]
-    path.write_bytes(data)
     with pytest.raises(MemoryFileError, match=re.escape(message) or None):
-        load(path)
+        loads(data)
+
+
+def test_names_that_inflate_without_end_are_refused() -> None:
+    memory = real("raw")
+    record = unpack(memory.to_bytes())
+    bomb = torch.from_numpy(np.frombuffer(zlib_of('["' + "a" * 2**23), np.uint8).copy())
+    tensors = {**record.tensors, "names": bomb}
+    data = pack(Record(record.kind, record.num_images, None, record.words, tensors))
+    assert len(data) < 2**14
+    with pytest.raises(MemoryFileError, match="its class names cannot be read"):
+        loads(data)
 
 
 @pytest.mark.parametrize("number_format", ["float32", "float16"])
-@every_container
+@pytest.mark.parametrize("kind", LEARNED)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 6e4])
 def test_values_that_are_no_numbers_are_refused(
-    container: str, number_format: NumberFormat, value: float, path: Path
+    kind: str, number_format: str, value: float
 ) -> None:
-    data = small_file(number_format, container)
-    for tensor in TENSORS[container]:
-        if tensor == "scales":
-            continue
-        values = stored(data, tensor)
-        values[len(values) // 2] = value
-        path.write_bytes(rewritten(data, tensor, values))
-        with pytest.raises(MemoryFileError, match=f"its {tensor} hold values that are not finite"):
-            load(path)
+    data = small_file(number_format, kind)
+    for tensor in ("values", "biases"):
+        if tensor in unpack(data).tensors:
+            values = stored(data, tensor)
+            values[len(values) // 2] = value
+            with pytest.raises(MemoryFileError, match=f"its {tensor} are not finite"):
+                loads(rewritten(data, tensor, values))
 
 
-LARGE_LAYOUTS: dict[str, Callable[[NumberFormat], ContainerLayout]] = {
+LARGE_LAYOUTS: dict[str, Any] = {
     **SMALL_LAYOUTS,
-    "hmn": lambda number_format: hmn_layout(
-        number_format=number_format,
+    "hmn": functools.partial(
+        hmn_layout,
         **{**SMALL, "stride": 32, "decoder_channels": (64,) * 5, "instance_channels": 64},
     ),
     "haba": functools.partial(HaBaLayout, (3, 8, 8), num_hallucinators=64),
@@ -730,62 +630,46 @@ LARGE_LAYOUTS: dict[str, Callable[[NumberFormat], ContainerLayout]] = {
 }
 
 
-@every_kind
+@pytest.mark.parametrize(("kind", "number_format"), LEARNED_FORMATS)
 def test_the_largest_values_that_are_accepted_still_decode_to_images(
-    container: str, number_format: NumberFormat, path: Path
+    kind: str, number_format: str
 ) -> None:
-    layout = LARGE_LAYOUTS[container](number_format)
-    data = serialise(make_container(layout, [0, 1], layout.group_size))
-    names = TENSORS[container] if number_format == "int8" else layout.learned
-    for name in ["biases"] if layout.is_coded else names:
-        old = stored(data, name)
-        signs = np.where(np.arange(len(old)) % 3 == 0, -1, 1) if old.dtype != np.float32 else 1
-        new = np.full(len(old), 127 if old.dtype == np.int8 else 1e4) * signs
-        data = rewritten(data, name, new.astype(old.dtype))
-    assert check(path, data) is not None or container == "hmn"
+    layout = LARGE_LAYOUTS[kind](number_format=number_format)
+    data = learned_type(kind)(layout, [0, 1], layout.group_size).to_bytes()
+    for name in ("values", "scales", "biases"):
+        if name in unpack(data).tensors:
+            old = stored(data, name)
+            signs = np.where(np.arange(len(old)) % 3 == 0, -1, 1) if name != "scales" else 1
+            largest = 127 if old.dtype == np.int8 else 1e4 / 127.1 if name == "scales" else 1e4
+            new = np.full(len(old), largest) * signs
+            data = rewritten(data, name, new.astype(old.dtype))
+    assert check(data) is not None or kind == "hmn"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a Linux process")
 def test_a_small_file_takes_little_memory_whatever_it_says(tmp_path: Path) -> None:
-    """A thousand classes of the largest instance memories, of which the file has not one."""
-    num_classes = 100
-    layout = Layout((1, 224, 224), "int8", 2, 1, 1, 1, 512, (1,))
-    memory = HierarchicalMemory(layout, [0], 1)
-    memory.keep([])
-    header, body = parts(serialise(memory))
-    shapes = {
-        name: list(spec.shape) for name, spec in layout.tensors(num_classes, num_images=0).items()
-    }
-    pieces, offset = [], 0
-    forged = {"__metadata__": header["__metadata__"]}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        item = (end - start) // max(1, int(np.prod(entry["shape"])))
-        size = int(np.prod(shapes[name])) * (item or 1)
-        if name == "labels":
-            piece = np.arange(num_classes, dtype=np.int64).tobytes()
-        elif name == "counts":
-            piece = bytes(size)
-        elif name == "scales":
-            piece = np.full(size // 4, 0.01, np.float32).tobytes()
-        else:
-            piece = (body[start:end] * num_classes)[:size].ljust(size, b"\0")
-        pieces.append(piece)
-        forged[name] = {**entry, "shape": shapes[name], "data_offsets": [offset, offset + size]}
-        offset += size
-    path = tmp_path / "forged.hmn"
-    path.write_bytes(sealed(forged, b"".join(pieces)))
+    """A hundred classes of the largest instance memories, of which the file has not one."""
+    layout = HMNLayout((1, 224, 224), "int8", 2, 1, 1, 1, 512, (1,))
+    memory = HierarchicalMemory(layout, range(100), 0)
+    path = tmp_path / "claims.hmn"
+    memory.save(path)
+    # The same with more images than it has values for.
+    record = unpack(path.read_bytes())
+    counts = torch.full((100,), 100, dtype=torch.int16)
+    tensors = {**record.tensors, "counts": counts}
+    claims = tmp_path / "claims_more.hmn"
+    claims.write_bytes(pack(Record(record.kind, 10_000, None, record.words, tensors)))
     script = f"""
-        import resource, sys
-        from hmn_replay.memory.file import load
-        from hmn_replay.errors import MemoryFileError
+        import resource
+        from hmn_replay import MemoryFileError, load
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         before = peak()
         assert load({str(path)!r}).num_images == 0
-        print(peak() - before)
+        try:
+            load({str(claims)!r})
+        except MemoryFileError:
+            print(peak() - before)
     """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
@@ -797,24 +681,14 @@ def test_a_small_file_takes_little_memory_whatever_it_says(tmp_path: Path) -> No
     assert int(result.stdout) < 16 * path.stat().st_size + 2**25
 
 
-def test_nothing_is_unpickled(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("something was unpickled")
-
-    monkeypatch.setattr("pickle.loads", refuse)
-    monkeypatch.setattr("pickle.load", refuse)
-    monkeypatch.setattr("torch.load", refuse)
-    path.write_bytes(small_file())
-    assert hmn_replay.memory.file.load(path).num_images == 6
-
-
-@every_file
-def test_bytes_come_back_as_a_memory_with_the_same_bytes(
-    container: str, number_format: NumberFormat
-) -> None:
-    data = small_file(number_format, container)
-    memory = deserialise(data)
-    assert serialise(memory) == data
-    for damaged in (b"", data[:-1], data + b"0", data[:-1] + bytes([data[-1] ^ 7])):
-        with pytest.raises(MemoryFileError, match="cannot read the bytes of a memory"):
-            deserialise(damaged)
+def test_a_code_of_next_to_nothing_cannot_claim_any_number_of_images() -> None:
+    layout = SMALL_LAYOUTS["hmn"](number_format="entropy")
+    memory = HierarchicalMemory(layout, [0, 1], [40, 2])
+    record = unpack(memory.to_bytes())
+    for num_images, code in ((42, record.tensors["code"][:4]), (10**6, record.tensors["code"])):
+        counts = torch.tensor([num_images - 2, 2])
+        counts = counts.to(torch.uint8 if num_images < 256 else torch.int32)
+        tensors = {**record.tensors, "counts": counts, "code": code}
+        data = pack(Record(record.kind, num_images, None, record.words, tensors))
+        with pytest.raises(MemoryFileError, match="is too short for"):
+            loads(data)

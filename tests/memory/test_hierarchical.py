@@ -5,21 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hmn_replay.memory.formats import NUMBER_FORMATS, PLAIN_FORMATS, NumberFormat
-from hmn_replay.memory.hierarchical import HierarchicalMemory
-from hmn_replay.memory.layout import Layout
-from tests.support import rounded_by_hand, same_bits, trained
+from hmn_replay.errors import ConfigError
+from hmn_replay.memory import NUMBER_FORMATS, HierarchicalMemory, HMNLayout
+from tests.support import PLAIN_FORMATS, rounded_by_hand, same_bits, trained
 
-MakeLayout = Callable[..., Layout]
+MakeLayout = Callable[..., HMNLayout]
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
 every_format = pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+
+CIFAR = HMNLayout((3, 32, 32), "int8", 8, 8, 4, 4, 6, (48, 32, 24))
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "square": {},
@@ -50,13 +53,14 @@ def decoded_by_hand(memory: HierarchicalMemory, index: int) -> Tensor:
     """Return one image, in float64, from the paper's equation."""
     layout = memory.layout
     number_format = layout.number_format
-    is_coded = number_format == "entropy"
+    is_coded = layout.is_coded
+    bias_format = "float32" if number_format == "float32" else "float16"
     # Of coded integers; 0 stands for the step that the largest value gives.
     own_step, shared_step = (1 / 4, 1 / 16) if is_coded else (0, 0)
     c = int(memory.class_index[index])
     dataset = rounded_by_hand(memory.dataset_memory, number_format, shared_step)
     extractor = rounded_by_hand(memory.extractor_weight[c], number_format, shared_step)
-    bias = rounded_by_hand(memory.extractor_bias[c], layout.bias_format)
+    bias = rounded_by_hand(memory.extractor_bias[c], bias_format)
     features = torch.stack(
         [
             sum((w * d for w, d in zip(row, dataset, strict=True)), start=b)
@@ -74,11 +78,12 @@ def decoded_by_hand(memory: HierarchicalMemory, index: int) -> Tensor:
     )
     class_memory = rounded_by_hand(memory.class_memory[c], number_format, shared_step)
     x = torch.cat([silu(features), class_memory, instance])
-    last = len(memory.decoder_weights) - 1
+    last = layout.num_doublings
     for number in range(last + 1):
         step = 0.35 * math.sqrt(2 / (9 * len(x))) if is_coded else 0
-        weight = rounded_by_hand(memory.decoder_weights[number], number_format, step)
-        x = convolved(x, weight, rounded_by_hand(memory.decoder_biases[number], layout.bias_format))
+        weight = memory.get_parameter(f"decoder_weight_{number}")
+        own_bias = rounded_by_hand(memory.get_parameter(f"decoder_bias_{number}"), bias_format)
+        x = convolved(x, rounded_by_hand(weight, number_format, step), own_bias)
         if number < last:
             x = silu(x)
         if number < last - 1:
@@ -93,7 +98,7 @@ def decoded_by_hand(memory: HierarchicalMemory, index: int) -> Tensor:
 @every_format
 @pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
 def test_images_are_decoded_as_the_equation_says(
-    make_layout: MakeLayout, number_format: NumberFormat, fields: dict[str, Any]
+    make_layout: MakeLayout, number_format: str, fields: dict[str, Any]
 ) -> None:
     memory = trained(HierarchicalMemory(make_layout(number_format, **fields), [7, -3], [2, 3]))
     images, labels = memory.decode()
@@ -104,19 +109,11 @@ def test_images_are_decoded_as_the_equation_says(
     assert float((expected[0] - expected[4]).abs().max()) > 0.01
 
 
-def test_the_seed_gives_the_values(make_layout: MakeLayout) -> None:
-    one, two, other = (HierarchicalMemory(make_layout(), [0, 1], 2, seed=s) for s in (1, 1, 2))
-    assert same_bits(one.decode()[0], two.decode()[0])
-    for name, value in one.named_parameters():
-        if "bias" not in name:
-            assert not value.equal(other.get_parameter(name))
-
-
 # Coded weights of few steps may be 0, and stop what flows through them.
 @pytest.mark.parametrize("number_format", PLAIN_FORMATS)
 @pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
 def test_gradients_reach_every_value_behind_an_image_and_no_other(
-    make_layout: MakeLayout, number_format: NumberFormat, fields: dict[str, Any]
+    make_layout: MakeLayout, number_format: str, fields: dict[str, Any]
 ) -> None:
     memory = trained(HierarchicalMemory(make_layout(number_format, **fields), [0, 1], [2, 2]))
     images = memory(torch.tensor([1]))
@@ -136,23 +133,16 @@ def test_gradients_reach_every_value_behind_an_image_and_no_other(
         assert bool((own != 0).all()), name
 
 
-def test_no_value_is_clipped_once_the_scales_are_up_to_date(make_layout: MakeLayout) -> None:
+def test_instance_memories_have_a_scale_for_each_class_and_channel(make_layout: MakeLayout) -> None:
     memory = trained(HierarchicalMemory(make_layout("int8"), [0, 1, 2], [1, 4, 2]))
-    for scale, latent in (
-        (memory.dataset_scale, memory.dataset_memory),
-        (memory.class_scale, memory.class_memory),
-        (memory.extractor_scale, memory.extractor_weight),
-        (memory.instance_scale[memory.class_index], memory.instance_memory),
-    ):
-        assert float((latent.detach() / scale).abs().max()) == pytest.approx(127, abs=1e-3)
-    for weight, scale in zip(memory.decoder_weights, memory.decoder_scale, strict=True):
-        assert float((weight.detach() / scale).abs().max()) == pytest.approx(127, abs=1e-3)
-    assert memory.instance_scale.unique().numel() == 3 * 2  # one a class and channel
+    scale = memory.get_buffer("instance_memory_scale")
+    assert scale.shape == (3, 2, 1, 1)
+    assert len(scale.unique()) == 6
 
 
 @every_format
 def test_the_latent_values_of_one_class_move_no_other(
-    make_layout: MakeLayout, number_format: NumberFormat
+    make_layout: MakeLayout, number_format: str
 ) -> None:
     memory = trained(HierarchicalMemory(make_layout(number_format), [0, 1], [2, 3]))
     images, _ = memory.decode()
@@ -164,3 +154,150 @@ def test_the_latent_values_of_one_class_move_no_other(
     moved, _ = memory.decode()
     assert same_bits(moved[2:], images[2:])
     assert not moved[:2].equal(images[:2])
+
+
+# Shapes.
+
+
+def test_the_grid_covers_the_image(make_layout: MakeLayout) -> None:
+    assert CIFAR.grid == (4, 4)
+    assert make_layout(image_shape=(1, 28, 30), stride=8, decoder_channels=(2, 2, 2)).grid == (4, 4)
+    assert make_layout(image_shape=(1, 9, 8), stride=2, decoder_channels=(2,)).grid == (5, 4)
+    assert make_layout(image_shape=(1, 8, 33), stride=32, decoder_channels=(2,) * 5).grid == (1, 2)
+
+
+def test_a_layout_of_lists_is_one_of_tuples() -> None:
+    lists: dict[str, Any] = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in asdict(CIFAR).items()
+    }
+    layout = HMNLayout(**lists)
+    assert layout == CIFAR
+    assert hash(layout) == hash(CIFAR)
+    assert (layout.image_shape, layout.decoder_channels) == ((3, 32, 32), (48, 32, 24))
+
+
+def test_integers_of_numpy_are_integers(make_layout: MakeLayout) -> None:
+    four: Any = np.int64(4)
+    channels: Any = np.array([5, 4]).tolist()
+    layout = make_layout(stride=four, decoder_channels=channels)
+    assert layout == make_layout()
+    assert all(type(number) is int for number in (layout.stride, *layout.decoder_channels))
+
+
+def test_the_decoder_goes_from_the_concatenated_tiers_to_2_x_2_pixels() -> None:
+    assert CIFAR.num_doublings == 3
+    assert CIFAR.convolutions == [(14, 48), (48, 32), (32, 24), (24, 12)]
+
+
+def test_num_floats_is_the_papers_count_worked_out_by_hand() -> None:
+    dataset, classes, instances = 8 * 16, 10 * 4 * 16, 100 * 6 * 16
+    extractors = 10 * (8 * 4 + 4)
+    decoder = sum(9 * i * o + o for i, o in ((14, 48), (48, 32), (32, 24), (24, 12)))
+    expected = dataset + classes + instances + extractors + decoder
+    assert HierarchicalMemory.num_floats_of(CIFAR, 10, 100) == expected
+    memory = HierarchicalMemory(CIFAR, range(10), 10)
+    assert memory.num_floats == sum(p.numel() for p in memory.parameters()) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("stride", 1, "stride is 2, 4, 8, 16 or 32; got 1"),
+        ("stride", 12, "stride is 2, 4, 8, 16 or 32; got 12"),
+        ("dataset_channels", 0, "dataset_channels is 1 to 512; got 0"),
+        ("feature_channels", 513, "feature_channels is 1 to 512; got 513"),
+        ("class_channels", 1.0, "class_channels is an integer; got 1.0"),
+        ("instance_channels", True, "instance_channels is an integer; got True"),
+        ("decoder_channels", 5, "decoder_channels is a sequence of integers; got 5"),
+        ("decoder_channels", (5, 0), r"decoder_channels\[1\] is 1 to 512; got 0"),
+        ("decoder_channels", (5,), r"one entry a doubling, 2 for stride 4; got \(5,\)"),
+        ("decoder_channels", (5, 5, 5), r"one entry a doubling, 2 for stride 4"),
+        ("image_bytes", 5, "image_bytes is 1 or more where values are entropy-coded, and 0 oth"),
+        ("number_format", "entropy", "image_bytes is 1 or more where values are entropy-coded"),
+        ("number_format", "int4", "number format must be one of float32"),
+    ],
+)
+def test_a_field_out_of_range_is_refused_by_name(
+    make_layout: MakeLayout, field: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(make_layout(), **{field: value})
+
+
+def test_the_bound_of_sums_is_that_of_a_decoder_of_one_weight(make_layout: MakeLayout) -> None:
+    memory = HierarchicalMemory(make_layout("float32"), [0], 1)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.zero_()
+        memory.instance_memory[0, 1, 0, 1] = -3.0
+        memory.get_parameter("decoder_weight_0")[2, 5, 1, 1] = 0.5
+        memory.get_parameter("decoder_bias_0")[2] = 1.0
+        memory.get_parameter("decoder_weight_1")[3, 2, 1, 1] = -10.0
+    assert memory.largest_sum() == pytest.approx(10 * (0.5 * 3 + 1))
+    with torch.no_grad():
+        memory.dataset_memory[0, 0, 0] = float("nan")
+    assert not memory.largest_sum() < float("inf")
+
+
+# choose_layout.
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+def test_cifar_fits_at_the_papers_budgets(num_classes: int, number_format: str) -> None:
+    for budget in ("60 KiB", "120 KiB", 1_228_800, 6_144_000):
+        layout = HierarchicalMemory.choose_layout(budget, (3, 32, 32), num_classes, number_format)
+        assert HierarchicalMemory.max_images(layout, budget, num_classes) >= 2 * num_classes
+
+
+@pytest.mark.parametrize("number_format", ["int8", "entropy"])
+def test_room_for_more_images_than_there_are_goes_to_better_ones(number_format: str) -> None:
+    def choose(num_real: int | None) -> HMNLayout:
+        return HierarchicalMemory.choose_layout("1 MiB", (3, 32, 32), 10, number_format, num_real)
+
+    plain, few, many = choose(None), choose(50), choose(10**6)
+    assert plain == many
+    field = "image_bytes" if number_format == "entropy" else "instance_channels"
+    assert getattr(few, field) > getattr(plain, field)
+    assert HierarchicalMemory.group_bytes(few) <= 4 * HierarchicalMemory.group_bytes(plain) + 64
+
+
+def test_a_memory_of_the_largest_image_decodes() -> None:
+    layout = HierarchicalMemory.choose_layout("1 MiB", (3, 224, 224), 1)
+    images, _ = HierarchicalMemory(layout, [0], 1).decode()
+    assert images.shape == (1, 3, 224, 224)
+    assert bool(torch.isfinite(images).all())
+
+
+# fit.
+
+
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+def test_instance_memories_begin_with_the_principal_components(
+    make_layout: MakeLayout, number_format: str
+) -> None:
+    """Their products are those of the images' cells on numpy's first right singular vectors."""
+    layout = make_layout(number_format, (3, 9, 14))
+    memory = HierarchicalMemory(layout, [0, 1], [30, 20])
+    generator = torch.Generator().manual_seed(3)
+    real = torch.rand(50, 3, 9, 14, generator=generator)
+    assert not memory.fit(0, lambda positions: real[positions])
+    padded = np.zeros((50, 3, 12, 16))
+    padded[:, :, :9, :14] = real.double().numpy() - 0.5
+    cells = padded.reshape(50, 3, 3, 4, 4, 4).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 48)
+    *_, components = np.linalg.svd(cells, full_matrices=False)
+    wanted = cells @ components[:2].T
+    found = memory.instance_memory.detach().double().numpy().transpose(0, 2, 3, 1).reshape(-1, 2)
+    for own, other in zip(found.T, wanted.T, strict=True):
+        assert abs(np.corrcoef(own, other)[0, 1]) == pytest.approx(1, abs=1e-4)
+    deviation = np.sqrt(np.square(found).mean(axis=0))
+    assert deviation[0] == pytest.approx(2.0 if layout.is_coded else 1.0, rel=1e-3)
+    if not layout.is_coded:
+        assert deviation[1] == pytest.approx(1.0, rel=1e-3)
+
+
+def test_images_added_to_others_are_not_fitted(make_layout: MakeLayout) -> None:
+    memory = HierarchicalMemory(make_layout(), [0, 1], [3, 2])
+    before = memory.instance_memory.detach().clone()
+    assert not memory.fit(3, lambda positions: torch.zeros(len(positions), 3, 8, 8))
+    assert memory.instance_memory.detach().equal(before)
