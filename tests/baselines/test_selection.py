@@ -368,7 +368,9 @@ def test_images_run_through_the_network_in_chunks(monkeypatch: pytest.MonkeyPatc
     data = an_uneven_set((9, 9, 9))
     network = build_network("convnet", (3, 8, 8), 3, width=4)
     sizes: list[int] = []
-    network.get_submodule("body.stages.0").register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    network.get_submodule("body.stages.0").register_forward_pre_hook(
+        lambda _, inputs: sizes.append(len(inputs[0]))
+    )
     whole = select_images(data, "k-centre", network=network)
     assert sizes == [9, 9, 9]
     monkeypatch.setattr(selection, "_CHUNK", 4)
