@@ -229,7 +229,7 @@ def test_a_network_learns_from_them(kind: str) -> None:
     data = some_data(30)
     patterns = data.images[:3][data.class_indices]
     data = LabelledImages(data.images // 5 + patterns // 5 * 4, data.labels)
-    options: dict[str, Any] = {"width": 8, "num_passes": 60, "augmentations": ()}
+    options: dict[str, Any] = {"width": 8, "num_passes": 150, "batch_size": 4, "augmentations": ()}
     network, accuracy = evaluate(FILL[kind](data, 8000), data, device="cpu", **options)
     assert accuracy > 0.5
     assert network.classes.tolist() == list(LABELS)
