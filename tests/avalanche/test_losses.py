@@ -14,7 +14,7 @@ from avalanche.training.supervised.er_ace import ER_ACE
 from torch import Tensor, nn
 
 from hmn_replay.avalanche.losses import LOSSES, ReplayStep
-from hmn_replay.errors import ConfigError
+from hmn_replay.errors import ConfigError, HMNReplayWarning
 from tests.streams import KeepFirst, in_pieces, make_strategy, streams, train, weights
 
 CURRENT, REPLAYED = torch.tensor([2, 3, 2, 2]), torch.tensor([0, 1])
@@ -220,6 +220,14 @@ def test_a_loss_that_was_asked_for_and_cannot_be_had_is_refused() -> None:
     for options in ({"loss": "asymmetric"}, {"loss": "balanced"}, {"replay_weight": 0.5}):
         with pytest.raises(ConfigError, match="memory_only"):
             KeepFirst(mode="memory_only", **options)
+
+
+def test_task_labels_leave_nothing_to_balance() -> None:
+    for loss in ("balanced", "asymmetric"):
+        with pytest.warns(HMNReplayWarning, match="task labels above 0"):
+            found, replay = trained(loss, kind="nc_tasks")
+        assert replay.loss_used == "plain"
+        assert torch.equal(found, trained("plain", kind="nc_tasks")[0])
 
 
 @pytest.fixture
