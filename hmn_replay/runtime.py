@@ -74,7 +74,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
     Args:
         precision: ``"float32"``; ``"bfloat16"``; or ``"auto"``, bfloat16 where the processor
-            multiplies it natively (on a CPU, as far as torch 2.9 or newer tells).
+            multiplies it natively (on a CPU, as torch 2.9 or newer reports).
         device: Where networks and decoders compute.
     """
     if precision == "auto":
@@ -87,7 +87,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
     Args:
         device: The device of the tensors.
-        precision: As in :func:`resolve_precision`.
+        precision: A precision; see :func:`resolve_precision`.
     """
     enabled = resolve_precision(precision, device) == "bfloat16"
     # Inside another autocast, torch would keep the weights that it cast while they are trained on.
@@ -126,7 +126,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory used so far: CUDA's own count, or the process's resident set.
 
     So far is since the process began, or since the count was reset (on Linux, by writing 5 to
-    ``/proc/self/clear_refs``). 0 where the platform does not tell.
+    ``/proc/self/clear_refs``). 0 where the platform has no such count.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

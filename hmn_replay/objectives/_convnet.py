@@ -381,7 +381,7 @@ def pool(x: Tensor, scratch: Scratch) -> Tensor:
 
 
 def unpool(to_output: Tensor, rectified: Tensor, scratch: Scratch) -> Tensor:
-    """Take a gradient back through :func:`pool`, and through ReLU, whose output is given."""
+    """Return the gradient to ReLU's input from that to the output of :func:`pool` after it."""
     n, h, w, c = rectified.shape
     i, j = h // 2, w // 2
     out = scratch("map", rectified.shape, rectified.dtype)
@@ -397,7 +397,7 @@ def unpool(to_output: Tensor, rectified: Tensor, scratch: Scratch) -> Tensor:
 
 
 def rectify_(gradient: Tensor, rectified: Tensor) -> Tensor:
-    """Set a gradient to 0 where ReLU gave 0: in one pass, where a comparison takes two."""
+    """Set a gradient to 0 where ReLU's output is 0, in one pass over memory, and return it."""
     torch.ops.aten.threshold_backward.grad_input(gradient, rectified, 0, grad_input=gradient)
     return gradient
 

@@ -51,7 +51,7 @@ class Kernel(NamedTuple):
 
 
 class Slabs:
-    """Slabs of memory, some of which are kept for reuse when nobody uses them any longer.
+    """Slabs of memory, some of which are kept for reuse when no tensor shares their memory.
 
     The first use of new memory, page by page, takes longer than to fill it with a convolution's
     output. From 4 MiB on, numpy asks the system for huge pages, which are faster; torch does not.
@@ -178,35 +178,27 @@ class Convolution(Protocol):
 
     def kernel(self, weight: Tensor) -> Kernel:
         """Return a weight ``(O, I, 3, 3)`` as the others read it."""
-        ...
 
     def lift(self, x: Tensor, name: str) -> Lifted:
         """Return an input ``(n, h, w, I)`` as the others read it."""
-        ...
 
     def lift_gradient(self, g: Tensor, name: str) -> Lifted:
         """Return a gradient to an output, ``(n, h, w, O)``, as the others read it."""
-        ...
 
     def forward(self, *terms: tuple[Lifted, Kernel]) -> Tensor:
         """Return the sum of some inputs' convolutions, ``(n, h, w, O)``."""
-        ...
 
     def backward(self, *terms: tuple[Lifted, Kernel]) -> Tensor:
         """Return the gradient to an input, ``(n, h, w, I)``: a sum over gradients to outputs."""
-        ...
 
     def zeros(self, weight: Tensor) -> Tensor:
         """Return the total to which :meth:`add_product` adds."""
-        ...
 
     def add_product(self, total: Tensor, x: Lifted, g: Lifted) -> None:
         """Add what an input and a gradient to its output give for the weight."""
-        ...
 
     def weight_gradient(self, total: Tensor) -> Tensor:
         """Return a total as a gradient to the weight, ``(O, I, 3, 3)``."""
-        ...
 
 
 class Direct:
@@ -221,40 +213,32 @@ class Direct:
         self.dtype, self._scratch = dtype, scratch
 
     def kernel(self, weight: Tensor) -> Kernel:
-        """See :class:`Convolution`."""
         # A convolution with the second is the transpose of that with the first.
         pair = weight, rearrange(weight.flip(2, 3), "o i h w -> i o h w")
         return Kernel(*(w.to(self.dtype, memory_format=torch.channels_last) for w in pair))
 
     def lift(self, x: Tensor, name: str) -> Lifted:
-        """See :class:`Convolution`."""
         n, h, w, _ = x.shape
         if x.dtype != self.dtype:
             x = self._scratch(name, x.shape, self.dtype).copy_(x)
         return Lifted(channels_first(x), (n, h, w))
 
     def lift_gradient(self, g: Tensor, name: str) -> Lifted:
-        """See :class:`Convolution`."""
         return self.lift(g, name)
 
     def forward(self, *terms: tuple[Lifted, Kernel]) -> Tensor:
-        """See :class:`Convolution`."""
         return self._sum([(x.values, kernel.forward) for x, kernel in terms])
 
     def backward(self, *terms: tuple[Lifted, Kernel]) -> Tensor:
-        """See :class:`Convolution`."""
         return self._sum([(g.values, kernel.backward) for g, kernel in terms])
 
     def zeros(self, weight: Tensor) -> Tensor:
-        """See :class:`Convolution`."""
         return torch.zeros_like(weight)
 
     def add_product(self, total: Tensor, x: Lifted, g: Lifted) -> None:
-        """See :class:`Convolution`."""
         total += conv2d_weight(x.values, total.shape, g.values, padding=1)
 
     def weight_gradient(self, total: Tensor) -> Tensor:
-        """See :class:`Convolution`."""
         return total
 
     def _sum(self, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -319,13 +303,11 @@ class Winograd:
         )
 
     def kernel(self, weight: Tensor) -> Kernel:
-        """See :class:`Convolution`."""
         o, i = weight.shape[:2]
         lifted = (self._g @ weight.permute(2, 3, 1, 0).reshape(9, i * o)).view(36, i, o)
         return Kernel(lifted, lifted.mT)
 
     def lift(self, x: Tensor, name: str) -> Lifted:
-        """See :class:`Convolution`."""
         n, h, w, c = x.shape
         i, j = _num_tiles(h, w)
         padded = self._padded("input", x.shape, (n, 4 * i + 2, 4 * j + 2, c))
@@ -335,7 +317,6 @@ class Winograd:
         return Lifted(self._transform(self._b, windows, name), (n, h, w))
 
     def lift_gradient(self, g: Tensor, name: str) -> Lifted:
-        """See :class:`Convolution`."""
         n, h, w, c = g.shape
         i, j = _num_tiles(h, w)
         if h % 4 or w % 4:
@@ -347,7 +328,6 @@ class Winograd:
         return Lifted(self._transform(self._a, tiles, name), (n, h, w))
 
     def forward(self, *terms: tuple[Lifted, Kernel]) -> Tensor:
-        """See :class:`Convolution`."""
         n, h, w = terms[0][0].shape
         i, j = _num_tiles(h, w)
         products = self._sum([(x.values, kernel.forward) for x, kernel in terms])
@@ -357,7 +337,6 @@ class Winograd:
         return output.view(n, 4 * i, 4 * j, -1)[:, :h, :w]
 
     def backward(self, *terms: tuple[Lifted, Kernel]) -> Tensor:
-        """See :class:`Convolution`."""
         n, h, w = terms[0][0].shape
         i, j = _num_tiles(h, w)
         products = self._sum([(g.values, kernel.backward) for g, kernel in terms])
@@ -375,16 +354,13 @@ class Winograd:
         return output.view(n, 4 * i + 4, 4 * j + 4, -1)[:, 1 : h + 1, 1 : w + 1]
 
     def zeros(self, weight: Tensor) -> Tensor:
-        """See :class:`Convolution`."""
         o, i = weight.shape[:2]
         return weight.new_zeros(36, i, o)
 
     def add_product(self, total: Tensor, x: Lifted, g: Lifted) -> None:
-        """See :class:`Convolution`."""
         total.baddbmm_(x.values.mT, g.values)
 
     def weight_gradient(self, total: Tensor) -> Tensor:
-        """See :class:`Convolution`."""
         _, i, o = total.shape
         gradient = (self._g.T @ total.flatten(1)).view(3, 3, i, o)
         return gradient.permute(3, 2, 0, 1).contiguous()

@@ -65,8 +65,8 @@ def with_gradients(loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[T
 
     Args:
         loss: A scalar without a graph.
-        inputs: What the loss depends on.
-        gradients: Of the loss with respect to each input, of its shape.
+        inputs: The tensors that the loss depends on.
+        gradients: The loss's gradient with respect to each input, of its shape.
 
     Returns:
         The scalar; ``backward()`` hands the gradients over. It cannot be differentiated twice.

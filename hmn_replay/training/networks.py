@@ -128,13 +128,14 @@ class ConvBlock(nn.Sequential):
     """A block of ConvNet: 3 x 3 convolution, instance normalisation, ReLU, average pooling by 2.
 
     Args:
-        in_channels: Channels of its input.
-        width: Channels of its output.
+        in_channels: Channels of the input.
+        width: Channels of the output.
     """
 
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__(
             nn.Conv2d(in_channels, width, 3, padding=1),
+            # The function of InstanceNorm2d, but with a fast second derivative on a CPU.
             nn.GroupNorm(width, width),
             nn.ReLU(),
             _AveragePool(),
@@ -214,7 +215,7 @@ def default_depth(height: int, width: int) -> int:
     """Return the number of ConvNet's blocks that the field uses for images of a size.
 
     By the smaller side: 3 up to 48 pixels (CIFAR), 4 up to 96 (Tiny-ImageNet), 5 up to 160, 6 above
-    (ImageNet at 224). Below 16 pixels 2 or fewer, which the field has no custom for: a third block
+    (ImageNet at 224). Below 16 pixels, for which there is no convention, 2 or fewer: a third block
     would normalise maps of 2 x 2 pixels.
     """
     side = min(height, width)

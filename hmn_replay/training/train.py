@@ -266,8 +266,8 @@ def draw_epoch(
 
     Returns:
         For each batch, the positions of its images, int64. Batches are of equal size to within one
-        image, and never of a single one, which batch normalisation cannot take: where there is one
-        image only, it comes twice.
+        image, and never of a single one, which batch normalisation cannot take: a single
+        image is repeated.
     """
     size = max(2, min(epoch_images or num_images, num_images))
     num_batches = max(1, min(math.ceil(size / batch_size), size // 2))
