@@ -473,13 +473,19 @@ def test_an_objective_from_outside_is_condensed_with(
         return (real.mean(dim=0) - decoded.mean(dim=0)).square().sum()
 
     name = register_objective(match_means)
-    memory = tiny(make_set(), make_layout(), objective=name)
+    data, layout = make_set(), make_layout()
+    memory = tiny(data, layout, objective=name)
     assert memory.report["objective"] == name
-    assert sizes
+    assert sizes == {(3, 3)}
     OBJECTIVES.remove(name)
-    with pytest.raises(ConfigError, match="objective"):
-        tiny(make_set(), make_layout(), objective=name)
+    with pytest.raises(ConfigError, match=r"objective must be one of gradient, .*; got 'test-0'"):
+        tiny(data, layout, objective=name)
     OBJECTIVES.add(name, match_means)
+    given = tiny(data, layout, objective=match_means)
+    assert str(given.report["objective"]).endswith("match_means")
+    assert given.decode()[0].equal(memory.decode()[0])
+    plain = tiny(data, layout, objective=Objective(match_means, augments=False))
+    assert not plain.decode()[0].equal(memory.decode()[0])
 
 
 def test_an_objective_must_return_a_scalar_with_a_graph() -> None:

@@ -25,7 +25,7 @@ from hmn_replay.training.networks import (
     penultimate_features,
 )
 from tests.stripes import PLAIN, stripes
-from tests.support import tiny
+from tests.support import TINY_MTT, tiny
 
 
 def conv_weights(network: Network) -> list[torch.Tensor]:
@@ -299,11 +299,7 @@ def test_a_network_from_outside_is_trained_and_scored(factory: NetworkFactory) -
 def test_a_network_from_outside_is_condensed_with(
     objective: str, make_set: Callable[..., Any], make_layout: Callable[..., Any]
 ) -> None:
-    options = {"max_start_epoch": 0, "num_experts": 1} if objective == "mtt" else {}
-    NETWORKS.add("plain", plain)
-    try:
-        memory = tiny(make_set(), make_layout(), objective=objective, network="plain", **options)
-    finally:
-        NETWORKS.remove("plain")
-    assert memory.num_images
+    options = {**TINY_MTT, "num_experts": 1} if objective == "mtt" else {"objective": objective}
+    memory = tiny(make_set(), make_layout(), network=plain, outer_steps=1, **options)
+    assert memory.report["network"] == (f"{__name__}.plain",)
     assert memory.report["beta"] is not None  # pruned by that network, too
