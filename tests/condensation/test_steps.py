@@ -600,6 +600,29 @@ def test_the_network_learns_from_what_the_objective_says(
         assert float(distances.amin(dim=1).max()) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("objective", "augments", "mixes"),
+    [("gradient", True, True), ("dsa", True, False), ("dc", False, False)],
+)
+def test_the_network_is_trained_as_the_objectives_paper_does(
+    make_scene: Callable[..., Scene], objective: str, augments: bool, mixes: bool
+) -> None:
+    def trained(names: tuple[str, ...], probability: float) -> list[Tensor]:
+        scene = make_scene(
+            objective=objective,
+            augmentations=names,
+            network_cutmix_probability=probability,
+            network_images=6,
+            network_batch=6,
+        )
+        scene.train(0)
+        return values_of(scene.network)
+
+    plain = trained((), 0.0)
+    assert same(trained(("color", "crop"), 0.0), plain) == (not augments)
+    assert same(trained((), 1.0), plain) == (not mixes)
+
+
 class Member(Team):
     """A process of several that keeps its share of the gradients to itself."""
 
