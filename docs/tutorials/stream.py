@@ -49,7 +49,7 @@ hmn = hmn_replay.HMNReplay(
     pruning_passes=2000,
     seed=0,
 )
-jpeg = hmn_replay.JPEGReplay(budget="2 KiB", expected_classes=10, seed=0)
+jpeg = hmn_replay.JPEGReplay(budget="2 KiB", quality=20, seed=0)
 raw = hmn_replay.RawReplay(budget="2 KiB", seed=0)
 # --8<-- [end:memories]
 
