@@ -13,19 +13,16 @@ from torch import Tensor, nn
 
 from hmn_replay.condensation import steps
 from hmn_replay.condensation.config import CondenseConfig, make_config
-from hmn_replay.data.augment import draw_augmentation
+from hmn_replay.condensation.rate import RateControl
 from hmn_replay.data.images import LabelledImages, channel_stats
 from hmn_replay.distributed import ALONE, GradientPart, Team
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
-from hmn_replay.memory.hierarchical import HierarchicalMemory
-from hmn_replay.memory.layout import Layout
-from hmn_replay.objectives import ObjectiveFunction, gradient_matching
+from hmn_replay.memory import NUMBER_FORMATS, HierarchicalMemory, HMNLayout
+from hmn_replay.objectives import Objective, gradient_matching
 from hmn_replay.runtime import make_generator
-from hmn_replay.training.train import draw_batch
-from tests.support import assert_close, same, values_of
+from tests.support import assert_close, hmn_layout, same, values_of
 
-MakeLayout = Callable[..., Layout]
+MakeLayout = Callable[..., HMNLayout]
 MakeSet = Callable[..., LabelledImages]
 Augment = Callable[[Tensor], Tensor]
 
@@ -48,31 +45,28 @@ class Scene:
     """A memory, real images, a network that matches them, and an optimizer that stands still."""
 
     def __init__(
-        self, data: LabelledImages, layout: Layout, counts: list[int], **options: Any
+        self, data: LabelledImages, layout: HMNLayout, counts: list[int], **options: Any
     ) -> None:
         self.config: CondenseConfig = make_config(**{**WHOLE, **options})
         self.data = data
         self.real = steps.RealImages.of(data)
         self.memory = HierarchicalMemory(layout, data.classes, counts, seed=3)
-        self.network, self.learner = steps.fresh_network(self.memory, self.real, self.config, 5)
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.memory.parameters(), lr=0.0)
+        self.network, self.learner = steps.fresh_network(self.context(), 5)
+
+    def context(self, team: Team = ALONE, **fields: Any) -> steps.StepContext:
+        """Return what the steps share."""
+        memory, optimizer = self.memory, self.optimizer
+        return steps.StepContext(memory, self.real, self.config, optimizer, team=team, **fields)
+
+    def warm(self, indices: Tensor, wanted: Tensor, team: Team = ALONE) -> None:
+        steps.warm_start_step(self.context(team), indices, wanted)
 
     def match(self, seed: int = 0, team: Team = ALONE) -> int:
-        return steps.match_step(
-            self.memory,
-            self.optimizer,
-            self.network,
-            self.real,
-            self.config,
-            make_generator(seed),
-            team=team,
-        )
+        return steps.match_step(self.context(team), self.network, make_generator(seed))
 
     def train(self, seed: int = 0, team: Team = ALONE) -> None:
-        generator = make_generator(seed)
-        steps.train_step(
-            self.network, self.learner, self.real, self.config, generator, self.memory, team
-        )
+        steps.train_step(self.context(team), self.network, self.learner, make_generator(seed))
 
     def learn(self, rate: float = 0.01) -> None:
         """Let the memory move from now on."""
@@ -85,7 +79,7 @@ def make_scene(make_set: MakeSet, make_layout: MakeLayout) -> Callable[..., Scen
     """Return a function that makes a scene of three classes with labels 4, 9 and -2."""
 
     def make(
-        number_format: NumberFormat = "float32",
+        number_format: str = "float32",
         counts: tuple[int, ...] = (3, 2, 4),
         num_images: int = 16,
         **options: Any,
@@ -159,19 +153,22 @@ def test_real_images_are_sorted_by_class(make_set: MakeSet) -> None:
 def test_the_optimizer_has_every_parameter_once(make_scene: Callable[..., Scene]) -> None:
     memory = make_scene().memory
     optimizer = steps.make_optimizer(memory, (0.5, 0.99))
-    shared, private = (group["params"] for group in optimizer.param_groups)
-    assert sorted(map(id, [*shared, *private])) == sorted(map(id, memory.parameters()))
-    assert {id(p) for p in private} == {id(memory.class_memory), id(memory.instance_memory)}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, memory.parameters()))
     assert all(group["betas"] == (0.5, 0.99) for group in optimizer.param_groups)
 
 
-def test_class_and_instance_memories_learn_10_times_faster(
-    make_scene: Callable[..., Scene],
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+def test_the_tensors_learn_at_the_rates_that_the_memory_declares(
+    make_scene: Callable[..., Scene], number_format: str
 ) -> None:
-    optimizer = steps.make_optimizer(make_scene().memory, (0.9, 0.99))
+    memory = make_scene(number_format).memory
+    optimizer = steps.make_optimizer(memory, (0.9, 0.99))
     for rate in (0.01, 0.25, 0.0):
         steps.set_rate(optimizer, rate)
-        assert [group["lr"] for group in optimizer.param_groups] == [rate, 10 * rate]
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for name, tensor in memory.tensors.items():
+            assert rates[id(memory.get_parameter(name))] == pytest.approx(rate * tensor.rate)
 
 
 # The warm start.
@@ -199,7 +196,7 @@ def test_a_class_of_few_images_takes_them_in_turn(make_scene: Callable[..., Scen
 
 @pytest.mark.parametrize("number_format", NUMBER_FORMATS)
 def test_a_warm_start_step_follows_the_gradient_of_the_squared_error(
-    make_scene: Callable[..., Scene], number_format: NumberFormat
+    make_scene: Callable[..., Scene], number_format: str
 ) -> None:
     scene = make_scene(number_format)
     indices = torch.tensor([7, 0, 3])
@@ -209,24 +206,20 @@ def test_a_warm_start_step_follows_the_gradient_of_the_squared_error(
     for i, image in zip(indices, wanted, strict=True):
         total = total + (memory(i[None])[0] - image).square().mean() / 3
     total.backward()
-    steps.warm_start_step(scene.memory, scene.optimizer, indices, wanted)
+    scene.warm(indices, wanted)
     assert_close(gradients_of(scene.memory), gradients_of(memory))
 
 
-def test_a_warm_start_step_in_parts_is_the_same(
-    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gradients, decoded = list[list[Tensor]](), list[list[int]]()
-    for at_once in (9, 4):
-        monkeypatch.setattr(steps, "images_at_once", lambda _, number=at_once: number)
-        scene, sizes = make_scene("int8"), list[int]()
-        scene.memory.register_forward_hook(lambda _, __, out, sizes=sizes: sizes.append(len(out)))
-        wanted = scene.data.floats(torch.arange(9))
-        steps.warm_start_step(scene.memory, scene.optimizer, torch.arange(9), wanted)
-        gradients.append(gradients_of(scene.memory))
-        decoded.append(sizes)
-    assert decoded == [[9], [4, 4, 1]]
-    assert_close(gradients[1], gradients[0])
+def test_a_warm_start_step_of_large_images_is_taken_in_parts(make_set: MakeSet) -> None:
+    shape = (1, 224, 224)
+    scene, sizes = Scene(make_set(6, shape), hmn_layout(shape), [12, 0, 0]), list[int]()
+    scene.memory.register_forward_hook(lambda _, __, out: sizes.append(len(out)))
+    indices, wanted = torch.arange(12), scene.data.floats(torch.arange(12) % 6)
+    scene.warm(indices, wanted)
+    assert sizes == [10, 2]
+    loss = F.mse_loss(scene.memory(indices), wanted)
+    expected = torch.autograd.grad(loss, list(scene.memory.parameters()), allow_unused=True)
+    assert_close(gradients_of(scene.memory), [g for g in expected if g is not None])
 
 
 def test_warm_start_steps_bring_the_images_near(make_scene: Callable[..., Scene]) -> None:
@@ -239,7 +232,7 @@ def test_warm_start_steps_bring_the_images_near(make_scene: Callable[..., Scene]
 
     before = error()
     for _ in range(60):
-        steps.warm_start_step(scene.memory, scene.optimizer, torch.arange(9), wanted)
+        scene.warm(torch.arange(9), wanted)
     assert error() < 0.5 * before
 
 
@@ -254,7 +247,7 @@ def test_warm_start_steps_bring_the_images_near(make_scene: Callable[..., Scene]
 )
 def test_the_gradient_of_a_step_is_that_of_the_loss_of_all_classes(
     make_scene: Callable[..., Scene],
-    number_format: NumberFormat,
+    number_format: str,
     dtype: torch.dtype,
     objective: str,
 ) -> None:
@@ -265,21 +258,45 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_of_all_classes(
     assert_close(gradients_of(scene.memory), expected)
 
 
-@both_objectives
-def test_the_gradient_goes_through_the_augmentation_that_both_batches_share(
-    make_scene: Callable[..., Scene], objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def augment(images: Tensor) -> Tensor:
-        return 0.5 * images.flip(3).roll(1, 2) ** 2 + 0.1
+def nearest(images: Tensor, known: Tensor) -> Tensor:
+    """Return which of the known images each one is, to float error."""
+    distances, found = torch.cdist(images.flatten(1), known.flatten(1)).min(dim=1)
+    assert float(distances.max()) < 1e-2
+    return found
 
-    monkeypatch.setattr(steps, "draw_augmentation", lambda *args, **options: augment)
-    scene = make_scene(objective=objective)
-    plain = matching_gradients(scene, torch.float64)
-    expected = matching_gradients(scene, torch.float64, augment)
-    scene.match()
-    assert_close(gradients_of(scene.memory), expected)
-    with pytest.raises(AssertionError):
-        assert_close(gradients_of(scene.memory), plain)
+
+def test_both_batches_are_augmented_alike_and_the_gradient_goes_through_it(
+    make_scene: Callable[..., Scene],
+) -> None:
+    ramp = torch.arange(192.0).view(3, 8, 8) / 192
+    flips = list[bool]()
+
+    def flipped(images: Tensor, known: Tensor) -> bool:
+        is_plain = float(torch.cdist(images.flatten(1), known.flatten(1)).amin(dim=1).max()) < 1e-2
+        nearest(images, known if is_plain else known.flip(3))
+        return not is_plain
+
+    def objective(_: Any, real: Tensor, labels: Tensor, own: Tensor, __: Tensor) -> Tensor:
+        members = scene.real.members[int(labels[0])]
+        flips.append(flipped(own.detach(), decoded))
+        assert flips[-1] == flipped(real, scene.data.floats(members))
+        return (own * ramp).sum()
+
+    for seed in range(4):
+        scene = make_scene(objective=objective, augmentations=("flip",))
+        decoded = scene.memory.decode()[0]
+        flips_before = len(flips)
+        scene.match(seed)
+        # Classes are drawn in a random order; their gradient is that of a ramp, flipped or not.
+        wanted = torch.zeros(())
+        generator = make_generator(seed)
+        order = torch.randperm(3, generator=generator).tolist()
+        for label, flip in zip(order, flips[flips_before:], strict=True):
+            own = (scene.memory.class_index == label).nonzero().flatten()
+            wanted = wanted + (scene.memory(own) * (ramp.flip(2) if flip else ramp)).sum()
+        expected = torch.autograd.grad(wanted, list(scene.memory.parameters()))
+        assert_close(gradients_of(scene.memory), list(expected))
+    assert set(flips) == {False, True}
 
 
 def test_an_objective_of_trainings_has_no_batches_to_match(
@@ -293,7 +310,7 @@ def test_gradients_do_not_add_up_over_the_steps(make_scene: Callable[..., Scene]
     scene = make_scene()
     indices, wanted = torch.arange(4), scene.data.floats(torch.arange(4))
     for _ in range(2):
-        steps.warm_start_step(scene.memory, scene.optimizer, indices, wanted)
+        scene.warm(indices, wanted)
     expected = F.mse_loss(scene.memory(indices), wanted)
     assert_close(
         [g for g in gradients_of(scene.memory) if g.any()],
@@ -304,36 +321,13 @@ def test_gradients_do_not_add_up_over_the_steps(make_scene: Callable[..., Scene]
     assert_close(gradients_of(scene.memory), matching_gradients(scene, torch.float64))
 
 
-def test_augmentation_is_drawn_once_a_class_with_the_datas_statistics(
-    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, drawn = draw_augmentation, list[dict[str, Any]]()
-
-    def watched(names: Any, size: Any, generator: Any, **options: Any) -> Any:
-        assert names == ("color", "cutout")
-        assert size == (8, 8)
-        drawn.append(options)
-        return original(names, size, generator, **options)
-
-    monkeypatch.setattr(steps, "draw_augmentation", watched)
-    scene = make_scene(augmentations=("color", "cutout"))
-    scene.match()
-    assert len(drawn) == 3
-    for options in drawn:
-        assert options.get("batch") is None  # one draw for both batches
-        assert options["fill"].equal(scene.real.mean)
-        assert options["std"].equal(scene.real.std)
-
-
 @both_objectives
 def test_grouping_of_classes_changes_nothing_but_the_last_bits(
-    make_scene: Callable[..., Scene], objective: str, monkeypatch: pytest.MonkeyPatch
+    make_scene: Callable[..., Scene], objective: str
 ) -> None:
     decoded, gradients = list[list[int]](), list[list[Tensor]]()
-    for pixels in (2**30, 2 * 1000 * 64, 1):  # all classes at once, two, one
-        monkeypatch.setattr(steps, "_PIXELS_PER_GROUP", pixels)
-        scene = make_scene(objective=objective)
-        sizes: list[int] = []
+    for decoded_batch in (1000, 4096, 10**6):  # all classes at once, two, one
+        scene, sizes = make_scene(objective=objective, decoded_batch=decoded_batch), list[int]()
         scene.memory.register_forward_hook(lambda _, __, out, sizes=sizes: sizes.append(len(out)))
         assert scene.match() == 9
         decoded.append(sizes)
@@ -345,29 +339,21 @@ def test_grouping_of_classes_changes_nothing_but_the_last_bits(
 
 
 def test_batches_are_of_the_sizes_asked_for_and_of_one_class_each(
-    make_scene: Callable[..., Scene], register_objective: Callable[[ObjectiveFunction], str]
+    make_scene: Callable[..., Scene],
 ) -> None:
     seen: list[tuple[int, int, int]] = []
 
-    def watched(
+    def objective(
         network: nn.Module, real: Tensor, real_labels: Tensor, own: Tensor, own_labels: Tensor
     ) -> Tensor:
         assert torch.cat([real_labels, own_labels]).unique().numel() == 1
         label = scene.data.classes[own_labels[0]]
-        members = scene.data.of_class(int(label))
-        candidates = scene.data.floats(members).flatten(1)
-        distances = torch.cdist(real.flatten(1), candidates)
-        assert float(distances.amin(dim=1).max()) < 1e-2
+        nearest(real, scene.data.floats(scene.data.of_class(int(label))))
         seen.append((int(own_labels[0]), len(real), len(own)))
         return gradient_matching(network, real, real_labels, own, own_labels)
 
-    scene = make_scene(
-        objective=register_objective(watched),
-        classes_per_step=2,
-        real_batch=4,
-        decoded_batch=3,
-        counts=(5, 2, 9),
-    )
+    options: dict[str, Any] = {"classes_per_step": 2, "real_batch": 4, "decoded_batch": 3}
+    scene = make_scene(objective=objective, counts=(5, 2, 9), **options)
     classes = set[int]()
     for seed in range(8):
         seen.clear()
@@ -395,12 +381,21 @@ def test_classes_without_images_are_passed_over(
         assert moved.tolist() == [True, False, True], name
 
 
-def test_a_memory_without_images_stays_as_it_is(make_scene: Callable[..., Scene]) -> None:
-    scene = make_scene("int8", counts=(0, 0, 0))
+@pytest.mark.parametrize("number_format", ["int8", "entropy"])
+def test_a_step_that_draws_no_class_with_images_moves_nothing(
+    make_scene: Callable[..., Scene], number_format: str
+) -> None:
+    scene = make_scene(number_format, counts=(0, 3, 0), classes_per_step=1)
     scene.learn()
-    before = values_of(scene.memory)
-    assert scene.match() == 0
-    assert same(values_of(scene.memory), before)
+    coded = scene.memory.layout.is_coded
+    control = RateControl(scene.memory, code_bytes=999, kept_images=3) if coded else None
+    before, numbers = values_of(scene.memory), list[int]()
+    for seed in range(8):
+        context = scene.context(rate_control=control)
+        numbers.append(steps.match_step(context, scene.network, make_generator(seed)))
+        assert same(values_of(scene.memory), before) == (numbers[-1] == 0)
+        before = values_of(scene.memory)
+    assert set(numbers) == {0, 3}
 
 
 def test_the_same_generator_makes_the_same_step(make_scene: Callable[..., Scene]) -> None:
@@ -445,7 +440,7 @@ def test_scales_follow_the_values(make_scene: Callable[..., Scene]) -> None:
     scene.memory.update_scales()
     assert same(values_of(scene.memory), matched)
     wanted = scene.data.floats(torch.arange(9))
-    steps.warm_start_step(scene.memory, scene.optimizer, torch.arange(9), wanted)
+    scene.warm(torch.arange(9), wanted)
     fitted = values_of(scene.memory)
     assert not same(fitted, matched)
     scene.memory.update_scales()
@@ -473,7 +468,7 @@ def test_in_bfloat16_the_gradient_points_the_same_way(
 
 def test_a_fresh_network_is_what_the_settings_say(make_scene: Callable[..., Scene]) -> None:
     scene = make_scene(network_width=6, network_learning_rate=0.03)
-    network, learner = steps.fresh_network(scene.memory, scene.real, scene.config, 1)
+    network, learner = steps.fresh_network(scene.context(), 1)
     assert network.mean.flatten().equal(scene.real.mean)
     assert network.std.flatten().equal(scene.real.std)
     assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
@@ -481,8 +476,8 @@ def test_a_fresh_network_is_what_the_settings_say(make_scene: Callable[..., Scen
     (group,) = learner.param_groups
     assert sorted(map(id, group["params"])) == sorted(map(id, network.parameters()))
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.03, 0.9, 5e-4)
-    again, _ = steps.fresh_network(scene.memory, scene.real, scene.config, 1)
-    other, _ = steps.fresh_network(scene.memory, scene.real, scene.config, 2)
+    again, _ = steps.fresh_network(scene.context(), 1)
+    other, _ = steps.fresh_network(scene.context(), 2)
     assert same(values_of(again), values_of(network))
     assert not same(values_of(other), values_of(network))
 
@@ -524,24 +519,18 @@ def test_a_training_step_is_sgd_on_real_images(make_scene: Callable[..., Scene])
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_training_step_goes_by_batches(
-    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, sizes = draw_batch, list[int]()
+def seen_by(network: nn.Module) -> list[Tensor]:
+    """Collect the batches that a network is shown from now on."""
+    batches = list[Tensor]()
+    network.register_forward_pre_hook(lambda _, args: batches.append(args[0].detach().clone()))
+    return batches
 
-    def watched(images: Tensor, *args: Any, **options: Any) -> Any:
-        sizes.append(len(images))
-        assert options == {"augmentations": ("flip",), "cutmix_probability": 0.75}
-        return original(images, *args, **options)
 
-    monkeypatch.setattr(steps, "draw_batch", watched)
-    make_scene(
-        network_images=11,
-        network_batch=4,
-        augmentations=("flip",),
-        network_cutmix_probability=0.75,
-    ).train()
-    assert sizes == [4, 4, 3]
+def test_a_training_step_goes_by_batches(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene(network_images=11, network_batch=4)
+    batches = seen_by(scene.network)
+    scene.train()
+    assert [len(batch) for batch in batches] == [4, 4, 3]
 
 
 def test_training_steps_teach_the_network_the_classes(make_scene: Callable[..., Scene]) -> None:
@@ -575,29 +564,31 @@ def test_a_lone_image_is_enough_for_batch_normalisation(
     assert bool(gradient.isfinite().all())
 
 
+@pytest.mark.parametrize("learns_from", ["real", "decoded", "nothing"])
 def test_the_network_learns_from_what_the_objective_says(
-    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+    make_scene: Callable[..., Scene], learns_from: Any
 ) -> None:
-    batches: list[Tensor] = []
+    objective = Objective(gradient_matching, learns_from=learns_from)
+    options = {"network_images": 6, "network_batch": 6, "network_cutmix_probability": 0.0}
+    scene = make_scene(objective=objective, **options)
+    batches = seen_by(scene.network)
+    scene.train(0)
+    assert len(batches) == (learns_from != "nothing")
+    for batch in batches:
+        nearest(batch, scene.data.floats() if learns_from == "real" else scene.memory.decode()[0])
 
-    def watched(images: Tensor, labels: Tensor, *rest: Any, **options: Any) -> Any:
-        batches.append(images)
-        return draw_batch(images, labels, *rest, **options)
 
-    monkeypatch.setattr(steps, "draw_batch", watched)
-    for objective, source in (("gradient", "real"), ("dc", "decoded"), ("dm", None)):
-        batches.clear()
-        scene = make_scene(objective=objective, network_images=6, network_batch=6)
-        scene.train(0)
-        if source is None:
-            assert batches == []
-            continue
-        everything = torch.arange(len(scene.data))
-        known = scene.data.floats(everything)
-        if source == "decoded":
-            known = scene.memory.decode()[0]
-        distances = torch.cdist(batches[0].flatten(1), known.flatten(1))
-        assert float(distances.amin(dim=1).max()) < 1e-2
+@pytest.mark.parametrize(("augments", "mixes"), [(True, False), (False, True), (False, False)])
+def test_its_batches_are_augmented_and_mixed_as_the_objective_says(
+    make_scene: Callable[..., Scene], augments: bool, mixes: bool
+) -> None:
+    objective = Objective(gradient_matching, network_augments=augments, network_cutmix=mixes)
+    options = {"network_images": 30, "network_batch": 6, "network_cutmix_probability": 1.0}
+    scene = make_scene(objective=objective, augmentations=("color",), **options)
+    batches = seen_by(scene.network)
+    scene.train(0)
+    distances = torch.cdist(torch.cat(batches).flatten(1), scene.data.floats().flatten(1))
+    assert bool((distances.amin(dim=1) > 1e-2).any()) == (augments or mixes)
 
 
 @pytest.mark.parametrize(
@@ -652,7 +643,7 @@ def test_the_shares_of_a_step_add_up_to_the_step(
         owner: nn.Module = scene.network if kind == "train" else scene.memory
         if kind == "warm start":
             indices, wanted = torch.arange(7), scene.data.floats(torch.arange(7))
-            steps.warm_start_step(scene.memory, scene.optimizer, indices, wanted, team=team)
+            scene.warm(indices, wanted, team)
         elif kind == "match":
             assert scene.match(team=team) == 4
         else:
@@ -674,17 +665,18 @@ def test_the_shares_of_a_step_add_up_to_the_step(
         assert_close([sum(parts, torch.zeros(())) for parts in zip(*shares, strict=True)], whole)
 
 
+@pytest.mark.parametrize("augments", [True, False])
 def test_both_batches_are_augmented_unless_the_objective_says_not(
-    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+    make_scene: Callable[..., Scene], augments: bool
 ) -> None:
-    drawn: list[tuple[str, ...]] = []
+    shifts = list[float]()
 
-    def watched(strategies: Any, *rest: Any, **options: Any) -> Any:
-        drawn.append(tuple(strategies))
-        return draw_augmentation(strategies, *rest, **options)
+    def loss(_: Any, real: Tensor, labels: Tensor, own: Tensor, __: Tensor) -> Tensor:
+        known = scene.data.floats(scene.real.members[int(labels[0])])
+        shifts.append(float(torch.cdist(real.flatten(1), known.flatten(1)).amin(dim=1).max()))
+        return own.square().mean()
 
-    monkeypatch.setattr(steps, "draw_augmentation", watched)
-    for objective, expected in (("dsa", ("color",)), ("dc", ())):
-        drawn.clear()
-        make_scene(objective=objective, augmentations=("color",)).match(0)
-        assert set(drawn) == {expected}
+    scene = make_scene(objective=Objective(loss, augments=augments), augmentations=("color",))
+    scene.match()
+    assert all((shift > 1e-2) == augments for shift in shifts)
+    assert len(shifts) == 3
