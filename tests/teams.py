@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hmn_replay.cli import main
-from hmn_replay.condensation import run, steps
 from hmn_replay.condensation.condense import condense
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.sources import load_dataset
-from hmn_replay.distributed import ALONE, join
+from hmn_replay.distributed import ALONE, GradientPart, Team, join
 from hmn_replay.errors import HMNReplayError
-from hmn_replay.memory.base import Container
-from hmn_replay.memory.file import load
-from hmn_replay.memory.registry import get_layout_type
+from hmn_replay.memory import MEMORIES, LearnedMemory, load
+from hmn_replay.objectives import OBJECTIVES, gradient_matching
 from hmn_replay.runtime import seeded
 from hmn_replay.training.train import add_gradients
 
 Work = Callable[[int], Any]
 
 OPTIONS: dict[str, Any] = {}
+# With these, how often gradients are summed in the warm start, and for the network after a match.
+WARM_STEPS, TRAININGS = 4, 2
 COMMAND = [
     *("condense", "--data", "digits", "--budget", "4KiB", "--quiet", "--json"),
     *("--set", "warm_start_steps=3", "--set", "outer_steps=1", "--set", "inner_steps=3"),
@@ -58,7 +58,7 @@ def some_data(*labels: int) -> LabelledImages:
     return LabelledImages(images, torch.tensor(labels)[index])
 
 
-def described(memory: Container) -> dict[str, Any]:
+def described(memory: LearnedMemory) -> dict[str, Any]:
     report: dict[str, Any] = memory.report
     return {
         "state": dict(memory.state_dict()),
@@ -119,17 +119,19 @@ class Scenes:
         self.play(name, size, together)
 
 
-def at_call(number: int, module: Any, name: str, action: Callable[[], None]) -> None:
-    """Do something at the start of a function's call of that number, counted from 1."""
-    function, calls = getattr(module, name), [0]
+def at_call(number: int, action: Callable[[], None], timeout_seconds: float = 60.0) -> Team:
+    """Join the team, and do something before it sums gradients for the time of that number."""
+    team = join(timeout_seconds)
+    sum_gradients, calls = team.sum_gradients, [0]
 
-    def watched(*args: Any, **options: Any) -> Any:
+    def watched(parts: Iterable[GradientPart]) -> None:
         calls[0] += 1
         if calls[0] == number:
             action()
-        return function(*args, **options)
+        sum_gradients(parts)
 
-    setattr(module, name, watched)
+    team.sum_gradients = watched  # type: ignore[method-assign]
+    return team
 
 
 def alike(work: Callable[..., Any], *args: Any, **options: Any) -> Work:
@@ -141,33 +143,43 @@ def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
-def new(container: str = "hmn", number_format: str = "float32", **options: Any) -> dict[str, Any]:
-    # Room for about five images a class, or for one group of them.
-    budget = {"hmn": "4 KiB", "idc": "12 KiB", "haba": "150 KiB", "linba": "12 KiB"}[container]
-    layout = get_layout_type(container).choose(budget, (3, 8, 8), 5, number_format)  # type: ignore[arg-type]
-    given = {**OPTIONS, **options}
-    return described(condense(some_data(0, 1, 2), budget, layout=layout, **given))
+def planned(kind: str, number_format: str, num_classes: int, num_groups: int) -> dict[str, Any]:
+    """Return a memory kind's layout, and a budget for so many groups of images."""
+    memory_type = MEMORIES[kind]
+    assert issubclass(memory_type, LearnedMemory)
+    chosen = {"hmn": "4 KiB", "idc": "12 KiB", "haba": "150 KiB"}[kind]
+    layout = memory_type.choose_layout(chosen, (3, 8, 8), 5, number_format)
+    num_images = num_groups * layout.group_size
+    budget = memory_type.file_bytes_of(layout, num_classes, num_images, 9999)
+    return {"kind": kind, "layout": layout, "budget": budget}
+
+
+def new(kind: str = "hmn", number_format: str = "float32", **options: Any) -> dict[str, Any]:
+    # Room for five images a class, or for one group of them.
+    room = planned(kind, number_format, 3, 15 if kind == "hmn" else 3)
+    return described(condense(some_data(0, 1, 2), **{**room, **OPTIONS, **options}))
 
 
 def grown(path: Path) -> dict[str, Any]:
     # Class 2 comes again, and 3 and 4 are new.
     memory = load(path)
-    format_ = memory.layout.number_format
-    options = {**OPTIONS, "number_format": format_}
-    return described(condense(some_data(2, 3, 4), "5 KiB", memory=memory, **options))
+    assert isinstance(memory, LearnedMemory)
+    budget = planned("hmn", memory.layout.number_format, 5, 20)["budget"]
+    return described(condense(some_data(2, 3, 4), budget, memory=memory, **OPTIONS))
 
 
 def same_results(scenes: Scenes) -> None:
     folder = scenes.folder
     for number_format in ("float32", "int8", "entropy"):
         first = folder / f"first-{number_format}.hmn"
-        condense(some_data(0, 1, 2), "5 KiB", **OPTIONS, number_format=number_format).save(first)
+        room = planned("hmn", number_format, 3, 15)
+        condense(some_data(0, 1, 2), **room, **OPTIONS).save(first)
         for size in (1, 2):
             scenes.team(f"new-{number_format}-{size}", size, alike(new, "hmn", number_format))
             scenes.team(f"grown-{number_format}-{size}", size, alike(grown, first))
     for size in (1, 2):
-        for container in ("idc", "haba"):
-            scenes.team(f"{container}-{size}", size, alike(new, container))
+        for kind in ("idc", "haba"):
+            scenes.team(f"{kind}-{size}", size, alike(new, kind))
         scenes.team(f"mtt-{size}", size, alike(new, **json.loads(sys.argv[3])))
 
 
@@ -175,9 +187,9 @@ def interrupted(scenes: Scenes) -> None:
     path = scenes.folder / "interrupted.checkpoint"
 
     def ctrl_c(rank: int) -> Any:
-        if rank == 1:
-            at_call(3, steps, "match_step", lambda: send(signal.SIGINT))
-        return new(checkpoint=path)
+        third_match = WARM_STEPS + 2 * (1 + TRAININGS) + 1
+        team = at_call(third_match, lambda: send(signal.SIGINT)) if rank == 1 else None
+        return new(checkpoint=path, team=team)
 
     scenes.team("interrupted", 2, ctrl_c)
     for size in (1, 3):
@@ -190,24 +202,21 @@ def lost(scenes: Scenes) -> None:
     path = scenes.folder / "killed.checkpoint"
 
     def killed(rank: int) -> Any:
-        run._CHECKPOINT_SECONDS = 0.0
-        if rank == 1:
-            at_call(4, steps, "match_step", lambda: send(signal.SIGKILL))
-        return new(checkpoint=path)
+        fourth_match = WARM_STEPS + 3 * (1 + TRAININGS) + 1
+        team = at_call(fourth_match, lambda: send(signal.SIGKILL)) if rank == 1 else None
+        return new(checkpoint=path, team=team, checkpoint_seconds=0)
 
     def silent(rank: int) -> Any:
-        if rank == 1:
-            at_call(2, steps, "warm_start_step", partial(scenes.wait_for, "silent", 0))
-        return new(team=join(timeout_seconds=0.5))
+        wait = partial(scenes.wait_for, "silent", 0) if rank == 1 else lambda: None
+        return new(team=at_call(2, wait, timeout_seconds=0.5))
 
     def failing(rank: int) -> Any:
         def full() -> None:
             raise OSError(28, "No space left on device")
 
-        if rank == 0:
-            at_call(2, run, "write_checkpoint", full)
+        team = at_call(2, full) if rank == 0 else None
         try:
-            return new(checkpoint=scenes.folder / "failed.checkpoint")
+            return new(checkpoint=scenes.folder / "failed.checkpoint", team=team)
         finally:
             if rank == 0:
                 scenes.wait_for("failing", 1)  # it has left the team, but lives on
@@ -284,10 +293,18 @@ def messages(scenes: Scenes) -> None:
 def commands(scenes: Scenes) -> None:
     def command(out: Path, rank: int) -> tuple[int, str, str]:
         printed, complaints = io.StringIO(), io.StringIO()
-        if rank == 1 and "lost" in out.name:
-            at_call(2, steps, "match_step", lambda: send(signal.SIGKILL))
+        matched = [0]
+
+        def fatal(*batches: Any) -> Tensor:
+            matched[0] += 1
+            if rank == 1 and matched[0] == 8:  # of 10 classes a step, half are this process's
+                send(signal.SIGKILL)
+            return gradient_matching(*batches)
+
+        OBJECTIVES.add("fatal", fatal)
+        objective = ["--set", "objective=fatal"] if "lost" in out.name else []
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
-            code = main([*COMMAND, "--out", str(out), "--restart"])
+            code = main([*COMMAND, *objective, "--out", str(out), "--restart"])
         return code, printed.getvalue(), complaints.getvalue()
 
     load_dataset("digits", "train")  # scikit-learn is imported once, too

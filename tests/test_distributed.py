@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from hmn_replay.distributed import ALONE, Team, join, launched
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.file import load
+from hmn_replay.memory import load
 from tests.support import TINY, TINY_MTT
 
 ROOT = Path(__file__).parents[1]
@@ -89,9 +89,9 @@ def test_two_processes_condense_to_the_memory_of_one(
     assert_same(outcomes.result(f"{scene}-2", 1), outcomes.result(f"{scene}-2"), exact=True)
 
 
-@pytest.mark.parametrize("container", ["idc", "haba"])
-def test_two_processes_fill_other_containers_alike(outcomes: Outcomes, container: str) -> None:
-    assert_same(outcomes.result(f"{container}-2"), outcomes.result(f"{container}-1"))
+@pytest.mark.parametrize("kind", ["idc", "haba"])
+def test_two_processes_fill_other_kinds_alike(outcomes: Outcomes, kind: str) -> None:
+    assert_same(outcomes.result(f"{kind}-2"), outcomes.result(f"{kind}-1"))
 
 
 def test_two_processes_follow_the_same_experts(outcomes: Outcomes) -> None:
