@@ -11,7 +11,7 @@ from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
 from hmn_replay.errors import DataError
 from hmn_replay.memory.base import Memory
-from hmn_replay.runtime import resolve_device
+from hmn_replay.runtime import resolve_device, without_autocast
 from hmn_replay.training.networks import Network, NetworkFactory
 from hmn_replay.training.train import TrainingConfig, train_network
 
@@ -41,7 +41,8 @@ def evaluate(
     """Train a fresh network on a memory or a set of images, and score it on a test set.
 
     The accuracy is that of the last epoch: no choice is made by the test set. Pixels are normalised
-    by the mean and deviation of the source's own images.
+    by the mean and deviation of the source's own images. A surrounding ``torch.autocast`` changes
+    nothing; ``precision`` says how the network computes.
 
     Args:
         source: What to learn from: a memory (anything with ``decode()``), or anything that
@@ -76,19 +77,22 @@ def evaluate(
             f"{tuple(test_images.shape[1:])}; both must have the same (C, H, W)"
         )
     classes, class_indices = torch.unique(labels, return_inverse=True)
-    trained = train_network(
-        images,
-        class_indices,
-        len(classes),
-        config=config,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
-    trained.classes.copy_(classes)
     positions = torch.searchsorted(classes, test_labels).clamp(max=len(classes) - 1)
     known = classes[positions] == test_labels
-    return trained, score(trained, test_images, torch.where(known, positions, -1))
+    target = resolve_device(device)
+    with without_autocast(target):
+        trained = train_network(
+            images,
+            class_indices,
+            len(classes),
+            config=config,
+            seed=seed,
+            device=target,
+            progress=progress,
+        )
+        accuracy = score(trained, test_images, torch.where(known, positions, -1))
+    trained.classes.copy_(classes)
+    return trained, accuracy
 
 
 def score(
