@@ -1,8 +1,8 @@
-"""Several processes at one condensation: who does which share, and what they tell each other.
+"""Several processes at one condensation: how they share its work, and what they exchange.
 
 A memory is tiny, so every process holds all of it. What a step draws depends on the seed and the
 step alone, so all draw alike; each computes its share of what was drawn, gradients are summed, and
-all move the memory alike. A checkpoint therefore says nothing of how many they were.
+all update the memory alike. So a checkpoint does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _T = TypeVar("_T")
 
 
 class Team:
-    """A process that works alone: it does all there is, and tells the others nothing.
+    """A single process: it does all the work, and exchanges nothing.
 
-    :func:`join` returns the team of several processes. As a context, it is left in the end.
+    :func:`join` returns the team of several processes. As a context manager, it is left at the end.
 
     Attributes:
-        rank: Number of this process, from 0; process 0 writes the files and shows progress.
-        size: How many processes there are.
+        rank: Number of this process, 0 or more; process 0 writes the files and shows progress.
+        size: Number of processes, 1 or more.
     """
 
     rank = 0
@@ -54,7 +54,7 @@ class Team:
         self.leave()
 
     def leave(self) -> None:
-        """End the connections: a process that waits for this one fails at once."""
+        """Close the connections: a process that waits for this one fails at once."""
 
     @property
     def first(self) -> bool:
@@ -66,15 +66,15 @@ class Team:
     @overload
     def share(self, items: Sequence[_T]) -> Sequence[_T]: ...
     def share(self, items: Any) -> Any:
-        """Return what is this process's to do: of N processes, every Nth item or row."""
+        """Return the items or rows that are this process's share: of N processes, every Nth."""
         return items[self.rank :: self.size]
 
     def sum_gradients(self, parts: Iterable[GradientPart]) -> None:
         """Replace ``.grad`` by its sum over the processes, all parts in one message.
 
         Args:
-            parts: Of the same parameters and rows in every process; read by several processes only.
-                A parameter without a gradient counts as zero. Rows may not come twice.
+            parts: The same parameters and rows in every process; a single process does not read
+                them. A parameter without a gradient counts as zero. Rows may not repeat.
         """
 
     def add_up(self, values: Tensor) -> None:
@@ -85,37 +85,37 @@ class Team:
         return list(values)
 
     def agree(self, decide: Callable[[], _T]) -> _T:
-        """Return in every process what process 0 decides; only there is it called."""
+        """Return in every process what ``decide`` returns in process 0; only there is it called."""
         return decide()
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors, of the same shapes in every process, by those of process 0."""
 
     def check_same(self, value: str, what: str) -> None:
-        """Raise a :class:`DistributedError` in every process if they were given different values.
+        """Raise a :class:`DistributedError` in every process if their values differ.
 
         Args:
-            value: To be the same.
-            what: Its name in the message.
+            value: The value that must be the same in every process.
+            what: What it is, for the message.
         """
 
 
 ALONE = Team()
-"""The team of one; it has no state."""
+"""The team of a single process; it has no state."""
 
 
 def join(timeout_seconds: float = TIMEOUT_SECONDS) -> Team:
     """Return the team of all processes of ``torch.distributed``; :data:`ALONE` without others.
 
-    To be called by all of them. The team has process groups of its own: gloo's, and NCCL's for
-    gradients on CUDA. The caller's groups are not used but to make these.
+    All of them must call it. The team has process groups of its own: gloo's, and NCCL's for
+    gradients on CUDA. The caller's groups are used to make these only.
 
     Args:
-        timeout_seconds: How long to wait for a process that does not answer, above 0. One that has
-            ended is noticed at once.
+        timeout_seconds: How long to wait for a process that does not answer, above 0. Default:
+            1800. A process that has ended is noticed at once.
 
     Raises:
         ConfigError: A timeout that is not above 0.
@@ -130,9 +130,9 @@ def join(timeout_seconds: float = TIMEOUT_SECONDS) -> Team:
 
 @contextlib.contextmanager
 def launched(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Team]:
-    """Join the processes that torchrun started, for a command; alone where it did not.
+    """Join the processes that torchrun started, for a command; a single one without it.
 
-    Any launcher will do that sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``.
+    Any launcher works that sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``.
     SIGTERM, by which a launcher ends a job that lost a process, raises a
     :class:`DistributedError` inside the block.
     """
@@ -141,12 +141,12 @@ def launched(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Team]:
         with join(timeout_seconds) as team:
             yield team
         return
-    with _telling("this process did not meet another one", timeout_seconds):
+    with _explaining_losses("this process did not meet another one", timeout_seconds):
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(resolve_device("auto"))
-        with _heeding_the_launcher(), join(timeout_seconds) as team:
+        with _ending_with_the_launcher(), join(timeout_seconds) as team:
             yield team
     finally:
         dist.destroy_process_group()
@@ -184,11 +184,11 @@ class _Processes(Team):
 
     def add_up(self, values: Tensor) -> None:
         if values.is_cuda and dist.is_nccl_available():
-            with self._telling():
+            with self._explaining_losses():
                 dist.all_reduce(values, group=self._group("nccl"))
             return
         on_cpu = values.cpu()
-        with self._telling():
+        with self._explaining_losses():
             dist.all_reduce(on_cpu, group=self._group("gloo"))
         if on_cpu is not values:
             values.copy_(on_cpu)
@@ -201,7 +201,7 @@ class _Processes(Team):
 
     def agree(self, decide: Callable[[], _T]) -> _T:
         decided = [decide() if self.first else None]
-        with self._telling():
+        with self._explaining_losses():
             dist.broadcast_object_list(decided, group=self._group("gloo"))
         return decided[0]  # type: ignore[return-value]
 
@@ -211,37 +211,37 @@ class _Processes(Team):
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             values = tensor.detach().cpu().contiguous()
-            with self._telling():
+            with self._explaining_losses():
                 dist.broadcast(values, 0, group=self._group("gloo"))
             tensor.detach().copy_(values)
 
     def check_same(self, value: str, what: str) -> None:
         values: list[Any] = [None] * self.size
-        with self._telling():
+        with self._explaining_losses():
             dist.all_gather_object(values, value, group=self._group("gloo"))
         if others := [rank for rank, other in enumerate(values) if other != values[0]]:
             raise DistributedError(
                 f"the processes were given different {what}: {others} not what process 0 was; give "
-                "all of them the same, or tell condense() that each works alone: team=ALONE"
+                "all of them the same, or let each condense by itself: condense(team=ALONE)"
             )
 
     def _group(self, backend: str) -> dist.ProcessGroup:
         if backend not in self._groups:
             timeout = datetime.timedelta(seconds=self.timeout_seconds)
-            with self._telling():
+            with self._explaining_losses():
                 group = dist.new_group(backend=backend, timeout=timeout)
             assert isinstance(group, dist.ProcessGroup)
             self._groups[backend] = group
         return self._groups[backend]
 
-    def _telling(self) -> contextlib.AbstractContextManager[None]:
+    def _explaining_losses(self) -> contextlib.AbstractContextManager[None]:
         what = f"process {self.rank} of {self.size} lost another one"
-        return _telling(what, self.timeout_seconds)
+        return _explaining_losses(what, self.timeout_seconds)
 
 
 @contextlib.contextmanager
-def _telling(what: str, timeout_seconds: float) -> Iterator[None]:
-    """Turn what torch says of a process that is gone into an error that says what it means."""
+def _explaining_losses(what: str, timeout_seconds: float) -> Iterator[None]:
+    """Turn torch's error about a process that is gone into one that says what it means."""
     try:
         yield
     except DistributedError:
@@ -251,20 +251,20 @@ def _telling(what: str, timeout_seconds: float) -> Iterator[None]:
         reason = str(error).split("] ", 1)[-1].split(". ")[0].split("\n")[0]
         raise DistributedError(
             f"{what} ({reason}): it ended, or did not answer for {timeout_seconds:,g} seconds; "
-            "see what it said"
+            "see its messages"
         ) from error
 
 
 @contextlib.contextmanager
-def _heeding_the_launcher() -> Iterator[None]:
+def _ending_with_the_launcher() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(*_: object) -> None:
         raise DistributedError(
-            "the launcher ended this process, as it does when another one is lost: see what that "
-            "one said"
+            "the launcher ended this process, as it does when another one is lost: see that "
+            "one's messages"
         )
 
     before = signal.signal(signal.SIGTERM, handle)

@@ -52,7 +52,7 @@ class CheckpointError(HMNReplayError, RuntimeError):
 
 
 class DistributedError(HMNReplayError, RuntimeError):
-    """Processes that work together, and one of which was lost or has something else to do."""
+    """Processes that work together, one of which was lost or was given other arguments."""
 
 
 class ExpertError(HMNReplayError, RuntimeError):
@@ -60,4 +60,4 @@ class ExpertError(HMNReplayError, RuntimeError):
 
 
 class TrainingError(HMNReplayError, RuntimeError):
-    """An optimisation that left the real numbers."""
+    """An optimisation that diverged."""

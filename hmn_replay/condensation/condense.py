@@ -21,7 +21,6 @@ from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.distributed import Team, join
 from hmn_replay.errors import ConfigError, HMNReplayWarning
 from hmn_replay.memory.base import MEMORIES, check_num_classes
-from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
 from hmn_replay.objectives._convolution import release_memory
 from hmn_replay.runtime import (
@@ -133,11 +132,6 @@ def condense(
     elif options or effort != "quick":
         given = sorted(options) or ["effort"]
         raise ConfigError(f"config= has all settings; give it alone, without {given[0]}=")
-    number_format = config.number_format
-    if number_format and NUMBER_FORMATS[number_format].is_coded and not memory_type.codes_entropy:
-        raise ConfigError(
-            f"memory kind {memory_type.kind!r} has no number format {number_format!r}"
-        )
     limit, target = Budget.parse(budget), resolve_device(device)
     derive_seed(seed)
     data = as_labelled_images(source)
@@ -147,9 +141,9 @@ def condense(
             num_classes = max(num_classes, check_num_classes(expected_classes, "expected_classes"))
         num_real = len(data) // data.num_classes
         layout = memory_type.choose_layout(
-            limit, data.image_shape, num_classes, number_format, num_real
+            limit, data.image_shape, num_classes, config.number_format, num_real
         )
-    number_format = number_format or layout.number_format
+    number_format = config.number_format or layout.number_format
     if (layout.image_shape, layout.number_format) != (data.image_shape, number_format):
         raise ConfigError(
             f"the layout is for {layout.number_format} images of {layout.image_shape}; the data "

@@ -25,7 +25,7 @@ from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import Objective, get_objective
 from hmn_replay.objectives.trajectories import trajectory_matching
 from hmn_replay.runtime import autocast, make_generator
-from hmn_replay.training.networks import build_network
+from hmn_replay.training.networks import Network, build_network
 from hmn_replay.training.train import add_gradients, draw_batch, draw_epoch
 
 __all__ = [
@@ -329,7 +329,7 @@ def trajectory_step(
 
 def fresh_network(
     context: StepContext, seed: int, number: int = 0
-) -> tuple[nn.Module, torch.optim.SGD]:
+) -> tuple[Network, torch.optim.SGD]:
     """Return a random network to match with, on the memory's device, and what it learns by.
 
     Args:

@@ -81,7 +81,7 @@ def test_a_few_new_images_are_warmed_up_as_often_as_many(
     memory = tiny(make_set(100, labels=(0, 1, 2, 3, 4)), layout, budget=budget, **options)
     grown = tiny(make_set(labels=(5,)), layout, budget=budget, memory=memory, **options)
     shown = [
-        mem.report["phases"]["warm_start"]["images"] / num_new  # type: ignore[index]
+        mem.report["phases"]["warm_start"]["images"] / num_new
         for mem, num_new in ((memory, memory.num_images), (grown, grown.images_per_class[-1]))
     ]
     assert shown[1] == pytest.approx(shown[0], rel=0.15)
@@ -145,7 +145,7 @@ def test_beta_is_the_one_whose_images_teach_most_about_held_out_ones(
     data, layout = make_set(num_images=60), make_layout()
     options: dict[str, Any] = {"over_budget": 1.0, "pruning_passes": 200}
     memory = tiny(data, layout, beta_grid=(0.0, 0.5, 1.0), **options)
-    accuracies: dict[str, float] = memory.report["beta_accuracies"]  # type: ignore[assignment]
+    accuracies: dict[str, float] = memory.report["beta_accuracies"]
     assert list(accuracies) == ["0.0", "0.5", "1.0"]
     best = memory.report["beta"]
     assert accuracies[str(best)] == max(accuracies.values())

@@ -151,8 +151,10 @@ def test_the_gradient_of_a_step_is_that_of_the_whole_training(
             name: value - rate * gradient
             for (name, value), gradient in zip(parameters.items(), gradients, strict=True)
         }
-    missed = sum(((v - scene.target[name]) ** 2).sum() for name, v in parameters.items())
-    moved = sum(((v - scene.target[name]) ** 2).sum() for name, v in start.items())
+    missed, moved = (
+        torch.stack([((v - scene.target[name]) ** 2).sum() for name, v in values.items()]).sum()
+        for values in (parameters, start)
+    )
     *expected, of_rate = torch.autograd.grad(missed / moved, [*memory.parameters(), rate])
 
     num_seen, found = scene.follow()
@@ -485,10 +487,10 @@ def test_runs_of_other_kinds_and_budgets_use_the_same_experts(
     options: dict[str, Any] = {**TINY, **TINY_MTT, "experts": str(tmp_path / "experts")}
     budget = room_for(LAYOUTS["pixels"]((3, 8, 8), "int8"), 3, 15)
     first = condense(data, budget, kind="pixels", **options)
-    assert first.report["phases"]["experts"]["images"] == 48  # type: ignore[index]
+    assert first.report["phases"]["experts"]["images"] == 48
     for kind, num_bytes in (("hmn", 2000), ("pixels", budget + 500)):
         again = condense(data, num_bytes, kind=kind, **{**options, "student_steps": 2})
-        assert again.report["phases"]["experts"]["images"] == 0  # type: ignore[index]
+        assert again.report["phases"]["experts"]["images"] == 0
     recorded_here = condense(data, budget, kind="pixels", **{**options, "experts": None})
     assert recorded_here.to_bytes() == first.to_bytes()
 
