@@ -1,6 +1,7 @@
-"""The command ``hmn-replay``: what it takes, what it prints, and how it ends.
+"""The command ``hmn-replay``: each sub-command is a function from its arguments to a result.
 
-What the sub-commands do is in :mod:`hmn_replay.commands`, imported only when one is to run.
+A sub-command returns its result twice, as JSON values and as a text, or None where another process
+prints it.
 """
 
 from __future__ import annotations
@@ -9,21 +10,39 @@ import argparse
 import json
 import os
 import shlex
+import shutil
+import statistics
 import sys
-from collections.abc import Sequence
-from importlib import metadata
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from inspect import cleandoc
 from pathlib import Path
-from typing import TypeAlias
+from types import NoneType, UnionType
+from typing import Annotated, Any, NoReturn, TypeAlias, Union, get_args, get_origin
 
-from hmn_replay.errors import DistributedError, HMNReplayError
+from pydantic.fields import FieldInfo
+from torch import Tensor
+
+import hmn_replay
+from hmn_replay.data.sources import Split
+from hmn_replay.distributed import Team, launched
+from hmn_replay.errors import (
+    CheckpointError,
+    ConfigError,
+    DistributedError,
+    HMNReplayError,
+    UnknownOptionError,
+)
+from hmn_replay.files import check_target
+from hmn_replay.objectives.trajectories import experts_beside
 
 __all__ = ["main", "make_parser"]
 
-# What torch says on CUDA, and on the CPU.
+Result: TypeAlias = tuple[dict[str, Any], str]
+
+# The words of torch's out-of-memory errors on CUDA and on the CPU.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-_NETWORKS = ("convnet", "vgg16", "resnet18", "densenet121")
-_CONTAINERS = ("hmn", "raw", "idc", "haba", "linba")
-_SELECTIONS = ("random", "herding", "k-centre", "ccs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,26 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the command's name. Default: those of the process.
 
     Returns:
-        The exit code: 0 for success, 1 for an error that was told on standard error, 130 after
-        Ctrl-C. An argument that cannot be read ends the process with 2, as argparse does.
+        The exit code: 0 for success, 1 for an error that is printed on standard error, 2 for an
+        option with a value that it cannot have, 130 after Ctrl-C. An argument that cannot be read
+        ends the process with 2.
     """
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.command == "export" and not (args.folder or args.npz or args.contact_sheet):
-        parser.error("export: name a DIR, --npz FILE or --contact-sheet FILE to write to")
+    args = make_parser().parse_args(argv)
     try:
-        from hmn_replay.commands import COMMANDS
-
-        told = COMMANDS[args.command](args)
-        if told is not None:
-            result, text = told
-            print(json.dumps(result, indent=2) if args.json else text, flush=True)
+        result = args.run(args)
+        if result is not None:
+            print(json.dumps(result[0], indent=2) if args.json else result[1], flush=True)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             _complain("interrupted" + _advice(args))
         return 130
     except BrokenPipeError:
-        # The reader has had enough; Python would complain of it once more while it exits.
+        # The reader has closed the pipe; Python would complain once more while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except DistributedError as error:
@@ -61,9 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (HMNReplayError, OSError, MemoryError) as error:
         _complain(f"error: {_describe(error)}")
-        return 1
+        wrong_value = (hmn_replay.BudgetError, ConfigError, UnknownOptionError)
+        return 2 if isinstance(error, wrong_value) else 1
     except RuntimeError as error:
-        # Torch's own class for it came with torch 2.5.
+        # Torch has a class of its own for it from 2.5 on.
         if not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
         _complain(f"error: {_describe(error)}; pass --device cpu, or smaller batches")
@@ -71,228 +86,406 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+# --- sub-commands
+
+
+def condense(args: argparse.Namespace) -> Result | None:
+    """Make a memory file from a data set.
+
+    Condense the training images of a data set into a memory file within a budget of bytes.
+    Every minute the state is saved to OUT.checkpoint, from which the same command resumes a
+    stopped run. At the end the checkpoint is deleted, and recorded experts beside it.
+
+    torchrun --nproc-per-node=N -m hmn_replay condense ... shares the work among N processes,
+    each on a GPU of its own where there are any. Any number of them may resume.
+
+    Example:
+      hmn-replay condense --data cifar10.npz --budget 120KiB --out cifar10.hmn
+    """
+    with launched(args.timeout) as team:
+        return _condense(args, team)
+
+
+def _condense(args: argparse.Namespace, team: Team) -> Result | None:
+    out: Path = args.out
+    checkpoint = Path(f"{out}.checkpoint")
+    settings = dict(args.set)
+    for name in ("objective", "number_format"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    if team.first:
+        _check_out(args)
+        if args.restart:
+            _delete_checkpoint(checkpoint)
+        elif checkpoint.exists():
+            _note(args, f"resuming from {checkpoint}")
+    try:
+        memory = hmn_replay.condense(
+            _load_together(args, team),
+            args.budget,
+            effort=args.effort,
+            kind=args.kind,
+            seed=args.seed,
+            device=args.device,
+            checkpoint=checkpoint,
+            progress=not args.quiet,
+            team=team,
+            **settings,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --restart deletes it") from error
+    if not team.first:
+        return None
+    memory.save(out)
+    _delete_checkpoint(checkpoint)
+    report: dict[str, Any] = memory.report
+    result = {
+        "file": str(out),
+        "effort": args.effort,
+        "seconds": report["seconds"],
+        **memory.summary(),
+        "report": report,
+    }
+    lines = _lines(out, memory)
+    lines.append(("time", f"{report['seconds']:,.1f} s"))
+    for name, phase in report["phases"].items():
+        speed = f"{phase['seconds']:,.1f} s, {phase['images_per_second']:,.0f} images/s"
+        lines.append((f"  {name.replace('_', ' ')}", speed))
+    return result, _table(lines)
+
+
+def evaluate(args: argparse.Namespace) -> Result:
+    """Train fresh networks on a memory, and score them on the test images.
+
+    The accuracy is that of the last epoch; its deviation is that of a sample.
+
+    Example:
+      hmn-replay evaluate cifar10.hmn --data cifar10.npz --repeats 3
+    """
+    memory = hmn_replay.load(args.file, device=args.device)
+    scores = _score(args, lambda seed: memory, _load_data(args, "test"))
+    result = {
+        "file": str(args.file),
+        "kind": memory.kind,
+        "num_images": memory.num_images,
+        "file_bytes": memory.file_bytes,
+        **scores,
+    }
+    lines = [*_lines(args.file, memory), ("network", args.network), ("accuracy", _percent(result))]
+    return result, _table(lines)
+
+
+def inspect(args: argparse.Namespace) -> Result:
+    """Print what is in a memory file: shapes, images and bytes.
+
+    No data set is needed.
+
+    Example:
+      hmn-replay inspect cifar10.hmn --json
+    """
+    memory = hmn_replay.load(args.file)
+    stored: dict[str, dict[str, Any]] = {
+        name: {
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "bytes": tensor.numel() * tensor.element_size(),
+        }
+        for name, tensor in memory.stored().items()
+    }
+    rest = memory.file_bytes - sum(tensor["bytes"] for tensor in stored.values())
+    result = {"file": str(args.file), **memory.summary(), "stored": stored, "header_bytes": rest}
+    rows: list[Sequence[str]] = [("stored", "shape", "type", "bytes")]
+    for name, tensor in stored.items():
+        rows.append((name, _by(tensor["shape"]), tensor["dtype"], f"{tensor['bytes']:,}"))
+    rows.append(("header, labels and counts", "", "", f"{rest:,}"))
+    shapes = {}
+    if isinstance(memory, hmn_replay.LearnedMemory):
+        num_groups = memory.num_images // memory.layout.group_size
+        for learned in memory.table(memory.layout):
+            shapes[learned.name] = learned.full_shape(memory.num_classes, num_groups)
+    shares: list[Sequence[str]] = [("bits", "shape", "in all", "per class", "per image")]
+    for name, bits in {**memory.bits(), "whole file": 8.0 * memory.file_bytes}.items():
+        counts = (bits, bits / memory.num_classes, bits / max(1, memory.num_images))
+        shares.append((name, _by(shapes.get(name, ())), *(f"{count:,.1f}" for count in counts)))
+    tables = _table(_lines(args.file, memory)), _table(rows, "<<<>"), _table(shares, "<<>>>")
+    return result, "\n\n".join(tables)
+
+
+def export(args: argparse.Namespace) -> Result:
+    """Write the images of a memory as pictures or arrays.
+
+    Pictures are DIR/CLASS/0000.png and so on, with a contact sheet DIR/contact_sheet.png.
+
+    Example:
+      hmn-replay export cifar10.hmn pictures --npz pictures.npz
+    """
+    folder, sheet = args.folder, args.contact_sheet
+    if not (folder or sheet or args.npz):
+        raise ConfigError("name a DIR, --npz FILE or --contact-sheet FILE to write to")
+    memory = hmn_replay.load(args.file, device=args.device)
+    written = {"file": str(args.file)}
+    if folder:
+        hmn_replay.export_images(memory, folder)
+        written["folder"] = str(folder)
+        sheet = sheet or folder / "contact_sheet.png"
+    if args.npz:
+        hmn_replay.export_npz(memory, args.npz)
+        written["npz"] = str(args.npz)
+    if sheet:
+        hmn_replay.contact_sheet(memory, sheet, columns=args.columns)
+        written["contact_sheet"] = str(sheet)
+    lines = [(name.replace("_", " "), path) for name, path in written.items()]
+    result = {**written, "num_images": memory.num_images}
+    return result, _table([*lines, ("images", f"{memory.num_images:,}")])
+
+
+def baseline(args: argparse.Namespace) -> Result:
+    """Score equal-bytes baselines: real images in as many bytes as a memory.
+
+    As many real images as fit are trained on, as evaluate does; each seed chooses images and
+    trains one network. Of JPEG, the quality with the best mean accuracy on the test images
+    counts, which favours it.
+
+    Example:
+      hmn-replay baseline --kind jpeg --data cifar10.npz --budget 120KiB
+    """
+    budget = hmn_replay.Budget.parse(args.budget)
+    if args.out:
+        _check_out(args)
+    train, test = _load_data(args, "train"), _load_data(args, "test")
+    # Of compressed images, it is not known before how many fit.
+    most = max(1, budget.num_bytes // train.images[0].numel()) if args.kind == "raw" else None
+
+    @cache  # once for each seed, not for each quality: choosing may train a network
+    def order(seed: int) -> Tensor:
+        return hmn_replay.select_images(
+            train,
+            args.selection,
+            num_images=most,
+            config=_training(args),
+            seed=seed,
+            device=args.device,
+            progress=not args.quiet,
+        )
+
+    @cache
+    def fill(seed: int, **codec: int) -> hmn_replay.RealMemory:
+        make: Any = getattr(hmn_replay, f"{args.kind}_images")  # such as hmn_replay.jpeg_images
+        memory: hmn_replay.RealMemory = make(train, budget, selection=order(seed), **codec)
+        return memory
+
+    codecs = [{"quality": q} for q in args.qualities] if args.kind == "jpeg" else [{}]
+    scored = []
+    for codec in codecs:
+        memory = fill(args.seed, **codec)
+        sizes = {"num_images": memory.num_images, "file_bytes": memory.file_bytes}
+        name = "".join(f"{name} {value}, " for name, value in codec.items())
+        scored.append({**codec, **sizes, **_score(args, partial(fill, **codec), test, name)})
+    best = max(scored, key=lambda one: one["accuracy_mean"])
+    common = {"kind": args.kind, "selection": args.selection, "budget_bytes": budget.num_bytes}
+    result = {**common, **best, "tried": scored}
+    if args.out:
+        fill(args.seed, **{name: best[name] for name in codecs[0]}).save(args.out)
+        result["file"] = str(args.out)
+    rows = [(*codecs[0], "images", "bytes", "accuracy", "")]
+    for one in scored:
+        shown = (*(one[name] for name in codecs[0]), one["num_images"], one["file_bytes"])
+        mark = "best" if one is best and len(scored) > 1 else ""
+        rows.append((*(f"{number:,}" for number in shown), _percent(one), mark))
+    lines = [("kind", args.kind), ("selection", args.selection), ("budget", str(budget))]
+    lines.append(("network", args.network))
+    return result, f"{_table(lines)}\n\n{_table(rows, '>>>><'[-len(rows[0]) :])}"
+
+
+def options(args: argparse.Namespace) -> Result:
+    """List the settings of condense --set: default, values and meaning.
+
+    Example:
+      hmn-replay options --effort standard
+    """
+    config = hmn_replay.CondenseConfig(**hmn_replay.EFFORTS[args.effort])
+    result, lines = {}, []
+    for name, field in hmn_replay.CondenseConfig.model_fields.items():
+        default, values = getattr(config, name), _values(field.annotation, field.metadata)
+        result[name] = {"default": default, "values": values, "description": field.description}
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
+        lines.append(f"{name}={shown}    ({values})")
+        text = " ".join(str(field.description).split())
+        lines.append(textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="    "))
+    return result, "\n".join(lines)
+
+
+def _values(kind: Any, constraints: Iterable[Any] = ()) -> str:
+    """Return what a setting may be, from its annotation: type, names and range."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Annotated:
+        return _values(arguments[0], kind.__metadata__)
+    if get_origin(kind) in (Union, UnionType):
+        words = " or ".join(filter(None, map(_values, arguments)))
+    elif get_origin(kind) is tuple:
+        words = f"list of {_values(arguments[0])}"
+    else:
+        words = {int: "whole number", float: "number", str: "text", NoneType: "none"}.get(kind, "")
+    for constraint in constraints:
+        if isinstance(constraint, FieldInfo):
+            return _values(kind, constraint.metadata)
+        if known := getattr(getattr(constraint, "func", None), "known", None):
+            return "one of " + ", ".join(known)
+        for name, sign in {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}.items():
+            if hasattr(constraint, name):
+                words += f" {sign} {getattr(constraint, name):g}"
+    return words
+
+
+# --- arguments
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Says the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default
+        if isinstance(shown, (list, tuple)):
+            shown = ",".join(map(str, shown))
+        has_default = action.option_strings and shown not in (None, "", False, argparse.SUPPRESS)
+        return f"{action.help}" + (f" (default: {shown})" if has_default else "")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose error is one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command and its sub-commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hmn-replay",
         description="Condense a labelled image set into a memory file of a few kilobytes.",
-        epilog="hmn-replay COMMAND --help tells more, with an example.\n\n"
-        "Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="hmn-replay COMMAND --help says more, with an example.\n\n"
+        "Exit codes: 0 done, 1 error, 2 wrong usage or value, 130 interrupted.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {hmn_replay.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_condense(commands)
-    _add_evaluate(commands)
-    _add_inspect(commands)
-    _add_export(commands)
-    _add_baseline(commands)
+
+    def command(run: Callable[[argparse.Namespace], Result | None]) -> _Parser:
+        """Add the sub-command that a function runs; its docstring is the help."""
+        summary, _, details = cleandoc(run.__doc__ or "").partition("\n\n")
+        name, summary = run.__name__, summary.rstrip(".")
+        added = commands.add_parser(name, help=summary, description=f"{summary}.\n\n{details}")
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="print one JSON object")
+        return added
+
+    _add_condense(command(condense))
+    _add_evaluate(command(evaluate))
+    command(inspect).add_argument("file", type=Path, help="a memory file of any kind")
+    _add_export(command(export))
+    _add_baseline(command(baseline))
+    command(options).add_argument(
+        "--effort", choices=tuple(hmn_replay.EFFORTS), default="quick", help="whose defaults"
+    )
     return parser
 
 
-_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-
-def _add_condense(commands: _Commands) -> None:
-    parser = _add(
-        commands,
-        "condense",
-        "make a memory file from a data set",
-        "Condense the training images of a data set into a memory file within a budget of bytes.\n"
-        "Every minute the work is kept in OUT.checkpoint; when it was stopped, the same command\n"
-        "goes on from there. In the end the checkpoint is deleted, with experts beside it.\n\n"
-        "torchrun --nproc-per-node=N -m hmn_replay condense ... shares the work among N\n"
-        "processes, each on a GPU of its own where there are any. Any number of them goes on from\n"
-        "a checkpoint.",
-        "hmn-replay condense --data cifar10.npz --budget 120KiB --out cifar10.hmn",
-    )
+def _add_condense(parser: _Parser) -> None:
+    add, fields = parser.add_argument, hmn_replay.CondenseConfig.model_fields
     _add_data(parser)
-    parser.add_argument(
-        "--budget",
-        required=True,
-        help="bytes that the file may take, header and all: 122880, 120KiB, 1.5MB, ...",
-    )
-    parser.add_argument("--out", required=True, type=Path, help="the memory file to write")
-    parser.add_argument(
+    add("--budget", required=True, help="bytes of the file, header and all: 122880, 120KiB, ...")
+    add("--out", required=True, type=Path, help="the memory file to write")
+    add("--kind", choices=_kinds(learned=True), default="hmn", help="memory kind")
+    add(
         "--effort",
-        choices=("quick", "standard", "paper"),
+        choices=tuple(hmn_replay.EFFORTS),
         default="quick",
-        help="quick takes about 3 minutes for CIFAR-10 at 120KiB on 2 cores with native bfloat16, "
-        "standard does twelve times the matching, paper has the paper's settings and needs a GPU "
-        "(default: quick)",
+        help="quick takes minutes on a CPU, standard does twelve times the matching, paper has the "
+        "paper's settings and needs a GPU",
     )
-    parser.add_argument(
-        "--number-format",
-        choices=("float32", "float16", "int8", "entropy"),
-        help="how values are stored; entropy codes integers by how rare they are, and weighs bits "
-        "in training (default: that of the effort)",
-    )
-    parser.add_argument(
-        "--container",
-        choices=_CONTAINERS,
-        default="hmn",
-        help="what holds the images: the hierarchical memory, or one that it is compared with "
-        "(default: hmn)",
-    )
-    parser.add_argument(
-        "--objective",
-        choices=("gradient", "distribution", "dc", "dsa", "dm", "mtt"),
-        help="what is matched; mtt trains networks on the data first, in OUT.checkpoint.experts or "
-        "where --set experts=DIR says, which other runs can use (default: that of the effort)",
-    )
-    parser.add_argument(
+    names: dict[str, Iterable[str]] = {
+        "objective": hmn_replay.OBJECTIVES,
+        "number_format": hmn_replay.NUMBER_FORMATS,
+    }
+    for name, known in names.items():
+        flag = f"--{name.replace('_', '-')}"
+        add(flag, choices=tuple(known), help=f"{fields[name].description}".replace("%", "%%"))
+    add(
         "--set",
         type=_assignment,
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="any other setting of hmn_replay.condensation.config.CondenseConfig; may be given several times, "
-        "such as --set outer_steps=40 --set beta_grid=0,0.5,1",
+        help="any setting that hmn-replay options lists; may be given several times, such as --set "
+        "outer_steps=40 --set beta_grid=0,0.5,1",
     )
-    parser.add_argument(
-        "--restart", action="store_true", help="throw the checkpoint away and begin anew"
-    )
-    parser.add_argument(
+    add("--restart", action="store_true", help="delete the checkpoint and begin anew")
+    add(
         "--timeout",
         type=_positive,
         default=1800,
         metavar="SECONDS",
         help="of several processes: how long to wait for one that does not answer; one that has "
-        "ended is noticed at once (default: 1800)",
+        "ended is noticed at once",
     )
+    _add_common(parser)
 
 
-def _add_evaluate(commands: _Commands) -> None:
-    parser = _add(
-        commands,
-        "evaluate",
-        "train fresh networks on a memory, and score them on the test images",
-        "Train fresh networks on the images of a memory, and score them on the test images of a\n"
-        "data set. The accuracy is that of the last epoch; its deviation is the sample's.",
-        "hmn-replay evaluate cifar10.hmn --data cifar10.npz --repeats 3",
-    )
-    parser.add_argument("file", type=Path, help="the memory file")
+def _add_evaluate(parser: _Parser) -> None:
+    parser.add_argument("file", type=Path, help="a memory file of any kind")
     _add_data(parser)
-    _add_training(parser, "SEED, SEED + 1, ... train one network each")
+    _add_training(parser)
+    _add_common(parser)
 
 
-def _add_inspect(commands: _Commands) -> None:
-    parser = _add(
-        commands,
-        "inspect",
-        "tell what is in a memory file",
-        "Tell what is in a memory file: shapes, images and bytes. No data set is needed.",
-        "hmn-replay inspect cifar10.hmn --json",
-    )
-    parser.add_argument("file", type=Path, help="the memory file")
+def _add_export(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("file", type=Path, help="a memory file of any kind")
+    add("folder", metavar="DIR", type=Path, nargs="?", help="a folder that is new, or empty")
+    add("--npz", type=Path, metavar="FILE", help="write x_train, uint8 (N, H, W, C), and y_train")
+    add("--contact-sheet", type=Path, metavar="FILE", help="write the contact sheet to this PNG")
+    add("--columns", type=_positive, default=10, metavar="N", help="its images of each class")
+    add("--device", default="auto", help="where to decode: auto, cpu, cuda, ...")
 
 
-def _add_export(commands: _Commands) -> None:
-    parser = _add(
-        commands,
-        "export",
-        "write the images of a memory as pictures or arrays",
-        "Write the images of a memory: as DIR/LABEL/0000.png and so on with a contact sheet,\n"
-        "DIR/contact_sheet.png, or as arrays, or both.",
-        "hmn-replay export cifar10.hmn pictures --npz pictures.npz",
-    )
-    parser.add_argument("file", type=Path, help="the memory file")
-    parser.add_argument(
-        "folder", metavar="DIR", type=Path, nargs="?", help="a folder that is new, or empty"
-    )
-    parser.add_argument(
-        "--npz", type=Path, metavar="FILE", help="write x_train, uint8 (N, H, W, C), and y_train"
-    )
-    parser.add_argument(
-        "--contact-sheet", type=Path, metavar="FILE", help="write the contact sheet to this PNG"
-    )
-    parser.add_argument(
-        "--columns",
-        type=_positive,
-        default=10,
-        metavar="N",
-        help="images of each class on the contact sheet (default: 10)",
-    )
-
-
-def _add_baseline(commands: _Commands) -> None:
-    parser = _add(
-        commands,
-        "baseline",
-        "score real images in as many bytes as a memory",
-        "Score the honest rivals of a memory: as many real images as fit the same bytes of a\n"
-        "file, as uint8 pixels or as JPEG under one header. Training is that of evaluate. Of\n"
-        "JPEG the quality with the best mean accuracy on the test images counts, which favours it.",
-        "hmn-replay baseline --kind jpeg --data cifar10.npz --budget 120KiB",
-    )
-    parser.add_argument(
-        "--kind", choices=("raw", "jpeg"), required=True, help="how pixels are kept"
-    )
+def _add_baseline(parser: _Parser) -> None:
+    add = parser.add_argument
     _add_data(parser)
-    parser.add_argument(
-        "--budget", required=True, help="bytes that the file may take, header and labels counted"
-    )
-    parser.add_argument(
+    add("--kind", choices=_kinds(learned=False), required=True, help="how pixels are stored")
+    add("--budget", required=True, help="bytes of the file, header and labels counted")
+    add("--out", type=Path, help="write the memory of the first seed, and best quality, here")
+    add(
         "--selection",
-        choices=_SELECTIONS,
+        choices=hmn_replay.SELECTIONS,
         default="random",
         help="which images are kept, as many of each class; all but random train a network on all "
-        "images first, as those that are scored, for one epoch at least (default: random)",
+        "images first, for one epoch at least",
     )
-    parser.add_argument(
+    add(
         "--qualities",
         type=_qualities,
         default=[5, 10, 20, 30],
         metavar="Q,Q,...",
-        help="JPEG qualities to try, 1 to 100 (default: 5,10,20,30)",
+        help="JPEG qualities to try, 1 to 100",
     )
-    _add_training(parser, "SEED, SEED + 1, ... choose the images and train one network each")
+    _add_training(parser)
+    _add_common(parser)
 
 
-def _add(
-    commands: _Commands, name: str, summary: str, description: str, example: str
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of all that is drawn (default: 0)"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="where to compute: auto, cpu, cuda, ... (default: auto)"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object to standard output"
-    )
-    parser.add_argument(
-        "--quiet", action="store_true", help="show no progress on standard error, only errors"
-    )
-    return parser
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data set")
-    group.add_argument(
+def _add_data(parser: _Parser) -> None:
+    add = parser.add_argument_group("data set").add_argument
+    add(
         "--data",
         default="digits",
         metavar="NAME|PATH",
-        help="cifar10, cifar100, svhn, mnist, fashion_mnist, digits (needs no file), an .npz file "
-        "of x_train, y_train, x_test, y_test, or a folder of pictures (default: digits)",
+        help=f"{', '.join(hmn_replay.DATASETS)} (which needs no file), an .npz file of x_train, "
+        "y_train, x_test, y_test, or a folder of pictures",
     )
-    group.add_argument(
-        "--data-root",
-        default="data",
-        metavar="DIR",
-        help="where the files of torchvision's data sets lie (default: data)",
-    )
-    group.add_argument(
-        "--download", action="store_true", help="fetch a data set of torchvision if it is absent"
-    )
-    group.add_argument(
+    add("--data-root", default="data", metavar="DIR", help="folder of torchvision's data sets")
+    add("--download", action="store_true", help="fetch a data set of torchvision if it is absent")
+    add(
         "--size",
         type=_positive,
         metavar="PIXELS",
@@ -300,27 +493,51 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_training(parser: argparse.ArgumentParser, seeds: str) -> None:
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--network", choices=_NETWORKS, default="convnet", help="what is trained (default: convnet)"
+def _add_training(parser: _Parser) -> None:
+    config = hmn_replay.TrainingConfig()
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--network",
+        choices=tuple(hmn_replay.NETWORKS),
+        default=config.network,
+        help="architecture that is trained",
     )
-    group.add_argument(
+    add(
         "--repeats",
         type=_positive,
         default=3,
         metavar="N",
-        help=f"how often: {seeds} (default: 3)",
+        help="how many networks, of seeds SEED, SEED + 1, ...",
     )
-    group.add_argument(
-        "--width", type=_positive, metavar="N", help="channels of ConvNet's blocks (default: 128)"
+    add(
+        "--width",
+        type=_positive,
+        default=config.width,
+        metavar="N",
+        help="channels of ConvNet's blocks",
     )
-    group.add_argument(
+    add(
         "--passes",
         type=_positive,
+        default=config.num_passes,
         metavar="N",
-        help="images that a network is shown in all (default: 40000)",
+        help="images that a network is shown in all",
     )
+
+
+def _add_common(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("--seed", type=int, default=0, metavar="N", help="seed of everything that is drawn")
+    add("--device", default="auto", help="where to compute: auto, cpu, cuda, ...")
+    add("--quiet", action="store_true", help="show no progress on standard error")
+
+
+def _kinds(*, learned: bool) -> list[str]:
+    return [
+        name
+        for name, kind in hmn_replay.MEMORIES.items()
+        if issubclass(kind, hmn_replay.LearnedMemory) == learned
+    ]
 
 
 def _positive(text: str) -> int:
@@ -343,6 +560,117 @@ def _assignment(text: str) -> tuple[str, str]:
     return name.strip().replace("-", "_"), value
 
 
+# --- what the sub-commands share
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Refuse what could not be written, or what is read, before minutes are spent."""
+    out: Path = args.out
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"--out: {str(out)!r} must be a file, in a folder that exists")
+    target = check_target(out)
+    is_name = args.data.lower().replace("-", "_") in hmn_replay.DATASETS
+    if not is_name and target == Path(os.path.realpath(os.path.expanduser(args.data))):
+        raise ConfigError(f"--out: {str(out)!r} is the data set itself; name another file")
+
+
+def _load_data(args: argparse.Namespace, split: Split) -> hmn_replay.LabelledImages:
+    return hmn_replay.load_dataset(
+        args.data, split, data_root=args.data_root, download=args.download, size=args.size
+    )
+
+
+def _load_together(args: argparse.Namespace, team: Team) -> hmn_replay.LabelledImages:
+    """Load the training images, after the first process of this machine has fetched the files."""
+    fetches = os.environ.get("LOCAL_RANK", "0") == "0"
+    if args.download and not fetches:
+        team.wait()
+    data = _load_data(args, "train")
+    if args.download and fetches:
+        team.wait()
+    return data
+
+
+def _delete_checkpoint(checkpoint: Path) -> None:
+    checkpoint.unlink(missing_ok=True)
+    shutil.rmtree(experts_beside(checkpoint), ignore_errors=True)
+
+
+def _training(args: argparse.Namespace) -> hmn_replay.TrainingConfig:
+    return hmn_replay.TrainingConfig(network=args.network, width=args.width, num_passes=args.passes)
+
+
+def _score(
+    args: argparse.Namespace,
+    source: Callable[[int], hmn_replay.Memory],
+    test: hmn_replay.LabelledImages,
+    name: str = "",
+) -> dict[str, Any]:
+    """Train a network for each seed on what ``source`` returns for it, and score it."""
+    accuracies = []
+    for seed in range(args.seed, args.seed + args.repeats):
+        _, accuracy = hmn_replay.evaluate(
+            source(seed),
+            test,
+            seed=seed,
+            device=args.device,
+            config=_training(args),
+            progress=not args.quiet,
+        )
+        accuracies.append(accuracy)
+        _note(args, f"{name}seed {seed}: {accuracy:.2%}")
+    return {
+        "accuracy_mean": statistics.fmean(accuracies),
+        "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        "accuracies": accuracies,
+        **{name: vars(args)[name] for name in ("seed", "repeats", "network", "width", "passes")},
+    }
+
+
+def _percent(scores: Mapping[str, Any]) -> str:
+    mean, std = (100 * scores[key] for key in ("accuracy_mean", "accuracy_std"))
+    repeats = scores["repeats"]
+    return f"{mean:.2f} % ± {std:.2f} ({repeats} seed{'s' if repeats > 1 else ''})"
+
+
+def _lines(file: Path, memory: hmn_replay.Memory) -> list[tuple[str, str]]:
+    """Return what a memory is: names and values."""
+    summary = memory.summary()
+    budget, counts = memory.budget_bytes, memory.images_per_class
+    each = f"{min(counts):,}" + (f" to {max(counts):,}" if max(counts) > min(counts) else "")
+    lines = [
+        ("file", str(file)),
+        ("size", f"{memory.file_bytes:,} bytes" + (f" of {budget:,}" if budget else "")),
+        ("kind", memory.kind),
+        ("images", f"{memory.num_images:,} of {_by(memory.image_shape)}"),
+        ("classes", f"{memory.num_classes:,}, {each} images each"),
+    ]
+    told = {"kind", "budget_bytes", "file_bytes", "num_images", "num_classes"}
+    return lines + [
+        (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        for name, value in summary.items()
+        if name not in told and isinstance(value, (int, float, str))
+    ]
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _table(rows: Sequence[Sequence[str]], align: str = "<<") -> str:
+    """Join rows to lines, their cells aligned by ``<`` or ``>``, one for each column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{c:{a}{w}}" for c, a, w in zip(row, align, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _note(args: argparse.Namespace, message: str) -> None:
+    if not args.quiet:
+        print(message, file=sys.stderr, flush=True)
+
+
 def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {str(error.filename)!r}" if error.filename is not None else ""
@@ -355,11 +683,11 @@ def _advice(args: argparse.Namespace) -> str:
     if checkpoint is None or not checkpoint.exists():
         return ""
     which = "the same command without --restart" if args.restart else "the same command"
-    return f"; the work so far is in {checkpoint}: run {which} to go on from there"
+    return f"; the work so far is in {checkpoint}: {which} resumes it"
 
 
 def _launch(words: Sequence[str]) -> str:
-    """Return the line that starts as many processes with these words, to go on."""
+    """Return the line that starts as many processes with these words, to resume."""
     number = os.environ.get("LOCAL_WORLD_SIZE", "N")
     again = shlex.join(word for word in words if word != "--restart")
     return f"torchrun --nproc-per-node={number} -m hmn_replay {again}"
@@ -367,10 +695,3 @@ def _launch(words: Sequence[str]) -> str:
 
 def _complain(message: str) -> None:
     print(f"hmn-replay: {message}", file=sys.stderr, flush=True)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("hmn-replay")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"

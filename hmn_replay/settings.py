@@ -82,6 +82,7 @@ def one_of(what: str, known: Collection[str]) -> AfterValidator:
             raise UnknownNameError(what, value, list(known))
         return value
 
+    check.known = known  # type: ignore[attr-defined]  # for those who list the names
     return AfterValidator(check)
 
 

@@ -16,7 +16,7 @@ TINY_CONDENSATION = [
     *("--set", "pruning_passes=16", "--set", "pruning_width=4", "--set", "beta_grid=0.5"),
 ]
 TINY_TRAINING = ["--width", "4", "--passes", "200", "--repeats", "2"]
-BUDGET = "40KiB"
+BUDGET = "8KiB"
 
 
 class Console:
