@@ -13,6 +13,8 @@ from latex2mathml.converter import convert
 
 _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod|obj):`(~?)([\w.]+?)(?:\(\))?`")
 
+_RETURNS = re.compile(r"^ *Returns:\n +", re.MULTILINE)
+
 
 def on_config(config: Any) -> Any:
     """Let a fenced block named ``math`` be LaTeX, as it is on GitHub."""
@@ -26,13 +28,21 @@ def _equation(source: str, *_: Any, **__: Any) -> str:
     return f'<div class="equation">{convert(source, display="block")}</div>'
 
 
-class Roles(griffe.Extension):
-    """Turns ``:class:`Budget` `` in a docstring into a link, if a page has a place for it."""
+class Docstrings(griffe.Extension):
+    """Turns ``:class:`Budget` `` into a link, if a page has a place for it.
+
+    What stands before a colon in the first line of "Returns:" would count as a type: the type of
+    the signature is put before it.
+    """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of an object."""
-        if obj.docstring is not None:
-            obj.docstring.value = _ROLE.sub(lambda match: _link(match, obj), obj.docstring.value)
+        if obj.docstring is None:
+            return
+        text = _ROLE.sub(lambda match: _link(match, obj), obj.docstring.value)
+        if isinstance(obj, griffe.Function) and obj.returns is not None:
+            text = _RETURNS.sub(lambda match: f"{match[0]}{obj.returns}: ", text)
+        obj.docstring.value = text
 
 
 def _link(match: re.Match[str], obj: griffe.Object) -> str:
