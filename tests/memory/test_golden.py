@@ -1,0 +1,92 @@
+"""Files that were written once, and are read for ever: see tests/data/golden/make_golden.py."""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hmn_replay.memory import LearnedMemory, load
+from hmn_replay.memory.file import unpack
+from tests.support import LEARNED_FORMATS, REAL
+
+FOLDER = Path(__file__).parents[1] / "data" / "golden"
+NAMES = {
+    **{f"{kind}-{number_format}": (kind, number_format) for kind, number_format in LEARNED_FORMATS},
+    **{kind: (kind, "") for kind in REAL},
+}
+DIGESTS = json.loads((FOLDER / "golden.json").read_text())
+
+every_file = pytest.mark.parametrize("name", NAMES)
+
+
+def digest(data: bytes) -> str:
+    return blake2b(data, digest_size=16).hexdigest()
+
+
+def decoded(name: str) -> dict[str, Any]:
+    with np.load(FOLDER / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+@every_file
+def test_every_kind_and_number_format_has_a_file_that_nobody_has_touched(name: str) -> None:
+    assert digest((FOLDER / f"{name}.hmn").read_bytes()) == DIGESTS[name]["file"]
+
+
+@every_file
+def test_a_golden_file_is_read_to_what_it_says(name: str) -> None:
+    kind, number_format = NAMES[name]
+    memory = load(FOLDER / f"{name}.hmn")
+    assert memory.kind == kind
+    assert memory.image_shape == (3, 9, 13)
+    assert memory.budget_bytes == 20_000
+    assert memory.class_names == {-3: "Straßenbahn", 7: "cat"}
+    wanted = decoded(name)
+    assert memory.labels.equal(wanted["labels"])
+    if isinstance(memory, LearnedMemory):
+        assert memory.layout.number_format == number_format
+        size = memory.layout.group_size
+        assert memory.classes.tolist() == [7, -3, 2**40]
+        assert memory.images_per_class == [size, 2 * size, 0]
+    else:
+        assert memory.classes.tolist() == [-3, 7, 2**40]
+        assert memory.images_per_class == [1, 2, 1]
+
+
+@every_file
+def test_a_golden_file_decodes_to_the_images_that_it_did(name: str) -> None:
+    """Bit for bit where they are real; a CPU may round a float of learned ones in another way."""
+    memory = load(FOLDER / f"{name}.hmn")
+    pixels, wanted = memory.decode(dtype=torch.uint8)[0], decoded(name)["pixels"]
+    if memory.kind in REAL:
+        assert pixels.equal(wanted)
+    else:
+        assert int((pixels.int() - wanted.int()).abs().max()) <= 1
+        assert int(wanted.max()) - int(wanted.min()) > 100
+
+
+@every_file
+def test_a_golden_file_is_written_again_as_it_is(name: str) -> None:
+    """Integers, steps, scales and the entropy code: names alone depend on the version of zlib."""
+    memory = load(FOLDER / f"{name}.hmn")
+    old, new = (unpack(data) for data in ((FOLDER / f"{name}.hmn").read_bytes(), memory.to_bytes()))
+    assert (new.kind, new.num_images, new.budget_bytes) == (old.kind, old.num_images, 20_000)
+    assert new.words == old.words
+    assert set(new.tensors) == set(old.tensors)
+    for key, tensor in old.tensors.items():
+        if key != "names":
+            assert new.tensors[key].equal(tensor), key
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in REAL])
+def test_a_golden_file_is_read_to_the_same_values_on_every_machine(name: str) -> None:
+    memory = load(FOLDER / f"{name}.hmn")
+    assert isinstance(memory, LearnedMemory)
+    values = [memory.get_parameter(own).detach().numpy().tobytes() for own in memory.tensors]
+    assert digest(b"".join(values)) == DIGESTS[name]["values"]
