@@ -119,7 +119,9 @@ def condense(
     """
     memory_type = MEMORIES[kind] if memory is None else type(memory)
     if not issubclass(memory_type, LearnedMemory):
-        raise ConfigError(f"memory kind {kind!r} holds real images; nothing is condensed in it")
+        raise ConfigError(
+            f"memory kind {memory_type.kind!r} holds real images; nothing is condensed in it"
+        )
     if memory is not None:
         if layout not in (None, memory.layout):
             raise ConfigError("a memory that is added to keeps its layout; leave layout= out")

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from hmn_replay.condensation.config import make_config
 from hmn_replay.condensation.loop import BatchMatcher, mean_psnr
 from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer, set_rate
 from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.lookup import ImageLookup, Images
 from hmn_replay.errors import CheckpointError, DistributedError
-from hmn_replay.memory import HierarchicalMemory, HMNLayout, load
+from hmn_replay.memory import MEMORIES, HierarchicalMemory, HMNLayout, load, register_memory
 from hmn_replay.objectives import gradient_matching
 from tests.support import HMN_FIELDS, LAYOUTS, TINY, TINY_MTT, Observer, at_call, room_for, tiny
 
@@ -201,6 +202,41 @@ def test_the_psnr_of_the_warm_start_is_that_to_the_images_it_starts_from(
     expected = sum(-10 * math.log10(error) for error in errors.tolist()) / 6
     assert memory.report["warm_start_psnr"] == pytest.approx(expected, abs=0.3)
     assert expected > 45
+
+
+# Images that are decoded when they are asked for.
+
+
+class Lazy(HierarchicalMemory):
+    """Decodes whenever images are asked for, as where all of them take too much memory."""
+
+    def decoded(self, dtype: torch.dtype = torch.float32) -> Images:
+        def fetch(positions: Tensor | None) -> Tensor:
+            return self.decode(positions, dtype=dtype)[0]
+
+        return ImageLookup(fetch, (self.num_images, *self.image_shape), dtype)
+
+
+@pytest.fixture
+def lazy() -> Iterator[str]:
+    """A memory kind that never holds all of its images decoded."""
+    register_memory("lazy")(Lazy)
+    yield "lazy"
+    MEMORIES.remove("lazy")
+
+
+def test_images_decoded_when_asked_for_are_pruned_alike(
+    make_set: MakeSet, make_layout: MakeLayout, lazy: str
+) -> None:
+    layout, made = make_layout(), []
+    budget = room_for(layout, 5, 20)
+    for kind in ("hmn", lazy):
+        memory = tiny(make_set(60), layout, budget=budget, kind=kind)
+        grown = tiny(make_set(60, labels=(2, 3, 4)), layout, budget=budget, memory=memory)
+        made.append((memory.decode()[0], grown.decode()[0], grown.report["beta_accuracies"]))
+    assert made[0][0].equal(made[1][0])
+    assert made[0][1].equal(made[1][1])
+    assert made[0][2] == made[1][2]
 
 
 # Checkpoints.
