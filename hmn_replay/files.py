@@ -6,8 +6,8 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,16 @@ def write_atomically(path: str | Path, content: bytes | Callable[[str], None]) -
     A link stays one: what it links to is written.
 
     Args:
-        path: The file.
-        content: Its bytes, or a function that writes them to the name that it is given.
+        path: Path of the file.
+        content: The file's bytes, or a function that writes them to the path that it is given.
 
     Raises:
         OSError: As :func:`check_target`, or the system refuses. What stood there stays.
     """
     path = check_target(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"))
+    # With the permissions that the umask lets, which nobody can ask for without changing it.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         if callable(content):
             content(temporary)
@@ -64,9 +65,6 @@ def write_atomically(path: str | Path, content: bytes | Callable[[str], None]) -
             Path(temporary).write_bytes(content)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -91,8 +91,8 @@ def check_options(owner: str, given: Mapping[str, Any], known: Collection[str]) 
 
     Args:
         owner: What takes the keywords, for the message.
-        given: The keywords.
-        known: Those that there are.
+        given: The keywords that it was given.
+        known: The keywords that ``owner`` takes.
 
     Raises:
         UnknownOptionError: Also a TypeError, as Python raises for such a keyword.

@@ -57,10 +57,10 @@ def write_checkpoint(
     """Write a checkpoint, all at once or not at all, from the tensors' own memory.
 
     Args:
-        path: The file.
+        path: Path of the file.
         identity: What tells this run from every other one: texts by name.
-        state: JSON values.
-        tensors: Name to tensor, on any device.
+        state: JSON values by name.
+        tensors: Tensors by name, on any device.
 
     Raises:
         OSError: The file cannot be written.
@@ -79,7 +79,7 @@ def read_checkpoint(path: str | Path, identity: Mapping[str, str]) -> Checkpoint
 
     Args:
         path: The file.
-        identity: That of the run that goes on, by the same names.
+        identity: The identity of the run that goes on, by the same names.
 
     Raises:
         CheckpointError: The file is no checkpoint, is damaged, or belongs to another run; the

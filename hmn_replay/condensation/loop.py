@@ -64,9 +64,9 @@ class Run:
         memory: What is trained.
         identity: What tells this run from every other one, by name; see
             :func:`~hmn_replay.condensation.checkpoint.read_checkpoint`.
-        phases: Their names, in their order.
-        measured: JSON values that the phases write over, for :meth:`report`.
-        device: Where it is trained.
+        phases: Names of the phases, in their order.
+        measured: JSON values by name, which the phases overwrite, for :meth:`report`.
+        device: The device of the memory.
         progress: Whether to show bars on standard error.
         team: The processes that train it together. The first one's clock counts for all; it alone
             shows bars, and reads and writes the checkpoint.
@@ -400,7 +400,7 @@ class Condensation(Run):
         """Return what the steps of a phase share, as its checkpoint has it if it goes on from one.
 
         Args:
-            betas: Of Adam.
+            betas: Adam's coefficients of the running means of gradients and their squares.
         """
         # Processes may differ in last bits; from here on, all move the same memory.
         self.team.copy_first(self.memory.state_dict().values())
@@ -611,7 +611,7 @@ class BatchMatcher:
 
     Args:
         context: What the steps share.
-        seed: Of all draws.
+        seed: Seed of all draws.
     """
 
     network: nn.Module
@@ -671,8 +671,8 @@ class TrajectoryMatcher:
 
     Args:
         context: What the steps share.
-        seed: Of all draws.
-        experts: Those to follow; any that are not there yet are recorded here.
+        seed: Seed of all draws.
+        experts: The experts to follow; any that are missing are recorded here.
     """
 
     def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:

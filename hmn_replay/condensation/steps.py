@@ -214,8 +214,9 @@ def match_step(context: StepContext, network: nn.Module, generator: torch.Genera
 
     Args:
         context: What the phase's steps share.
-        network: Its logits are in the order of the memory's classes.
-        generator: Of classes, images and augmentations.
+        network: The network to match on, with a logit for each of the memory's classes, in their
+            order.
+        generator: Generator of the draws of classes, images and augmentations.
 
     Returns:
         How many images were decoded, by all processes together.
@@ -281,12 +282,12 @@ def trajectory_step(
 
     Args:
         context: What the phase's steps share.
-        network: Of the expert's architecture, on the memory's device, with a logit for each of the
-            memory's classes.
+        network: A network of the expert's architecture, on the memory's device, with a logit for
+            each of the memory's classes.
         start: The expert's parameters that the student begins with, by name.
-        target: Those that it is to come to.
-        learning_rate: The student's, a scalar.
-        generator: Of images and augmentations.
+        target: The expert's parameters that the student is to reach.
+        learning_rate: Learning rate of the student's SGD, a scalar.
+        generator: Generator of the draws of images and augmentations.
 
     Returns:
         How many decoded images the student saw, repeats counted; and the gradient of the loss with
@@ -334,8 +335,8 @@ def fresh_network(
 
     Args:
         context: What the phase's steps share.
-        seed: Of the network's values.
-        number: How many networks came before it; those of ``config.network`` are taken in turn.
+        seed: Seed of the network's initial values.
+        number: How many networks were drawn before it: those of ``config.network`` take turns.
     """
     config, real = context.config, context.real
     network = build_network(
@@ -368,8 +369,8 @@ def train_step(
     Args:
         context: What the phase's steps share; the memory is not changed.
         network: The network that learns.
-        learner: Its optimizer.
-        generator: Of images, augmentations and CutMix.
+        learner: The network's optimizer.
+        generator: Generator of the draws of images, augmentations and CutMix.
     """
     memory, real, config = context.memory, context.real, context.config
     device, objective = context.device, context.objective
