@@ -361,7 +361,7 @@ class LearnedMemory(Memory, nn.Module):
             num_images: How many images, a multiple of ``layout.group_size``.
             code_bytes: Size of the code, where values are entropy-coded. Default: as planned.
         """
-        labels = list(range(classes)) if isinstance(classes, int) else list(classes)
+        labels = list(classes) if isinstance(classes, Sequence) else list(range(classes))
         num_classes, num_rows = len(labels), num_images // layout.group_size
         num_format = layout.format
         values: dict[str, int] = {}

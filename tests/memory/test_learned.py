@@ -842,6 +842,10 @@ def test_a_number_of_classes_that_cannot_be_is_refused(kind: str, num_classes: A
 
 
 def test_a_number_of_classes_may_be_numpys_and_have_another_name() -> None:
+    layout, four = LAYOUTS["hmn"]((3, 8, 8), "int8"), np.int64(4)
+    own: Any = learned_type("hmn")
+    assert own.max_images(layout, 20_000, four) == own.max_images(layout, 20_000, 4)
+    assert own.file_bytes_of(layout, four, 8, None) == own.file_bytes_of(layout, 4, 8, None)
     assert type(check_num_classes(np.int64(4))) is int  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected_classes is 1 to 1000; got 0"):
         check_num_classes(0, "expected_classes")
