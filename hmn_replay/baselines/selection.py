@@ -68,7 +68,7 @@ def select_images(
         config: The training here, where the method needs one. An AUM has as many margins as that
             has epochs. Default: ``TrainingConfig()``.
         seed: Of the draw, and of the training here.
-        device: Where to train. Default: the best device present.
+        device: Where to train. Default: CUDA where present, else the CPU.
         progress: Whether to show a bar of the training on standard error.
 
     Returns:
