@@ -174,7 +174,13 @@ def test_bfloat16_is_for_the_computation_alone(make_set: MakeSet, make_layout: M
         {"beta_grid": (0.5,)},
         {"augmentations": ()},
         {"warm_start_batch": 1000, "real_batch": 1000, "decoded_batch": 1000},
-        {"network": "resnet18", "outer_steps": 1, "inner_steps": 1, "beta_grid": (0.0,)},
+        {
+            "network": "resnet18",
+            "outer_steps": 1,
+            "inner_steps": 1,
+            "beta_grid": (),
+            "over_budget": 0,
+        },
     ],
     ids=str,
 )
@@ -515,7 +521,7 @@ def test_a_coded_memory_fills_its_budget_without_a_knob(
         textured(),
         budget,
         layout=layout,
-        **{**TINY, **LONGER, "warm_start_steps": 1200, "over_budget": 0.0},
+        **{**TINY, **LONGER, "warm_start_steps": 1000, "over_budget": 0.0},
     )
     assert memory.num_images == HierarchicalMemory.max_images(layout, budget, 3)
     assert 0.97 * budget < memory.file_bytes == len(memory.to_bytes()) <= budget
@@ -524,7 +530,7 @@ def test_a_coded_memory_fills_its_budget_without_a_knob(
 def test_coded_images_are_pruned_in_bytes(make_layout: MakeLayout) -> None:
     layout = make_layout("entropy", image_bytes=8, instance_channels=8)
     budget = room_for(layout, 3, 60)
-    options = {**LONGER, "warm_start_steps": 1200, "over_budget": 0.3, "beta_grid": (0.5,)}
+    options = {**LONGER, "warm_start_steps": 500, "over_budget": 0.3, "beta_grid": (0.5,)}
     memory = condense(textured(90), budget, layout=layout, **{**TINY, **options})
     assert 60 <= memory.num_images < 78
     assert 0.97 * budget < memory.file_bytes <= budget
@@ -533,7 +539,7 @@ def test_coded_images_are_pruned_in_bytes(make_layout: MakeLayout) -> None:
 
 def test_more_bits_an_image_make_it_more_like_what_it_was(make_layout: MakeLayout) -> None:
     psnr: list[Any] = []
-    for image_bytes in (2, 4, 6):
+    for image_bytes in (2, 6):
         layout = make_layout("entropy", image_bytes=image_bytes, instance_channels=8)
         budget = room_for(layout, 3, 60)
         memory = condense(textured(), budget, layout=layout, **{**TINY, **LONGER})

@@ -127,14 +127,14 @@ def test_seconds_end_a_phase_and_bring_its_rate_down(
     clock = itertools.count()
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))  # a second at every look
     moved = Movements()
-    bounds = {"warm_start_seconds": 60.0, "max_seconds": 200.0}
+    bounds = {"warm_start_seconds": 30.0, "max_seconds": 90.0}
     many: dict[str, Any] = {"warm_start_steps": 10**6, "outer_steps": 10**6, "over_budget": 0}
     many |= {"network_images": 0, "team": Observer(sum_gradients=moved)}
     report: dict[str, Any] = tiny(make_set(), make_layout(), **bounds, **many).report
     warm_start, matching = (
         report["phases"][name]["seconds"] for name in ("warm_start", "matching")
     )
-    assert 60 <= warm_start <= 63 and 200 <= warm_start + matching <= 203
+    assert 30 <= warm_start <= 33 and 90 <= warm_start + matching <= 93
     num_warm = round(warm_start) - 2
     assert moved.of_steps[num_warm - 1] < 0.1 * moved.of_steps[0]
     assert moved.of_steps[-1] < 0.1 * moved.of_steps[num_warm + 2]
