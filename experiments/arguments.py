@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hmn_replay.condensation.config import parse_option
+import hmn_replay
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.sources import Split
 from hmn_replay.errors import ConfigError
 
 
@@ -20,10 +22,34 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 
 def add_data(parser: argparse.ArgumentParser, default: str) -> None:
     """Add where images come from."""
-    parser.add_argument("--data", default=default, help="a name, an .npz file or an image folder")
-    parser.add_argument("--data-root", default="data", help="where torchvision's sets lie")
-    parser.add_argument("--download", action="store_true", help="fetch a torchvision set if absent")
-    parser.add_argument("--size", type=int, help="side in pixels to resize a folder's images to")
+    add = parser.add_argument
+    add("--data", default=default, help="a data set by name, an .npz file or a folder of pictures")
+    add("--data-root", default="data", help="folder of torchvision's data sets")
+    add("--download", action="store_true", help="fetch a data set of torchvision if it is absent")
+    add("--size", type=int, help="side in pixels to resize a folder's pictures to")
+
+
+def load(args: argparse.Namespace, split: Split, data: str | None = None) -> LabelledImages:
+    """Load a split of the data set that :func:`add_data`'s arguments name, or of another one."""
+    return hmn_replay.load_dataset(
+        data or args.data,
+        split,
+        data_root=args.data_root,
+        download=args.download,
+        size=args.size,
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser, *default: str) -> None:
+    """Add settings of a condensation."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=list(default),
+        metavar="FIELD=VALUE",
+        help="any setting that hmn-replay options lists; several times"
+        + (f" (default: {' '.join(default)})" if default else ""),
+    )
 
 
 def parse_numbers(option: str, text: str) -> tuple[int, ...]:
@@ -43,19 +69,24 @@ def parse_names(option: str, text: str, known: Iterable[str]) -> tuple[str, ...]
     return chosen
 
 
-def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
-    """Read settings of :class:`hmn_replay.CondenseConfig`, each as ``NAME=VALUE``."""
-    pairs = [assignment.partition("=") for assignment in assignments]
-    return {name: parse_option(name, value) for name, _, value in pairs}
+def parse_settings(
+    assignments: Sequence[str], settled: Mapping[str, Any] | None = None, by: str = ""
+) -> dict[str, Any]:
+    """Read the settings of ``--set``; the last of a name counts.
 
-
-def add_options(assignments: Sequence[str], settled: dict[str, Any], by: str) -> dict[str, Any]:
-    """Return settings that a script settles, and those of ``--set`` beside them.
+    Args:
+        assignments: Each ``FIELD=VALUE``, of :class:`hmn_replay.CondenseConfig`.
+        settled: Settings that a script settles itself, returned with the others.
+        by: What settles them, for the message.
 
     Raises:
-        ConfigError: ``--set`` has one that is settled.
+        ConfigError: A value that a setting cannot have, or a setting that is settled.
+        UnknownOptionError: There is no such setting.
     """
-    options = parse_options(assignments)
-    if both := sorted(settled.keys() & options.keys()):
+    pairs = [assignment.partition("=") for assignment in assignments]
+    texts: dict[str, Any] = {name.strip().replace("-", "_"): value for name, _, value in pairs}
+    config = hmn_replay.CondenseConfig(**texts)
+    settled = settled or {}
+    if both := sorted(settled.keys() & texts.keys()):
         raise ConfigError(f"{by} sets {both[0]} itself: {both[0]} is not for --set")
-    return options | settled
+    return {**{name: getattr(config, name) for name in texts}, **settled}

@@ -8,7 +8,7 @@ Every memory is of the same data and under a budget of bytes of a file, header a
 network is trained on it and scored on the test set, for every seed, which also draws the memory;
 the last epoch counts. Rows are
 
-raw, jpeg          real images. JPEG is tried at all --qualities, and shown at the one with the
+raw, jpeg, lossless  real images. JPEG is tried at all --qualities, and shown at the one with the
                    highest test accuracy, which favours it
 a number format    (float32, float16, int8, entropy) HMN, condensed for --seconds, half of them a
                    warm start
@@ -35,28 +35,32 @@ from typing import Any, TypeAlias
 import torch
 
 import hmn_replay
-from experiments.arguments import add_data, add_options, make_parser, parse_numbers, parse_options
+from experiments.arguments import (
+    add_data,
+    add_settings,
+    load,
+    make_parser,
+    parse_numbers,
+    parse_settings,
+)
 from experiments.figures import save
 from experiments.results import deviation, markdown_table
 from experiments.tables.rows import accuracies, percent
 from experiments.tables.settings import UNBOUNDED
 from experiments.tables.store import Store
-from hmn_replay.baselines.fill import jpeg_images, raw_images
-from hmn_replay.baselines.real_images import RealImages, load_real_images
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import EFFORTS, make_config
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.data.sources import load_dataset
 from hmn_replay.errors import ConfigError, HMNReplayError
 from hmn_replay.files import write_atomically
-from hmn_replay.memory.base import Container
+from hmn_replay.memory.base import Memory
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.runtime import resolve_device
 from hmn_replay.training.train import TrainingConfig
 
 Data: TypeAlias = "tuple[LabelledImages, LabelledImages]"
 
-REAL, WARM = ("raw", "jpeg"), "-warm"
+REAL, WARM = ("raw", "jpeg", "lossless"), "-warm"
 ROWS = (*REAL, *NUMBER_FORMATS, *(f"{name}{WARM}" for name in NUMBER_FORMATS), *EFFORTS)
 
 
@@ -74,8 +78,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--network", default="convnet", help="what is trained on a memory")
     add("--width", type=int, default=64, help="channels of ConvNet's blocks")
     add("--passes", type=int, default=40_000, help="images that it is shown")
-    add("--set", action="append", default=[], metavar="NAME=VALUE",
-        help="any setting of hmn_replay.CondenseConfig; several times")  # fmt: skip
+    add_settings(parser)
     add("--device", default="auto")
     add("--out", type=Path, default=Path("equal_bytes"))
     return parser.parse_args(argv)
@@ -94,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = parse_numbers("--seeds", args.seeds)
     parse_numbers("--qualities", args.qualities)
     TrainingConfig(network=args.network, width=args.width, num_passes=args.passes)
-    source = {"data_root": args.data_root, "download": args.download, "size": args.size}
-    train, test = (load_dataset(args.data, split, **source) for split in ("train", "test"))
+    train, test = load(args, "train"), load(args, "test")
     names = ("data", "size", "seconds", "network", "width", "passes", "set", "device")
     configuration = {name: getattr(args, name) for name in names}
     machine = {"machine": platform.machine(), "threads": torch.get_num_threads()}
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def condensation(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of :func:`hmn_replay.condense` for a row that is condensed."""
     if row in EFFORTS:
-        return {"effort": row, **parse_options(args.set)}
+        return {"effort": row, **parse_settings(args.set)}
     seconds: float = args.seconds
     row_sets = {"number_format": row.removesuffix(WARM), "warm_start_steps": UNBOUNDED}
     if row.endswith(WARM):
@@ -129,7 +131,7 @@ def condensation(row: str, args: argparse.Namespace) -> dict[str, Any]:
     else:
         row_sets |= {"warm_start_seconds": seconds / 2, "outer_steps": UNBOUNDED}
         row_sets["max_seconds"] = seconds
-    return add_options(args.set, row_sets, f"the row {row!r}")
+    return parse_settings(args.set, row_sets, f"the row {row!r}")
 
 
 def measure(
@@ -153,16 +155,18 @@ def measure_one(
     train, test = data
     identity = {"row": row, "quality": quality, "budget": budget, "seed": seed}
     label = row if quality is None else f"{row}{quality}"
-    path = args.out / f"{label}-{budget}-{seed}.{'images' if row in REAL else 'hmn'}"
+    path = args.out / f"{label}-{budget}-{seed}.hmn"
 
     def make() -> dict[str, Any]:
         started = time.monotonic()
         report: dict[str, Any] = {}
-        memory: RealImages | Container
+        memory: Memory
         if row == "raw":
-            memory = raw_images(train, budget, seed=seed)
+            memory = hmn_replay.raw_images(train, budget, seed=seed)
+        elif row == "lossless":
+            memory = hmn_replay.lossless_images(train, budget, seed=seed)
         elif quality is not None:
-            memory = jpeg_images(train, budget, quality=quality, seed=seed)
+            memory = hmn_replay.jpeg_images(train, budget, quality=quality, seed=seed)
         else:
             memory = hmn_replay.condense(
                 train,
@@ -185,9 +189,8 @@ def measure_one(
         }
 
     def score() -> dict[str, Any]:
-        memory = (load_real_images if row in REAL else hmn_replay.load)(path)
         _, accuracy = hmn_replay.evaluate(
-            memory,
+            hmn_replay.load(path),
             test,
             network=args.network,
             width=args.width,

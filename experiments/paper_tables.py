@@ -8,13 +8,13 @@
     python experiments/paper_tables.py --table datasets --datasets cifar10,svhn,tiny-imagenet-200
     python experiments/paper_tables.py --table containers --scale paper --device cuda
 
-containers     every container under one loss (gradient matching), chosen real images at as many
+containers     every memory kind under one loss (gradient matching), chosen real images at as many
                bytes, and on request (--rows all, or dc,dsa,dm,mtt,haba-mtt) rivals' own losses
 architectures  condensed with ConvNet, or with several networks in turn (convnet+vgg16), and learned
                from by ConvNet, VGG-16, ResNet-18 and DenseNet-121
 pruning        accuracy against the share of images pruned (--rows, in percent) and against beta
-memory         peak memory of every container and objective; needs no data
-datasets       HMN against the best of the rivals' containers, chosen by test accuracy
+memory         peak memory of every memory kind and objective; needs no data
+datasets       HMN against the best of the rivals' memory kinds, chosen by test accuracy
 
 --scale quick and standard give every memory the same seconds of condensing on this machine (60 and
 600; half of them at most go to its warm start), and every evaluation of a budget the same ConvNet
@@ -50,7 +50,13 @@ from typing import Any
 
 import torch
 
-from experiments.arguments import add_data, make_parser, parse_numbers, parse_options
+from experiments.arguments import (
+    add_data,
+    add_settings,
+    make_parser,
+    parse_numbers,
+    parse_settings,
+)
 from experiments.tables.settings import SCALES, Settings
 from experiments.tables.store import Store
 from hmn_replay.condensation.config import make_config
@@ -79,15 +85,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, help="of condensing one memory (default: 60 and 600)")
     add("--width", type=int, help="channels of ConvNet's blocks in evaluation")
     add("--passes", type=int, help="images that an evaluated network is shown")
-    add("--number-format", choices=NUMBER_FORMATS, help="of learned values (default: float32)")
+    add(
+        "--number-format",
+        choices=tuple(NUMBER_FORMATS),
+        help="of learned values (default: float32)",
+    )
     add("--networks", default="convnet",
         help="architectures: condensed with, as convnet,convnet+resnet18")  # fmt: skip
     add("--evaluate-on", default="all", help="architectures: some of them (default: all four)")
     add("--betas", default="0,0.25,0.5,0.75,1", help="pruning: shares of hard images")
     add("--objectives", default="all", help="memory: some of hmn_replay.OBJECTIVES")
     add("--datasets", default="cifar10", help="datasets: as --data, several")
-    add("--set", action="append", default=[], metavar="NAME=VALUE",
-        help="any setting of hmn_replay.CondenseConfig; several times")  # fmt: skip
+    add_settings(parser)
     add("--device", default="auto", help="cpu, cuda, ... (default: the best present)")
     add("--out", type=Path, help="folder to write to (default: paper_tables/TABLE-SCALE)")
     return parser.parse_args(argv)
@@ -117,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_settings(args: argparse.Namespace) -> Settings:
     """Return the scale's settings, with those of the command line in their place."""
-    options = parse_options(args.set)
+    options = parse_settings(args.set)
     if "number_format" in options:
         raise ConfigError("a number format is given as --number-format, not --set")
     given = {

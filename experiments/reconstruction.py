@@ -36,22 +36,28 @@ from PIL import Image
 from torch import Tensor
 
 import hmn_replay
-from experiments.arguments import add_data, add_options, make_parser, parse_numbers
+from experiments.arguments import (
+    add_data,
+    add_settings,
+    load,
+    make_parser,
+    parse_numbers,
+    parse_settings,
+)
 from experiments.figures import save
 from experiments.results import markdown_table
 from experiments.tables.rows import number
 from experiments.tables.store import Store
-from hmn_replay.baselines.fill import pack_jpeg_images
-from hmn_replay.baselines.jpeg import SUBSAMPLINGS, decode_jpeg_scans, encode_jpeg_scans
 from hmn_replay.condensation.config import make_config
 from hmn_replay.condensation.loop import mean_psnr
 from hmn_replay.condensation.steps import RealImages, warm_start_targets
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.data.sources import load_dataset
 from hmn_replay.errors import HMNReplayError
 from hmn_replay.files import write_atomically
-from hmn_replay.memory.base import Container
-from hmn_replay.memory.layout import Layout
+from hmn_replay.memory.hierarchical import HierarchicalMemory, HMNLayout
+from hmn_replay.memory.jpeg import SUBSAMPLINGS
+from hmn_replay.memory.learned import LearnedMemory
+from hmn_replay.memory.real import JPEGMemory
 from hmn_replay.runtime import resolve_device
 
 # RIFF (12 bytes), VP8 chunk (8), frame header with size and key frame's start code (10).
@@ -71,8 +77,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--budget", type=int, default=122_880, help="bytes of a file")
     add("--steps", type=int, default=3000, help="of the warm start")
     add("--seed", type=int, default=0)
-    add("--set", action="append", default=[], metavar="NAME=VALUE",
-        help="any setting of hmn_replay.CondenseConfig; several times")  # fmt: skip
+    add_settings(parser)
     add("--device", default="auto")
     add("--out", type=Path, default=Path("reconstruction"))
     return parser.parse_args(argv)
@@ -83,9 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rates = parse_numbers("--image-bytes", args.image_bytes)
     args.device = str(resolve_device(args.device))
     make_config(**condensation(args))
-    train = load_dataset(
-        args.data, "train", data_root=args.data_root, download=args.download, size=args.size
-    )
+    train = load(args, "train")
     names = ("data", "size", "budget", "steps", "seed", "set", "device")
     machine = {"machine": platform.machine(), "threads": torch.get_num_threads()}
     store = Store(args.out, {name: getattr(args, name) for name in names} | machine)
@@ -108,7 +111,7 @@ def condensation(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of :func:`hmn_replay.condense`."""
     settled = {"warm_start_steps": args.steps, "outer_steps": 0, "over_budget": 0.0}
     settled["number_format"] = "entropy"
-    return add_options(args.set, settled, "a warm start of --steps")
+    return parse_settings(args.set, settled, "a warm start of --steps")
 
 
 def measure(train: LabelledImages, rate: int, args: argparse.Namespace, store: Store) -> None:
@@ -136,7 +139,7 @@ def measure(train: LabelledImages, rate: int, args: argparse.Namespace, store: S
             "seconds": memory.report["seconds"],
         }
 
-    def wanted(memory: Container) -> Tensor:
+    def wanted(memory: LearnedMemory) -> Tensor:
         real = RealImages.of(train, memory.classes)
         return train.images[warm_start_targets(memory, real, args.seed)]
 
@@ -144,6 +147,7 @@ def measure(train: LabelledImages, rate: int, args: argparse.Namespace, store: S
     if not store.find("rate", rate=rate, codec="HMN"):
         return
     memory = hmn_replay.load(path)
+    assert isinstance(memory, LearnedMemory)
     images = wanted(memory)
     for codec, qualities in QUALITIES.items():
         for quality in qualities:
@@ -151,22 +155,22 @@ def measure(train: LabelledImages, rate: int, args: argparse.Namespace, store: S
             store.once("rate", {"rate": rate, "codec": codec, "quality": quality}, compress)
 
 
-def layout_at(rate: int, budget: int, train: LabelledImages) -> Layout:
+def layout_at(rate: int, budget: int, train: LabelledImages) -> HMNLayout:
     """Return the coded layout with which a budget holds images of so many bytes, all counted."""
-    layout = Layout.choose(budget, train.image_shape, train.num_classes, "entropy")
+    choose, max_images = HierarchicalMemory.choose_layout, HierarchicalMemory.max_images
+    layout = choose(budget, train.image_shape, train.num_classes, "entropy")
     wanted = min(budget // rate, len(train))
     layouts = [dataclasses.replace(layout, image_bytes=n) for n in range(1, rate + 1)]
-    return min(layouts, key=lambda one: abs(one.max_images(budget, train.num_classes) - wanted))
+    return min(layouts, key=lambda one: abs(max_images(one, budget, train.num_classes) - wanted))
 
 
 def jpeg(subsampling: str, images: Tensor, quality: int) -> dict[str, Any]:
     """Return the bytes of an image, and the PSNR, of scans under one header."""
     name = subsampling.removeprefix("JPEG ")
-    header, scans = encode_jpeg_scans(images, quality, subsampling=name)
-    size = sum(map(len, scans))
-    file = pack_jpeg_images(header, {0: scans}, 2 * size + 10_000)
-    decoded = decode_jpeg_scans(header, scans)
-    return {"bytes": file.file_bytes / len(images), "psnr": psnr(decoded, images)}
+    memory = JPEGMemory(images.shape[1:], quality=quality, subsampling=name)
+    memory.extend(LabelledImages(images, torch.zeros(len(images), dtype=torch.int64)))
+    decoded, _ = memory.decode(dtype=torch.uint8)
+    return {"bytes": memory.file_bytes / len(images), "psnr": psnr(decoded, images)}
 
 
 def webp(images: Tensor, quality: int) -> dict[str, Any]:

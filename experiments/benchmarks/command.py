@@ -6,10 +6,8 @@ commands:
   decode            decoding a memory, and training through its decoder
   replay            a training step with HMNReplay, with Avalanche's ReplayPlugin, with none
   extend            an experience, against the number of classes seen before it
-  io                saving and loading memory files
   processes         what a step of matching would take on more processes
   memory            the peak memory of a condensation of many large images
-  import            importing the package, against importing torch
   time-to-accuracy  accuracy against seconds of condensation, for ours and for IDC's loop
 
 COMMAND --help tells what each of them measures and takes. Times are those of a clock on the wall:
@@ -40,10 +38,8 @@ MODULES = {
     "decode": "decode",
     "replay": "replay",
     "extend": "extend",
-    "io": "files",
     "processes": "processes",
     "memory": "memory",
-    "import": "imports",
     "time-to-accuracy": "time_to_accuracy",
 }
 

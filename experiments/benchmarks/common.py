@@ -8,7 +8,7 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,14 +16,13 @@ from typing import Any, TypeVar
 import torch
 
 import hmn_replay
+from experiments.arguments import add_settings
 from hmn_replay.budget import Budget
-from hmn_replay.condensation.config import EFFORTS, parse_option
+from hmn_replay.condensation.config import EFFORTS
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.memory.formats import NUMBER_FORMATS, check_number_format
+from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.hierarchical import HierarchicalMemory
 from hmn_replay.runtime import make_generator, resolve_device
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # These say what is done with the results, not what is measured.
 NOT_SETTINGS = ("command", "json", "out", "smoke", "device", "threads")
@@ -58,26 +57,20 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say what images a memory of :func:`random_memory` holds."""
     parser.add_argument("--classes", type=positive, default=10)
     parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
-    parser.add_argument("--number-format", default="int8", choices=NUMBER_FORMATS)
+    parser.add_argument("--number-format", default="int8", choices=tuple(NUMBER_FORMATS))
 
 
-def add_condense_arguments(parser: argparse.ArgumentParser, *, options: str = "") -> None:
+def add_condense_arguments(parser: argparse.ArgumentParser, *settings: str) -> None:
     """Add the arguments that say how :func:`hmn_replay.condense` is to work."""
     parser.add_argument("--effort", default="quick", choices=tuple(EFFORTS))
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=options.split(),
-        metavar="NAME=VALUE",
-        help="of condense(); several times" + (f" (default: {options})" if options else ""),
-    )
+    add_settings(parser, *settings)
 
 
 def positive(text: str) -> int:
     """Read an argument that is a whole number of 1 or more."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"1 or more is expected, came {text}")
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
     return value
 
 
@@ -85,14 +78,8 @@ def numbers(text: str) -> list[float]:
     """Read an argument such as ``15,30,60``: numbers above 0, sorted."""
     values = sorted(float(part) for part in text.split(","))
     if values[0] <= 0:
-        raise argparse.ArgumentTypeError(f"numbers above 0 are expected, came {text!r}")
+        raise argparse.ArgumentTypeError(f"expected numbers above 0, got {text!r}")
     return values
-
-
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` texts as settings of ``condense()``; the last of a name counts."""
-    pairs = [text.partition("=") for text in texts]
-    return {name: parse_option(name, value) for name, _, value in pairs}
 
 
 def description(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,13 +144,17 @@ def random_memory(
     budget: Budget | int | str,
     image_shape: tuple[int, int, int],
     num_classes: int,
-    number_format: str = "int8",
+    number_format: str | None = None,
 ) -> HierarchicalMemory:
-    """Return a memory of initial values that fills a budget: speed does not depend on them."""
-    layout = hmn_replay.Layout.choose(
-        budget, image_shape, num_classes, check_number_format(number_format)
+    """Return a memory of initial values that fills a budget: speed does not depend on them.
+
+    Its number format is int8 where none is named: the size of coded values depends on them.
+    """
+    layout = HierarchicalMemory.choose_layout(
+        budget, image_shape, num_classes, number_format or "int8"
     )
-    each, extra = divmod(layout.max_images(budget, num_classes), num_classes)
+    num_images = HierarchicalMemory.max_images(layout, budget, num_classes)
+    each, extra = divmod(num_images, num_classes)
     counts = [each + (position < extra) for position in range(num_classes)]
     return HierarchicalMemory(layout, range(num_classes), counts, budget=budget)
 

@@ -7,7 +7,7 @@ cost. The memories before are random, and all images are noise: speed depends on
 
 Pruning trains a network on all images of the memory: on as many in all, whatever the number of
 classes, until one epoch is more than that (pruning_passes). The defaults condense shortly;
---effort and --option set how.
+--effort and --set say how.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from functools import partial
 from typing import Any
 
 import hmn_replay
+from experiments.arguments import parse_settings
 from experiments.benchmarks.common import (
     add_condense_arguments,
     interleave,
     noise,
     numbers,
-    parse_options,
     positive,
 )
 from hmn_replay.condensation.config import make_config
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.base import Container
-from hmn_replay.memory.container_layout import MAX_CLASSES
-from hmn_replay.memory.formats import check_number_format
+from hmn_replay.memory.base import MAX_CLASSES
 from hmn_replay.memory.hierarchical import HierarchicalMemory
+from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.runtime import resolve_device
 
 SMOKE = {
@@ -42,7 +41,7 @@ SMOKE = {
     "real_images": 6,
     "side": 8,
     "rounds": 1,
-    "option": [
+    "set": [
         "warm_start_steps=2",
         "outer_steps=1",
         "inner_steps=1",
@@ -54,7 +53,10 @@ SMOKE = {
     ],
 }
 
-SHORT = "warm_start_steps=200 outer_steps=1 inner_steps=5 network_images=128 beta_grid=0.5"
+SHORT = (
+    *("warm_start_steps=200", "outer_steps=1", "inner_steps=5"),
+    *("network_images=128", "beta_grid=0.5"),
+)
 
 # The budget stands in a file's header: more digits than any of these files needs.
 MANY_BYTES = 10**9
@@ -72,27 +74,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--real-images", type=positive, default=100, help="of each new class")
     parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
     parser.add_argument("--rounds", type=positive, default=3, help="how often each is timed")
-    add_condense_arguments(parser, options=SHORT)
+    add_condense_arguments(parser, *SHORT)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(args.device)
-    options = parse_options(args.option)
+    options = parse_settings(args.set)
     config = make_config(args.effort, **options)
     seen = [int(count) for count in args.seen]
     if seen[-1] + args.classes > MAX_CLASSES:
         raise ConfigError(f"--seen and --classes together are {MAX_CLASSES} classes at most")
     shape = (3, args.side, args.side)
-    number_format = check_number_format(config.number_format)
     # What the layout is for, all experiences alike: CIFAR-10 at one float32 image a class.
-    layout = hmn_replay.Layout.choose("120 KiB", shape, 10, number_format)
+    layout = HierarchicalMemory.choose_layout("120 KiB", shape, 10, config.number_format or "int8")
     reports: dict[int, list[Any]] = {count: [] for count in seen}
 
-    def extend(old: Container, new: LabelledImages) -> None:
+    def extend(old: LearnedMemory, new: LabelledImages) -> None:
         num_classes = old.num_classes + new.num_classes
         memory = hmn_replay.condense(
             new,
-            layout.file_bytes(num_classes, args.images * num_classes, MANY_BYTES),
+            HierarchicalMemory.file_bytes_of(
+                layout, num_classes, args.images * num_classes, MANY_BYTES
+            ),
             memory=old,
             effort=args.effort,
             device=device,

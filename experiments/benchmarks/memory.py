@@ -12,10 +12,10 @@ import argparse
 from typing import Any
 
 import hmn_replay
+from experiments.arguments import parse_settings
 from experiments.benchmarks.common import (
     add_condense_arguments,
     noise,
-    parse_options,
     positive,
     readable,
 )
@@ -26,13 +26,16 @@ SMOKE = {
     "real_images": 4,
     "side": 8,
     "budget": "4 KiB",
-    "option": [
+    "set": [
         *("warm_start_steps=1", "outer_steps=1", "inner_steps=1", "network_width=2"),
         *("network_images=4", "pruning_passes=4", "pruning_width=2", "beta_grid=0.5"),
     ],
 }
 
-FEW = "warm_start_steps=2 outer_steps=1 inner_steps=2 pruning_passes=1 beta_grid=0.5"
+FEW = (
+    *("warm_start_steps=2", "outer_steps=1", "inner_steps=2"),
+    *("pruning_passes=1", "beta_grid=0.5"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--real-images", type=positive, default=12, help="of each class")
     parser.add_argument("--side", type=positive, default=224, help="of an image, in pixels")
     parser.add_argument("--budget", default="50 MB")
-    add_condense_arguments(parser, options=FEW)
+    add_condense_arguments(parser, *FEW)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -48,9 +51,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     data = noise((3, args.side, args.side), args.classes, args.real_images)
     before = peak_memory_bytes(device)
     print(f"{len(data):,} real images: {readable(data.images.numel())}", flush=True)
-    options = parse_options(args.option)
     memory = hmn_replay.condense(
-        data, args.budget, effort=args.effort, device=device, progress=not args.json, **options
+        data,
+        args.budget,
+        effort=args.effort,
+        device=device,
+        progress=not args.json,
+        **parse_settings(args.set),
     )
     values_bytes = sum(p.numel() * p.element_size() for p in memory.parameters())
     print(f"{memory.num_images:,} images in the memory: values of {readable(values_bytes)}")

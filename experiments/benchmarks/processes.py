@@ -8,8 +8,8 @@ the tensors. What sending takes is computed, for a tree of messages and a ring o
 
 Nothing is sent while something is computed, and so the two are added. Left out: that the parts of a
 machine, such as its memory, may be shared; loading; checkpoints; and what every process draws and
-augments of the others' images. Processes beyond the number of classes of a step match nothing; set
-classes_per_step, with --option.
+augments of the others' images. Processes beyond the number of classes of a step match nothing:
+--set classes_per_step=N draws more of them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from experiments.arguments import parse_settings
 from experiments.benchmarks.common import (
     add_condense_arguments,
     interleave,
     noise,
     numbers,
-    parse_options,
     positive,
     random_memory,
 )
@@ -41,7 +41,7 @@ SMOKE = {
     "side": 8,
     "budget": "8 KiB",
     "rounds": 1,
-    "option": [
+    "set": [
         *("real_batch=2", "decoded_batch=2", "network_width=2"),
         *("network_images=7", "network_batch=4"),
     ],
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def make_work(args: argparse.Namespace) -> dict[str, Callable[[Team], object]]:
     """Return matching, the move of the memory that is part of it, and the network's training."""
     device = resolve_device(args.device)
-    config = make_config(args.effort, **parse_options(args.option))
+    config = make_config(args.effort, **parse_settings(args.set))
     shape = (3, args.side, args.side)
     memory = random_memory(args.budget, shape, args.classes, config.number_format).to(device)
     real = steps.RealImages.of(noise(shape, args.classes, args.real_images))

@@ -34,14 +34,14 @@ from typing import Any
 import torch
 
 import hmn_replay
-from experiments.benchmarks.accuracy_curves import draw, make_table, speedup
-from experiments.benchmarks.common import description, now, numbers, parse_options, positive
+from experiments.arguments import add_data, add_settings, load, parse_settings
+from experiments.benchmarks.common import description, now, numbers, positive
+from experiments.figures import save
 from experiments.reference import FACTOR, ReferenceLoop
-from experiments.results import resumed
+from experiments.results import deviation, markdown_table, resumed
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import EFFORTS
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.data.sources import load_dataset
 from hmn_replay.errors import ConfigError
 from hmn_replay.evaluation import Decodable
 from hmn_replay.files import write_atomically
@@ -57,7 +57,7 @@ SMOKE: dict[str, Any] = {
     "passes": 50,
     "reference_width": 4,
     "reference_network_images": 8,
-    "option": [
+    "set": [
         "inner_steps=1",
         "real_batch=2",
         "decoded_batch=2",
@@ -68,6 +68,8 @@ SMOKE: dict[str, Any] = {
     ],
 }
 
+LABELS = {"ours": "HMN, ours", "reference": "IDC, reference"}
+
 # Until max_seconds are over, and no pruning, which max_seconds does not bound.
 OPTIONS = ("warm_start_steps=1000000", "outer_steps=1000000", "over_budget=0")
 
@@ -76,9 +78,7 @@ GROWING = ("times", "seconds", "snapshots", "repeats", "data_root", "download")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", default="cifar10", help="a name, an .npz file or an image folder")
-    parser.add_argument("--data-root", default="data", help="where torchvision's sets lie")
-    parser.add_argument("--download", action="store_true", help="fetch a torchvision set if absent")
+    add_data(parser, "cifar10")
     parser.add_argument("--budget", default="122880", help="bytes of either memory")
     parser.add_argument(
         "--times",
@@ -89,13 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=1800, help="of the reference")
     parser.add_argument("--snapshots", type=positive, default=6, help="of the reference")
     parser.add_argument("--effort", default="quick", choices=tuple(EFFORTS), help="ours")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=list(OPTIONS),
-        metavar="NAME=VALUE",
-        help=f"of condense(); several times (default: {' '.join(OPTIONS)})",
-    )
+    add_settings(parser, *OPTIONS)
     parser.add_argument(
         "--warm-share", type=float, default=0.5, help="of our seconds, for the warm start"
     )
@@ -122,8 +116,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 < args.warm_share <= 1:
         raise ConfigError(f"--warm-share must be in (0, 1], got {args.warm_share}")
     results = begin(args)
-    source = {"data_root": args.data_root, "download": args.download}
-    train, test = (load_dataset(args.data, split, **source) for split in ("train", "test"))
+    train, test = load(args, "train"), load(args, "test")
     work = Work(args, results, train, test, resolve_device(args.device))
     work.measure_ours()
     work.measure_reference()
@@ -220,7 +213,7 @@ class Work:
         options = {
             "max_seconds": plan,
             "warm_start_seconds": self.args.warm_share * plan,
-            **parse_options(self.args.option),
+            **parse_settings(self.args.set),
         }
         started = now(self.device)
         memory = hmn_replay.condense(
@@ -261,3 +254,89 @@ class Work:
     def write(self) -> None:
         """Keep the results so far."""
         write_atomically(self.args.out, json.dumps(self.results, indent=1).encode())
+
+
+def speedup(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """Return how many times sooner ours is as accurate as the reference in the end.
+
+    Returns:
+        ``reference_accuracy`` and ``reference_seconds`` of its last snapshot;
+        ``reference_first_seconds``, of the first that was as accurate; ``ours_seconds``, of our
+        fastest run that is, and ``speedup``, None where there is none.
+    """
+    last = max(reference.values(), key=lambda row: row["seconds"])
+    goal = statistics.fmean(last["accuracies"])
+
+    def first(rows: dict[str, Any]) -> float | None:
+        reached = [r["seconds"] for r in rows.values() if statistics.fmean(r["accuracies"]) >= goal]
+        return min(reached, default=None)
+
+    seconds = first(ours)
+    return {
+        "reference_accuracy": goal,
+        "reference_seconds": last["seconds"],
+        "reference_first_seconds": first(reference),
+        "ours_seconds": seconds,
+        "speedup": None if seconds is None else last["seconds"] / seconds,
+    }
+
+
+def make_table(results: dict[str, Any]) -> str:
+    """Return the rows as a Markdown table, and what they come to."""
+    cells = [["loop", "seconds", "images", "bytes", "accuracy %", "evaluations"]]
+    for name, label in LABELS.items():
+        for row in by_seconds(results[name]):
+            accuracies = [100 * accuracy for accuracy in row["accuracies"]]
+            cells.append(
+                [
+                    label,
+                    f"{row['seconds']:,.1f}",
+                    f"{row['num_images']:,}",
+                    f"{row['bytes']:,}",
+                    f"{statistics.fmean(accuracies):.1f} ± {deviation(accuracies):.1f}",
+                    str(len(accuracies)),
+                ]
+            )
+    goal = f"{100 * results['reference_accuracy']:.1f} %"
+    if results["speedup"] is None:
+        conclusion = f"None of our runs is as accurate as the reference in the end, {goal}."
+    else:
+        conclusion = (
+            f"As accurate as the reference after {results['reference_seconds']:,.1f} s ({goal}, "
+            f"which it first had after {results['reference_first_seconds']:,.1f} s), ours is after "
+            f"{results['ours_seconds']:,.1f} s: {results['speedup']:.2f} times sooner."
+        )
+    return f"{markdown_table(cells)}\n\n{conclusion}\n"
+
+
+def draw(results: dict[str, Any], title: str, path: Path) -> None:
+    """Draw accuracy over seconds, with a bar of one deviation over evaluations."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for (name, label), colour in zip(LABELS.items(), ("tab:red", "tab:blue"), strict=True):
+        rows = by_seconds(results[name])
+        accuracies = [[100 * accuracy for accuracy in row["accuracies"]] for row in rows]
+        axes.errorbar(
+            [row["seconds"] for row in rows],
+            [statistics.fmean(values) for values in accuracies],
+            yerr=[deviation(values) for values in accuracies],
+            label=f"{label}, {rows[-1]['num_images']:,} images in {rows[-1]['bytes']:,} bytes",
+            color=colour,
+            marker="o",
+            markersize=4,
+            capsize=3,
+        )
+    axes.axhline(100 * results["reference_accuracy"], color="tab:blue", linestyle=":", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds of condensation")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, loc="lower right")
+    save(figure, path)
+
+
+def by_seconds(rows: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(rows.values(), key=lambda row: row["seconds"])

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-import hmn_replay
 from experiments.arguments import parse_names
 from experiments.tables import published
 from experiments.tables.containers import SYSTEMS
 from experiments.tables.rows import Row, accuracies, budgets, memories, number, percent, sections
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
-from experiments.tables.study import condense_once, load_study, train_once
-from hmn_replay.memory.registry import CONTAINERS
+from experiments.tables.study import KINDS, condense_once, load_study, train_once
 from hmn_replay.training.networks import NETWORKS
 
 DEFAULT_ROWS = "hmn,idc"
 
 
 def run(args: argparse.Namespace, settings: Settings, store: Store) -> None:
-    """Condense into each container with each pool of networks, and train each network on it."""
+    """Condense into each memory kind with each pool of networks, and train each network on it."""
     evaluated = parse_names("--evaluate-on", args.evaluate_on, NETWORKS)
     pairs = asked(args)
     study = load_study(args, args.data, settings, store)
@@ -29,12 +27,12 @@ def run(args: argparse.Namespace, settings: Settings, store: Store) -> None:
                 identity = {"system": name, "matched_on": pool, "ipc": ipc, "seed": seed}
                 path = condense_once(study, name, identity, network=tuple(pool.split("+")))
                 for network in evaluated:
-                    train_once(study, identity, path, hmn_replay.load, network)
+                    train_once(study, identity, path, network=network)
 
 
 def asked(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Return every container with every pool of networks, such as ``convnet+vgg16``."""
-    names = parse_names("--rows", args.rows or DEFAULT_ROWS, CONTAINERS)
+    """Return every memory kind with every pool of networks, such as ``convnet+vgg16``."""
+    names = parse_names("--rows", args.rows or DEFAULT_ROWS, KINDS)
     pools = args.networks.split(",")
     for pool in pools:
         parse_names("--networks", pool.replace("+", ","), NETWORKS)
@@ -42,7 +40,7 @@ def asked(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def make_rows(args: argparse.Namespace, settings: Settings, store: Store) -> list[Row]:
-    """Return a row for every IPC, container and pool of networks that a run asked for."""
+    """Return a row for every IPC, memory kind and pool of networks that a run asked for."""
     is_paper = published.dataset_name(args.data) == "cifar10"
     ran = store.seen("memory", "system", "matched_on")
     rows = []

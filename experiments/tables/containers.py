@@ -1,4 +1,4 @@
-"""Every container under one loss, rivals under losses of their own, and chosen real images."""
+"""Every memory kind under one loss, rivals under losses of their own, and chosen real images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-import hmn_replay
 from experiments.arguments import parse_names
 from experiments.tables import published
 from experiments.tables.rows import (
@@ -22,23 +21,22 @@ from experiments.tables.rows import (
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
 from experiments.tables.study import Study, condense_once, load_study, select_once, train_once
-from hmn_replay.baselines.real_images import load_real_images
 
 
 @dataclass(frozen=True)
 class System:
-    """A row: a container and an objective, or a selection of real images.
+    """A row: a memory kind and an objective, or a selection of real images.
 
     Attributes:
         label: Its name in the table.
-        container: As for :func:`hmn_replay.condense`; None where nothing is condensed, or where the
+        kind: As for :func:`hmn_replay.condense`; None where nothing is condensed, or where the
             objective is not among ours, and the paper's numbers alone are shown.
         objective: The rival's own; None for the one that all share.
         selection: As for :func:`hmn_replay.baselines.selection.select_images`.
     """
 
     label: str
-    container: str | None = None
+    kind: str | None = None
     objective: str | None = None
     selection: str | None = None
 
@@ -48,11 +46,11 @@ SYSTEMS = {
     "linba": System("LinBa", "linba"),
     "haba": System("HaBa", "haba"),
     "idc": System("IDC", "idc"),
-    "raw": System("learned pixels", "raw"),
-    "dc": System("DC", "raw", "dc"),
-    "dsa": System("DSA", "raw", "dsa"),
-    "dm": System("DM", "raw", "dm"),
-    "mtt": System("MTT", "raw", "mtt"),
+    "pixels": System("learned pixels", "pixels"),
+    "dc": System("DC", "pixels", "dc"),
+    "dsa": System("DSA", "pixels", "dsa"),
+    "dm": System("DM", "pixels", "dm"),
+    "mtt": System("MTT", "pixels", "mtt"),
     "haba-mtt": System("HaBa + MTT", "haba", "mtt"),
     "linba-bptt": System("LinBa + BPTT", None, "bptt"),
     "random": System("real images, random", selection="random"),
@@ -60,8 +58,8 @@ SYSTEMS = {
     "k-centre": System("real images, k-centre", selection="k-centre"),
     "ccs": System("real images, CCS", selection="ccs"),
 }
-ROWS = [name for name, system in SYSTEMS.items() if system.container or system.selection]
-DEFAULT_ROWS = "hmn,linba,haba,idc,raw,random,herding,k-centre,ccs"
+ROWS = [name for name, system in SYSTEMS.items() if system.kind or system.selection]
+DEFAULT_ROWS = "hmn,linba,haba,idc,pixels,random,herding,k-centre,ccs"
 
 
 def run(args: argparse.Namespace, settings: Settings, store: Store) -> None:
@@ -78,11 +76,11 @@ def measure(study: Study, system: System, identity: dict[str, Any]) -> None:
     """Make one memory and learn from it, as far as that was not done."""
     if system.selection is not None:
         path = select_once(study, system.selection, identity)
-        train_once(study, identity, path, load_real_images)
-    elif system.container is not None:
+        train_once(study, identity, path)
+    elif system.kind is not None:
         options = {} if system.objective is None else {"objective": system.objective}
-        path = condense_once(study, system.container, identity, **options)
-        train_once(study, identity, path, hmn_replay.load)
+        path = condense_once(study, system.kind, identity, **options)
+        train_once(study, identity, path)
 
 
 def make_rows(args: argparse.Namespace, settings: Settings, store: Store) -> list[Row]:

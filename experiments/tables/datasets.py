@@ -1,4 +1,4 @@
-"""HMN against the best of the rivals' containers, on several data sets."""
+"""HMN against the best of the rivals' memory kinds, on several data sets."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from experiments.tables.containers import SYSTEMS, measure
 from experiments.tables.rows import NOTHING, Row, accuracies, budgets, memories, number, percent
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
-from experiments.tables.study import load_study
+from experiments.tables.study import KINDS, load_study
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.registry import CONTAINERS
 
 DEFAULT_ROWS = "hmn,linba,idc"
 
 
 def run(args: argparse.Namespace, settings: Settings, store: Store) -> None:
     """Make the memories of every data set, and learn from them."""
-    names = parse_names("--rows", args.rows or DEFAULT_ROWS, CONTAINERS)
+    names = parse_names("--rows", args.rows or DEFAULT_ROWS, KINDS)
     asked = args.datasets.split(",")
     if len({published.dataset_name(data) for data in asked}) < len(asked):
         raise ConfigError(f"--datasets are of different names; got {args.datasets}")
@@ -49,7 +48,7 @@ def make_rows(args: argparse.Namespace, settings: Settings, store: Store) -> lis
                     "accuracies": accuracies(store, data=data, system=name, ipc=ipc),
                     **memories(store, data=data, system=name, ipc=ipc),
                 }
-                for name in CONTAINERS
+                for name in KINDS
             }
             rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""Peak memory of condensing, for every container and objective, as the number of images grows.
+"""Peak memory of condensing, for every memory kind and objective, as the number of images grows.
 
 Images are noise: what is measured does not depend on them. Each cell is a process of its own. After
 a first condensation of next to nothing, which loads what torch loads on first use, its peak counts
@@ -27,9 +27,8 @@ from experiments.tables.containers import SYSTEMS
 from experiments.tables.rows import NOTHING, Row, budgets, number, sections
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
-from experiments.tables.study import fit
+from experiments.tables.study import KINDS, fit
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.memory.registry import CONTAINERS
 from hmn_replay.objectives import OBJECTIVES
 from hmn_replay.runtime import make_generator, peak_memory_bytes
 
@@ -42,12 +41,12 @@ CIFAR_IMAGES = 5000  # of each class: layouts are chosen for CIFAR-10
 TINY = dict.fromkeys(("real_batch", "decoded_batch", "network_width", "network_batch"), 2)
 STEPS = {"warm_start_steps": 2, "outer_steps": 1, "inner_steps": 2, "over_budget": 0.0}
 STEPS |= {"num_experts": 1, "expert_epochs": 1, "max_start_epoch": 0}
-COLOURS = dict(zip(CONTAINERS, ("red", "blue", "green", "orange", "purple"), strict=True))
+COLOURS = dict(zip(KINDS, ("red", "blue", "green", "orange", "purple"), strict=True))
 MARKERS = "osD^vPX*"
 
 
 def run(args: argparse.Namespace, settings: Settings, store: Store) -> None:
-    """Measure every container with every objective, each in a fresh process."""
+    """Measure every memory kind with every objective, each in a fresh process."""
     for ipc in settings.ipc:
         for name, objective in asked(args):
             identity = {"system": name, "objective": objective, "ipc": ipc}
@@ -56,8 +55,8 @@ def run(args: argparse.Namespace, settings: Settings, store: Store) -> None:
 
 
 def asked(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Return every container with every objective."""
-    names = parse_names("--rows", args.rows or DEFAULT_ROWS, CONTAINERS)
+    """Return every memory kind with every objective."""
+    names = parse_names("--rows", args.rows or DEFAULT_ROWS, KINDS)
     objectives = parse_names("--objectives", args.objectives, OBJECTIVES)
     return [(name, objective) for name in names for objective in objectives]
 
@@ -74,13 +73,13 @@ def measure_peak(settings: Settings, system: str, objective: str, ipc: int) -> d
     by_steps = dataclasses.replace(settings, seconds=None)
     options = {**by_steps.condensation(system), **STEPS, "objective": objective, "device": device}
     layout, budget = fit(system, ipc, SHAPE, CLASSES, settings.number_format, CIFAR_IMAGES)
-    hmn_replay.condense(noise(2, (3, 8, 8)), "100 KiB", container="raw", **{**options, **TINY})
+    hmn_replay.condense(noise(2, (3, 8, 8)), "100 KiB", kind="pixels", **{**options, **TINY})
     images = noise(REAL_IMAGES, SHAPE)
     reset_peak_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     before = peak_memory_bytes(device)
-    memory = hmn_replay.condense(images, budget, layout=layout, **options)
+    memory = hmn_replay.condense(images, budget, kind=system, layout=layout, **options)
     return {
         "peak_bytes": peak_memory_bytes(device) - before,
         "images": memory.num_images,
@@ -98,7 +97,7 @@ def noise(per_class: int, shape: tuple[int, int, int]) -> LabelledImages:
 
 
 def make_rows(args: argparse.Namespace, settings: Settings, store: Store) -> list[Row]:
-    """Return a row for every IPC, container and objective that a run has asked for."""
+    """Return a row for every IPC, memory kind and objective that a run has asked for."""
     ran = store.seen("memory", "system", "objective")
     rows = []
     for ipc in budgets(settings, store):
@@ -136,7 +135,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], folder: Path) -> None:
-    """Draw peak memory against the number of images, a line for a container and an objective."""
+    """Draw peak memory against the number of images, a line for a memory kind and an objective."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")

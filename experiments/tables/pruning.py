@@ -47,7 +47,9 @@ from experiments.tables.study import (
 from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
 from hmn_replay.errors import ConfigError
 from hmn_replay.files import write_atomically
-from hmn_replay.memory.base import Container
+from hmn_replay.memory.base import Memory
+from hmn_replay.memory.hierarchical import HierarchicalMemory
+from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.runtime import derive_seed
 from hmn_replay.training.networks import Network
 from hmn_replay.training.train import train_network
@@ -97,11 +99,11 @@ def condense_over_budget(study: Study, identity: dict[str, Any]) -> Path | None:
     def compute() -> dict[str, Any]:
         layout, budget = study.fit("hmn", ipc)
         num_classes = study.train.num_classes
-        num_kept = layout.max_images(budget, num_classes)
+        num_kept = HierarchicalMemory.max_images(layout, budget, num_classes)
         share = identity["rate"] / 100
         num_drop = math.ceil(share / (1 - share) * num_kept / num_classes)
-        larger = file_budget(layout, num_classes, num_kept + num_drop * num_classes)
-        memory = condense(study, layout, larger, path, seed=seed, over_budget=0.0)
+        larger = file_budget("hmn", layout, num_classes, num_kept + num_drop * num_classes)
+        memory = condense(study, "hmn", layout, larger, path, seed=seed, over_budget=0.0)
         scores = score_images(study, memory, ipc, seed) if num_drop else torch.zeros(num_kept)
         file = io.BytesIO()
         np.savez(file, scores=scores.numpy(), num_drop=num_drop)
@@ -111,7 +113,7 @@ def condense_over_budget(study: Study, identity: dict[str, Any]) -> Path | None:
     return finished(study, compute, path, identity)
 
 
-def score_images(study: Study, memory: Container, ipc: int, seed: int) -> Tensor:
+def score_images(study: Study, memory: LearnedMemory, ipc: int, seed: int) -> Tensor:
     """Return the AUM of every image, from one training on all of them."""
     images, _ = memory.decode()
     recorded: list[Tensor] = []
@@ -134,7 +136,7 @@ def score_images(study: Study, memory: Container, ipc: int, seed: int) -> Tensor
     return aum(recorded).cpu()
 
 
-def pruned(path: Path, beta: float | None) -> Container:
+def pruned(path: Path, beta: float | None) -> Memory:
     """Return a memory without the images that a beta drops; with all of them for None."""
     memory = hmn_replay.load(path)
     if beta is not None:

@@ -17,7 +17,7 @@ CONTAINERS: dict[str, ByIPC] = {
     "linba": {1: 62.0, 10: 67.8, 50: 70.7},
     "haba": {1: 48.5, 10: 61.8, 50: 72.4},
     "idc": {1: 50.0, 10: 67.5, 50: 74.5},
-    "raw": {1: 36.7, 10: 58.3, 50: 69.5},
+    "pixels": {1: 36.7, 10: 58.3, 50: 69.5},
     "dc": {1: 28.3, 10: 44.9, 50: 53.9},
     "dsa": {1: 28.8, 10: 52.1, 50: 60.6},
     "dm": {1: 26.0, 10: 48.9, 50: 63.0},
@@ -26,7 +26,7 @@ CONTAINERS: dict[str, ByIPC] = {
     "linba-bptt": {1: 66.4, 10: 71.2, 50: 73.6},
 }
 
-# CIFAR-10, condensed with ConvNet-3: container, then the network that is evaluated.
+# CIFAR-10, condensed with ConvNet-3: memory kind, then the network that is evaluated.
 ARCHITECTURES: dict[str, dict[str, ByIPC]] = {
     "hmn": {
         "convnet": CONTAINERS["hmn"],

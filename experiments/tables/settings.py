@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hmn_replay.memory.formats import NumberFormat
-
 # Where seconds bound a phase, steps do not.
 UNBOUNDED = 10**6
 
@@ -28,7 +26,7 @@ class Settings:
         seeds: One condensation each.
         trainings: Evaluated networks for each condensation.
         number_format: How learned values are stored.
-        options: Other options of :func:`hmn_replay.condense`, for every container.
+        options: Other options of :func:`hmn_replay.condense`, for every memory kind.
         device: Where everything is computed.
     """
 
@@ -42,14 +40,14 @@ class Settings:
     seeds: tuple[int, ...]
     trainings: int
     most_passes: int | None = None
-    number_format: NumberFormat = "float32"
+    number_format: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
 
-    def condensation(self, container: str) -> dict[str, Any]:
-        """Return the options of :func:`hmn_replay.condense` for a container."""
+    def condensation(self, kind: str) -> dict[str, Any]:
+        """Return the options of :func:`hmn_replay.condense` for a memory kind."""
         options: dict[str, Any] = {"effort": self.effort, "over_budget": 0.0}
-        if container == "hmn":
+        if kind == "hmn":
             options["over_budget"] = self.over_budget
         if self.seconds is not None:
             options |= {"max_seconds": self.seconds, "warm_start_seconds": self.seconds / 2}

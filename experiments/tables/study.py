@@ -16,22 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import hmn_replay
+from experiments.arguments import load
 from experiments.tables.published import dataset_name
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
-from hmn_replay.baselines.fill import raw_images
-from hmn_replay.baselines.selection import select_images
 from hmn_replay.budget import Budget
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.data.sources import load_dataset
-from hmn_replay.evaluation import Decodable
-from hmn_replay.memory.base import Container
-from hmn_replay.memory.container_layout import ContainerLayout
-from hmn_replay.memory.formats import NumberFormat
-from hmn_replay.memory.registry import get_layout_type
+from hmn_replay.memory.base import MEMORIES, Memory
+from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
 from hmn_replay.runtime import derive_seed
 from hmn_replay.training.train import TrainingConfig
 
+KINDS: dict[str, type[LearnedMemory]] = {
+    name: kind for name, kind in MEMORIES.items() if issubclass(kind, LearnedMemory)
+}
 # IDC trains on its own images for so many epochs; others are shown as many images as those.
 IDC_EPOCHS = 1000
 # Digits must not be mirrored: IDC's code leaves flips out for these.
@@ -58,11 +56,11 @@ class Study:
         """Return the paper's budget, as bytes of float32."""
         return Budget.ipc(ipc, self.train.image_shape, self.train.num_classes)
 
-    def fit(self, container: str, ipc: int) -> tuple[ContainerLayout, Budget]:
-        """Return a container's layout, and the bytes of its file; see :func:`fit`."""
+    def fit(self, kind: str, ipc: int) -> tuple[MemoryLayout, Budget]:
+        """Return a memory kind's layout, and the bytes of its file; see :func:`fit`."""
         shape, num_classes = self.train.image_shape, self.train.num_classes
         number_format, per_class = self.settings.number_format, len(self.train) // num_classes
-        return fit(container, ipc, shape, num_classes, number_format, per_class)
+        return fit(kind, ipc, shape, num_classes, number_format, per_class)
 
     def path(self, identity: dict[str, Any]) -> Path:
         """Return the file of a memory."""
@@ -72,23 +70,21 @@ class Study:
 
 def load_study(args: argparse.Namespace, data: str, settings: Settings, store: Store) -> Study:
     """Load a data set, found as the arguments say."""
-    source = {"data_root": args.data_root, "download": args.download, "size": args.size}
-    train = load_dataset(data, "train", **source)
-    test = load_dataset(data, "test", **source)
+    train, test = load(args, "train", data), load(args, "test", data)
     name = dataset_name(data)
     store.agree(f"images of {name}", [len(train), len(test)])
     return Study(name, train, test, settings, store)
 
 
 def fit(
-    container: str,
+    kind: str,
     ipc: int,
     image_shape: Sequence[int],
     num_classes: int,
-    number_format: NumberFormat,
+    number_format: str,
     real_images_per_class: int,
-) -> tuple[ContainerLayout, Budget]:
-    """Return a container's layout for a budget of so many float32 images a class, and its bytes.
+) -> tuple[MemoryLayout, Budget]:
+    """Return a memory kind's layout for a budget of so many float32 images a class, and its bytes.
 
     In float32 the paper's rule holds: learned values alone are counted, and the file's header and
     labels come on top. In any other format the whole file takes no more than the budget's bytes.
@@ -99,39 +95,44 @@ def fit(
     budget = Budget.ipc(ipc, image_shape, num_classes)
     paper_rule = number_format == "float32"
     beside = HEADER_BYTES + CLASS_BYTES * num_classes if paper_rule else 0
-    layout = get_layout_type(container).choose(
+    memory_type = KINDS[kind]
+    layout: MemoryLayout = memory_type.choose_layout(
         budget.num_bytes + beside, image_shape, num_classes, number_format, real_images_per_class
     )
     if not paper_rule:
         return layout, budget
-    without, with_one = (layout.num_floats(num_classes, n) for n in (0, layout.group_size))
+    without, with_one = (
+        memory_type.num_floats_of(layout, num_classes, n) for n in (0, layout.group_size)
+    )
     num_groups = max(0, budget.num_floats - without) // (with_one - without)
-    return layout, file_budget(layout, num_classes, layout.group_size * num_groups)
+    return layout, file_budget(kind, layout, num_classes, layout.group_size * num_groups)
 
 
-def file_budget(layout: ContainerLayout, num_classes: int, num_images: int) -> Budget:
+def file_budget(kind: str, layout: MemoryLayout, num_classes: int, num_images: int) -> Budget:
     """Return the smallest budget that holds so many images."""
-    num_bytes = layout.file_bytes(num_classes, num_images, None)
+    file_bytes = functools.partial(KINDS[kind].file_bytes_of, layout, num_classes, num_images)
+    num_bytes = file_bytes(None)
     # The budget itself stands in the header, which may grow by that.
-    while (needed := layout.file_bytes(num_classes, num_images, num_bytes)) > num_bytes:
+    while (needed := file_bytes(num_bytes)) > num_bytes:
         num_bytes = needed
     return Budget(num_bytes)
 
 
 def condense(
-    study: Study, layout: ContainerLayout, budget: Budget, path: Path, **options: Any
-) -> Container:
+    study: Study, kind: str, layout: MemoryLayout, budget: Budget, path: Path, **options: Any
+) -> LearnedMemory:
     """Condense the training images into a file; what was stopped goes on from its checkpoint."""
     memory = hmn_replay.condense(
         study.train,
         budget,
+        kind=kind,
         layout=layout,
         device=study.settings.device,
         checkpoint=path.with_suffix(".checkpoint"),
         progress=sys.stderr.isatty(),
         **{
             "pruning_augmentations": augmentations(study),
-            **study.settings.condensation(layout.container),
+            **study.settings.condensation(kind),
             **options,
         },
     )
@@ -139,14 +140,12 @@ def condense(
     return memory
 
 
-def condense_once(
-    study: Study, container: str, identity: dict[str, Any], **options: Any
-) -> Path | None:
-    """Condense into a container that has the budget ``identity["ipc"]``, unless that was done.
+def condense_once(study: Study, kind: str, identity: dict[str, Any], **options: Any) -> Path | None:
+    """Condense into a memory that has the budget ``identity["ipc"]``, unless that was done.
 
     Args:
         study: What is condensed, and how.
-        container: As for :func:`hmn_replay.condense`.
+        kind: As for :func:`hmn_replay.condense`.
         identity: Of the memory, its ``ipc`` and ``seed`` among others.
         **options: Fields of :class:`hmn_replay.CondenseConfig` that replace those of the settings.
 
@@ -156,8 +155,10 @@ def condense_once(
     path = study.path(identity)
 
     def compute() -> dict[str, Any]:
-        layout, budget = study.fit(container, identity["ipc"])
-        return described(condense(study, layout, budget, path, seed=identity["seed"], **options))
+        layout, budget = study.fit(kind, identity["ipc"])
+        return described(
+            condense(study, kind, layout, budget, path, seed=identity["seed"], **options)
+        )
 
     return finished(study, compute, path, identity)
 
@@ -173,7 +174,7 @@ def finished(
     return path
 
 
-def described(memory: Container) -> dict[str, Any]:
+def described(memory: LearnedMemory) -> dict[str, Any]:
     """Return what the table says of a memory, and how it was condensed."""
     return {
         "images": memory.num_images,
@@ -186,14 +187,14 @@ def described(memory: Container) -> dict[str, Any]:
 
 def select_once(study: Study, method: str, identity: dict[str, Any]) -> Path | None:
     """Choose real images that take the budget's bytes, of a byte a value, unless that was done."""
-    path = study.path(identity).with_suffix(".images")
+    path = study.path(identity)
 
     def compute() -> dict[str, Any]:
         started = time.monotonic()
         train, budget = study.train, study.budget(identity["ipc"])
         values_per_image = math.prod(train.image_shape)
         passes = study.settings.selection_epochs * len(train)
-        order = select_images(
+        order = hmn_replay.select_images(
             train,
             method,
             num_images=max(1, budget.num_bytes // values_per_image),
@@ -202,7 +203,7 @@ def select_once(study: Study, method: str, identity: dict[str, Any]) -> Path | N
             device=study.settings.device,
             progress=sys.stderr.isatty(),
         )
-        images = raw_images(train, budget, selection=order)
+        images = hmn_replay.raw_images(train, budget, selection=order)
         images.save(path)
         return {
             "images": images.num_images,
@@ -218,7 +219,7 @@ def train_once(
     study: Study,
     identity: dict[str, Any],
     path: Path | None,
-    load: Callable[[Path], Decodable],
+    load: Callable[[Path], Memory] | None = None,
     network: str = "convnet",
 ) -> None:
     """Train fresh networks on a memory's images and score each, unless that was done.
@@ -227,12 +228,12 @@ def train_once(
         study: How they are trained, and what they are scored on.
         identity: Of what they learn from, its ``ipc`` and ``seed`` among others.
         path: The memory's file; None for nothing to learn from.
-        load: Reads it.
+        load: Reads it. Default: :func:`hmn_replay.load`.
         network: Their architecture.
     """
     if path is None:
         return
-    memory = functools.cache(functools.partial(load, path))
+    memory = functools.cache(functools.partial(load or hmn_replay.load, path))
 
     def compute(number: int) -> dict[str, Any]:
         _, accuracy = hmn_replay.evaluate(
@@ -267,5 +268,5 @@ def training(study: Study, ipc: int, network: str = "convnet") -> TrainingConfig
 
 def augmentations(study: Study) -> tuple[str, ...]:
     """Return IDC's augmentations of a training: no digit is mirrored."""
-    names = TrainingConfig.augmentations
+    names = TrainingConfig().augmentations
     return tuple(name for name in names if name != "flip" or study.name not in DIGITS)

@@ -2,8 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.arguments import add_data, make_parser, parse_names, parse_numbers, parse_options
-from hmn_replay.errors import ConfigError
+from experiments.arguments import (
+    add_data,
+    add_settings,
+    make_parser,
+    parse_names,
+    parse_numbers,
+    parse_settings,
+)
+from hmn_replay.errors import ConfigError, UnknownOptionError
 
 
 def test_the_help_is_a_docstring(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,10 +29,11 @@ def test_numbers_names_and_options_are_read() -> None:
     assert parse_numbers("--seeds", "0,-1,2") == (0, -1, 2)
     assert parse_names("--rows", "b,a", ["a", "b", "c"]) == ("b", "a")
     assert parse_names("--rows", "all", iter("abc")) == ("a", "b", "c")
-    assert parse_options(["outer_steps=3", "beta_grid=0,1"]) == {
-        "outer_steps": 3,
-        "beta_grid": (0.0, 1.0),
-    }
+    parser = make_parser(None)
+    add_settings(parser, "outer_steps=2")
+    given = parser.parse_args(["--set", "outer-steps=3", "--set", "beta_grid=0,1"]).set
+    assert parse_settings(given) == {"outer_steps": 3, "beta_grid": (0.0, 1.0)}
+    assert parse_settings([], {"inner_steps": 4}) == {"inner_steps": 4}
 
 
 def test_others_are_refused() -> None:
@@ -33,5 +41,7 @@ def test_others_are_refused() -> None:
         parse_numbers("--seeds", "1,,2")
     with pytest.raises(ConfigError, match="--rows has no 'd'; choose from a, b"):
         parse_names("--rows", "a,d", "ab")
-    with pytest.raises(ConfigError, match="no option 'steps'"):
-        parse_options(["steps=3"])
+    with pytest.raises(UnknownOptionError, match="no option 'steps'"):
+        parse_settings(["steps=3"])
+    with pytest.raises(ConfigError, match="this script sets outer_steps itself"):
+        parse_settings(["outer_steps=3"], {"outer_steps": 0}, "this script")

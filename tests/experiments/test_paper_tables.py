@@ -19,9 +19,8 @@ from experiments import paper_tables
 from experiments.paper_tables import main
 from experiments.tables import memory
 from experiments.tables.store import Store
-from hmn_replay.baselines.real_images import load_real_images
+from experiments.tables.study import KINDS
 from hmn_replay.errors import ConfigError, TrainingError
-from hmn_replay.memory.registry import CONTAINERS
 
 TINY = "--ipc 1,4 --trainings 1 --width 2 --passes 20 --device cpu"
 TINY_OPTIONS = (
@@ -84,7 +83,7 @@ def table(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
 
 
 def test_containers(make: Callable[..., int], tmp_path: Path) -> None:
-    assert make("containers", "--rows", "hmn,haba,raw,dm,random,ccs") == 0
+    assert make("containers", "--rows", "hmn,haba,pixels,dm,random,ccs") == 0
     lines = table(tmp_path)
     hmn = lines["1 IPC", "HMN", "gradient"]
     # 16 x 16 x 3 values for each of 3 classes.
@@ -96,7 +95,7 @@ def test_containers(make: Callable[..., int], tmp_path: Path) -> None:
     # Of 4 x 4 images' bytes, two or three go to the header.
     random = lines["1 IPC", "real images, random", "-"]
     assert int(random["bytes"].replace(",", "")) <= 4 * 3 * 768 and 9 <= int(random["images"]) <= 11
-    assert load_real_images(tmp_path / "out" / "ccs-ipc4-seed0.images").num_images > 40
+    assert hmn_replay.load(tmp_path / "out" / "ccs-ipc4-seed0.hmn").num_images > 40
     assert hmn_replay.load(tmp_path / "out" / "hmn-ipc1-seed0.hmn").num_images == int(hmn["images"])
     # What was not run, and what could not be, has no number, but the paper's.
     for name, loss, paper in (("IDC", "gradient", "50.0"), ("LinBa + BPTT", "bptt", "66.4")):
@@ -116,7 +115,7 @@ def test_other_data_has_no_numbers_of_the_paper(
 ) -> None:
     other = tmp_path / "other.npz"
     other.write_bytes(cifar10.read_bytes())
-    assert make("containers", "--rows", "raw", "--ipc", "4", "--data", str(other)) == 0
+    assert make("containers", "--rows", "pixels", "--ipc", "4", "--data", str(other)) == 0
     line = table(tmp_path)["4 IPC", "learned pixels", "gradient"]
     assert line["paper %"] == "-" and line["ours %"] != "-"
 
@@ -128,7 +127,7 @@ def test_a_stopped_run_goes_on_and_computes_nothing_twice(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ("containers", "--rows", "raw,idc", "--ipc", "4", "--trainings", "2")
+    arguments = ("containers", "--rows", "pixels,idc", "--ipc", "4", "--trainings", "2")
     evaluate = hmn_replay.evaluate
 
     def stop_at_the_second(*args: Any, **options: Any) -> Any:
@@ -163,8 +162,8 @@ def test_a_stopped_run_goes_on_and_computes_nothing_twice(
 def test_a_stopped_condensation_goes_on_from_its_checkpoint(
     make: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("containers", "--rows", "raw", "--ipc", "4", "--set", "inner_steps=6")
-    arguments += ("--set", "checkpoint_seconds=0")
+    arguments = ["containers", "--rows", "pixels", "--ipc", "4", "--set", "inner_steps=6"]
+    arguments += ["--set", "checkpoint_seconds=0"]
     steps: Any = importlib.import_module("hmn_replay.condensation.steps")
     match_step, taken = steps.match_step, []
 
@@ -186,7 +185,7 @@ def test_a_stopped_condensation_goes_on_from_its_checkpoint(
 def test_other_settings_are_refused(
     make: Callable[..., int], cifar10: Path, tmp_path: Path
 ) -> None:
-    arguments = ("containers", "--rows", "raw", "--ipc", "4")
+    arguments = ("containers", "--rows", "pixels", "--ipc", "4")
     assert make(*arguments) == 0
     kept = (tmp_path / "out" / "results.json").read_bytes()
     with pytest.raises(ConfigError, match=r"results\.json is of width = 2, and now it is 3; give"):
@@ -213,21 +212,26 @@ def test_one_rows_failure_leaves_the_others_theirs_and_is_tried_again(
 ) -> None:
     condense = hmn_replay.condense
 
-    def fail_for_idc(*args: Any, layout: Any, **options: Any) -> Any:
-        if layout.container == "idc":
-            raise TrainingError("it left the real numbers")
-        return condense(*args, layout=layout, **options)
+    def fail_for_idc(*args: Any, kind: str, **options: Any) -> Any:
+        if kind == "idc":
+            raise TrainingError("it diverged")
+        return condense(*args, kind=kind, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(hmn_replay, "condense", fail_for_idc)
-        assert make("containers", "--rows", "idc,raw", "--ipc", "4") == 1
+        assert make("containers", "--rows", "idc,pixels", "--ipc", "4") == 1
     assert "failed: memory, system idc, ipc 4, seed 0" in capsys.readouterr().err
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "- IDC: TrainingError: it left the real numbers" in text
+    assert "- IDC: TrainingError: it diverged" in text
     assert table(tmp_path)["4 IPC", "learned pixels", "gradient"]["ours %"] != "-"
-    assert make("containers", "--rows", "idc,raw", "--ipc", "4") == 0
+    assert make("containers", "--rows", "idc,pixels", "--ipc", "4") == 0
     assert "TrainingError" not in (tmp_path / "out" / "table.md").read_text()
-    assert [cell["system"] for cell in results(tmp_path)["cells"]] == ["raw", "raw", "idc", "idc"]
+    assert [cell["system"] for cell in results(tmp_path)["cells"]] == [
+        "pixels",
+        "pixels",
+        "idc",
+        "idc",
+    ]
 
 
 def test_architectures(make: Callable[..., int], tmp_path: Path) -> None:
@@ -254,7 +258,7 @@ def test_all_rows_of_a_table_that_was_not_run(tmp_path: Path, name: str) -> None
     table: Any = importlib.import_module(f"experiments.tables.{name}")
     settings = paper_tables.make_settings(arguments)
     rows = table.make_rows(arguments, settings, Store(tmp_path, {}))
-    assert {row["system"] for row in rows} == set(CONTAINERS)
+    assert {row["system"] for row in rows} == set(KINDS)
     assert {row["images"] for row in rows} == {None}
     lines = [line for line in table.markdown(rows).splitlines() if line.startswith("| ")]
     last = [line.split("|")[-2].strip() for line in lines]
@@ -291,11 +295,13 @@ def test_memory(make: Callable[..., int], tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(memory, "SHAPE", (3, 16, 16))
     monkeypatch.setattr(memory, "REAL_IMAGES", 4)
     assert make("memory", "--rows", "haba", "--objectives", "gradient") == 0
-    assert make("memory", "--rows", "raw", "--objectives", "gradient,dm", "--ipc", "4") == 0
+    assert make("memory", "--rows", "pixels", "--objectives", "gradient,dm", "--ipc", "4") == 0
     rows = {(row["system"], row["objective"], row["ipc"]): row for row in results(tmp_path)["rows"]}
     assert len(rows) == 3 * 2
-    assert rows["raw", "dm", 4]["images"] == 40 and rows["raw", "dm", 4]["peak_bytes"] >= 0
-    assert rows["haba", "gradient", 1]["peak_bytes"] is rows["raw", "dm", 1]["peak_bytes"] is None
+    assert rows["pixels", "dm", 4]["images"] == 40 and rows["pixels", "dm", 4]["peak_bytes"] >= 0
+    assert (
+        rows["haba", "gradient", 1]["peak_bytes"] is rows["pixels", "dm", 1]["peak_bytes"] is None
+    )
     lines = table(tmp_path)
     assert lines["1 IPC", "HaBa", "gradient"]["paper MB"] == "3,368"
     assert lines["1 IPC", "HaBa", "gradient"]["ours MB"] == "-"
@@ -308,7 +314,7 @@ def test_memory(make: Callable[..., int], tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_peak_is_what_a_condensation_adds(tmp_path: Path) -> None:
     arguments = paper_tables.parse_arguments(["--table", "memory", *ARGUMENTS])
     settings = paper_tables.make_settings(arguments)
-    small, large = (memory.measure_peak(settings, "raw", "dm", ipc) for ipc in (1, 200))
+    small, large = (memory.measure_peak(settings, "pixels", "dm", ipc) for ipc in (1, 200))
     assert (small["images"], large["images"]) == (10, 2000)
     # Pixels, their gradient and Adam's two moments.
     assert large["peak_bytes"] - small["peak_bytes"] > 3 * 4 * 3072 * 1990
@@ -324,7 +330,7 @@ def test_datasets(make: Callable[..., int], cifar10: Path, tmp_path: Path) -> No
     second = tmp_path / "set-2.npz"
     second.write_bytes(cifar10.read_bytes())
     sets = ("--datasets", f"{cifar10},{second}")
-    assert make("datasets", *sets, "--rows", "hmn,raw,idc", "--ipc", "4") == 0
+    assert make("datasets", *sets, "--rows", "hmn,pixels,idc", "--ipc", "4") == 0
     rows = {row["data"]: row for row in results(tmp_path)["rows"]}
     assert set(rows) == {"cifar10", "cifar100", "svhn", "tiny_imagenet", "imagenet10", "set2"}
     assert rows["cifar10"]["systems"]["linba"]["accuracies"] == []

@@ -18,6 +18,7 @@ import hmn_replay
 from experiments.reconstruction import interpolate, jpeg, layout_at, main, psnr, webp
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.memory.hierarchical import HierarchicalMemory
 
 BUDGET = 6000
 
@@ -98,7 +99,7 @@ def test_what_failed_is_told_in_the_table(
 def test_a_layout_holds_about_as_many_images_as_fit_at_a_rate() -> None:
     data = LabelledImages(smooth_images(90), torch.arange(90) % 3)
     for rate in (80, 100, 200):
-        count = layout_at(rate, BUDGET, data).max_images(BUDGET, 3)
+        count = HierarchicalMemory.max_images(layout_at(rate, BUDGET, data), BUDGET, 3)
         assert abs(count - BUDGET // rate) <= 2
 
 

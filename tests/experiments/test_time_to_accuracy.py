@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import hmn_replay
-from experiments.benchmarks import accuracy_curves, time_to_accuracy
+from experiments.benchmarks import time_to_accuracy
 from experiments.benchmarks.command import main
 from experiments.reference import ReferenceLoop
 
@@ -169,7 +169,7 @@ def test_warm_start_takes_its_share(run: Any, tmp_path: Path, calls: Calls) -> N
     assert bounds == [(0.0125, 0.05), (0.025, 0.1)]
     calls["condense"].clear()
     (tmp_path / "out.json").unlink()
-    assert run("--option", "warm_start_seconds=0.01") == 0
+    assert run("--set", "warm_start_seconds=0.01") == 0
     assert [options["warm_start_seconds"] for options in calls["condense"]] == [0.01, 0.01]
 
 
@@ -178,7 +178,7 @@ def test_warm_start_takes_its_share(run: Any, tmp_path: Path, calls: Calls) -> N
     [
         (["--seconds", "0"], "--seconds must be above 0"),
         (["--warm-share", "0"], r"--warm-share must be in \(0, 1\]"),
-        (["--option", "outer_stepz=1"], "outer_stepz"),
+        (["--set", "outer_stepz=1"], "outer_stepz"),
     ],
 )
 def test_bad_arguments_are_refused(
@@ -203,7 +203,7 @@ def make_rows(**accuracies: list[float]) -> dict[str, Any]:
 def test_speedup_is_of_the_fastest_run_that_is_as_accurate() -> None:
     reference = make_rows(s100=[0.2], s900=[0.3, 0.32], s1800=[0.29, 0.31])
     ours = make_rows(s10=[0.1], s60=[0.25, 0.34], s90=[0.3, 0.3], s120=[0.4])
-    assert accuracy_curves.speedup(ours, reference) == {
+    assert time_to_accuracy.speedup(ours, reference) == {
         "reference_accuracy": pytest.approx(0.3),
         "reference_seconds": 1800.0,
         "reference_first_seconds": 900.0,
@@ -211,7 +211,7 @@ def test_speedup_is_of_the_fastest_run_that_is_as_accurate() -> None:
         "speedup": pytest.approx(20.0),
     }
     del ours["s90"], ours["s120"]
-    missed = accuracy_curves.speedup(ours, reference)
+    missed = time_to_accuracy.speedup(ours, reference)
     assert missed["speedup"] is None and missed["ours_seconds"] is None
 
 
@@ -220,17 +220,17 @@ def test_table_and_figure_tell_the_same(tmp_path: Path) -> None:
         "ours": make_rows(s120=[0.4, 0.42], s90=[0.3]),
         "reference": make_rows(s1800=[0.3]),
     }
-    results |= accuracy_curves.speedup(results["ours"], results["reference"])
-    lines = accuracy_curves.make_table(results).splitlines()
+    results |= time_to_accuracy.speedup(results["ours"], results["reference"])
+    lines = time_to_accuracy.make_table(results).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:5]]
     assert cells[0] == ["HMN, ours", "90.0", "40", "122,880", "30.0 ± 0.0", "1"]
     assert cells[1][4:] == ["41.0 ± 1.4", "2"]
     assert cells[2][:2] == ["IDC, reference", "1,800.0"]
     assert lines[-1].endswith("20.00 times sooner.")
-    accuracy_curves.draw(results, "digits", tmp_path / "figure.png")
+    time_to_accuracy.draw(results, "digits", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     results |= {"speedup": None}
-    assert "None of our runs" in accuracy_curves.make_table(results)
+    assert "None of our runs" in time_to_accuracy.make_table(results)
 
 
 def test_snapshots_load_without_pickle(run: Any, tmp_path: Path, calls: Calls) -> None:

@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from experiments.tables.pruning import pruned
-from hmn_replay.memory.hierarchical import HierarchicalMemory
-from hmn_replay.memory.layout import Layout
+from hmn_replay.memory.hierarchical import HierarchicalMemory, HMNLayout
 
 
 @pytest.mark.parametrize(
     ("beta", "stays"), [(0.0, [0, 2, 4, 5]), (0.5, [0, 3, 4, 7]), (1.0, [1, 3, 6, 7])]
 )
 def test_the_hardest_and_the_easiest_of_each_class_go(
-    make_layout: Callable[..., Layout], tmp_path: Path, beta: float, stays: list[int]
+    make_layout: Callable[..., HMNLayout], tmp_path: Path, beta: float, stays: list[int]
 ) -> None:
     memory = HierarchicalMemory(make_layout("float32"), [3, 8], 4)
     path = tmp_path / "rate50.hmn"
@@ -32,7 +31,7 @@ def test_the_hardest_and_the_easiest_of_each_class_go(
     assert labels.tolist() == [3, 3, 8, 8]
 
 
-def test_without_a_beta_all_stay(make_layout: Callable[..., Layout], tmp_path: Path) -> None:
+def test_without_a_beta_all_stay(make_layout: Callable[..., HMNLayout], tmp_path: Path) -> None:
     memory = HierarchicalMemory(make_layout("float32"), [3, 8], 4)
     memory.save(tmp_path / "rate0.hmn")
     assert torch.equal(pruned(tmp_path / "rate0.hmn", None).decode()[0], memory.decode()[0])

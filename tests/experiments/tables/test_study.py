@@ -10,51 +10,54 @@ import pytest
 
 from experiments.tables.settings import SCALES
 from experiments.tables.store import Store
-from experiments.tables.study import Study, file_budget, fit, training
+from experiments.tables.study import KINDS, Study, file_budget, fit, training
 from hmn_replay.budget import Budget
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError
-from hmn_replay.memory.registry import CONTAINERS
 
 CIFAR = ((3, 32, 32), 10)
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ipc", [1, 10, 50])
-def test_in_float32_as_many_values_as_the_budget_has(container: str, ipc: int) -> None:
-    if (container, ipc) == ("haba", 1):
+def test_in_float32_as_many_values_as_the_budget_has(kind: str, ipc: int) -> None:
+    if (kind, ipc) == ("haba", 1):
         # A hallucinator beside ten bases is more than ten images.
         with pytest.raises(BudgetError, match="does not hold one image"):
-            fit(container, ipc, *CIFAR, "float32", 5000)
+            fit(kind, ipc, *CIFAR, "float32", 5000)
         return
-    layout, budget = fit(container, ipc, *CIFAR, "float32", 5000)
-    num_images = layout.max_images(budget, 10)
-    values, limit = layout.num_floats(10, num_images), ipc * 10 * 3072
-    assert values <= limit < layout.num_floats(10, num_images + layout.group_size)
-    assert layout.file_bytes(10, num_images, budget.num_bytes) == budget.num_bytes
+    layout, budget = fit(kind, ipc, *CIFAR, "float32", 5000)
+    num_images = KINDS[kind].max_images(layout, budget, 10)
+    values, limit = KINDS[kind].num_floats_of(layout, 10, num_images), ipc * 10 * 3072
+    assert values <= limit < KINDS[kind].num_floats_of(layout, 10, num_images + layout.group_size)
+    assert KINDS[kind].file_bytes_of(layout, 10, num_images, budget.num_bytes) == budget.num_bytes
 
 
-@pytest.mark.parametrize(("container", "images"), [("raw", 1), ("idc", 4), ("linba", 115)])
-def test_the_papers_containers_hold_as_many_images_as_in_their_papers(
-    container: str, images: int
-) -> None:
-    layout, budget = fit(container, 1, *CIFAR, "float32", 5000)
-    assert layout.max_images(budget, 10) // 10 == images
+@pytest.mark.parametrize(("kind", "images"), [("pixels", 1), ("idc", 4), ("linba", 115)])
+def test_the_papers_kinds_hold_as_many_images_as_in_their_papers(kind: str, images: int) -> None:
+    layout, budget = fit(kind, 1, *CIFAR, "float32", 5000)
+    assert KINDS[kind].max_images(layout, budget, 10) // 10 == images
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number_format", ["float16", "int8"])
-def test_in_other_formats_the_file_is_within_the_budget(container: str, number_format: str) -> None:
-    layout, budget = fit(container, 1, *CIFAR, number_format, 5000)  # type: ignore[arg-type]
+def test_in_other_formats_the_file_is_within_the_budget(kind: str, number_format: str) -> None:
+    layout, budget = fit(kind, 1, *CIFAR, number_format, 5000)
     assert budget == Budget.ipc(1, *CIFAR) and layout.number_format == number_format
-    assert layout.file_bytes(10, layout.max_images(budget, 10), budget.num_bytes) <= 122_880
+    assert (
+        KINDS[kind].file_bytes_of(
+            layout, 10, KINDS[kind].max_images(layout, budget, 10), budget.num_bytes
+        )
+        <= 122_880
+    )
 
 
 @pytest.mark.parametrize("num_images", [10, 77, 96, 97, 98, 99, 1000])
 def test_a_files_budget_holds_just_as_many_images(num_images: int) -> None:
-    layout = CONTAINERS["hmn"].choose("100 KiB", *CIFAR)
-    budget = file_budget(layout, 10, num_images)
-    assert layout.max_images(budget, 10) == num_images
+    kind = "hmn"
+    layout = KINDS[kind].choose_layout("100 KiB", *CIFAR)
+    budget = file_budget(kind, layout, 10, num_images)
+    assert KINDS[kind].max_images(layout, budget, 10) == num_images
 
 
 @pytest.fixture
