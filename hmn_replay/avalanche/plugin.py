@@ -42,7 +42,7 @@ from hmn_replay.baselines.fill import choose_quality, jpeg_images, raw_images
 from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.condense import condense
-from hmn_replay.condensation.config import make_config
+from hmn_replay.condensation.config import CondenseConfig, make_config
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import (
     BudgetError,
@@ -593,6 +593,8 @@ class HMNReplay(MemoryReplay):
         expected_classes: How many classes the stream will have in all, if that is known: the
             memory's tensors are shaped for so many. Default: None, ten times those of the first
             experience, or as many of them as the budget can be shaped for.
+        config: Settings of the condensation, in place of ``effort`` and ``options``. Default: None,
+            those of ``effort``.
         effort: ``"quick"``, ``"standard"`` or ``"paper"``.
         batch_size_mem: Images replayed in a step; this and the options below are explained in
             :class:`MemoryReplay`.
@@ -619,6 +621,7 @@ class HMNReplay(MemoryReplay):
         *,
         kind: str = "hmn",
         expected_classes: int | None = None,
+        config: CondenseConfig | None = None,
         effort: str = "quick",
         batch_size_mem: int | None = None,
         mode: Literal["replay", "memory_only"] = "replay",
@@ -644,10 +647,13 @@ class HMNReplay(MemoryReplay):
             device=device,
             progress=progress,
         )
-        make_config(effort, **options)
+        if config is not None and (options or effort != "quick"):
+            given = sorted(options) or ["effort"]
+            raise ConfigError(f"config= has all settings; give it alone, without {given[0]}=")
         self._learned_kind(kind)
         self.budget, self.kind = Budget.parse(budget), kind
-        self.expected_classes, self.effort, self.options = expected_classes, effort, options
+        self.config = config or make_config(effort, **options)
+        self.expected_classes = expected_classes
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Bring the memory to where it is condensed."""
@@ -667,23 +673,21 @@ class HMNReplay(MemoryReplay):
             kind=self.kind,
             memory=old,
             expected_classes=self._expected(images),
-            effort=self.effort,
+            config=self.config,
             seed=derive_seed(self.seed, "update", index),
             device=device,
             progress=self.progress and sys.stderr.isatty(),
-            **self.options,
         )
         return memory, memory.report
 
     def _expected(self, images: LabelledImages) -> int | None:
         if self.expected_classes is not None:
             return self.expected_classes
-        number_format = make_config(self.effort, **self.options).number_format
         for factor in (10, 5, 2):
             expected = min(factor * images.num_classes, MAX_CLASSES)
             with contextlib.suppress(BudgetError):
                 self._learned_kind(self.kind).choose_layout(
-                    self.budget, images.image_shape, expected, number_format
+                    self.budget, images.image_shape, expected, self.config.number_format
                 )
                 return expected
         return None

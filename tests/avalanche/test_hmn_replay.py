@@ -13,6 +13,7 @@ from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 
 import hmn_replay
 from hmn_replay.avalanche.plugin import HMNReplay
+from hmn_replay.condensation.config import make_config
 from hmn_replay.errors import BudgetError, CheckpointError, ConfigError
 from hmn_replay.memory import LearnedMemory, load
 from tests.streams import (
@@ -151,6 +152,18 @@ def test_settings_are_checked_at_once() -> None:
         HMNReplay(BUDGET, outer_steps=-3)
     with pytest.raises(ConfigError):
         HMNReplay(BUDGET, device="abacus")
+    with pytest.raises(ConfigError, match="without outer_steps="):
+        HMNReplay(BUDGET, config=make_config("quick"), outer_steps=3)
+
+
+def test_settings_may_be_given_as_a_whole() -> None:
+    settings = {**TINY, "beta_grid": (0.5,)}
+    del settings["device"]
+    by_name = HMNReplay(BUDGET, **settings)
+    as_a_whole = HMNReplay(BUDGET, config=make_config("quick", **settings))
+    for replay in (by_name, as_a_whole):
+        train(make_strategy([replay]), streams().train_stream[:1])
+    assert _memory(by_name).to_bytes() == _memory(as_a_whole).to_bytes()
 
 
 def test_a_training_under_autocast_is_condensed_in_full_precision() -> None:

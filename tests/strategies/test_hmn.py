@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hmn_replay import HMNReplay
+from hmn_replay.condensation.config import make_config
 from hmn_replay.errors import ConfigError
 from tests.strategies.support import BUDGET, OPTIONS, build
 
@@ -17,8 +18,8 @@ def test_settings_reach_the_plugin() -> None:
     assert isinstance(replay, HMNReplay)
     assert replay.budget.num_bytes == BUDGET
     assert (replay.batch_size_mem, replay.seed, replay.mode) == (5, 3, "memory_only")
-    assert (replay.expected_classes, replay.effort) == (6, "standard")
-    assert replay.options["warm_start_steps"] == OPTIONS["hmn"]["warm_start_steps"]
+    assert replay.expected_classes == 6
+    assert replay.config == make_config("standard", **OPTIONS["hmn"])
     assert replay.device is None and replay.loss == "plain"
 
 
