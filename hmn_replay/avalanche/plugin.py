@@ -714,6 +714,8 @@ class RealReplay(MemoryReplay):
         selection: Which images of a class stay longest: one of
             :data:`~hmn_replay.baselines.selection.SELECTIONS`, or a callable that takes an
             experience's images and the strategy's network, and returns their order, int64 ``(n,)``.
+        training: Training of the network that a selection by name needs, other than ``"random"``.
+            Default: None, that of :func:`~hmn_replay.select_images`.
         **options: Those of :class:`MemoryReplay`.
 
     Raises:
@@ -728,6 +730,7 @@ class RealReplay(MemoryReplay):
         budget: Budget | int | str,
         *,
         selection: Selection = "random",
+        training: TrainingConfig | None = None,
         **options: Unpack[ReplayOptions],
     ) -> None:
         super().__init__(**options)
@@ -737,6 +740,7 @@ class RealReplay(MemoryReplay):
                 f"{selection!r}{suggest(selection, list(SELECTIONS))}"
             )
         self.budget, self.selection = Budget.parse(budget), selection
+        self.training = training
 
     @abstractmethod
     def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
@@ -748,8 +752,13 @@ class RealReplay(MemoryReplay):
         """Add an experience's images to the memory."""
         seed = derive_seed(self.seed, "selection", index)
         if not callable(self.selection):
-            device = self.compute_device
-            order = select_images(images, self.selection, seed=seed, device=device)
+            order = select_images(
+                images,
+                self.selection,
+                config=self.training,
+                seed=seed,
+                device=self.compute_device,
+            )
         elif model is None:
             raise ConfigError("a selection by the network needs one: train the strategy first")
         else:
@@ -782,7 +791,8 @@ class JPEGReplay(RealReplay):
             :func:`hmn_replay.baselines.fill.choose_quality`.
         expected_classes: How many classes the stream will have in all, if that is known, for that
             choice. Default: None, ten times those of the first experience.
-        training: Training of that network. Default: None, that of ``choose_quality``.
+        training: Training of that network, and of a selection's; see :class:`RealReplay`. Default:
+            None, that of ``choose_quality``.
         selection: Which images of a class stay longest; see :class:`RealReplay`.
         **options: Those of :class:`MemoryReplay`.
 
@@ -803,12 +813,12 @@ class JPEGReplay(RealReplay):
         selection: Selection = "random",
         **options: Unpack[ReplayOptions],
     ) -> None:
-        super().__init__(budget, selection=selection, **options)
+        super().__init__(budget, selection=selection, training=training, **options)
         if quality is not None and not 1 <= (as_int(quality) or 0) <= 100:
             raise ConfigError(
                 f"quality must be None or a whole number from 1 to 100; got {quality!r}"
             )
-        self.quality, self.expected_classes, self.training = quality, expected_classes, training
+        self.quality, self.expected_classes = quality, expected_classes
 
     def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
         """Return the first memory, filled, after the choice of its quality."""

@@ -120,7 +120,8 @@ def test_the_images_may_be_chosen_by_the_network() -> None:
 
 @pytest.mark.parametrize("selection", ["herding", "k-centre"])
 def test_the_images_may_be_chosen_by_name(selection: str) -> None:
-    replay = RawReplay(1500, selection=selection)
+    training = TrainingConfig(width=4, num_passes=40)
+    replay = RawReplay(1500, selection=selection, training=training)
     train(make_strategy([replay]), streams().train_stream[:1])
     assert memory_of(replay).num_classes == 2
 
