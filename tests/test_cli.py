@@ -214,7 +214,7 @@ def test_baseline_chooses_once_a_seed(
 
 @pytest.mark.parametrize("selection", hmn_replay.SELECTIONS)
 def test_baseline_of_every_selection(run: Console, selection: str) -> None:
-    options = ["--kind", "raw", "--budget", 2000, *TINY_TRAINING, "--device", "cpu"]
+    options = ["--kind", "raw", "--budget", 2000, *TINY_TRAINING, "--repeats", 1, "--device", "cpu"]
     text = run("baseline", *options, "--selection", selection)
     assert f"selection  {selection}\n" in text
 

@@ -47,8 +47,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(hmn_replay, "evaluate", evaluate_recorded)
     monkeypatch.setattr(ReferenceLoop, "take_step", step_recorded)
     monkeypatch.setattr(time_to_accuracy, "draw", lambda *_: None)
-    # What takes no longer on a busy machine: 10 ms from one look at the clock to the next.
-    monkeypatch.setattr(time, "perf_counter", partial(next, count(0, 0.01)))
+    # What takes no longer on a busy machine: 30 ms from one look at the clock to the next.
+    monkeypatch.setattr(time, "perf_counter", partial(next, count(0, 0.03)))
     return recorded
 
 
