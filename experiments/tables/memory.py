@@ -73,8 +73,10 @@ def measure_peak(settings: Settings, system: str, objective: str, ipc: int) -> d
     by_steps = dataclasses.replace(settings, seconds=None)
     options = {**by_steps.condensation(system), **STEPS, "objective": objective, "device": device}
     layout, budget = fit(system, ipc, SHAPE, CLASSES, settings.number_format, CIFAR_IMAGES)
-    hmn_replay.condense(noise(2, (3, 8, 8)), "100 KiB", kind="pixels", **{**options, **TINY})
-    images = noise(REAL_IMAGES, SHAPE)
+    hmn_replay.condense(noise(2, (3, 8, 8)), 4096, kind="pixels", **{**options, **TINY})
+    # A memory has no more images of a class than there are real ones.
+    held = -(-KINDS[system].max_images(layout, budget, CLASSES) // CLASSES)
+    images = noise(max(REAL_IMAGES, held), SHAPE)
     reset_peak_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -20,7 +20,7 @@ from experiments.paper_tables import main
 from experiments.tables import memory
 from experiments.tables.store import Store
 from experiments.tables.study import KINDS
-from hmn_replay.errors import ConfigError, TrainingError
+from hmn_replay.errors import ConfigError, HMNReplayError, TrainingError
 
 TINY = "--ipc 1,4 --trainings 1 --width 2 --passes 20 --device cpu"
 TINY_OPTIONS = (
@@ -266,7 +266,7 @@ def test_all_rows_of_a_table_that_was_not_run(tmp_path: Path, name: str) -> None
 
 
 def test_pruning(make: Callable[..., int], tmp_path: Path, calls: dict[str, int]) -> None:
-    arguments = ("--rows", "0,20,50", "--betas", "0,0.5,1", "--ipc", "4")
+    arguments = ("--rows", "0,20,50", "--betas", "0,0.5,1", "--ipc", "1")
     assert make("pruning", *arguments) == 0
     assert calls == {"condense": 3, "evaluate": 1 + 3 + 3}
     memories = [cell for cell in results(tmp_path)["cells"] if cell["what"] == "memory"]
@@ -277,9 +277,9 @@ def test_pruning(make: Callable[..., int], tmp_path: Path, calls: dict[str, int]
         assert kept / (1 - rate) <= cell["images"] < kept / (1 - rate) + 3
     lines = table(tmp_path)
     assert all("-" not in line.values() for line in lines.values()) and len(lines) == 3
-    unpruned = lines["4 IPC", "0 %", str(kept)]
+    unpruned = lines["1 IPC", "0 %", str(kept)]
     assert unpruned["beta 0, %"] == unpruned["beta 1, %"]
-    with Image.open(tmp_path / "out" / "pruning-ipc4.png") as picture:
+    with Image.open(tmp_path / "out" / "pruning-ipc1.png") as picture:
         assert picture.width > picture.height > 300
 
 
@@ -335,9 +335,9 @@ def test_datasets(make: Callable[..., int], cifar10: Path, tmp_path: Path) -> No
     assert set(rows) == {"cifar10", "cifar100", "svhn", "tiny_imagenet", "imagenet10", "set2"}
     assert rows["cifar10"]["systems"]["linba"]["accuracies"] == []
     lines = table(tmp_path)
-    best = max(("raw", "idc"), key=lambda name: rows["set2"]["systems"][name]["accuracies"])
+    best = max(("pixels", "idc"), key=lambda name: rows["set2"]["systems"][name]["accuracies"])
     line = lines["", "set2", "4"]
-    assert line["which"] == {"raw": "learned pixels", "idc": "IDC"}[best] and line["of"] == "2"
+    assert line["which"] == {"pixels": "learned pixels", "idc": "IDC"}[best] and line["of"] == "2"
     assert "-" in lines["", "svhn", "4"].values()
     with pytest.raises(ConfigError, match="of different names"):
         make("datasets", "--datasets", f"{cifar10},{cifar10}")
@@ -360,13 +360,13 @@ def test_the_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
         ("--set number_format=int8", "--number-format"),
         ("--set outer_step=3", "no option 'outer_step'"),
         ("--seconds 0", "max_seconds must be|warm_start_seconds must be"),
-        ("--width 0", "width must be 1 or more"),
+        ("--width 0", "width must be greater than or equal to 1; got 0"),
         ("--trainings 0", "--trainings is 1 or more; got 0"),
     ],
 )
 def test_arguments_are_checked_before_anything_is_written(
     make: Callable[..., int], tmp_path: Path, arguments: str, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(HMNReplayError, match=message):
         make("containers", *arguments.split())
     assert not (tmp_path / "out" / "results.json").exists()
