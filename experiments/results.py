@@ -107,7 +107,8 @@ def deviation(values: Sequence[float]) -> float:
 def make_table(results: dict[str, dict[str, Any]]) -> str:
     """Return a Markdown table of the strategies, best first; accuracies in percent."""
     title = (
-        "strategy, loss, memory bytes, images, final accuracy %, average accuracy %, forgetting %"
+        "strategy, loss, renewed, memory bytes, images, final accuracy %, average accuracy %, "
+        "forgetting %"
     )
     rows = [f"{title}, seeds, training s, memory s".split(", ")]
     for name, runs in finished(results).items():
@@ -117,6 +118,7 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
             [
                 name,
                 runs[0]["loss_used"],
+                runs[0]["renew_used"] or "-",
                 f"{mean_of(runs, 'memory_bytes'):,.0f}",
                 f"{mean_of(runs, 'memory_images'):,.0f}",
                 f"{statistics.fmean(accuracies):.1f} ± {deviation(accuracies):.1f}",

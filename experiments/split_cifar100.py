@@ -9,8 +9,9 @@ The classes of a data set come in experiences, a few new ones in each, and one n
 one experience after the other (class-incremental: one head, no task label at test time). Every
 strategy gets the same network, epochs, augmentation, class order and budget of bytes for its
 memory, and is scored after each experience on the test images of all classes seen so far. The
-memories of this package are replayed under the same loss; results.json names it, and those of the
-other strategies, as loss_used.
+memories of this package are replayed under the same loss and renewed at the same time; results.json
+names these, and the losses of the other strategies, as loss_used and renew_used. The older protocol
+is --renew after --loss balanced.
 
 Written to OUT: results.json, after every finished run; accuracy.png and memory.png (or other
 --formats); and the memory file of each run that has one, memory-hmn-seed0.hmn. With --resume, runs
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 import hmn_replay
 from experiments.arguments import add_data, make_parser, parse_names, parse_numbers
 from experiments.results import make_table, reset_peak_memory, resumed, summarise, versions
-from hmn_replay.avalanche.losses import LOSSES
+from hmn_replay.avalanche.losses import LOSSES, RENEWALS
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import make_config
 from hmn_replay.data.augment import draw_augmentation
@@ -101,8 +102,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=0.01, help="learning rate of SGD with momentum 0.9")
     add("--mode", choices=("replay", "memory_only"), default="replay",
         help="memory_only: later experiences train on the memory alone")  # fmt: skip
-    add("--loss", choices=("auto", *LOSSES), default="auto",
-        help="of hmn, jpeg, raw, herding; auto is balanced, asymmetric ER-ACE's")  # fmt: skip
+    add(
+        "--loss",
+        choices=("auto", *LOSSES),
+        default="auto",
+        help="of hmn, jpeg, raw, herding; auto is separated, or balanced with --renew after; "
+        "asymmetric is ER-ACE's",
+    )
+    add("--renew", choices=RENEWALS, default="auto",
+        help="when hmn, jpeg, raw, herding make an experience into their memory: before or after "
+        "it is trained on; auto is before, with the losses auto and separated")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
     add("--expected-classes", type=int, help="tell HMN and JPEG how many classes will come in all")
     add("--kind", default="hmn", help="memory kind of the strategy hmn: hmn, pixels, idc, ...")
@@ -258,6 +267,7 @@ def run(
         device=args.device,
         mode=args.mode,
         loss=args.loss,
+        renew=args.renew,
         effort=args.effort,
         expected_classes=args.expected_classes,
         progress=sys.stderr.isatty(),
@@ -296,6 +306,7 @@ def run(
             memory.save(args.out / f"memory-{name}-seed{seed}.hmn")
     return {
         "loss_used": strategies.loss_used(strategy),
+        "renew_used": strategies.renew_used(strategy),
         "memory_bytes": use.num_bytes,
         "memory_images": use.num_images,
         "accuracy_matrix": matrix,

@@ -29,14 +29,14 @@ from strategies import (
     naive,
     raw,
 )
-from strategies.measures import MemoryUse, loss_used, memory_images, memory_use
+from strategies.measures import MemoryUse, loss_used, memory_images, memory_use, renew_used
 from strategies.settings import Settings, Strategy
 
 if TYPE_CHECKING:
     from avalanche.core import SupervisedPlugin
     from avalanche.training.plugins.evaluation import EvaluationPlugin
 
-    from hmn_replay.avalanche.losses import Loss
+    from hmn_replay.avalanche.losses import Loss, Renewal
 
 __all__ = [
     "NAMES",
@@ -46,6 +46,7 @@ __all__ = [
     "loss_used",
     "memory_images",
     "memory_use",
+    "renew_used",
 ]
 
 _BUILDERS: dict[str, Callable[[Settings], Strategy]] = {
@@ -82,6 +83,7 @@ def build(
     device: str | torch.device = "auto",
     mode: Literal["replay", "memory_only"] = "replay",
     loss: Loss = "auto",
+    renew: Renewal = "auto",
     effort: str = "quick",
     expected_classes: int | None = None,
     evaluator: EvaluationPlugin | None = None,
@@ -92,7 +94,8 @@ def build(
     """Build an Avalanche strategy whose memory never takes more than a budget.
 
     All train by SGD and cross-entropy; the memories of this package (hmn, jpeg, raw, herding) under
-    the same replay loss. :func:`loss_used` names it for every strategy. Experiences give float
+    the same replay loss. :func:`loss_used` names it for every strategy, and :func:`renew_used` says
+    when the memory was renewed. Experiences give float
     images in [0, 1] and labels, and task labels too where DER++ is to learn from them. Avalanche
     shuffles and draws from the global
     generators: seed these (``RNGManager.set_random_seeds``) for the same results again.
@@ -120,6 +123,8 @@ def build(
         loss: Replay loss of hmn, jpeg, raw and herding, as :class:`hmn_replay.MemoryReplay` takes
             it. GDumb trains on its memory alone, DER++ and ER-ACE have losses of their own, and
             Avalanche's replay has the plain one.
+        renew: When hmn, jpeg, raw and herding make an experience into their memory: ``"before"`` or
+            ``"after"`` it is trained on; ``"auto"`` as :class:`hmn_replay.MemoryReplay` says.
         effort: Effort of HMN's condensation: ``"quick"``, ``"standard"`` or ``"paper"``.
         expected_classes: How many classes will come in all, if that is known; for HMN and JPEG.
         evaluator: Avalanche's metrics and loggers. Default: none.
@@ -151,6 +156,7 @@ def build(
         device=device,
         mode=mode,
         loss=loss,
+        renew=renew,
         effort=effort,
         expected_classes=expected_classes,
         evaluator=evaluator,

@@ -3,6 +3,8 @@
 iCaRL's selection (Rebuffi et al. 2017, Algorithm 4), as many images of every class, as uint8
 pixels. When classes come, the others drop their last images. Avalanche's own buffer herds what is
 left anew each time, takes features of two axes alone, and leaves the model in evaluation mode.
+The features are those of the network as it is when the memory is renewed: by default before it is
+trained on an experience, with renew="after", as iCaRL has it, after that.
 """
 
 from __future__ import annotations

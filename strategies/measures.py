@@ -14,7 +14,7 @@ from hmn_replay.data.images import as_labelled_images
 from strategies.buffers import MeasuredBuffer
 from strategies.settings import Strategy
 
-__all__ = ["MemoryUse", "loss_used", "memory_images", "memory_use"]
+__all__ = ["MemoryUse", "loss_used", "memory_images", "memory_use", "renew_used"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,15 @@ def loss_used(strategy: Strategy) -> str:
     if isinstance(memory, MemoryReplay):
         return memory.loss_used or "plain"
     return "plain" if type(strategy) in (Naive, JointTraining) else type(strategy).__name__
+
+
+def renew_used(strategy: Strategy) -> str | None:
+    """Return when the last experience was made into the memory: ``"before"`` or ``"after"`` it.
+
+    None for a strategy without a memory of this package.
+    """
+    memory = _find_memory(strategy)
+    return memory.renew_used if isinstance(memory, MemoryReplay) else None
 
 
 def memory_images(strategy: Strategy) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import nn
 
-from hmn_replay.avalanche.losses import Loss
+from hmn_replay.avalanche.losses import Loss, Renewal
 from hmn_replay.avalanche.plugin import MODES
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.runtime import resolve_device
@@ -48,6 +48,7 @@ class Settings:
     device: str | torch.device
     mode: Literal["replay", "memory_only"]
     loss: Loss
+    renew: Renewal
     effort: str
     expected_classes: int | None
     evaluator: EvaluationPlugin | None
@@ -87,7 +88,7 @@ class Settings:
         return {
             "batch_size_mem": self.batch_size_mem,
             "mode": self.mode,
-            "loss": "plain" if self.mode == "memory_only" else self.loss,
+            **({} if self.mode == "memory_only" else {"loss": self.loss, "renew": self.renew}),
             "seed": self.seed,
             "progress": self.progress,
         }

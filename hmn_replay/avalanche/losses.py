@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -27,13 +27,16 @@ from hmn_replay.registry import Registry, suggest
 
 __all__ = [
     "LOSSES",
+    "RENEWALS",
     "Loss",
+    "Renewal",
     "ReplayLoss",
     "ReplayStep",
     "asymmetric",
     "balanced",
     "find_loss",
     "plain",
+    "separated",
 ]
 
 
@@ -48,8 +51,9 @@ class ReplayStep:
         criterion: The strategy's criterion of logits and labels, such as a cross-entropy.
         replay_weight: The plugin's option: the replayed images' share of the loss, in [0, 1], or
             None for the one that they have by their number.
-        current_counts: float32 ``(K,)``, images of each class that the experience has shown so far,
-            repeats counted, those of this step among them.
+        current_counts: float32 ``(K,)``, images of each class of the experience: those that it has
+            shown so far, repeats counted and this step's among them; where the memory was renewed
+            before training, all that the experience has as well.
         memory_counts: float32 ``(K,)``, images of each class in the memory; 0 throughout where task
             labels tell classes apart.
         strategy: The Avalanche strategy, for losses that need its network, images (``mb_x``) or
@@ -97,12 +101,18 @@ class ReplayStep:
 
 
 ReplayLoss: TypeAlias = Callable[[ReplayStep], Tensor]
-"""A replay loss. One that changes logits, and so needs a cross-entropy as criterion, may have a
-true attribute ``changes_logits``: a strategy with another criterion is then refused before
-training."""
+"""A replay loss. Two attributes of it may be true: ``changes_logits`` of one that needs a
+cross-entropy as criterion (a strategy with another criterion is refused before training), and
+``needs_all_classes`` of one that learns the current classes from replayed images too (the memory is
+renewed before training)."""
 
 Loss: TypeAlias = "str | ReplayLoss"
 """What ``loss=`` of the plugins takes: a name in :data:`LOSSES`, ``"auto"``, or a callable."""
+
+Renewal: TypeAlias = Literal["auto", "before", "after"]
+
+RENEWALS: tuple[Renewal, ...] = get_args(Renewal)
+"""When an experience is made into the memory: what ``renew=`` of the plugins takes."""
 
 LOSSES: Registry[ReplayLoss] = Registry("loss")
 """The replay losses by name; users may add theirs."""
@@ -123,7 +133,30 @@ def balanced(step: ReplayStep) -> Tensor:
     logit while training; what the network learns is then free of how often a class is shown. Class
     weights of the criterion act as they would on classes that are shown alike.
     """
-    return step.loss_of(step.logits + _log_shares(step))
+    share, current, memory = step.replayed_share, step.current_counts, step.memory_counts
+    shares = current * ((1 - share) / current.sum()) + memory * (share / memory.sum())
+    return step.loss_of(step.logits + _log_shares(shares))
+
+
+@LOSSES.register("separated")
+def separated(step: ReplayStep) -> Tensor:
+    """Return a loss of current images over their own classes, and of replayed images over all.
+
+    A network that sees clean images of new classes beside decoded images of old ones learns to tell
+    new from old by the artefacts of the memory. So current images have the experience's classes
+    alone in their softmax, and only decoded images, which the memory must have of the current
+    classes too, tell these from the others. Each of the two parts is balanced by its own images, as
+    :func:`balanced` is.
+    """
+    own = step.labels[: step.num_current]
+    # Another plugin may have put images of other classes among the current ones.
+    is_own = (step.current_counts > 0).index_fill(0, own, True)
+    current = step.logits + _log_shares(step.current_counts)
+    # The lowest number rather than -inf, which a criterion may multiply by zero.
+    current = current.masked_fill(~is_own, torch.finfo(current.dtype).min)
+    replayed = step.logits + _log_shares(step.memory_counts)
+    is_current = torch.arange(len(step.labels), device=own.device) < step.num_current
+    return step.loss_of(torch.where(is_current[:, None], current, replayed))
 
 
 @LOSSES.register("asymmetric")
@@ -136,13 +169,13 @@ def asymmetric(step: ReplayStep) -> Tensor:
     own = step.labels[: step.num_current]
     left_out = (step.memory_counts > 0).index_fill(0, own, False)
     is_current = torch.arange(len(step.labels), device=own.device) < step.num_current
-    # The lowest number rather than -inf, which a criterion may multiply by zero.
-    lowest = torch.finfo(step.logits.dtype).min
+    lowest = torch.finfo(step.logits.dtype).min  # as in separated()
     return step.loss_of(step.logits.masked_fill(is_current[:, None] & left_out, lowest))
 
 
-for _loss in (balanced, asymmetric):
+for _loss in (balanced, separated, asymmetric):
     _loss.changes_logits = True  # type: ignore[attr-defined]
+separated.needs_all_classes = True  # type: ignore[attr-defined]
 
 
 def find_loss(loss: Loss) -> tuple[str, ReplayLoss]:
@@ -154,7 +187,7 @@ def find_loss(loss: Loss) -> tuple[str, ReplayLoss]:
     if callable(loss):
         return getattr(loss, "__name__", type(loss).__name__), loss
     if loss == "auto":
-        return "balanced", balanced
+        return "separated", separated
     if loss not in LOSSES:
         known = ["auto", *LOSSES]
         raise ConfigError(
@@ -164,13 +197,11 @@ def find_loss(loss: Loss) -> tuple[str, ReplayLoss]:
     return loss, LOSSES[loss]
 
 
-def _log_shares(step: ReplayStep) -> Tensor:
-    """Return the logarithm of each class's share of the images, ``(K,)``.
+def _log_shares(shares: Tensor) -> Tensor:
+    """Return the logarithm of each class's share, ``(K,)``, up to a constant.
 
     A class that is nowhere is given the lowest share of those that are somewhere.
     """
-    share, current, replayed = step.replayed_share, step.current_counts, step.memory_counts
-    shares = current * ((1 - share) / current.sum()) + replayed * (share / replayed.sum())
     is_absent = shares <= 0
     lowest = shares.masked_fill(is_absent, math.inf).min()
     return torch.where(is_absent, lowest, shares).log()

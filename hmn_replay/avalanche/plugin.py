@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, TypeVar
 
@@ -28,7 +29,16 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from hmn_replay.avalanche.buffer import DecodedImages, add_to_minibatch, finish_images
-from hmn_replay.avalanche.losses import Loss, ReplayLoss, ReplayStep, find_loss, plain
+from hmn_replay.avalanche.losses import (
+    LOSSES,
+    RENEWALS,
+    Loss,
+    Renewal,
+    ReplayLoss,
+    ReplayStep,
+    find_loss,
+    plain,
+)
 from hmn_replay.avalanche.streams import (
     Gatherer,
     Normalization,
@@ -37,6 +47,7 @@ from hmn_replay.avalanche.streams import (
     find_normalization,
     isolated,
     read_experiences,
+    split_class_keys,
 )
 from hmn_replay.baselines.fill import choose_quality, jpeg_images, raw_images
 from hmn_replay.baselines.selection import SELECTIONS, select_images
@@ -80,25 +91,30 @@ AnyMemory = TypeVar("AnyMemory", bound=Memory)
 
 
 class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
-    """Trains on a memory's images beside the current experience's, and renews the memory after it.
+    """Trains on a memory's images beside the current experience's, and renews the memory with it.
 
     A subclass says how the memory is made: :meth:`update` makes it from an experience's images. Its
     classes are numbered by :func:`hmn_replay.avalanche.streams.class_key` (the label, where the
     task label is 0).
 
     ``mode="replay"``: each training mini-batch gets decoded images at its end, drawn uniformly and
-    none twice; :attr:`last_replay_size` and :attr:`replay_mask` tell them apart.
+    none twice; :attr:`last_replay_size` and :attr:`replay_mask` tell them apart. By default the
+    experience is made into the memory *before* it is trained on (``renew="before"``), so that
+    decoded images of its own classes are among them. Where new classes came as clean images alone
+    and old ones as decoded images alone, the network would learn to tell new from old by that.
     ``mode="memory_only"``, the protocol of GDumb and IDC: the first experience trains on its
     raw images and is condensed after that; every later one is condensed *before* training, and then
     the memory alone is trained on, under the strategy's own loss.
 
-    An online stream (``split_online_stream``) gives an experience in pieces. They are gathered, and
-    made into the memory when the next experience begins, where the stream shows that
-    (``access_task_boundaries=True``); at the end of a ``strategy.train(...)`` call with several
-    pieces; when :meth:`finish` is called, which a loop over single pieces has to do in the end; and
-    where a stream hides its borders, also each time that ``max_raw_images`` have come.
+    An online stream (``split_online_stream``) gives an experience in pieces, which can only be made
+    into the memory after they have been trained on. They are gathered, and made into it when the
+    next experience begins, where the stream shows that (``access_task_boundaries=True``); at the
+    end of a ``strategy.train(...)`` call with several pieces; when :meth:`finish` is called, which
+    a loop over single pieces has to do in the end; and where a stream hides its borders, also each
+    time that ``max_raw_images`` have come.
 
-    ``JointTraining``, which is given all experiences at once, makes all of them into one memory.
+    ``JointTraining``, which is given all experiences at once, makes all of them into one memory,
+    after training unless ``renew="before"`` is given: nothing in it is old.
 
     Images are read through the eval transforms. torchvision's ``Normalize`` among them is undone
     for the memory, and applied again to what is replayed; of the train transforms nothing is, as
@@ -121,11 +137,17 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             ``None``, the criterion of the whole mini-batch.
         loss: What the criterion's part of the loss becomes in steps that replay: a name in
             :data:`~hmn_replay.avalanche.losses.LOSSES` (``"plain"``, ``"balanced"``,
-            ``"asymmetric"``), or a callable that takes a
+            ``"separated"``, ``"asymmetric"``), or a callable that takes a
             :class:`~hmn_replay.avalanche.losses.ReplayStep`. The default, ``"auto"``, is
-            ``"balanced"`` where that can be, else ``"plain"``, with one warning: a criterion other
-            than ``CrossEntropyLoss`` without label smoothing, task labels above 0, or a strategy
-            with a loss of its own, such as DER, for which replayed images count as current ones.
+            ``"separated"`` where the memory is renewed before training, else ``"balanced"``. Where
+            neither can be it is ``"plain"``, with one warning: a criterion other than
+            ``CrossEntropyLoss`` without label smoothing, task labels above 0, or a strategy with a
+            loss of its own, such as DER, for which replayed images count as current ones.
+        renew: When an experience is made into the memory: ``"before"`` or ``"after"`` it is trained
+            on. The default, ``"auto"``, is ``"before"`` where the loss is ``"separated"``, which
+            needs it, or ``"auto"`` and can be that; else ``"after"``. Pieces of an online stream
+            are always ``"after"``, with a warning where ``"before"`` was asked for.
+            ``"memory_only"`` does not use it.
         normalization: ``(mean, std)`` that the benchmark's transforms apply. Default: ``None``,
             that of torchvision's ``Normalize`` in the eval transforms, or none.
         max_raw_images: Bound on the raw images gathered of an online experience. They do not count
@@ -141,17 +163,20 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     Attributes:
         memory: What was last made, or None. It may be set to a memory that was loaded.
         report: For each update a dict of JSON types: ``update`` (0, 1, ...), ``seconds``,
-            ``num_images``, ``images_per_class``, ``file_bytes``, ``loss_used``, and what
-            :meth:`update` adds.
+            ``num_images``, ``images_per_class``, ``file_bytes``, ``loss_used``, ``renew_used``, and
+            what :meth:`update` adds.
         loss_used: Name of the loss that the current or last experience was trained with: one of
             ``LOSSES``, a callable's name, or the name of a strategy with a loss of its own. None
             before the first.
+        renew_used: ``"before"`` or ``"after"``: when the current or last experience was made into
+            the memory. None before the first.
         last_replay_size: How many of the current mini-batch's images are replayed.
     """
 
     memory: Memory | None
     report: list[dict[str, Any]]
     loss_used: str | None
+    renew_used: str | None
     last_replay_size: int
 
     def __init__(
@@ -162,6 +187,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         replay_transform: Callable[[Tensor], Tensor] | None = None,
         replay_weight: float | None = None,
         loss: Loss = "auto",
+        renew: Renewal = "auto",
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -169,16 +195,17 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         progress: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        _check_settings(mode, batch_size_mem, max_raw_images, replay_weight, loss)
+        _check_settings(mode, batch_size_mem, max_raw_images, replay_weight, loss, renew)
         self.batch_size_mem, self.mode = batch_size_mem, mode
         self.replay_transform = replay_transform
-        self.replay_weight, self.loss = replay_weight, loss
+        self.replay_weight, self.loss, self.renew = replay_weight, loss, renew
         self.normalization = None if normalization is None else Normalization.of(normalization)
         if device is not None:
             resolve_device(device)
         self.device = device
         self.max_raw_images, self.seed, self.progress = max_raw_images, seed, progress
-        self.memory, self.report, self.loss_used = None, [], None
+        self.memory, self.report = None, []
+        self.loss_used = self.renew_used = None
         self.last_replay_size = 0
         self._gatherer = Gatherer(max_raw_images, seed)
         self._num_updates = self._num_steps = self._num_pieces = 0
@@ -191,6 +218,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._warned: set[str] = set()
         self._loss_now: ReplayLoss = plain
         self._current_counts: Tensor | None = None
+        self._own_counts = Counter[int]()
         self._decoded: DecodedImages | None = None
         _reattach_optim_modules()
 
@@ -281,26 +309,31 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Note the device, and check that the loss can be had."""
         self._device, self._model = torch.device(strategy.device), strategy.model
         self._num_pieces = 0
-        self._choose_loss(strategy, has_tasks=False)
+        self._settle(strategy, ())
 
     def before_train_dataset_adaptation(
         self, strategy: Strategy, *args: Any, **kwargs: Any
     ) -> None:
-        """Check the experience's data, and find its normalisation."""
-        self._is_renewed = False
+        """Check the experience's data, find its normalisation, and settle how to train on it."""
+        self._is_renewed, self._own_counts = False, Counter()
         if self.mode == "memory_only" and _is_piece(strategy, strategy.experience):
             raise ConfigError(
                 'mode="memory_only" condenses an experience before training, but an online stream '
                 'gives it in pieces: use mode="replay"'
             )
-        self._check_data(_experiences_of(strategy, strategy.experience))
+        experiences = _experiences_of(strategy, strategy.experience)
+        self._check_data(experiences)
+        self._settle(strategy, experiences)
 
     def after_train_dataset_adaptation(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
-        """In ``"memory_only"``, condense the experience, and train from the memory."""
-        if self.mode == "replay" or self.memory is None:
+        """Renew the memory, if it is before training; in ``"memory_only"``, train from it alone."""
+        if self.renew_used != "before":
             return
-        self._learn(strategy, strategy.experience)
+        images = self._learn(strategy, strategy.experience)
         self._is_renewed = True
+        if self.mode == "replay":
+            self._own_counts.update([] if images is None else images.labels.tolist())
+            return
         decoded = self._decode()
         assert decoded is not None
         strategy.adapted_dataset = decoded.as_dataset(self._found, with_tasks=self.has_task_labels)
@@ -314,22 +347,20 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             self._gather(experience)
         else:
             self.finish()
-        decoded = self._decode()
-        has_tasks = decoded is not None and bool(decoded.tasks.any())
-        for each in _experiences_of(strategy, experience):
-            has_tasks |= any(getattr(each, "task_labels", ()))
-        self._choose_loss(strategy, has_tasks=has_tasks)
+        self._decode()
+        self._settle(strategy, _experiences_of(strategy, experience))
 
     def before_training_iteration(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Add decoded images to the mini-batch, or augment those that it consists of."""
         mbatch = strategy.mbatch
         self._note_replayed(len(mbatch[0]), 0)
-        if self._is_renewed:
-            self._note_replayed(0, len(mbatch[0]))
-            if self.replay_transform is not None:
-                images = mbatch[0] if self._found is None else self._found.undo(mbatch[0])
-                mbatch[0] = finish_images(images.clamp(0, 1), self.replay_transform, self._found)
         if self.mode == "memory_only":
+            if self._is_renewed:
+                self._note_replayed(0, len(mbatch[0]))
+                if self.replay_transform is not None:
+                    images = mbatch[0] if self._found is None else self._found.undo(mbatch[0])
+                    images = images.clamp(0, 1)
+                    mbatch[0] = finish_images(images, self.replay_transform, self._found)
             return
         decoded = self._decode()
         if decoded is None or not len(decoded):
@@ -375,7 +406,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         strategy.loss = strategy.loss - strategy.criterion() + self._loss_now(step)
 
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
-        """Make the experience into the memory."""
+        """Make the experience into the memory, if that was not done before."""
         experience = strategy.experience
         if _is_piece(strategy, experience):
             self._end_piece(experience)
@@ -456,10 +487,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         with isolated(self._device, self.seed, "check"):
             self._item_length = check_experiences(experiences, self._found)
 
-    def _learn(self, strategy: Strategy, experience: Any) -> None:
+    def _learn(self, strategy: Strategy, experience: Any) -> LabelledImages | None:
         experiences = _experiences_of(strategy, experience)
-        if any(len(each.dataset) for each in experiences):
-            self._renew(self._read(experiences))
+        if not any(len(each.dataset) for each in experiences):
+            return None
+        images = self._read(experiences)
+        self._renew(images)
+        return images
 
     def _read(self, experiences: Sequence[Any]) -> LabelledImages:
         with isolated(self._device, self.seed, "read", self._num_updates):
@@ -487,6 +521,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             "update": index,
             **report,
             "loss_used": self.loss_used,
+            "renew_used": self.renew_used,
             "seconds": time.monotonic() - started,
             "num_images": memory.num_images,
             "images_per_class": list(memory.images_per_class),
@@ -504,36 +539,67 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 flush=True,
             )
 
-    def _choose_loss(self, strategy: Strategy, *, has_tasks: bool) -> None:
-        """Settle the loss of an experience: refuse, or warn of, one that cannot be had."""
+    def _settle(self, strategy: Strategy, experiences: Sequence[Any]) -> None:
+        """Settle loss and renewal for experiences, none of them before the first is known.
+
+        What was asked for and cannot be had is refused, or warned of.
+        """
         name, loss = find_loss(self.loss)
-        changes_logits = getattr(loss, "changes_logits", False)
-        reason = ""
+        reason = self._why_plain(strategy, name, loss, experiences)
+        is_joint = isinstance(strategy, JointTraining)
+        renew = self.renew
         if self.mode == "memory_only":
+            renew = "after" if self.memory is None else "before"
             name, loss = "plain", plain
-        elif not _has_plain_criterion(strategy):
+        elif renew == "auto":
+            is_wanted = self.loss != "auto" or not is_joint
+            renew = "before" if _needs_all_classes(loss) and is_wanted and not reason else "after"
+        if renew == "before" and any(_is_piece(strategy, each) for each in experiences):
+            renew = "after"
+            if self.renew == "before" or self.loss != "auto":
+                self._warn(
+                    "an online stream gives an experience in pieces, which cannot be made into the "
+                    'memory before they are trained on: renew="after"'
+                    + (', and so loss="balanced"' if _needs_all_classes(loss) else "")
+                )
+        if renew == "after" and _needs_all_classes(loss):
+            name, loss = "balanced", LOSSES["balanced"]
+        if reason:
+            if self.loss != "plain":
+                self._warn(f"replayed images are trained with the plain loss: {reason}")
+            name, loss = "plain", plain
+        self._loss_now, self.loss_used, self.renew_used = loss, name, renew
+        if not _has_plain_criterion(strategy):
+            self.loss_used = type(strategy).__name__
+
+    def _why_plain(
+        self, strategy: Strategy, name: str, loss: ReplayLoss, experiences: Sequence[Any]
+    ) -> str:
+        """Return why a loss cannot be had, or nothing; raise where it was asked for by name."""
+        changes_logits = getattr(loss, "changes_logits", False)
+        if self.mode == "memory_only":
+            return ""
+        if not _has_plain_criterion(strategy):
             reason = f"{type(strategy).__name__} has a loss of its own"
             if self.replay_weight is not None or self.loss not in ("auto", "plain"):
                 raise ConfigError(
                     f"{reason}, which replay_weight and loss cannot replace; leave them out, and "
                     "choose batch_size_mem instead"
                 )
-        elif changes_logits and not _is_cross_entropy(strategy._criterion):
+            return reason
+        if changes_logits and not _is_cross_entropy(strategy._criterion):
             reason = (
                 "the criterion is not nn.CrossEntropyLoss without label smoothing, but "
                 f"{strategy._criterion}"
             )
             if self.loss != "auto":
                 raise ConfigError(f"loss={name!r} changes the logits of a softmax: {reason}")
-        elif changes_logits and has_tasks:
-            reason = "task labels above 0 tell classes apart"
-        if reason:
-            if self.loss != "plain":
-                self._warn(f"replayed images are trained with the plain loss: {reason}")
-            name, loss = "plain", plain
-        self._loss_now, self.loss_used = loss, name
-        if not _has_plain_criterion(strategy):
-            self.loss_used = type(strategy).__name__
+            return reason
+        keys = torch.empty(0) if self.memory is None else self.memory.classes
+        has_tasks = any(any(getattr(each, "task_labels", ())) for each in experiences)
+        if changes_logits and (has_tasks or bool(split_class_keys(keys.long())[1].any())):
+            return "task labels above 0 tell classes apart"
+        return ""
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -548,7 +614,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def _count(self, labels: Tensor, num_classes: int) -> Tensor:
         """Count the labels of a mini-batch with those of its experience so far: ``(K,)``."""
         if self._current_counts is None:
-            seen = self._gatherer.num_seen
+            seen = self._gatherer.num_seen + self._own_counts
             keys, counts = torch.tensor(list(seen)), torch.tensor(list(seen.values()))
             counted = class_counts(keys.long(), counts.float(), num_classes)
             self._current_counts = counted.to(labels.device)
@@ -573,6 +639,7 @@ class ReplayOptions(TypedDict, total=False):
     replay_transform: Callable[[Tensor], Tensor] | None
     replay_weight: float | None
     loss: Loss
+    renew: Renewal
     normalization: tuple[Sequence[float], Sequence[float]] | None
     max_raw_images: int
     seed: int
@@ -583,7 +650,7 @@ class ReplayOptions(TypedDict, total=False):
 class HMNReplay(MemoryReplay):
     """Replays a learned memory, condensed by gradient matching, under a budget of bytes.
 
-    After each experience the memory is extended by :func:`hmn_replay.condense` with
+    With each experience the memory is extended by :func:`hmn_replay.condense` with
     ``memory=``: new classes get memories of their own, old ones give up instance memories, classes
     that come back are renewed, and the saved file stays within the budget.
 
@@ -602,6 +669,7 @@ class HMNReplay(MemoryReplay):
         replay_transform: Augments decoded images.
         replay_weight: Share of the replayed images in the loss.
         loss: Replay loss: ``"auto"``, a name in ``LOSSES`` or a callable.
+        renew: ``"before"``, ``"after"`` or ``"auto"``: when to condense an experience.
         normalization: ``(mean, std)`` that the benchmark's transforms apply.
         max_raw_images: Bound on the raw images gathered of an online experience.
         seed: Seed of every draw.
@@ -628,6 +696,7 @@ class HMNReplay(MemoryReplay):
         replay_transform: Callable[[Tensor], Tensor] | None = None,
         replay_weight: float | None = None,
         loss: Loss = "auto",
+        renew: Renewal = "auto",
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -641,6 +710,7 @@ class HMNReplay(MemoryReplay):
             replay_transform=replay_transform,
             replay_weight=replay_weight,
             loss=loss,
+            renew=renew,
             normalization=normalization,
             max_raw_images=max_raw_images,
             seed=seed,
@@ -714,6 +784,7 @@ class RealReplay(MemoryReplay):
         selection: Which images of a class stay longest: one of
             :data:`~hmn_replay.baselines.selection.SELECTIONS`, or a callable that takes an
             experience's images and the strategy's network, and returns their order, int64 ``(n,)``.
+            With ``renew="before"`` the network has not been trained on the experience yet.
         training: Training of the network that a selection by name needs, other than ``"random"``.
             Default: None, that of :func:`~hmn_replay.select_images`.
         **options: Those of :class:`MemoryReplay`.
@@ -861,19 +932,28 @@ def _check_settings(
     max_raw_images: int,
     replay_weight: float | None,
     loss: Loss,
+    renew: str,
 ) -> None:
     """Raise a ConfigError for settings of a plugin outside their ranges."""
     if mode not in MODES:
         raise ConfigError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-    find_loss(loss)
+    if renew not in RENEWALS:
+        raise ConfigError(f"renew must be one of {', '.join(RENEWALS)}; got {renew!r}")
+    name, function = find_loss(loss)
+    if renew == "after" and loss != "auto" and _needs_all_classes(function):
+        raise ConfigError(
+            f"loss={name!r} learns the current classes from decoded images: it needs "
+            'renew="before"; with renew="after" take loss="balanced"'
+        )
     for name, size in (("batch_size_mem", batch_size_mem), ("max_raw_images", max_raw_images)):
         if size is not None and (as_int(size) or 0) < 1:
             raise ConfigError(f"{name} must be a whole number of 1 or more; got {size!r}")
     if replay_weight is not None and not 0 <= replay_weight <= 1:
         raise ConfigError(f"replay_weight must be in [0, 1]; got {replay_weight!r}")
-    if mode == "memory_only" and (replay_weight is not None or loss not in ("auto", "plain")):
+    is_given = replay_weight is not None or loss not in ("auto", "plain") or renew != "auto"
+    if mode == "memory_only" and is_given:
         raise ConfigError(
-            "replay_weight and loss are for a memory beside raw images, which "
+            "replay_weight, loss and renew are for a memory beside raw images, which "
             'mode="memory_only" does not train on; leave them out'
         )
 
@@ -886,6 +966,10 @@ def _has_plain_criterion(strategy: Strategy) -> bool:
         and kind.criterion is SupervisedTemplate.criterion
         and not isinstance(strategy._criterion, BasePlugin)
     )
+
+
+def _needs_all_classes(loss: ReplayLoss) -> bool:
+    return getattr(loss, "needs_all_classes", False)
 
 
 def _is_cross_entropy(criterion: object) -> bool:

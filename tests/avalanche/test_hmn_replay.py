@@ -83,14 +83,18 @@ def test_an_online_stream_is_condensed_at_class_boundaries() -> None:
     assert replay.memory is not None and replay.memory.num_classes == 4
 
 
-@pytest.mark.parametrize("mode", ["replay", "memory_only"])
+@pytest.mark.parametrize(
+    "options",
+    [{"renew": "before"}, {"renew": "after"}, {"mode": "memory_only"}],
+    ids=["before", "after", "memory_only"],
+)
 def test_a_run_that_goes_on_from_avalanches_checkpoint_ends_with_the_same_bits(
-    mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As torch leaves its package when it is imported: dill then finds no optimizer's class.
     monkeypatch.delattr(torch.optim, "sgd", raising=False)
     stream = streams(num_experiences=3, data=Images((0, 1, 2))).train_stream
-    replay = make_replay(mode=mode)
+    replay = make_replay(**options)
     strategy = make_strategy([replay])
     for number in range(3):
         train(strategy, stream[number : number + 1], seed=number)
@@ -174,7 +178,7 @@ def test_a_training_under_autocast_is_condensed_in_full_precision() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             train(strategy, streams().train_stream)
             assert torch.is_autocast_enabled("cpu") == enabled
-        assert bool(weights(strategy).isfinite().all()) and replay.loss_used == "balanced"
+        assert bool(weights(strategy).isfinite().all()) and replay.loss_used == "separated"
         memories.append(_memory(replay))
     plain, under_autocast = memories
     assert plain.to_bytes() == under_autocast.to_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
@@ -52,9 +53,17 @@ def by_hand(step: ReplayStep, name: str) -> float:
     losses, weighted = [], []
     for position, label in enumerate(step.labels.tolist()):
         row = step.logits[position].tolist()
+        left_out: set[int] = set()
         if name == "balanced":
             row = [z + math.log(max(p, least)) for z, p in zip(row, shares, strict=True)]
-        left_out = {0, 1} if name == "asymmetric" and position < 4 else set()
+        elif name == "asymmetric" and position < 4:
+            left_out = {0, 1}
+        elif name == "separated":
+            counts = step.current_counts if position < 4 else step.memory_counts
+            lowest = min(count for count in counts.tolist() if count)
+            prior = [max(count, lowest) / float(counts.sum()) for count in counts.tolist()]
+            row = [z + math.log(p) for z, p in zip(row, prior, strict=True)]
+            left_out = {0, 1, 4} if position < 4 else set()
         total = sum(math.exp(z) for label, z in enumerate(row) if label not in left_out)
         losses.append(class_weights[label] * (math.log(total) - row[label]))
         weighted.append(class_weights[label])
@@ -66,7 +75,7 @@ def by_hand(step: ReplayStep, name: str) -> float:
     return float((6 if is_sum else 1) * ((1 - share) * current + share * replayed))
 
 
-@pytest.mark.parametrize("name", ["plain", "balanced", "asymmetric"])
+@pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize("weight", [None, 0.75])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("class_weights", [None, [1.0, 5.0, 0.5, 2.0, 1.0]])
@@ -74,7 +83,10 @@ def test_a_loss_is_that_of_its_formula(
     name: str, weight: float | None, reduction: str, class_weights: list[float] | None
 ) -> None:
     given = None if class_weights is None else torch.tensor(class_weights)
-    step = make_step(nn.CrossEntropyLoss(weight=given, reduction=reduction), weight)
+    changes: dict[str, Any] = {}
+    if name == "separated":
+        changes = {"memory_counts": torch.tensor([6.0, 2.0, 3.0, 5.0, 0.0])}
+    step = make_step(nn.CrossEntropyLoss(weight=given, reduction=reduction), weight, **changes)
     loss = LOSSES[name](step)
     assert loss.shape == ()
     assert loss.item() == pytest.approx(by_hand(step, name), rel=1e-5)
@@ -88,6 +100,22 @@ def test_a_weight_that_is_the_share_by_number_changes_nothing() -> None:
         for loss in LOSSES.values():
             expected = loss(make_step(criterion))
             assert torch.allclose(loss(make_step(criterion, weight=2 / 6)), expected)
+
+
+def test_separated_takes_images_of_other_classes_among_the_current_ones() -> None:
+    # As where ReplayPlugin of Avalanche puts old images into the experience's data.
+    step = make_step(current_counts=torch.tensor([0.0, 0.0, 3.0, 0.0, 0.0]))
+    loss = LOSSES["separated"](step)
+    assert 0 < loss.item() < 100
+
+
+def test_separated_current_images_leave_old_classes_alone() -> None:
+    step = make_step()
+    only_current = LOSSES["separated"](
+        dataclasses.replace(step, replay_weight=0.0, memory_counts=torch.ones(5))
+    )
+    (gradient,) = torch.autograd.grad(only_current, step.logits)
+    assert not gradient[:, [0, 1, 4]].any() and gradient[:4, [2, 3]].all()
 
 
 class Compare(SupervisedPlugin[Any]):
@@ -148,7 +176,7 @@ def test_the_shares_are_those_of_the_memory_and_of_the_experience_so_far(kind: s
         shift = torch.tensor([math.log(max(p, least)) for p in prior])
         return nn.functional.cross_entropy(outputs + shift, labels)
 
-    replay = KeepFirst(batch_size_mem=3)
+    replay = KeepFirst(batch_size_mem=3, renew="after")
     compare = Compare(replay, expected)
     stream = streams().train_stream
     if kind == "online":
@@ -160,8 +188,10 @@ def test_the_shares_are_those_of_the_memory_and_of_the_experience_so_far(kind: s
     assert replay.loss_used == "balanced"
 
 
-def trained(loss: Any, kind: str = "nc", **options: Any) -> tuple[Tensor, KeepFirst]:
-    replay = KeepFirst(batch_size_mem=3, loss=loss)
+def trained(
+    loss: Any, kind: str = "nc", renew: Any = "auto", **options: Any
+) -> tuple[Tensor, KeepFirst]:
+    replay = KeepFirst(batch_size_mem=3, loss=loss, renew=renew)
     strategy = make_strategy([replay], **options)
     train(strategy, streams(kind).train_stream)
     return weights(strategy), replay
@@ -188,7 +218,7 @@ def test_auto_is_plain_where_it_has_to_be_and_warns_once(
         kind, strategy = given.pop("kind", "nc"), given.pop("strategy", None)
         if strategy:
             given["kind"] = strategy
-        replay = KeepFirst(batch_size_mem=3, loss=loss)
+        replay = KeepFirst(batch_size_mem=3, loss=loss, renew="after")
         learner = make_strategy([replay], **given)
         train(learner, streams(kind).train_stream)
         assert replay.loss_used == used
@@ -203,23 +233,28 @@ def test_auto_is_plain_where_it_has_to_be_and_warns_once(
     assert torch.equal(found, run("plain"))
 
 
-def test_auto_is_balanced_where_that_can_be() -> None:
-    (auto, replay), (balanced, _), (plain, _) = map(trained, ("auto", "balanced", "plain"))
-    assert torch.equal(auto, balanced) and not torch.equal(auto, plain)
-    assert replay.loss_used == "balanced"
+@pytest.mark.parametrize(("renew", "loss"), [("before", "separated"), ("after", "balanced")])
+def test_auto_is_the_best_loss_that_can_be(renew: str, loss: str) -> None:
+    auto, replay = trained("auto", renew=renew)
+    assert (replay.loss_used, replay.renew_used) == (loss, renew)
+    assert torch.equal(auto, trained(loss, renew=renew)[0])
+    assert not torch.equal(auto, trained("plain", renew=renew)[0])
 
 
 def test_a_loss_that_was_asked_for_and_cannot_be_had_is_refused() -> None:
-    for loss in ("balanced", "asymmetric"):
+    for loss in ("balanced", "separated", "asymmetric"):
         with pytest.raises(ConfigError, match="without label smoothing"):
             trained(loss, criterion=SMOOTH)
     for options in ({"loss": "balanced"}, {"replay_weight": 0.5}):
         strategy = make_strategy([KeepFirst(**options)], ER_ACE, mem_size=8, batch_size_mem=4)
         with pytest.raises(ConfigError, match="ER_ACE has a loss of its own"):
             strategy.train(streams().train_stream[0])
-    for options in ({"loss": "asymmetric"}, {"loss": "balanced"}, {"replay_weight": 0.5}):
+    given: list[dict[str, Any]] = [{"loss": "asymmetric"}, {"loss": "separated"}]
+    for options in (*given, {"replay_weight": 0.5}, {"renew": "before"}):
         with pytest.raises(ConfigError, match="memory_only"):
             KeepFirst(mode="memory_only", **options)
+    with pytest.raises(ConfigError, match="loss='separated' learns the current classes"):
+        KeepFirst(loss="separated", renew="after")
 
 
 def test_task_labels_leave_nothing_to_balance() -> None:

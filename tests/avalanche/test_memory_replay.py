@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from hmn_replay.avalanche.plugin import (
     RawReplay,
     ReplayOptions,
 )
-from hmn_replay.errors import CheckpointError, ConfigError, DataError
+from hmn_replay.errors import CheckpointError, ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory import RawMemory
 from tests.streams import (
     SHAPE,
@@ -132,7 +133,7 @@ def test_counts_and_mask_tell_replayed_images_apart() -> None:
             assert mask[len(mask) - replay.last_replay_size :].all()
             seen.append(replay.last_replay_size)
 
-    replay = KeepFirst(per_class=2)
+    replay = KeepFirst(per_class=2, renew="after")
     train(make_strategy([replay, Check()]), streams().train_stream)  # type: ignore[no-untyped-call]
     # The memory holds 4 images, fewer than a mini-batch of 8.
     assert seen == [0, 0, 0, 4, 4, 4]
@@ -245,12 +246,14 @@ def test_normalised_images_are_kept_and_replayed_in_their_own_spaces(
 
     recorder = Recorder()
     replay = KeepFirst(
-        mode=mode, replay_transform=transform, normalization=(MEAN, STD) if given else None
+        mode=mode,
+        replay_transform=transform,
+        normalization=(MEAN, STD) if given else None,
     )
     train(make_strategy([replay, recorder]), streams(data=data).train_stream)
     pixels = {image.numpy().tobytes() for image in data.pixels}
     assert {image.numpy().tobytes() for image in pixels_of(replay)} <= pixels
-    assert len(seen) == 3 - (mode == "memory_only")
+    assert len(seen) == (2 if mode == "memory_only" else 6)
     assert all(float(images.min()) >= 0 and float(images.max()) <= 1 for images in seen)
     replayed = recorder.batches[-1][0][-4:]
     known = {normalise(image.flip(2).float() / 255) for image in data.pixels}
@@ -271,6 +274,7 @@ def test_values_outside_0_1_are_told_before_training() -> None:
     ("options", "message"),
     [
         ({"mode": "both"}, "mode must be one of"),
+        ({"renew": "never"}, "renew must be one of auto, before, after"),
         ({"loss": "balance"}, "loss must be a callable or one of auto, .* mean 'balanced'"),
         ({"batch_size_mem": 0}, "batch_size_mem must be a whole number"),
         ({"max_raw_images": 1.5}, "max_raw_images must be a whole number"),
@@ -405,6 +409,70 @@ def test_it_works_with_other_heads(head: nn.Module) -> None:
     assert bool(weights(strategy).isfinite().all())
 
 
+@pytest.mark.parametrize("kind", ["nc", "ci"])
+def test_renewed_before_training_images_of_all_classes_are_replayed(kind: str) -> None:
+    replay, recorder = KeepFirst(batch_size_mem=12), Recorder()
+    strategy = make_strategy([replay, recorder])
+    for number, experience in enumerate(streams(kind).train_stream):
+        recorder.batches.clear()
+        strategy.train(experience)
+        assert len(replay.report) == number + 1  # once, not again after training
+        replayed = 6 * (number + 1)
+        assert all(len(batch[0]) - replayed in (8, 4) for batch in recorder.batches)
+        for batch in recorder.batches:
+            assert sorted(batch[1][-replayed:].tolist()) == sorted([*range(2 * number + 2)] * 3)
+    assert replay.renew_used == "before" and replay.loss_used == "separated"
+
+
+def test_classes_that_come_again_are_replayed_as_they_are_renewed() -> None:
+    replay, recorder = KeepFirst(batch_size_mem=100), Recorder()
+    train(make_strategy([replay, recorder]), labelled_streams((0, 1), (1, 2), (0, 1)).train_stream)
+    assert sorted(recorder.batches[-1][1][-9:].tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [images.classes.tolist() for images in replay.given] == [[0, 1], [1, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("options", [{}, {"renew": "before"}, {"loss": "separated"}])
+def test_pieces_are_made_into_the_memory_after_training_whatever_was_asked_for(
+    options: dict[str, Any],
+) -> None:
+    online = in_pieces(streams().train_stream, 5, access_task_boundaries=True)
+    replay = KeepFirst(**options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(make_strategy([replay]), online)
+    told = [str(each.message) for each in caught if "in pieces" in str(each.message)]
+    assert len(told) == len(options)
+    assert all('renew="after", and so loss="balanced"' in message for message in told)
+    assert (replay.renew_used, replay.loss_used) == ("after", "balanced")
+    assert replay.report[0]["renew_used"] == "after" and replay.finish()
+
+
+def test_joint_training_may_have_its_memory_before() -> None:
+    replay, recorder = KeepFirst(renew="before", batch_size_mem=12), Recorder()
+    make_strategy([replay, recorder], JointTraining).train(streams().train_stream)
+    assert len(replay.report) == 1 and replay.loss_used == "separated"
+    assert sorted(recorder.batches[0][1][-12:].tolist()) == sorted([0, 1, 2, 3] * 3)
+    by_itself = KeepFirst()
+    make_strategy([by_itself], JointTraining).train(streams().train_stream)
+    assert by_itself.renew_used == "after"
+
+
+def test_an_experience_without_a_loss_of_ours_may_be_renewed_before() -> None:
+    replay, recorder = KeepFirst(renew="before", loss="plain", batch_size_mem=4), Recorder()
+    model = make_multi_head_model()
+    train(make_strategy([replay, recorder], model=model), streams("nc_tasks").train_stream)
+    assert replay.renew_used == "before" and replay.loss_used == "plain"
+    tasks = torch.cat([batch[2][-4:] for batch in recorder.batches[-3:]])
+    assert set(tasks.tolist()) == {0, 1}
+    automatic = KeepFirst()
+    with pytest.warns(HMNReplayWarning, match="task labels above 0"):
+        train(
+            make_strategy([automatic], model=make_multi_head_model()),
+            streams("nc_tasks").train_stream,
+        )
+    assert (automatic.renew_used, automatic.loss_used) == ("after", "plain")
+
+
 @pytest.mark.parametrize("size", [5, 1])
 def test_online_pieces_are_condensed_where_the_next_experience_begins(size: int) -> None:
     benchmark = streams(data=Images(each=20))
@@ -469,7 +537,7 @@ def test_labels_may_be_any_integers() -> None:
 
 
 def test_images_of_another_size_than_the_minibatch_are_refused() -> None:
-    replay = KeepFirst()
+    replay = KeepFirst(renew="after")
     strategy = make_strategy([replay])
     strategy.train(streams().train_stream[0])
     small = torch.zeros(4, 3, 8, 9, dtype=torch.uint8)
@@ -508,7 +576,7 @@ def test_integer_minibatches_are_refused() -> None:
 
 
 def test_a_set_memory_is_replayed() -> None:
-    replay, recorder = KeepFirst(batch_size_mem=2), Recorder()
+    replay, recorder = KeepFirst(batch_size_mem=2, renew="after"), Recorder()
     replay.memory = raw_memory(torch.zeros(4, *SHAPE, dtype=torch.uint8), torch.zeros(4).long())
     make_strategy([replay, recorder]).train(streams().train_stream[1])
     assert all(int(batch[0][-2:].count_nonzero()) == 0 for batch in recorder.batches)
@@ -521,7 +589,8 @@ def test_the_report_says_what_each_update_did() -> None:
     first = replay.report[0]
     assert first["images_per_class"] == [3, 3] and first["num_images"] == 6
     assert first["file_bytes"] > 6 * 192 and first["seconds"] >= 0
-    assert first["index"] == 0 and first["loss_used"] == "balanced"
+    assert first["index"] == 0
+    assert (first["loss_used"], first["renew_used"]) == ("separated", "before")
     # Seeded draws inside an update differ from one to the next.
     assert first["draw"] != replay.report[1]["draw"]
 

@@ -52,7 +52,7 @@ def test_images_stay_byte_for_byte_and_the_file_stays_full(make: Any, options: A
         before = images
     assert memory.classes.tolist() == [0, 1, 2, 3, 4, 5]
     assert isinstance(memory, RawMemory if make is RawReplay else JPEGMemory)
-    assert replay.loss_used == "balanced" == replay.report[-1]["loss_used"]
+    assert replay.loss_used == "separated" == replay.report[-1]["loss_used"]
 
 
 @pytest.mark.parametrize(("make", "options"), KINDS)

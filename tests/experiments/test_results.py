@@ -58,7 +58,8 @@ def test_unfinished_and_single_rows_have_no_forgetting() -> None:
 
 def run_of(final: float, *, forgetting: float | None = 0.25) -> dict[str, Any]:
     return {
-        "loss_used": "balanced",
+        "loss_used": "separated",
+        "renew_used": "before",
         "memory_bytes": 2000,
         "memory_images": 30,
         "final_accuracy": final,
@@ -82,7 +83,8 @@ def test_table_ranks_by_mean_and_leaves_failures_out() -> None:
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells == [
         "hmn",
-        "balanced",
+        "separated",
+        "before",
         "2,000",
         "30",
         "70.0 ± 14.1",
@@ -92,7 +94,7 @@ def test_table_ranks_by_mean_and_leaves_failures_out() -> None:
         "12",
         "1,234",
     ]
-    assert [cell.strip() for cell in lines[2].split("|")][7] == "-"
+    assert [cell.strip() for cell in lines[2].split("|")][8] == "-"
     assert len({len(line) for line in lines}) == 1
 
 

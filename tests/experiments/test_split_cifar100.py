@@ -54,6 +54,7 @@ def fake_strategies(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         memory_use=memory_use,
         memory_images=memory_images,
         loss_used=lambda strategy: "plain",
+        renew_used=lambda strategy: None,
     )
     monkeypatch.setitem(sys.modules, "strategies", fake)
     return calls
@@ -138,7 +139,16 @@ def test_bad_arguments_are_refused_at_once(
 
 def test_settings_reach_the_strategies(tmp_path: Path, fake_strategies: dict[str, Any]) -> None:
     arguments = ["--smoke", "--strategies", "naive", "--lr", "0.2", "--mode", "memory_only"]
-    arguments += ["--batch-size-mem", "7", "--expected-classes", "10", "--out", str(tmp_path)]
+    arguments += [
+        "--renew",
+        "after",
+        "--batch-size-mem",
+        "7",
+        "--expected-classes",
+        "10",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(arguments) == 0
     ((_, settings),) = fake_strategies["built"]
     expected = {
@@ -147,6 +157,7 @@ def test_settings_reach_the_strategies(tmp_path: Path, fake_strategies: dict[str
         "batch_size_mem": 7,
         "expected_classes": 10,
         "loss": "auto",
+        "renew": "after",
     }
     assert settings.items() >= {**expected, "image_shape": (1, 8, 8), "num_classes": 10}.items()
     assert "outer_steps" not in settings
@@ -201,12 +212,13 @@ def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
         assert 0 <= run["memory_bytes"] <= 4096, name
         assert 0 <= run["final_accuracy"] <= 1 and 0 <= run["average_accuracy"] <= 1
         assert run["train_seconds"] > 0 and run["memory_seconds"] >= 0
-        assert run["loss_used"] in ("balanced", "plain", "DER", "ER_ACE")
+        assert run["loss_used"] in ("separated", "plain", "DER", "ER_ACE")
+        assert run["renew_used"] in ("before", None)
         assert run["peak_rss_bytes"] > 2**20 and math.isfinite(run["peak_rss_bytes"])
     # Every memory of this package is replayed under the same loss, and is in a file.
     for name in ("hmn", "jpeg", "raw", "herding"):
         run, path = report["results"][name]["0"], tmp_path / f"memory-{name}-seed0.hmn"
-        assert run["loss_used"] == "balanced"
+        assert (run["loss_used"], run["renew_used"]) == ("separated", "before")
         assert path.stat().st_size == run["memory_bytes"]
         assert hmn_replay.load(path).num_images == run["memory_images"]
     assert (tmp_path / "accuracy.png").exists() and (tmp_path / "memory.png").exists()

@@ -30,14 +30,16 @@ def test_a_file_is_measured_whole() -> None:
 
 
 @pytest.mark.parametrize("name", strategies.NAMES)
-def test_the_loss_is_named(name: str) -> None:
+def test_loss_and_renewal_are_named(name: str) -> None:
     strategy = build(name)
     stream = make_stream(num_per_class=4, num_experiences=2)
     for step in [stream] if name == "joint" else stream:
         strategy.train(step)
     expected = {"derpp": "DER", "er_ace": "ER_ACE"}
-    expected |= dict.fromkeys(("hmn", "jpeg", "raw", "herding"), "balanced")
+    expected |= dict.fromkeys(("hmn", "jpeg", "raw", "herding"), "separated")
     assert strategies.loss_used(strategy) == expected.get(name, "plain")
+    renewed = "before" if name in ("hmn", "jpeg", "raw", "herding") else None
+    assert strategies.renew_used(strategy) == renewed
 
 
 def test_all_memories_of_this_package_are_replayed_with_the_loss_that_is_asked_for() -> None:
@@ -45,5 +47,6 @@ def test_all_memories_of_this_package_are_replayed_with_the_loss_that_is_asked_f
         strategy = build(name, loss="asymmetric")
         strategy.train(make_stream(num_per_class=4, num_experiences=1)[0])
         assert strategies.loss_used(strategy) == "asymmetric"
+        assert strategies.renew_used(strategy) == "after"
         with pytest.raises(ConfigError, match="loss must be"):
             build(name, loss="assymetric")
