@@ -1,4 +1,4 @@
-"""The two figures that `split_cifar100.py` makes of its results."""
+"""The figures that `split_cifar100.py` makes of its results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from experiments.results import deviation, finished
+from experiments.results import called_new, deviation, finished
 from hmn_replay.files import write_atomically
 
 if TYPE_CHECKING:
@@ -140,6 +140,46 @@ def draw_memories(report: dict[str, Any], folder: Path, path: Path) -> None:
             loc="left",
         )
         axes.axis("off")
+    save(figure, path)
+
+
+def draw_shortcut(report: dict[str, Any], path: Path) -> None:
+    """Draw how many images of old classes each strategy calls new: clean, coded and decoded ones.
+
+    Nothing is written where no run has measured it.
+    """
+    from matplotlib.figure import Figure
+
+    reports = {
+        name: [run["shortcut"] for run in runs if run.get("shortcut")]
+        for name, runs in finished(report["results"]).items()
+    }
+    reports = {name: found for name, found in reports.items() if found}
+    if not reports:
+        return
+    kinds = {
+        "clean": ("test images as they are", "tab:blue"),
+        "codec": ("test images through the memory's codec", "tab:orange"),
+        "decoded": ("the memory's own images", "tab:gray"),
+    }
+    figure = Figure(figsize=(8, 0.6 * len(reports) + 1.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for offset, (images, (label, colour)) in enumerate(kinds.items()):
+        shares = [called_new(found, images) for found in reports.values()]
+        rows = [row for row, share in enumerate(shares) if share is not None]
+        axes.barh(
+            [row + 0.27 * (offset - 1) for row in rows],
+            [100 * share for share in shares if share is not None],
+            height=0.25,
+            label=label,
+            color=colour,
+        )
+    balanced = next(iter(reports.values()))[0]["balanced_share"]
+    axes.axvline(100 * balanced, color="black", linestyle="--", lw=1, label="balanced share")
+    axes.set_yticks(range(len(reports)), list(reports))
+    axes.invert_yaxis()
+    axes.set_xlabel("images of old classes that are called one of the newest (%)")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     save(figure, path)
 
 

@@ -108,7 +108,7 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
     """Return a Markdown table of the strategies, best first; accuracies in percent."""
     title = (
         "strategy, loss, renewed, memory bytes, images, final accuracy %, average accuracy %, "
-        "forgetting %"
+        "forgetting %, old called new % (through the codec)"
     )
     rows = [f"{title}, seeds, training s, memory s".split(", ")]
     for name, runs in finished(results).items():
@@ -124,12 +124,30 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
                 f"{statistics.fmean(accuracies):.1f} ± {deviation(accuracies):.1f}",
                 f"{100 * mean_of(runs, 'average_accuracy'):.1f}",
                 f"{100 * mean_of(runs, 'forgetting'):.1f}" if has_forgetting else "-",
+                _shortcut_cell([run["shortcut"] for run in runs]),
                 str(len(runs)),
                 f"{mean_of(runs, 'train_seconds'):,.0f}",
                 f"{mean_of(runs, 'memory_seconds'):,.0f}",
             ]
         )
     return markdown_table(rows)
+
+
+def called_new(reports: Sequence[dict[str, Any] | None], images: str) -> float | None:
+    """Return the mean share of old classes' images that are called new; None where not measured.
+
+    Args:
+        reports: What `hmn_replay.shortcut_report` returned, one a run.
+        images: `clean`, `codec` or `decoded`.
+    """
+    found = [report[images]["called_new"] for report in reports if report and report[images]]
+    return statistics.fmean(found) if found else None
+
+
+def _shortcut_cell(reports: Sequence[dict[str, Any] | None]) -> str:
+    clean, codec = called_new(reports, "clean"), called_new(reports, "codec")
+    cell = "-" if clean is None else f"{100 * clean:.1f}"
+    return cell if codec is None else f"{cell} ({100 * codec:.1f})"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

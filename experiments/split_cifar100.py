@@ -13,10 +13,14 @@ memories of this package are replayed under the same loss and renewed at the sam
 names these, and the losses of the other strategies, as loss_used and renew_used. The older protocol
 is --renew after --loss balanced.
 
-Written to OUT: results.json, after every finished run; accuracy.png and memory.png (or other
---formats); and the memory file of each run that has one, memory-hmn-seed0.hmn. With --resume, runs
-that OUT/results.json holds already are kept. The exit code is 1 if a strategy failed; its error is
-in results.json.
+After the last experience it is measured whether a network takes artefacts of the memory for age:
+how many clean test images of old classes it calls one of the newest, and how many of them once they
+have been through the memory's codec (hmn_replay.shortcut_report; shortcut in results.json).
+
+Written to OUT: results.json, after every finished run; accuracy.png, memory.png and shortcut.png
+(or other --formats); and the memory file of each run that has one, memory-hmn-seed0.hmn. With
+--resume, runs that OUT/results.json holds already are kept. The exit code is 1 if a strategy
+failed; its error is in results.json.
 """
 
 from __future__ import annotations
@@ -207,11 +211,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_atomically(results_path, json.dumps(report, indent=1).encode())
 
     # ------------------------------------------------------------------------ figures and a table
-    from experiments.figures import draw_accuracy, draw_memories
+    from experiments.figures import draw_accuracy, draw_memories, draw_shortcut
 
     for suffix in formats:
         draw_accuracy(report, args.out / f"accuracy.{suffix}")
         draw_memories(report, args.out, args.out / f"memory.{suffix}")
+        draw_shortcut(report, args.out / f"shortcut.{suffix}")
     print("\n" + make_table(results))
     print(f"\nIn {args.out}: " + ", ".join(sorted(path.name for path in args.out.glob("[!.]*"))))
     failed = [name for name in names for seed in seeds if "error" in results[name][str(seed)]]
@@ -297,13 +302,18 @@ def run(
             flush=True,
         )
 
+    kept = [getattr(plugin, "memory", None) for plugin in strategy.plugins]
+    memory = next((each for each in kept if isinstance(each, hmn_replay.Memory)), None)
+    shortcut = None
+    if len(sizes) > 1:
+        shortcut = hmn_replay.shortcut_report(
+            strategy, memory, test, new_classes=order[-sizes[-1] :], real_set=train, seed=seed
+        )
     images, labels = strategies.memory_images(strategy)
     if len(images):
         save_samples(images, labels, args.out / f"memory-{name}-seed{seed}.png")
-    for plugin in strategy.plugins:
-        memory = getattr(plugin, "memory", None)
-        if isinstance(memory, hmn_replay.Memory):
-            memory.save(args.out / f"memory-{name}-seed{seed}.hmn")
+    if memory is not None:
+        memory.save(args.out / f"memory-{name}-seed{seed}.hmn")
     return {
         "loss_used": strategies.loss_used(strategy),
         "renew_used": strategies.renew_used(strategy),
@@ -311,6 +321,7 @@ def run(
         "memory_images": use.num_images,
         "accuracy_matrix": matrix,
         **summary,
+        "shortcut": shortcut,
         "train_seconds": seconds - use.seconds,
         "memory_seconds": use.seconds,
         "peak_rss_bytes": peak_memory_bytes(torch.device("cpu")),

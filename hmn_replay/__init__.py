@@ -58,6 +58,7 @@ from hmn_replay.objectives import (
     trajectory_matching,
 )
 from hmn_replay.objectives.trajectories import record_experts
+from hmn_replay.shortcut import shortcut_report
 from hmn_replay.training.networks import NETWORKS, build_network
 from hmn_replay.training.train import TrainingConfig, train_network
 
@@ -132,6 +133,7 @@ __all__ = [
     "record_experts",
     "register_memory",
     "select_images",
+    "shortcut_report",
     "train_network",
     "trajectory_matching",
 ]

@@ -96,6 +96,10 @@ class RealMemory(Memory):
         """``(C, H, W)`` of an image."""
         return self._image_shape
 
+    def recode(self, images: Tensor) -> Tensor:
+        """Return images as the memory would give them back: encoded and decoded, uint8 both."""
+        return self._read(self.encode(images))
+
     @property
     def file_bytes(self) -> int:
         """The exact size of the file that :meth:`save` writes."""

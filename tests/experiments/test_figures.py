@@ -9,7 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.figures import SAMPLES, draw_accuracy, draw_memories, save_samples
+from experiments.figures import (
+    SAMPLES,
+    draw_accuracy,
+    draw_memories,
+    draw_shortcut,
+    save_samples,
+)
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -83,6 +89,22 @@ def test_memories_are_drawn_where_there_are_some(tmp_path: Path, report: dict[st
     save_samples(images, torch.arange(4), tmp_path / "memory-joint-seed0.png")
     draw_memories(report, tmp_path, tmp_path / "memory.png")
     assert size_of(tmp_path / "memory.png")[1] > one_row
+
+
+def test_the_shortcut_is_drawn_where_it_was_measured(
+    tmp_path: Path, report: dict[str, Any]
+) -> None:
+    draw_shortcut(report, tmp_path / "shortcut.png")
+    assert not (tmp_path / "shortcut.png").exists()
+    shares = {"called_new": 0.4}
+    shortcut = {"balanced_share": 0.3, "clean": shares, "codec": None, "decoded": shares}
+    for run in report["results"]["raw"].values():
+        run["shortcut"] = shortcut
+    draw_shortcut(report, tmp_path / "shortcut.png")
+    one_row = size_of(tmp_path / "shortcut.png")[1]
+    report["results"]["joint"]["0"]["shortcut"] = shortcut | {"decoded": None, "codec": shares}
+    draw_shortcut(report, tmp_path / "shortcut.png")
+    assert size_of(tmp_path / "shortcut.png")[1] > one_row
 
 
 def test_the_suffix_chooses_the_format(tmp_path: Path, report: dict[str, Any]) -> None:

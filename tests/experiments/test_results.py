@@ -65,6 +65,7 @@ def run_of(final: float, *, forgetting: float | None = 0.25) -> dict[str, Any]:
         "final_accuracy": final,
         "average_accuracy": 0.75,
         "forgetting": forgetting,
+        "shortcut": {"clean": {"called_new": 0.448}, "codec": {"called_new": 0.006}},
         "train_seconds": 12.0,
         "memory_seconds": 1234.0,
     }
@@ -90,6 +91,7 @@ def test_table_ranks_by_mean_and_leaves_failures_out() -> None:
         "70.0 ± 14.1",
         "75.0",
         "25.0",
+        "44.8 (0.6)",
         "2",
         "12",
         "1,234",

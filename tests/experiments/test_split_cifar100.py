@@ -86,7 +86,9 @@ def test_failures_leave_the_others_their_results(
     printed = capsys.readouterr()
     assert "this one breaks" in printed.err and "failed: broken, greedy" in printed.err
     assert "| naive |" in printed.out.replace("   ", "")
-    assert (out / "accuracy.png").exists() and (out / "memory.png").exists()
+    shortcut = results["naive"]["0"]["shortcut"]
+    assert 0 <= shortcut["clean"]["called_new"] <= 1 and shortcut["balanced_share"] == 0.5
+    assert {path.stem for path in out.glob("*.png")} > {"accuracy", "memory", "shortcut"}
 
 
 def test_resume_runs_only_what_is_missing(tmp_path: Path, fake_strategies: dict[str, Any]) -> None:
@@ -172,6 +174,7 @@ def test_experiences_may_differ_by_a_class(tmp_path: Path, fake_strategies: dict
     assert [sum(value is not None for value in row) for row in matrix] == [1, 2, 3, 4]
     assert {path.name for path in tmp_path.glob("*.*")} == {
         "results.json", "accuracy.svg", "accuracy.pdf", "memory.svg", "memory.pdf",
+        "shortcut.svg", "shortcut.pdf",
         "memory-naive-seed0.png",
     }  # fmt: skip
 
@@ -220,5 +223,8 @@ def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
         run, path = report["results"][name]["0"], tmp_path / f"memory-{name}-seed0.hmn"
         assert (run["loss_used"], run["renew_used"]) == ("separated", "before")
         assert path.stat().st_size == run["memory_bytes"]
+        shortcut = run["shortcut"]
+        assert 0 <= shortcut["decoded"]["called_new"] <= 1
+        assert (shortcut["codec"] is None) == (name == "hmn")
         assert hmn_replay.load(path).num_images == run["memory_images"]
     assert (tmp_path / "accuracy.png").exists() and (tmp_path / "memory.png").exists()

@@ -20,7 +20,7 @@ def test_settings_reach_the_plugin() -> None:
     assert (replay.batch_size_mem, replay.seed, replay.mode) == (5, 3, "memory_only")
     assert replay.expected_classes == 6
     assert replay.config == make_config("standard", **OPTIONS["hmn"])
-    assert replay.device is None and replay.loss == "plain"
+    assert replay.device is None and replay.loss == "auto"
 
 
 def test_a_wrong_value_is_refused_before_training() -> None:
