@@ -57,7 +57,7 @@ class Settings(BaseModel):
                 return None
             if get_origin(kind) is tuple:
                 return tuple(word.strip() for word in value.split(",") if word.strip())
-        if isinstance(value, bool) and kind is not bool:
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise PydanticCustomError("bool", "Input should be a number or a text, no bool")
         if get_origin(kind) is tuple and (callable(value) or isinstance(value, int | float)):
             return (value,)

@@ -2,6 +2,7 @@
 
 commands:
   matching          a step of gradient matching, against the published one
+  training          a training step, compiled, against the plain one
   objectives        a call of each objective, in time and in memory
   decode            decoding a memory, and training through its decoder
   replay            a training step with HMNReplay, with Avalanche's ReplayPlugin, with none
@@ -34,6 +35,7 @@ from hmn_replay.files import check_target, write_atomically
 # Modules are imported when they are asked for: Avalanche, which one of them needs, takes seconds.
 MODULES = {
     "matching": "matching",
+    "training": "training",
     "objectives": "objectives",
     "decode": "decode",
     "replay": "replay",

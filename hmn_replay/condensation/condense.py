@@ -30,6 +30,7 @@ from hmn_replay.runtime import (
     resolve_precision,
     without_autocast,
 )
+from hmn_replay.training.train import resolve_compile
 
 __all__ = ["condense"]
 
@@ -98,7 +99,8 @@ def condense(
 
     Returns:
         The memory, on ``device``. ``memory.report`` is a dict of JSON values: the settings (the
-        precision as it was resolved), ``seconds``, and for each phase ``seconds``, ``images``,
+        precision as it was resolved, and ``compile`` False in place of "auto" where nothing can be
+        compiled), ``seconds``, and for each phase ``seconds``, ``images``,
         ``images_per_second`` and ``peak_memory_bytes`` (so far); ``warm_start_psnr`` in dB (None
         without a warm start); ``beta`` (None where nothing was pruned) and ``beta_accuracies``, in
         [0, 1] on held-out real images (empty without a search); ``student_rate``, the learning rate
@@ -152,7 +154,9 @@ def condense(
             f"and options ask for {number_format} and {data.image_shape}"
         )
     config = config.replace(
-        number_format=number_format, precision=resolve_precision(config.precision, target)
+        number_format=number_format,
+        precision=resolve_precision(config.precision, target),
+        compile=resolve_compile(config.compile, target),
     )
     with (
         torch.enable_grad(),

@@ -14,7 +14,7 @@ from hmn_replay.registry import UnknownNameError, name_of
 from hmn_replay.runtime import PRECISIONS
 from hmn_replay.settings import Settings, check_options, one_of
 from hmn_replay.training.networks import NETWORKS, NetworkFactory
-from hmn_replay.training.train import TrainingConfig
+from hmn_replay.training.train import Compile, TrainingConfig
 
 __all__ = ["EFFORTS", "CondenseConfig", "make_config", "parse_option"]
 
@@ -23,6 +23,8 @@ _AtLeast1 = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Seconds = Annotated[float, Field(gt=0)]
 _Rate = Annotated[float, Field(gt=0)]
+# In so many seconds of matching, networks train long enough to gain the seconds of compiling.
+_WORTH_COMPILING_SECONDS = 300.0
 _Augmentation = Annotated[str, one_of("augmentation", STRATEGIES)]
 
 
@@ -174,6 +176,11 @@ class CondenseConfig(Settings):
     """Precision of decoder and networks: float32, bfloat16 (autocast), or auto for bfloat16 just
     where the processor multiplies it natively."""
 
+    compile: Compile = "auto"
+    """Whether training steps of matched networks, experts and pruning networks are compiled by
+    torch.compile: True, False, or auto; see TrainingConfig. With auto, those of matched networks
+    are not where the networks differ in architecture or max_seconds is below 300."""
+
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     """Seconds between checkpoints; 0 for one after every step. It does not change the result."""
 
@@ -192,6 +199,18 @@ class CondenseConfig(Settings):
         return self.outer_steps * self.inner_steps
 
     @property
+    def network_training(self) -> TrainingConfig:
+        """What the matched networks' training has in common with others."""
+        is_short = self.max_seconds is not None and self.max_seconds < _WORTH_COMPILING_SECONDS
+        is_eager = is_short or len(set(self.network)) > 1
+        return TrainingConfig(
+            network=self.network[0],
+            width=self.network_width,
+            precision=self.precision,
+            compile=False if self.compile == "auto" and is_eager else self.compile,
+        )
+
+    @property
     def pruning_training(self) -> TrainingConfig:
         """The training that AUM and beta come from."""
         return TrainingConfig(
@@ -201,6 +220,7 @@ class CondenseConfig(Settings):
             augmentations=self.pruning_augmentations,
             cutmix_probability=self.network_cutmix_probability,
             precision=self.precision,
+            compile=self.compile,
         )
 
     @property
@@ -213,6 +233,7 @@ class CondenseConfig(Settings):
             learning_rate=self.expert_learning_rate,
             augmentations=self.augmentations,
             precision=self.precision,
+            compile=self.compile,
         )
 
 

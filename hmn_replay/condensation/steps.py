@@ -26,7 +26,13 @@ from hmn_replay.objectives import Objective, get_objective
 from hmn_replay.objectives.trajectories import trajectory_matching
 from hmn_replay.runtime import autocast, make_generator
 from hmn_replay.training.networks import Network, build_network
-from hmn_replay.training.train import add_gradients, draw_batch, draw_epoch
+from hmn_replay.training.train import (
+    CompiledLoss,
+    add_gradients,
+    compiled_loss,
+    draw_batch,
+    draw_epoch,
+)
 
 __all__ = [
     "RealImages",
@@ -104,9 +110,18 @@ class StepContext:
     rate_control: RateControl | None = None
     team: Team = ALONE
     objective: Objective = field(init=False)
+    compiled: CompiledLoss | None = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objective", get_objective(self.config.objective))
+        config = self.config
+        compiled = compiled_loss(
+            config.network_training,
+            self.memory.layout.image_shape,
+            config.num_steps * config.network_images,
+            self.device,
+        )
+        object.__setattr__(self, "compiled", compiled)
 
     @property
     def device(self) -> torch.device:
@@ -400,7 +415,14 @@ def train_step(
         )
         learner.zero_grad()
         add_gradients(
-            network, batch, labels_a, labels_b, lam, precision=config.precision, team=context.team
+            network,
+            batch,
+            labels_a,
+            labels_b,
+            lam,
+            precision=config.precision,
+            team=context.team,
+            compiled=context.compiled,
         )
         learner.step()
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_serializer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from hmn_replay.data.augment import STRATEGIES, cutmix, draw_augmentation
@@ -27,17 +26,29 @@ from hmn_replay.runtime import (
     resolve_device,
 )
 from hmn_replay.settings import Settings, one_of
+from hmn_replay.training._compiled import (
+    Compile,
+    CompiledLoss,
+    can_compile,
+    compiling_pays,
+    mixes_images,
+    resolve_compile,
+)
 from hmn_replay.training.networks import NETWORKS, Network, NetworkFactory, build_network
 
 __all__ = [
     "SCHEDULES",
+    "Compile",
+    "CompiledLoss",
     "TrainingConfig",
     "add_gradients",
+    "compiled_loss",
     "cosine_rate",
     "draw_batch",
     "draw_epoch",
     "make_network",
     "mixed_loss",
+    "resolve_compile",
     "train_network",
 ]
 
@@ -105,6 +116,13 @@ class TrainingConfig(Settings):
     """Precision of the network's computations: float32; bfloat16 for autocast, which is less exact;
     or auto, for bfloat16 where the processor multiplies it natively."""
 
+    compile: Compile = "auto"
+    """Whether steps are compiled by torch.compile, which makes them faster, most so in bfloat16,
+    after a minute of compiling, or seconds where torch has the result on disk from before: True,
+    False, or auto for a ConvNet on a CPU with a C++ compiler, where the training is long enough to
+    gain. Both ways agree but for rounding. Where compiling fails, there is a warning, and steps
+    are not compiled."""
+
     @field_serializer("network")
     def _named(self, network: Any) -> str:
         """Return a function by its name, so that reports have JSON's types."""
@@ -171,6 +189,7 @@ def train_network(
     epoch_images = min(config.epoch_images or len(images), len(images))
     num_epochs = max(1, round(config.num_passes / epoch_images))
     num_seen, num_passes = 0, num_epochs * max(2, epoch_images)
+    compiled = compiled_loss(config, images.shape[1:], num_passes, device)
     total_loss = torch.zeros((), device=device)
     with (
         deterministic_cudnn(),
@@ -211,6 +230,7 @@ def train_network(
                     lam,
                     precision=config.precision,
                     team=team,
+                    compiled=compiled,
                 )
                 optimizer.step()
                 num_seen += len(indices)
@@ -251,6 +271,31 @@ def make_network(
         std=std,
         seed=seed,
     )
+
+
+def compiled_loss(
+    config: TrainingConfig,
+    image_shape: Sequence[int],
+    num_images: int,
+    device: torch.device,
+) -> CompiledLoss | None:
+    """Return what compiles a training's steps, for :func:`add_gradients`; None for no compiling.
+
+    Args:
+        config: ``compile``, ``network``, ``width`` and ``precision`` are read.
+        image_shape: ``(C, H, W)``.
+        num_images: Images that networks of this architecture are shown in all.
+        device: Where they are trained.
+    """
+    wanted = config.compile
+    if wanted == "auto":
+        wanted = (
+            config.network == "convnet"
+            and device.type == "cpu"
+            and compiling_pays(num_images, config.width, math.prod(image_shape[1:]))
+            and can_compile(device)
+        )
+    return CompiledLoss(config.precision) if wanted else None
 
 
 def draw_epoch(
@@ -327,6 +372,7 @@ def add_gradients(
     precision: str = "float32",
     team: Team = ALONE,
     part_size: int | None = None,
+    compiled: CompiledLoss | None = None,
 ) -> Tensor:
     """Add the gradient of :func:`mixed_loss` over a whole batch to the network's parameters.
 
@@ -345,22 +391,30 @@ def add_gradients(
         team: The processes that share the batch.
         part_size: Images that go through the network at once, at most. Default: 512 of 32 x 32, and
             as many pixels of other sizes.
+        compiled: What compiles the loss of the same precision, kept from step to step. Default: it
+            is not compiled.
 
     Returns:
         The loss, a scalar without a graph: this process's part of the mean over the batch.
     """
     part_size = images_at_once(images.shape[1:]) if part_size is None else part_size
-    if any(isinstance(module, _BatchNorm) for module in network.modules()):
+    if mixes_images(network):
+        # All processes must get the same, and compiling may fail in one of them.
+        compiled = compiled if team.size == 1 else None
         part_size, team = len(images), ALONE
     total = torch.zeros((), device=images.device)
     shares = (team.share(rows).split(part_size) for rows in (images, labels_a, labels_b))
     for own, own_a, own_b in zip(*shares, strict=True):
         if not len(own):
             continue
-        with autocast(own.device, precision):
-            logits = network(own)
-        loss = mixed_loss(logits.float(), own_a, own_b, lam) * (len(own) / len(images))
-        torch.autograd.backward(loss)
+        share, loss = len(own) / len(images), None
+        if compiled is not None:
+            loss = compiled.add_gradients(network, own, own_a, own_b, lam, share)
+        if loss is None:
+            with autocast(own.device, precision):
+                logits = network(own)
+            loss = mixed_loss(logits.float(), own_a, own_b, lam) * share
+            torch.autograd.backward(loss)
         total += loss.detach()
     team.sum_gradients((p, ...) for p in network.parameters() if p.requires_grad)
     return total

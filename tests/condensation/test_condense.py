@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hmn_replay.condensation.condense import condense
-from hmn_replay.condensation.config import CondenseConfig
+from hmn_replay.condensation.config import CondenseConfig, make_config
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import (
     BudgetError,
@@ -225,6 +225,18 @@ def test_the_precision_may_be_chosen(
     check(memory, data)
     resolved = {"float32"} if precision == "float32" else {"float32", "bfloat16"}
     assert memory.report["precision"] in resolved
+
+
+def test_networks_are_compiled_where_it_pays_and_not_without_a_compiler(
+    make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_config(max_seconds=299).network_training.compile is False
+    assert make_config(network=("convnet", "vgg16")).network_training.compile is False
+    assert make_config(max_seconds=299, compile=True).network_training.compile is True
+    config = make_config(max_seconds=300, compile="auto")
+    assert config.network_training.compile == config.expert_training.compile == "auto"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert tiny(make_set(), make_layout()).report["compile"] is False
 
 
 def test_any_source_of_labelled_images_will_do(make_set: MakeSet, make_layout: MakeLayout) -> None:

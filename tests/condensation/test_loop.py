@@ -369,6 +369,7 @@ def test_an_error_while_writing_leaves_the_checkpoint_before(
         ({"real_batch": 4}, "with real_batch 3 in place of 4; delete"),
         ({"beta_grid": ()}, r"with beta_grid \(0.0, 1.0\) in place of \(\); delete"),
         ({"precision": "bfloat16"}, "with precision 'float32' in place of 'bfloat16'; delete"),
+        ({"compile": True}, "with compile False in place of True; delete"),
         ({"objective": gradient_matching}, "with objective 'gradient' in place of '.*matching'"),
     ],
     ids=str,
@@ -381,7 +382,8 @@ def test_the_checkpoint_of_another_run_is_refused(
     message: str,
 ) -> None:
     data, layout, path = make_set(), make_layout(), tmp_path / "run.checkpoint"
-    options: dict[str, Any] = {"checkpoint": path, "outer_steps": 0, "precision": "float32"}
+    options: dict[str, Any] = {"checkpoint": path, "outer_steps": 0}
+    options |= {"precision": "float32", "compile": False}
     tiny(data, layout, **options)
     before = path.read_bytes()
     with pytest.raises(CheckpointError, match=message):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.benchmarks import common, matching, objectives, processes
+from experiments.benchmarks import common, matching, objectives, processes, training
 from experiments.benchmarks.command import MODULES, main
 from experiments.reference import matching_loss
 from hmn_replay.budget import Budget
@@ -77,6 +77,20 @@ def test_matching_compares_times_gradients_and_memory(
     for name in names:
         before = results["peak_memory_before_bytes"][name]
         assert 2**20 < before <= results["peak_memory_bytes"][name]
+
+
+def test_training_compares_compiled_steps_with_plain_ones(
+    measure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "in_fresh_process", lambda function, *rest: function(*rest))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "restored afterwards")
+    results = measure("training", "--precision", "float32")
+    seconds = {name: results[f"{name}_seconds"] for name in ("eager", "compiled")}
+    assert positive_numbers(seconds) and results["precision"] == "float32"
+    assert results["ratio"] == pytest.approx(seconds["eager"] / seconds["compiled"])
+    for name, value in seconds.items():
+        assert results[f"{name}_images_per_second"] == pytest.approx(4 / value)
+    assert results["first_compile_seconds"] > 0 and results["cached_compile_seconds"] > 0
 
 
 def test_work_of_a_step_is_counted_as_torch_counts_it() -> None:

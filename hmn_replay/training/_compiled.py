@@ -1,0 +1,190 @@
+"""The gradient of a batch's loss by a function that torch.compile made, and when to use one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import FunctionType
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hmn_replay.errors import HMNReplayWarning
+from hmn_replay.runtime import autocast, resolve_precision
+
+__all__ = [
+    "Compile",
+    "CompiledLoss",
+    "can_compile",
+    "compiling_pays",
+    "mixes_images",
+    "resolve_compile",
+]
+
+Compile: TypeAlias = Literal["auto"] | bool
+
+# Images x width x pixels that a core trains on in about the seconds that compiling saves it: the
+# first compilation, which torch keeps on disk, takes half a minute to a minute.
+_WORTH_COMPILING = 2.5e9
+# Compiled functions of so many architectures, batch shapes and precisions are kept.
+_NUM_KEPT = 64
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether what torch.compile needs is installed: on a CPU, a C++ compiler for Python."""
+    if device.type == "cuda":
+        return find_spec("triton") is not None
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return shutil.which(os.environ.get("CXX", usual)) is not None and header.exists()
+
+
+def resolve_compile(compile: Compile, device: torch.device) -> Compile:
+    """Return False for ``"auto"`` where nothing can be compiled, else the argument."""
+    return False if compile == "auto" and not can_compile(device) else compile
+
+
+def compiling_pays(num_images: int, width: int, num_pixels: int) -> bool:
+    """Return whether training a ConvNet on a CPU saves the time that compiling it takes.
+
+    Args:
+        num_images: Images that networks of one shape are shown in all.
+        width: Channels of its blocks.
+        num_pixels: Pixels of an image.
+    """
+    return num_images * width * num_pixels >= _WORTH_COMPILING * torch.get_num_threads()
+
+
+def mixes_images(network: nn.Module) -> bool:
+    """Return whether a network's output for an image depends on the batch's others."""
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
+
+
+class CompiledLoss:
+    """The gradient of :func:`hmn_replay.training.train.mixed_loss`, compiled at the first batch.
+
+    Networks of one architecture share a compiled function, in this process and, by torch's cache on
+    disk, in later ones. Batches that are smaller than the first are padded by images of weight 0,
+    so that one function serves them all; with batch normalisation, it takes any number of images.
+
+    Args:
+        precision: Precision of the network; see :func:`hmn_replay.runtime.autocast`.
+        backend: What torch.compile compiles with.
+    """
+
+    def __init__(self, precision: str, backend: str | Callable[..., Any] = "inductor") -> None:
+        self.precision, self.backend = precision, backend
+        self._has_failed = False
+        self._num_rows = 0
+
+    def add_gradients(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels_a: Tensor,
+        labels_b: Tensor,
+        lam: float,
+        share: float,
+    ) -> Tensor | None:
+        """Add the gradient of ``share`` times the mean loss to the network's parameters.
+
+        Args:
+            network: Maps images to logits ``(N, K)``.
+            images: float ``(N, C, H, W)``, N 1 or more.
+            labels_a: int64 ``(N,)``, class indices.
+            labels_b: int64 ``(N,)``, class indices.
+            lam: Share of the loss that ``labels_a`` have, in [0, 1].
+            share: What the mean is multiplied by.
+
+        Returns:
+            The loss, a scalar without a graph; or None where nothing was done: the batch is half
+            the first one or less, or compiling failed, of which a warning is given once.
+        """
+        count = len(images)
+        self._num_rows = max(self._num_rows, count)
+        if self._has_failed or 2 * count <= self._num_rows:
+            return None
+        rows = (images, labels_a, labels_b)
+        weights = torch.tensor([[lam], [1.0 - lam]]) * (share / count)
+        weights = weights.repeat(1, count)
+        is_dynamic = mixes_images(network)
+        if not is_dynamic and (missing := self._num_rows - count):
+            images, labels_a, labels_b = (
+                torch.cat([values, values[:1].expand(missing, *values.shape[1:])])
+                for values in rows
+            )
+            weights = F.pad(weights, (0, missing))
+        weights = weights.to(images.device, non_blocking=True)
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        try:
+            if is_dynamic:
+                for values, dim in ((images, 0), (labels_a, 0), (labels_b, 0), (weights, 1)):
+                    torch._dynamo.maybe_mark_dynamic(values, dim)
+            precision = resolve_precision(self.precision, images.device)
+            compiled = self._function(network, images, precision)
+            loss = compiled(network, images, labels_a, labels_b, weights, precision)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except Exception as error:
+            # Whatever it was, the same batch is computed without compiling, and raises if it must.
+            self._has_failed = True
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            warnings.warn(
+                f"torch.compile failed ({reason}); going on without, which is slower: install a "
+                "C++ compiler, or pass compile=False",
+                HMNReplayWarning,
+                stacklevel=4,
+            )
+            return None
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                before = parameter.grad
+                parameter.grad = gradient if before is None else before + gradient
+        return loss.detach()
+
+    def _function(
+        self, network: nn.Module, images: Tensor, precision: str
+    ) -> Callable[..., Tensor]:
+        names = tuple((name, tuple(p.shape), p.dtype) for name, p in network.named_parameters())
+        batch = (images.device, *images.shape[1:])
+        # The code is made for a number of threads.
+        key = (type(network), names, batch, precision, torch.get_num_threads())
+        return _compiled(self.backend, key)
+
+
+@lru_cache(_NUM_KEPT)
+def _compiled(backend: str | Callable[..., Any], key: object) -> Callable[..., Tensor]:
+    """Return a compiled loss of its own for each key.
+
+    Torch keeps what it compiled, a limited number of versions, with a function's code: copies of
+    the code leave each key all of them, and none to the caller's functions.
+    """
+    code = _weighted_loss.__code__.replace(co_name="compiled_loss")
+    copy = FunctionType(code, _weighted_loss.__globals__)
+    compiled: Callable[..., Tensor] = torch.compile(copy, backend=backend, dynamic=False)
+    return compiled
+
+
+def _weighted_loss(
+    network: nn.Module,
+    images: Tensor,
+    labels_a: Tensor,
+    labels_b: Tensor,
+    weights: Tensor,
+    precision: str,
+) -> Tensor:
+    """Return the weighted sum of the cross-entropies with two labels; weights are ``(2, N)``."""
+    with autocast(images.device, precision):
+        logits = network(images)
+    logits = logits.float()
+    losses = [F.cross_entropy(logits, labels, reduction="none") for labels in (labels_a, labels_b)]
+    return (weights * torch.stack(losses)).sum()

@@ -1,0 +1,206 @@
+"""Compiled training steps: as eager ones but for rounding, shared, and left out where they fail."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hmn_replay.errors import ConfigError, HMNReplayWarning
+from hmn_replay.runtime import make_generator, seeded
+from hmn_replay.training.networks import Network, build_network
+from hmn_replay.training.train import (
+    CompiledLoss,
+    TrainingConfig,
+    add_gradients,
+    compiled_loss,
+    resolve_compile,
+    train_network,
+)
+from tests.stripes import PLAIN, stripes, weights
+
+CPU = torch.device("cpu")
+can_compile = resolve_compile("auto", CPU) == "auto"
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class Counter:
+    """A backend of torch.compile that compiles nothing, and counts what it was given."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        self.count += 1
+        return module.forward
+
+
+@pytest.fixture
+def backend() -> Counter:
+    return Counter()
+
+
+def draw(count: int, side: int = 8) -> Batch:
+    generator = make_generator(1)
+    labels_a, labels_b = torch.randint(3, (2, count), generator=generator)
+    return torch.rand(count, 3, side, side, generator=generator), labels_a, labels_b
+
+
+def convnet(seed: int = 0, width: int = 4) -> Network:
+    return build_network("convnet", (3, 8, 8), 3, width=width, seed=seed)
+
+
+def with_batch_norm() -> nn.Module:
+    with seeded(0):
+        layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    return nn.Sequential(*layers)
+
+
+def assert_same_step(
+    network: nn.Module, batch: Batch, lam: float, compiled: CompiledLoss, **options: Any
+) -> None:
+    """Compare loss and gradients of a batch, compiled and not."""
+    eager = copy.deepcopy(network)
+    for one, two in zip(eager.parameters(), network.parameters(), strict=True):
+        one.grad = None if two.grad is None else two.grad.clone()
+    expected = add_gradients(eager, *batch, lam, **options)
+    loss = add_gradients(network, *batch, lam, compiled=compiled, **options)
+    torch.testing.assert_close(loss, expected)
+    assert not loss.requires_grad
+    for one, two in zip(network.parameters(), eager.parameters(), strict=True):
+        assert one.grad is not None and two.grad is not None
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6)
+    for name, value in eager.named_buffers():
+        torch.testing.assert_close(network.get_buffer(name), value)
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+@pytest.mark.parametrize("make", [convnet, with_batch_norm])
+def test_one_function_serves_batches_of_every_size(
+    make: Callable[[], nn.Module], lam: float, backend: Counter
+) -> None:
+    compiled = CompiledLoss("float32", backend)
+    for count in (8, 7, 8, 5):
+        assert_same_step(make(), draw(count), lam, compiled)
+    assert backend.count == 1
+
+
+def test_networks_of_one_architecture_share_a_function(backend: Counter) -> None:
+    for seed in range(20):
+        assert_same_step(convnet(seed), draw(6), 0.5, CompiledLoss("float32", backend))
+    assert backend.count == 1
+    for width in range(5, 15):  # more than torch compiles of one function before it gives up
+        assert_same_step(convnet(width=width), draw(6), 0.5, CompiledLoss("float32", backend))
+    assert backend.count == 11
+
+
+def test_parts_of_a_large_batch_are_compiled_but_for_a_small_rest(backend: Counter) -> None:
+    compiled = CompiledLoss("float32", backend)
+    network = convnet()
+    assert_same_step(network, draw(10), 0.5, compiled, part_size=4)
+    assert_same_step(network, draw(11), 0.5, compiled, part_size=4)  # adds to the gradients
+    assert backend.count == 1
+
+
+def test_another_number_of_threads_gets_a_function_of_its_own(backend: Counter) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            assert_same_step(convnet(), draw(6), 0.5, CompiledLoss("float32", backend))
+    finally:
+        torch.set_num_threads(before)
+    assert backend.count == 2
+
+
+def test_a_network_may_keep_parameters_out_of_the_loss(backend: Counter) -> None:
+    network = convnet()
+    network.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    frozen = network.get_parameter("body.stages.0.0.weight").requires_grad_(False)
+    add_gradients(network, *draw(4), 0.5, compiled=CompiledLoss("float32", backend))
+    without = [p for p in network.parameters() if p.grad is None]
+    assert len(without) == 2 and without[0] is network.unused and without[1] is frozen
+    assert backend.count == 1
+
+
+def test_what_cannot_be_compiled_is_computed_without_with_one_warning() -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no compiler found")
+
+    compiled = CompiledLoss("float32", fail)
+    with pytest.warns(HMNReplayWarning, match=r"torch.compile failed .*; going on without"):
+        assert_same_step(convnet(), draw(6), 0.5, compiled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_step(convnet(), draw(6), 0.5, compiled)
+
+
+def test_the_networks_own_error_is_raised_as_it_is(backend: Counter) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(7, 3))
+    with (
+        pytest.warns(HMNReplayWarning, match="torch.compile failed"),
+        pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
+    ):
+        add_gradients(network, *draw(4), 0.5, compiled=CompiledLoss("float32", backend))
+
+
+@pytest.mark.skipif(not can_compile, reason="needs a C++ compiler and Python's headers")
+def test_a_compiled_training_is_the_plain_one_but_for_rounding() -> None:
+    images, labels = stripes(30)
+    labels = labels.clamp(0, 2)
+    state = torch.get_rng_state()
+    settings = torch._dynamo.config.get_config_copy()
+
+    def trained(**options: Any) -> Network:
+        config = PLAIN.replace(width=2, depth=1, batch_size=16, num_passes=90, **options)
+        evaluate = lambda _, network: network.eval()  # noqa: E731
+        return train_network(images, labels, 3, config=config, device="cpu", on_epoch=evaluate)
+
+    eager, compiled = trained(compile=False), trained(compile=True)
+    torch.testing.assert_close(weights(compiled), weights(eager), rtol=1e-3, atol=1e-4)
+    assert not weights(compiled).equal(weights(eager))
+    assert weights(trained(compile=True)).equal(weights(compiled))
+    assert torch.get_rng_state().equal(state)
+    assert torch._dynamo.config.get_config_copy() == settings
+
+
+def is_compiled(num_images: int, device: torch.device = CPU, **options: Any) -> bool:
+    config = TrainingConfig(**options)
+    return compiled_loss(config, (3, 32, 32), num_images, device) is not None
+
+
+@pytest.mark.skipif(not can_compile, reason="needs a C++ compiler and Python's headers")
+def test_long_trainings_of_convnets_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    enough = 40_000 * torch.get_num_threads()
+    assert is_compiled(enough, width=64) and not is_compiled(enough // 2, width=64)
+    assert is_compiled(enough // 2, width=128) and not is_compiled(enough, width=32)
+    assert not is_compiled(enough, width=64, network="vgg16")
+    assert not is_compiled(enough, torch.device("cuda"), width=64)
+    assert not is_compiled(enough, width=64, compile=False)
+    assert is_compiled(1, network="vgg16", compile=True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not is_compiled(enough, width=64)
+    assert is_compiled(1, compile=True)  # which says itself that it fails
+
+
+def test_without_a_compiler_auto_means_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert resolve_compile("auto", CPU) is False
+    assert resolve_compile(True, CPU) is True and resolve_compile(False, CPU) is False
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [("auto", "auto"), (True, True), ("false", False), ("True", True)]
+)
+def test_the_setting_is_read_as_typed(given: Any, read: object) -> None:
+    assert TrainingConfig(compile=given).compile == read
+
+
+def test_another_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="compile"):
+        TrainingConfig(compile="sometimes")  # type: ignore[arg-type]
