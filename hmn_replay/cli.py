@@ -19,7 +19,7 @@ from functools import cache, partial
 from inspect import cleandoc
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, NoReturn, TypeAlias, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from torch import Tensor
@@ -324,8 +324,11 @@ def _values(kind: Any, constraints: Iterable[Any] = ()) -> str:
         words = " or ".join(filter(None, map(_values, arguments)))
     elif get_origin(kind) is tuple:
         words = f"list of {_values(arguments[0])}"
+    elif get_origin(kind) is Literal:
+        words = " or ".join(map(str, arguments))
     else:
-        words = {int: "whole number", float: "number", str: "text", NoneType: "none"}.get(kind, "")
+        plain = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+        words = {**plain, NoneType: "none"}.get(kind, "")
     for constraint in constraints:
         if isinstance(constraint, FieldInfo):
             return _values(kind, constraint.metadata)

@@ -466,6 +466,7 @@ def test_options_lists_every_setting_with_its_range_and_default(run: Console) ->
     assert told["outer_steps"]["values"] == "whole number >= 0"
     assert told["outer_steps"]["default"] == hmn_replay.CondenseConfig().outer_steps
     assert "none" in told["max_seconds"]["values"]
+    assert told["compile"]["values"] == "auto or true or false"
     assert told["objective"]["values"] == "one of " + ", ".join(hmn_replay.OBJECTIVES)
     more = run.json("options", "--effort", "standard")
     assert more["outer_steps"]["default"] == hmn_replay.EFFORTS["standard"]["outer_steps"]
