@@ -104,6 +104,7 @@ TINY: dict[str, Any] = {
     "real_batch": 3,
     "decoded_batch": 3,
     "network_width": 3,
+    "trained_networks": 0,
     "network_images": 8,
     "network_batch": 4,
     "beta_grid": (0.0, 1.0),

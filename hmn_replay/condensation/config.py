@@ -100,26 +100,37 @@ class CondenseConfig(Settings):
     network_width: _AtLeast1 = 32
     """Channels of a matched ConvNet's blocks."""
 
-    network_images: _AtLeast0 = 512
-    """Images that the matched network learns from after each step; 0 for none."""
+    trained_networks: _AtLeast0 = 6
+    """How many networks are trained on real images before matching, where the objective's networks
+    learn from these, as those of "gradient" and "distribution" do. Every inner_steps steps, a network
+    is drawn between the initial and the trained weights of one of them. 0 for random networks that
+    learn network_images images after each step, as in IDC."""
 
-    network_batch: _AtLeast1 = 64
-    """Batch size of the matched network's training."""
+    trained_passes: _AtLeast1 = 20_000
+    """Images that each of trained_networks is shown in all, rounded to whole epochs."""
+
+    network_images: _AtLeast0 = 512
+    """Images that a random network learns from after each step; 0 for none."""
+
+    network_batch: Annotated[int, Field(ge=2)] = 64
+    """Batch size of the matched networks' training."""
 
     network_learning_rate: _Rate = 0.01
-    """Learning rate of the matched network's SGD (momentum 0.9, weight decay 5e-4)."""
+    """Learning rate of the matched networks' SGD (momentum 0.9, weight decay 5e-4), at first where
+    they are trained before matching: it then falls to 0 along half a cosine."""
 
     network_cutmix_probability: _Share = 0.5
-    """Probability that a training batch of the matched network is mixed by CutMix."""
+    """Probability that a training batch of the matched networks is mixed by CutMix."""
 
     experts: Annotated[str, Field(min_length=1)] | None = None
-    """Folder of the expert trajectories that "mtt" follows; other objectives read neither it nor
-    what has "expert" or "student" in its name below. Missing experts are recorded; those that are
-    there serve every run with the same seed, expert settings and real images. None for NAME.experts
+    """Folder of the networks that are trained on real images before matching: trained_networks, or
+    the expert trajectories that "mtt" follows. Missing ones are trained; those that are there serve
+    every run with the same seed, settings of their training and real images. None for NAME.experts
     beside the checkpoint, or without one, for a temporary folder."""
 
     num_experts: _AtLeast1 = 4
-    """How many networks are trained on real images; those of network take turns."""
+    """How many experts "mtt" follows; those of network take turns. Other objectives read no setting
+    with "expert" or "student" in its name from here on."""
 
     expert_images: _AtLeast1 | None = 4096
     """Real images that an expert sees in an epoch; None for all."""
@@ -221,6 +232,19 @@ class CondenseConfig(Settings):
             cutmix_probability=self.network_cutmix_probability,
             precision=self.precision,
             compile=self.compile,
+        )
+
+    @property
+    def network_training(self) -> TrainingConfig:
+        """The training of trained_networks, but for their architectures and number of epochs."""
+        return TrainingConfig(
+            width=self.network_width,
+            epoch_images=self.trained_passes,
+            batch_size=self.network_batch,
+            learning_rate=self.network_learning_rate,
+            cutmix_probability=self.network_cutmix_probability,
+            augmentations=self.augmentations,
+            precision=self.precision,
         )
 
     @property

@@ -50,7 +50,17 @@ from hmn_replay.objectives.trajectories import Experts, experts_beside
 from hmn_replay.runtime import derive_seed, make_generator, peak_memory_bytes
 from hmn_replay.training.train import cosine_rate, train_network
 
-__all__ = ["BatchMatcher", "Condensation", "Matcher", "Run", "TrajectoryMatcher", "mean_psnr"]
+__all__ = [
+    "BatchMatcher",
+    "Condensation",
+    "Matcher",
+    "Networks",
+    "RandomNetworks",
+    "Run",
+    "TrainedNetworks",
+    "TrajectoryMatcher",
+    "mean_psnr",
+]
 
 _Stateful: TypeAlias = "nn.Module | torch.optim.Optimizer | Tensor"
 
@@ -313,8 +323,10 @@ class Condensation(Run):
             "student_rate": None,
         }
         self.experts: Experts | None = None
-        follows = get_objective(config.objective).compares_trainings and config.num_steps > 0
-        phases = ["warm_start", *(["experts"] if follows else []), "matching", "pruning"]
+        objective = get_objective(config.objective)
+        pooled = objective.learns_from == "real" and config.trained_networks > 0
+        trains = config.num_steps > 0 and (objective.compares_trainings or pooled)
+        phases = ["warm_start", *(["experts"] if trains else []), "matching", "pruning"]
         super().__init__(
             self.growth.memory,
             _identity(data, budget, layout, config, seed, old),
@@ -381,9 +393,13 @@ class Condensation(Run):
     def _match(self) -> None:
         config, num_steps = self.config, self.config.num_steps
         context = self._context((0.5, 0.99))
-        matcher: Matcher = BatchMatcher(context, self.seed)
-        if self.experts is not None:
+        if self.experts is None:
+            matcher: Matcher = BatchMatcher(context, RandomNetworks(context, self.seed), self.seed)
+        elif context.objective.compares_trainings:
             matcher = TrajectoryMatcher(context, self.seed, self.experts)
+        else:
+            networks = TrainedNetworks(context, self.seed, self.experts)
+            matcher = BatchMatcher(context, networks, self.seed)
         if self.resumed and self.state["step"]:
             matcher.resume(self.resumed, self.state["step"])
         with self._bar("matching", num_steps, matcher.images_per_step) as bar:
@@ -434,11 +450,11 @@ class Condensation(Run):
             growth.num_old - growth.old_drops,
         )
 
-    # Experts, for trajectory matching.
+    # Networks that are trained before matching.
 
     @contextlib.contextmanager
     def _open_experts(self) -> Iterator[Experts | None]:
-        """Give the experts that the run follows, those there are and those to be recorded; or None.
+        """Give the networks to match with, those there are and those to be trained; or None.
 
         They are of the images of the classes that are condensed, and have logits for all of the
         memory's classes. A temporary folder is gone after the block.
@@ -459,21 +475,26 @@ class Condensation(Run):
             if self.first_class:
                 chosen = (class_indices >= self.first_class).nonzero().flatten()
                 images, class_indices = take_images(images, chosen), class_indices[chosen]
+            num_experts, training = config.num_experts, config.expert_training
+            num_epochs = config.max_start_epoch + config.expert_epochs
+            if not get_objective(config.objective).compares_trainings:
+                num_experts, training = config.trained_networks, config.network_training
+                num_epochs = max(1, round(config.trained_passes / len(images)))
             yield Experts(
                 folder,
                 images,
                 class_indices,
                 self.memory.num_classes,
-                num_experts=config.num_experts,
-                num_epochs=config.max_start_epoch + config.expert_epochs,
+                num_experts=num_experts,
+                num_epochs=num_epochs,
                 networks=config.network,
-                config=config.expert_training,
+                config=training,
                 seed=self.seed,
             )
 
     def _record_experts(self) -> None:
         experts = self.experts
-        assert experts is not None, "a phase of runs that follow experts"
+        assert experts is not None, "a phase of runs with networks that are trained before"
         missing, size = self.team.agree(experts.missing), experts.num_images
         with self._bar("experts", self.state["step"] + len(missing), size) as bar:
             for number in missing:
@@ -606,8 +627,24 @@ class Matcher(Protocol):
         """Return JSON values for the report, after the last step."""
 
 
-class BatchMatcher:
-    """Matches real and decoded batches of each class, on one random network after another.
+class Networks(Protocol):
+    """Gives the networks that batches are matched on."""
+
+    network: nn.Module
+    steps_per_network: int
+
+    def draw(self, number: int) -> None:
+        """Make the network of that number, from 0, the current one."""
+
+    def learn(self, number: int) -> None:
+        """Let the current network learn, after the step of that number."""
+
+    def kept(self) -> dict[str, _Stateful]:
+        """Return what a checkpoint must keep of the current network."""
+
+
+class RandomNetworks:
+    """Random networks one after another, which learn between the steps (DC, IDC).
 
     Args:
         context: What the steps share.
@@ -622,6 +659,78 @@ class BatchMatcher:
         fresh = context.objective.fresh_network
         self.steps_per_network = 1 if fresh else context.config.inner_steps
 
+    def draw(self, number: int) -> None:
+        """Draw a random network."""
+        seed = derive_seed(self.seed, "network", number)
+        self.network, self.learner = steps.fresh_network(self.context, seed, number)
+
+    def learn(self, number: int) -> None:
+        """Let the network learn from what the objective says."""
+        if self.context.config.network_images:
+            generator = make_generator(self.seed, "train", number)
+            steps.train_step(self.context, self.network, self.learner, generator)
+
+    def kept(self) -> dict[str, _Stateful]:
+        """Return the network, and what it learns by."""
+        return {"network": self.network, "learner": self.learner}
+
+
+class TrainedNetworks:
+    """Networks between the initial and the trained weights of a few that were trained before.
+
+    A network of few passes over the real images teaches a memory more than a random one, and a
+    point drawn between both ends gives as many different networks as there are steps (Acc-DD, Zhang
+    et al. 2023, arXiv 2212.06152; NCFM, Wang et al. 2025, arXiv 2502.20653). Process 0 alone reads
+    them, which all train together.
+
+    Args:
+        context: What the steps share.
+        seed: Seed of all draws.
+        experts: The trained networks; any that are missing are trained here.
+    """
+
+    network: nn.Module
+
+    def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
+        self.context, self.seed, self.experts = context, seed, experts
+        self.steps_per_network = context.config.inner_steps
+        for number in context.team.agree(experts.missing):
+            experts.record(number, context.device, team=context.team)
+        count = min(experts.num_experts, len(context.config.network))
+        self.networks = [experts.network(k).to(context.device) for k in range(count)]
+
+    def draw(self, number: int) -> None:
+        """Draw one of the trained networks, and a point between its initial weights and these."""
+        generator = make_generator(self.seed, "network", number)
+        expert = int(torch.randint(self.experts.num_experts, (), generator=generator))
+        share = float(torch.rand((), generator=generator))
+        read = partial(self.experts.read, expert, 0, self.experts.num_epochs)
+        initial, trained = self.context.team.agree(read)
+        self.network = self.networks[expert % len(self.networks)]
+        with torch.no_grad():
+            for name, parameter in self.network.named_parameters():
+                parameter.copy_(torch.lerp(initial[name], trained[name], share))
+
+    def learn(self, number: int) -> None:
+        """Leave the network as it is."""
+
+    def kept(self) -> dict[str, _Stateful]:
+        """Return nothing: the network follows from its number."""
+        return {}
+
+
+class BatchMatcher:
+    """Matches real and decoded batches of each class, on one network after another.
+
+    Args:
+        context: What the steps share.
+        networks: Gives the networks.
+        seed: Seed of the draws of classes, images and augmentations.
+    """
+
+    def __init__(self, context: steps.StepContext, networks: Networks, seed: int) -> None:
+        self.context, self.networks, self.seed = context, networks, seed
+
     @property
     def images_per_step(self) -> int:
         """How many decoded images a step is over, about."""
@@ -632,34 +741,29 @@ class BatchMatcher:
 
     def step(self, number: int) -> int:
         """Match a batch of some classes, then let the network learn."""
-        if number % self.steps_per_network == 0:
-            self._draw_network(number // self.steps_per_network)
+        drawn, position = divmod(number, self.networks.steps_per_network)
+        if position == 0:
+            self.networks.draw(drawn)
         generator = make_generator(self.seed, "match", number)
-        num_decoded = steps.match_step(self.context, self.network, generator)
-        if self.context.config.network_images:
-            generator = make_generator(self.seed, "train", number)
-            steps.train_step(self.context, self.network, self.learner, generator)
+        num_decoded = steps.match_step(self.context, self.networks.network, generator)
+        self.networks.learn(number)
         return num_decoded
 
     def kept(self) -> dict[str, _Stateful]:
-        """Return the network, and what it learns by."""
-        return {"network": self.network, "learner": self.learner}
+        """Return what a checkpoint must keep of the current network."""
+        return self.networks.kept()
 
     def resume(self, checkpoint: Checkpoint, number: int) -> None:
         """Take over the network, where the step does not draw another one."""
-        outer_step, done = divmod(number, self.steps_per_network)
-        if done:
-            self._draw_network(outer_step)
-            load_state(self.network, checkpoint.group("network"))
-            load_state(self.learner, checkpoint.group("learner"))
+        drawn, position = divmod(number, self.networks.steps_per_network)
+        if position:
+            self.networks.draw(drawn)
+            for name, owner in self.networks.kept().items():
+                load_state(owner, checkpoint.group(name))
 
     def results(self) -> dict[str, Any]:
         """Return nothing."""
         return {}
-
-    def _draw_network(self, number: int) -> None:
-        seed = derive_seed(self.seed, "network", number)
-        self.network, self.learner = steps.fresh_network(self.context, seed, number)
 
 
 class TrajectoryMatcher:
