@@ -26,8 +26,8 @@ demo: $(STAMP)  ## Learn the digits two by two, with memories of as many bytes: 
 	$(BIN)/python experiments/split_cifar100.py --data digits --experiences 5 --budget 2KiB \
 	    --strategies hmn,jpeg,raw,naive,joint --model convnet --width 32 --epochs 10 --out $(OUT)
 
-test: $(STAMP)  ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## Run the tests, a process for each core
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(STAMP)  ## Check style, formatting and who imports whom
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,13 @@ from tests.support import hmn_layout
 
 
 def pytest_configure() -> None:
-    """Hear Ctrl-C, which tests send, also where a shell in the background ignores it."""
+    """Use one thread, here and in subprocesses, and hear Ctrl-C, which tests send.
+
+    Small tensors gain nothing by more threads, and pytest-xdist starts a process for each core. A
+    shell in the background lets its processes ignore Ctrl-C.
+    """
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

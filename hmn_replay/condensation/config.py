@@ -102,9 +102,9 @@ class CondenseConfig(Settings):
 
     trained_networks: _AtLeast0 = 6
     """How many networks are trained on real images before matching, where the objective's networks
-    learn from these, as those of "gradient" and "distribution" do. Every inner_steps steps, a network
-    is drawn between the initial and the trained weights of one of them. 0 for random networks that
-    learn network_images images after each step, as in IDC."""
+    learn from these, as those of "gradient" and "distribution" do. Every inner_steps steps, one of
+    them is drawn, and a point between its initial and its trained weights. 0 for random networks
+    that learn network_images images after each step, as in IDC."""
 
     trained_passes: _AtLeast1 = 20_000
     """Images that each of trained_networks is shown in all, rounded to whole epochs."""

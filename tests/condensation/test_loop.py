@@ -23,14 +23,25 @@ from torch import Tensor
 
 from hmn_replay.condensation.checkpoint import Checkpoint, flatten_state
 from hmn_replay.condensation.config import make_config
-from hmn_replay.condensation.loop import BatchMatcher, mean_psnr
+from hmn_replay.condensation.loop import BatchMatcher, RandomNetworks, mean_psnr
 from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer, set_rate
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import ImageLookup, Images
 from hmn_replay.errors import CheckpointError, DistributedError
 from hmn_replay.memory import MEMORIES, HierarchicalMemory, HMNLayout, load, register_memory
 from hmn_replay.objectives import gradient_matching
-from tests.support import HMN_FIELDS, LAYOUTS, TINY, TINY_MTT, Observer, at_call, room_for, tiny
+from tests.support import (
+    HMN_FIELDS,
+    LAYOUTS,
+    TINY,
+    TINY_MTT,
+    Observer,
+    at_call,
+    room_for,
+    same,
+    tiny,
+    values_of,
+)
 
 MakeLayout = Callable[..., HMNLayout]
 MakeSet = Callable[..., LabelledImages]
@@ -269,10 +280,11 @@ def test_checkpoints_change_nothing(
         ({}, "hmn", "int8"),
         ({"objective": "distribution"}, "hmn", "entropy"),
         (TINY_MTT, "hmn", "float32"),
+        ({"trained_networks": 2, "trained_passes": 30}, "hmn", "int8"),
         ({}, "haba", "int8"),
         ({}, "pixels", "int8"),
     ],
-    ids=["gradient", "entropy", "mtt", "haba", "pixels"],
+    ids=["gradient", "entropy", "mtt", "trained", "haba", "pixels"],
 )
 def test_interrupted_at_any_moment_it_ends_as_if_it_had_not_been(
     make_set: MakeSet, tmp_path: Path, options: dict[str, Any], kind: str, number_format: str
@@ -372,7 +384,6 @@ def test_an_error_while_writing_leaves_the_checkpoint_before(
         ({"compile": True}, "with compile False in place of True; delete"),
         ({"objective": gradient_matching}, "with objective 'gradient' in place of '.*matching'"),
     ],
-    ids=str,
 )
 def test_the_checkpoint_of_another_run_is_refused(
     make_set: MakeSet,
@@ -625,7 +636,7 @@ def make_matcher(make_set: MakeSet, make_layout: MakeLayout) -> Callable[..., Ba
         optimizer = make_optimizer(memory, (0.5, 0.99))
         set_rate(optimizer, 0.01)
         context = StepContext(memory, RealImages.of(data), config, optimizer, first_class)
-        return BatchMatcher(context, seed=7)
+        return BatchMatcher(context, RandomNetworks(context, seed=7), seed=7)
 
     return make
 
@@ -639,9 +650,9 @@ def test_a_network_is_drawn_as_often_as_it_learns_nothing_more(
     matcher, networks = make_matcher(objective=objective, inner_steps=3), list[Any]()
     for number in range(7):
         matcher.step(number)
-        if matcher.network not in networks:
-            networks.append(matcher.network)
-        assert networks.index(matcher.network) == expected[number]
+        if matcher.networks.network not in networks:
+            networks.append(matcher.networks.network)
+        assert networks.index(matcher.networks.network) == expected[number]
 
 
 @pytest.mark.parametrize(("network_images", "learns"), [(8, True), (0, False)])
@@ -650,9 +661,9 @@ def test_the_network_learns_between_steps(
 ) -> None:
     matcher = make_matcher(network_images=network_images, inner_steps=9)
     matcher.step(0)
-    before = [parameter.clone() for parameter in matcher.network.parameters()]
+    before = [parameter.clone() for parameter in matcher.networks.network.parameters()]
     matcher.step(1)
-    after = list(matcher.network.parameters())
+    after = list(matcher.networks.network.parameters())
     assert learns == any(not a.equal(b) for a, b in zip(after, before, strict=True))
 
 
@@ -695,5 +706,7 @@ def test_it_goes_on_with_the_network_that_was_kept(
     again.resume(checkpoint, number)
     again.step(number)
     assert matcher.results() == {}
-    for one, two in zip(again.network.parameters(), matcher.network.parameters(), strict=True):
+    for one, two in zip(
+        again.networks.network.parameters(), matcher.networks.network.parameters(), strict=True
+    ):
         assert one.equal(two)

@@ -1,0 +1,154 @@
+"""Matching on networks between the initial and the trained weights of a few."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hmn_replay.condensation.config import make_config
+from hmn_replay.condensation.loop import BatchMatcher, TrainedNetworks
+from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.errors import ExpertError
+from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.objectives.trajectories import Experts
+from tests.support import TINY, room_for, same, tiny, values_of
+
+MakeLayout = Callable[..., Any]
+MakeSet = Callable[..., LabelledImages]
+
+TRAINED: dict[str, Any] = {"trained_networks": 2, "trained_passes": 48, "beta_grid": ()}
+
+
+@pytest.fixture
+def matcher(make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path) -> BatchMatcher:
+    data = make_set()
+    options = {name: value for name, value in TINY.items() if name != "device"}
+    config = make_config(**{**options, **TRAINED, "inner_steps": 2})
+    memory = HierarchicalMemory(make_layout(), data.classes, 3)
+    optimizer = make_optimizer(memory, (0.5, 0.99))
+    context = StepContext(memory, RealImages.of(data), config, optimizer)
+    experts = Experts(
+        tmp_path,
+        data.images,
+        data.class_indices,
+        3,
+        num_experts=2,
+        num_epochs=2,
+        config=config.network_training,
+    )
+    return BatchMatcher(context, TrainedNetworks(context, 7, experts), 7)
+
+
+def position(values: list[Tensor], initial: list[Tensor], trained: list[Tensor]) -> float | None:
+    """Return where values are between two ends, 0 to 1; None where they are elsewhere."""
+    value, start, end = (
+        torch.cat([v.flatten() for v in own]) for own in (values, initial, trained)
+    )
+    along = end - start
+    share = float((value - start) @ along / (along @ along))
+    near = torch.allclose(value, torch.lerp(start, end, share), atol=1e-5)
+    return share if near else None
+
+
+def test_networks_are_points_between_two_ends(matcher: BatchMatcher) -> None:
+    networks = matcher.networks
+    assert isinstance(networks, TrainedNetworks)
+    names = [name for name, _ in networks.networks[0].named_parameters()]
+    ends = [
+        [[values[name] for name in names] for values in networks.experts.read(number, 0, 2)]
+        for number in range(2)
+    ]
+    assert not ends[0][0][0].equal(ends[0][1][0]), "a training changes weights"
+    found: dict[int, list[float]] = {0: [], 1: []}
+    for number in range(12):
+        networks.draw(number)
+        values = [parameter.detach() for parameter in networks.network.parameters()]
+        shares = [position(values, *pair) for pair in ends]
+        (own,) = [number for number, share in enumerate(shares) if share is not None]
+        share = shares[own]
+        assert share is not None and -1e-3 <= share <= 1 + 1e-3
+        found[own].append(share)
+    assert min(map(len, found.values())) >= 2, "both are drawn"
+    assert max(map(max, found.values())) - min(map(min, found.values())) > 0.5
+
+
+def test_a_network_stays_as_it_is_for_its_steps(matcher: BatchMatcher) -> None:
+    matcher.step(0)
+    before = values_of(matcher.networks.network)
+    matcher.step(1)
+    assert same(before, values_of(matcher.networks.network))
+    matcher.step(2)
+    assert not same(before, values_of(matcher.networks.network))
+    assert matcher.kept() == {}
+
+
+def test_it_goes_on_with_the_network_of_its_number(matcher: BatchMatcher) -> None:
+    matcher.step(0)
+    expected = values_of(matcher.networks.network)
+    matcher.networks.draw(5)
+    matcher.resume(None, 1)  # type: ignore[arg-type]
+    assert all(
+        a.equal(b) for a, b in zip(expected, values_of(matcher.networks.network), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"objective": "distribution"}, True),
+        (
+            {"objective": lambda _, real, __, decoded, ___: (decoded.mean() - real.mean()) ** 2},
+            True,
+        ),
+        ({"objective": "dc"}, False),
+        ({"objective": "dm"}, False),
+        ({"trained_networks": 0}, False),
+        ({"outer_steps": 0}, False),
+    ],
+)
+def test_they_take_the_place_of_networks_that_learn_from_real_images(
+    make_set: MakeSet, make_layout: MakeLayout, options: dict[str, Any], expected: bool
+) -> None:
+    memory = tiny(make_set(), make_layout(), **{**TRAINED, **options})
+    assert ("experts" in memory.report["phases"]) == expected
+    if expected:
+        assert memory.report["phases"]["experts"]["images"] == 2 * 48
+
+
+def test_a_folder_serves_runs_of_other_settings_on_the_same_images(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
+) -> None:
+    data, layout = make_set(), make_layout()
+    options = {**TRAINED, "experts": str(tmp_path / "networks")}
+    first = tiny(data, layout, **options)
+    assert len(os.listdir(tmp_path / "networks")) == 2
+    again = tiny(data, layout, **options)
+    assert again.to_bytes() == first.to_bytes()
+    assert again.report["phases"]["experts"]["images"] == 0
+    other = tiny(data, layout, objective="distribution", memory_learning_rate=0.1, **options)
+    assert other.report["phases"]["experts"]["images"] == 0
+    with pytest.raises(ExpertError, match="other images or labels"):
+        tiny(make_set(seed=1), layout, **options)
+
+
+def test_networks_for_added_classes_know_these_alone(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    layout = make_layout()
+    options = {**TRAINED, "budget": room_for(layout, 6, 14)}
+    first = tiny(make_set(), layout, **options)
+    both = tiny(make_set(labels=(7, 8, 9)), layout, memory=first, **options)
+    assert both.num_classes == 6
+    old = torch.isin(both.labels, first.classes)
+    assert both.report["phases"]["experts"]["images"] == 2 * 48
+    images = first.decode()[0]
+    for image in both.decode(old.nonzero().flatten())[0]:
+        assert any(image.equal(other) for other in images)
