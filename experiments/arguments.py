@@ -53,7 +53,7 @@ def add_settings(parser: argparse.ArgumentParser, *default: str) -> None:
 
 
 def parse_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Read whole numbers apart by commas."""
+    """Read whole comma-separated numbers."""
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
@@ -61,7 +61,7 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def parse_names(option: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
-    """Read names apart by commas; ``all`` is all that there are."""
+    """Read comma-separated names; ``all`` is all that there are."""
     names = tuple(known)
     chosen = names if text == "all" else tuple(text.split(","))
     if unknown := [name for name in chosen if name not in names]:

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes",
         type=numbers,
         default=[2, 4, 8, 16, 32, 64],
-        help="numbers of them, apart by commas (default: 2,4,8,16,32,64)",
+        help="comma-separated (default: 2,4,8,16,32,64)",
     )
     parser.add_argument("--classes", type=positive, default=10)
     parser.add_argument("--real-images", type=positive, default=100, help="of each class")

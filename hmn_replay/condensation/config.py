@@ -316,7 +316,7 @@ def parse_option(name: str, text: str) -> Any:
 
     Args:
         name: A field's name.
-        text: ``"3"``, ``"0.5"``, ``"none"``, a word, or several apart by commas.
+        text: ``"3"``, ``"0.5"``, ``"none"``, a word, or several, comma-separated.
 
     Raises:
         ConfigError: A text that is not a value of the field.

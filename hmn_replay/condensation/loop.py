@@ -565,7 +565,7 @@ class Condensation(Run):
     def _stays(self, scores: Tensor, beta: float) -> Tensor:
         """Return the images that stay with a beta: as planned, or as many as fit if coded."""
         memory, growth = self.memory, self.growth
-        # Images that share stored values stand and fall together, by their mean.
+        # Images that share stored values are kept or dropped together, by their mean.
         size = memory.layout.group_size
         group_scores = scores.view(-1, size).mean(dim=1)
         group_class = memory.class_index.cpu()[::size]
