@@ -277,6 +277,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "classes_per_step": None,
         "decoded_batch": 128,
         "network_width": 128,
+        "trained_networks": 0,
         "network_images": 2000,
         # MTT's for CIFAR-10 at 10 images a class; it takes 5,000 steps in all: outer_steps=50.
         "num_experts": 100,

@@ -62,7 +62,8 @@ __all__ = [
     "mean_psnr",
 ]
 
-_Stateful: TypeAlias = "nn.Module | torch.optim.Optimizer | Tensor"
+_Owner: TypeAlias = "nn.Module | torch.optim.Optimizer"
+_Stateful: TypeAlias = "_Owner | Tensor"
 
 log = logging.getLogger(__name__)
 
@@ -639,7 +640,7 @@ class Networks(Protocol):
     def learn(self, number: int) -> None:
         """Let the current network learn, after the step of that number."""
 
-    def kept(self) -> dict[str, _Stateful]:
+    def kept(self) -> dict[str, _Owner]:
         """Return what a checkpoint must keep of the current network."""
 
 
@@ -670,7 +671,7 @@ class RandomNetworks:
             generator = make_generator(self.seed, "train", number)
             steps.train_step(self.context, self.network, self.learner, generator)
 
-    def kept(self) -> dict[str, _Stateful]:
+    def kept(self) -> dict[str, _Owner]:
         """Return the network, and what it learns by."""
         return {"network": self.network, "learner": self.learner}
 
@@ -714,7 +715,7 @@ class TrainedNetworks:
     def learn(self, number: int) -> None:
         """Leave the network as it is."""
 
-    def kept(self) -> dict[str, _Stateful]:
+    def kept(self) -> dict[str, _Owner]:
         """Return nothing: the network follows from its number."""
         return {}
 
@@ -751,7 +752,7 @@ class BatchMatcher:
 
     def kept(self) -> dict[str, _Stateful]:
         """Return what a checkpoint must keep of the current network."""
-        return self.networks.kept()
+        return {**self.networks.kept()}
 
     def resume(self, checkpoint: Checkpoint, number: int) -> None:
         """Take over the network, where the step does not draw another one."""

@@ -233,6 +233,37 @@ class HierarchicalMemory(LearnedMemory):
         return (*tiers, *weights, *biases)
 
     @classmethod
+    def layouts(
+        cls, budget_bytes: int, image_shape: tuple[int, int, int], number_format: str
+    ) -> list[HMNLayout]:
+        """Return layouts whose tiers and decoder shrink together; the same for every budget."""
+        channels, height, width = image_shape
+        is_coded = NUMBER_FORMATS[number_format].is_coded
+        rule = _CODED_RULE if is_coded else _RULE
+        stride = next((s for s in (2, 4, 8, 16) if min(height, width) / s < rule.cells_below), 32)
+        num_doublings = stride.bit_length() - 1
+        cells = math.ceil(height / stride) * math.ceil(width / stride)
+        num_values = channels * height * width
+        instance_channels = max(1, round(num_values / rule.pixels_per_value / cells))
+        return [
+            cls.Layout(
+                image_shape,
+                number_format,
+                stride,
+                dataset_channels=max(1, round(4 * shrink)),
+                feature_channels=max(1, round(2 * shrink)),
+                class_channels=max(1, round(2 * shrink)),
+                instance_channels=max(1, round(instance_channels * min(1, 2 * shrink))),
+                decoder_channels=tuple(
+                    max(4, round(min(rule.widest, rule.narrowest * 2**level) * shrink))
+                    for level in reversed(range(num_doublings))
+                ),
+                image_bytes=math.ceil(math.sqrt(num_values) * rule.image_bytes),
+            )
+            for shrink in _SHRINKS
+        ]
+
+    @classmethod
     def choose_layout(
         cls,
         budget: Budget | int | str,
@@ -243,53 +274,30 @@ class HierarchicalMemory(LearnedMemory):
     ) -> HMNLayout:
         """Return the layout for a budget; see :meth:`LearnedMemory.choose_layout`.
 
-        The tiers are shrunk together until what all images share takes 30 % of the budget at most,
-        and 10 images a class fit beside it. Where more images than there are real ones would fit,
-        instance memories grow, up to four times.
+        It is the first of which all images share 30 % of the budget at most, and that leaves room
+        for 10 images a class. Where more images than there are real ones would fit, instance
+        memories grow, up to four times.
         """
-        channels, height, width = check_image_shape(image_shape)
-        num_classes = check_num_classes(num_classes)
+        shape, num_classes = check_image_shape(image_shape), check_num_classes(num_classes)
         limit = Budget.parse(budget).num_bytes
-        name = cls.default_number_format if number_format is None else number_format
-        is_coded = NUMBER_FORMATS[name].is_coded
-        rule = _CODED_RULE if is_coded else _RULE
-        stride = next((s for s in (2, 4, 8, 16) if min(height, width) / s < rule.cells_below), 32)
-        num_doublings = stride.bit_length() - 1
-        cells = math.ceil(height / stride) * math.ceil(width / stride)
-        num_values = channels * height * width
-        instance_channels = max(1, round(num_values / rule.pixels_per_value / cells))
-        image_bytes = math.ceil(math.sqrt(num_values) * rule.image_bytes)
-        for shrink in _SHRINKS:
-            layout = cls.Layout(
-                (channels, height, width),
-                name,
-                stride,
-                dataset_channels=max(1, round(4 * shrink)),
-                feature_channels=max(1, round(2 * shrink)),
-                class_channels=max(1, round(2 * shrink)),
-                instance_channels=max(1, round(instance_channels * min(1, 2 * shrink))),
-                decoder_channels=tuple(
-                    max(4, round(min(rule.widest, rule.narrowest * 2**level) * shrink))
-                    for level in reversed(range(num_doublings))
-                ),
-                image_bytes=image_bytes,
-            )
+        for layout in cls.layouts(limit, shape, number_format or cls.default_number_format):
             shared_bytes = cls.file_bytes_of(layout, num_classes, 0, limit)
             instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * cls.group_bytes(layout)
             if shared_bytes <= min(_SHARED_SHARE * limit, limit - instances_bytes):
                 break
-        if is_coded:
+        if layout.is_coded:
             room = max(1, (limit - shared_bytes) // (_MIN_CODED_IMAGES_PER_CLASS * num_classes))
-            layout = dataclasses.replace(layout, image_bytes=min(image_bytes, room))
+            layout = dataclasses.replace(layout, image_bytes=min(layout.image_bytes, room))
+        num_images = cls.max_images(layout, limit, num_classes)
         if real_images_per_class is None:
-            cls.max_images(layout, limit, num_classes)
             return layout
         num_real, smallest_bytes = real_images_per_class * num_classes, cls.group_bytes(layout)
-        grows = "image_bytes" if is_coded else "instance_channels"
-        while cls.max_images(layout, limit, num_classes) > num_real:
+        grows = "image_bytes" if layout.is_coded else "instance_channels"
+        while num_images > num_real:
             if cls.group_bytes(layout) >= _LARGEST_INSTANCE * smallest_bytes:
                 break
             layout = dataclasses.replace(layout, **{grows: getattr(layout, grows) + 1})
+            num_images = cls.max_images(layout, limit, num_classes)
         return layout
 
     def forward(self, indices: Tensor) -> Tensor:

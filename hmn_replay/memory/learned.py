@@ -8,6 +8,7 @@ row and what reads it.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,7 +48,7 @@ from hmn_replay.memory.formats import (
 )
 from hmn_replay.runtime import make_generator
 
-__all__ = ["AnyLearned", "LearnedMemory", "MemoryLayout", "StoredTensor", "first_that_fits"]
+__all__ = ["AnyLearned", "LearnedMemory", "MemoryLayout", "StoredTensor"]
 
 _PIXELS_PER_CHUNK = 2**18
 _IMAGES_PER_CHUNK = 256
@@ -275,6 +276,18 @@ class LearnedMemory(Memory, nn.Module):
 
     @classmethod
     @abc.abstractmethod
+    def layouts(
+        cls, budget_bytes: int, image_shape: tuple[int, int, int], number_format: str
+    ) -> Iterable[Any]:
+        """Return the layouts that a budget may be filled with, the preferred one first.
+
+        Args:
+            budget_bytes: Bytes of the file.
+            image_shape: ``(C, H, W)`` of an image.
+            number_format: How values are stored.
+        """
+
+    @classmethod
     def choose_layout(
         cls,
         budget: Budget | int | str,
@@ -283,7 +296,7 @@ class LearnedMemory(Memory, nn.Module):
         number_format: str | None = None,
         real_images_per_class: int | None = None,
     ) -> Any:
-        """Return the layout for a budget.
+        """Return the layout for a budget: the first one that holds an image of every class.
 
         Args:
             budget: Bytes of the file.
@@ -298,6 +311,15 @@ class LearnedMemory(Memory, nn.Module):
                 message gives the smallest budget that does.
             ConfigError: A shape, a number of classes or a number format outside its range.
         """
+        del real_images_per_class
+        shape, limit = check_image_shape(image_shape), Budget.parse(budget).num_bytes
+        *others, last = cls.layouts(limit, shape, number_format or cls.default_number_format)
+        for layout in others:
+            with contextlib.suppress(BudgetError):
+                cls.max_images(layout, limit, num_classes)
+                return layout
+        cls.max_images(last, limit, num_classes)
+        return last
 
     @abc.abstractmethod
     def forward(self, indices: Tensor) -> Tensor:
@@ -967,29 +989,6 @@ class LearnedMemory(Memory, nn.Module):
 
     def __repr__(self) -> str:
         return super().__repr__()[:-1] + f", number_format={self.layout.number_format!r})"
-
-
-def first_that_fits(
-    memory_type: type[LearnedMemory],
-    layouts: Iterable[MemoryLayout],
-    budget: Budget | int | str,
-    num_classes: int,
-) -> Any:
-    """Return the first layout with which a budget holds an image of every class.
-
-    Raises:
-        BudgetError: None does; the message is that of the last one.
-        ConfigError: ``num_classes`` is not 1 to 1000.
-    """
-    *others, last = layouts
-    for layout in others:
-        try:
-            memory_type.max_images(layout, budget, num_classes)
-        except BudgetError:
-            continue
-        return layout
-    memory_type.max_images(last, budget, num_classes)
-    return last
 
 
 def _masked(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:

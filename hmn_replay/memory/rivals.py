@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from hmn_replay.budget import Budget
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.base import check_image_shape, register_memory
+from hmn_replay.memory.base import register_memory
 from hmn_replay.memory.learned import (
     LearnedMemory,
     MemoryLayout,
     StoredTensor,
-    first_that_fits,
 )
 
 __all__ = [
@@ -94,19 +92,11 @@ class PixelMemory(LearnedMemory):
         return (_pixels("images", shape),)
 
     @classmethod
-    def choose_layout(
-        cls,
-        budget: Budget | int | str,
-        image_shape: Sequence[int],
-        num_classes: int,
-        number_format: str | None = None,
-        real_images_per_class: int | None = None,
-    ) -> PixelLayout:
-        """Return the only layout there is; see :meth:`LearnedMemory.choose_layout`."""
-        layout = cls.Layout(
-            check_image_shape(image_shape), number_format or cls.default_number_format
-        )
-        return first_that_fits(cls, [layout], budget, num_classes)  # type: ignore[no-any-return]
+    def layouts(
+        cls, budget_bytes: int, image_shape: tuple[int, int, int], number_format: str
+    ) -> Iterable[MemoryLayout]:
+        """Return the only layout there is; see :meth:`LearnedMemory.layouts`."""
+        return [cls.Layout(image_shape, number_format)]
 
     def forward(self, indices: Tensor) -> Tensor:
         """Decode images, with gradients to their pixels; see :meth:`LearnedMemory.forward`."""
@@ -190,19 +180,12 @@ class IDCMemory(PixelMemory):
     layout: IDCLayout
 
     @classmethod
-    def choose_layout(
-        cls,
-        budget: Budget | int | str,
-        image_shape: Sequence[int],
-        num_classes: int,
-        number_format: str | None = None,
-        real_images_per_class: int | None = None,
-    ) -> IDCLayout:
+    def layouts(
+        cls, budget_bytes: int, image_shape: tuple[int, int, int], number_format: str
+    ) -> Iterable[MemoryLayout]:
         """Return the layout with the paper's factor: 2, or 3 from sides of 128 pixels on."""
-        shape = check_image_shape(image_shape)
-        pieces = 3 if min(shape[1:]) >= 128 else 2
-        layout = cls.Layout(shape, number_format or cls.default_number_format, pieces)
-        return first_that_fits(cls, [layout], budget, num_classes)  # type: ignore[no-any-return]
+        pieces = 3 if min(image_shape[1:]) >= 128 else 2
+        return [cls.Layout(image_shape, number_format, pieces)]
 
 
 @dataclass(frozen=True)
@@ -282,18 +265,11 @@ class HaBaMemory(LearnedMemory):
         )
 
     @classmethod
-    def choose_layout(
-        cls,
-        budget: Budget | int | str,
-        image_shape: Sequence[int],
-        num_classes: int,
-        number_format: str | None = None,
-        real_images_per_class: int | None = None,
-    ) -> HaBaLayout:
-        """Return the layout with 5 hallucinators, or as many as leave room for a basis a class."""
-        shape, name = check_image_shape(image_shape), number_format or cls.default_number_format
-        layouts = [cls.Layout(shape, name, count) for count in (5, 4, 3, 2, 1)]
-        return first_that_fits(cls, layouts, budget, num_classes)  # type: ignore[no-any-return]
+    def layouts(
+        cls, budget_bytes: int, image_shape: tuple[int, int, int], number_format: str
+    ) -> Iterable[MemoryLayout]:
+        """Return the layouts of 5 hallucinators and fewer, which leave more room for bases."""
+        return [cls.Layout(image_shape, number_format, count) for count in (5, 4, 3, 2, 1)]
 
     def forward(self, indices: Tensor) -> Tensor:
         """Decode images, with gradients to all of it; see :meth:`LearnedMemory.forward`."""
@@ -393,29 +369,21 @@ class LinBaMemory(LearnedMemory):
         )
 
     @classmethod
-    def choose_layout(
-        cls,
-        budget: Budget | int | str,
-        image_shape: Sequence[int],
-        num_classes: int,
-        number_format: str | None = None,
-        real_images_per_class: int | None = None,
-    ) -> LinBaLayout:
-        """Return the layout with the paper's shape: K = 16 at 1 IPC of CIFAR-10's floats, ds = 2.
+    def layouts(
+        cls, budget_bytes: int, image_shape: tuple[int, int, int], number_format: str
+    ) -> Iterable[MemoryLayout]:
+        """Return layouts of the paper's shape: K = 16 at 1 IPC of CIFAR-10's floats, ds = 2.
 
         K grows as the square root of the number of values, so that basis and coefficients both do,
-        but not beyond the values of a basis image; where one image a class does not fit, it is
-        halved.
+        but not beyond the values of a basis image; each further layout halves it.
         """
-        shape, name = check_image_shape(image_shape), number_format or cls.default_number_format
-        paper = cls.Layout(shape, name)
-        num_values = Budget.parse(budget).num_bytes / paper.format.dtype.itemsize
+        paper = cls.Layout(image_shape, number_format)
+        num_values = budget_bytes / paper.format.dtype.itemsize
         num_images = num_values / math.prod(paper.image_shape)
         wanted = round(paper.num_bases * math.sqrt(num_images / 10))
         num_bases = max(1, min(wanted, math.prod(paper.basis_shape), _MAX_BASES))
         halvings = (num_bases >> i for i in range(num_bases.bit_length()))
-        layouts = (dataclasses.replace(paper, num_bases=count) for count in halvings)
-        return first_that_fits(cls, layouts, budget, num_classes)  # type: ignore[no-any-return]
+        return [dataclasses.replace(paper, num_bases=count) for count in halvings]
 
     def forward(self, indices: Tensor) -> Tensor:
         """Decode images, with gradients to A and B; see :meth:`LearnedMemory.forward`."""

@@ -38,9 +38,7 @@ from tests.support import (
     Observer,
     at_call,
     room_for,
-    same,
     tiny,
-    values_of,
 )
 
 MakeLayout = Callable[..., HMNLayout]

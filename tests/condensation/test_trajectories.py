@@ -433,9 +433,7 @@ def test_several_architectures_take_turns(make_set: MakeSet, make_layout: MakeLa
     assert bool(memory.decode()[0].isfinite().all())
 
 
-def test_a_rate_that_diverges_is_reported(
-    make_set: MakeSet, make_layout: MakeLayout
-) -> None:
+def test_a_rate_that_diverges_is_reported(make_set: MakeSet, make_layout: MakeLayout) -> None:
     with pytest.raises(TrainingError, match=r"lower .*student_learning_rate"):
         tiny(make_set(), make_layout(), **TINY_MTT, student_learning_rate=1e30)
 

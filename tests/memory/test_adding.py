@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import hmn_replay
 from hmn_replay import (
     MEMORIES,
     NUMBER_FORMATS,
-    Budget,
     HierarchicalMemory,
     HMNLayout,
     LabelledImages,
@@ -259,18 +258,10 @@ class ShadeMemory(LearnedMemory):
         )
 
     @classmethod
-    def choose_layout(
-        cls,
-        budget: Budget | int | str,
-        image_shape: Sequence[int],
-        num_classes: int,
-        number_format: str | None = None,
-        real_images_per_class: int | None = None,
-    ) -> MemoryLayout:
-        channels, height, width = image_shape
-        layout = MemoryLayout((channels, height, width), number_format or "int8")
-        cls.max_images(layout, budget, num_classes)
-        return layout
+    def layouts(
+        cls, budget_bytes: int, image_shape: tuple[int, int, int], number_format: str
+    ) -> list[MemoryLayout]:
+        return [MemoryLayout(image_shape, number_format)]
 
     def forward(self, indices: Tensor) -> Tensor:
         shades = self.value("shades", indices)[:, :, None, None]

@@ -30,7 +30,6 @@ from hmn_replay.memory import (
     loads,
 )
 from hmn_replay.memory.base import MAX_CLASSES, check_num_classes
-from hmn_replay.memory.learned import first_that_fits
 from tests.support import (
     LAYOUTS,
     LEARNED,
@@ -901,12 +900,19 @@ def test_the_default_number_format_is_the_kinds(kind: str) -> None:
 
 
 def test_the_first_layout_that_fits_is_taken() -> None:
-    large, middle, small = (HaBaLayout((3, 8, 8), "int8", count) for count in (9, 5, 2))
-    enough = HaBaMemory.file_bytes_of(middle, 3, 15, 10_000)
-    assert first_that_fits(HaBaMemory, [large, middle, small], enough, 3) is middle
-    assert first_that_fits(HaBaMemory, iter([small, middle]), enough, 3) is small
-    with pytest.raises(BudgetError, match="does not hold 2 images, which share stored values, of"):
-        first_that_fits(HaBaMemory, [large, small], 100, 3)
+    def needed(count: int) -> int:
+        layout = HaBaLayout((3, 8, 8), "int8", count)
+        return HaBaMemory.file_bytes_of(layout, 3, 3 * count, 9999)
+
+    def chosen(budget: int) -> int:
+        layout: HaBaLayout = HaBaMemory.choose_layout(budget, (3, 8, 8), 3)
+        return layout.num_hallucinators
+
+    assert chosen(needed(5)) == 5
+    assert chosen(needed(5) - 1) == chosen(needed(4)) == 4
+    assert chosen(needed(1)) == 1
+    with pytest.raises(BudgetError, match=f"the smallest that does is {needed(1):,} bytes"):
+        chosen(needed(1) - 1)
 
 
 # The file.
