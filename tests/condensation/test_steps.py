@@ -555,7 +555,7 @@ def test_a_lone_image_is_enough_for_batch_normalisation(
         objective=objective,
         real_batch=1,
         network_images=3,
-        network_batch=1,
+        network_batch=2,
     )
     assert scene.match() == 3
     scene.train()

@@ -143,12 +143,13 @@ def test_networks_for_added_classes_know_these_alone(
     make_set: MakeSet, make_layout: MakeLayout
 ) -> None:
     layout = make_layout()
-    options = {**TRAINED, "budget": room_for(layout, 6, 14)}
-    first = tiny(make_set(), layout, **options)
-    both = tiny(make_set(labels=(7, 8, 9)), layout, memory=first, **options)
+    options = {**TRAINED, "budget": room_for(layout, 6, 24)}
+    first = tiny(make_set(60), layout, **options)
+    both = tiny(make_set(30, labels=(7, 8, 9)), layout, memory=first, **options)
     assert both.num_classes == 6
     old = torch.isin(both.labels, first.classes)
-    assert both.report["phases"]["experts"]["images"] == 2 * 48
+    # Two epochs of 30 images each, without the old ones.
+    assert both.report["phases"]["experts"]["images"] == 2 * 2 * 30
     images = first.decode()[0]
     for image in both.decode(old.nonzero().flatten())[0]:
         assert any(image.equal(other) for other in images)
