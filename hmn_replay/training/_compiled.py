@@ -146,9 +146,12 @@ class CompiledLoss:
             )
             return None
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                before = parameter.grad
-                parameter.grad = gradient if before is None else before + gradient
+            if gradient is None:
+                continue
+            if gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            before = parameter.grad
+            parameter.grad = gradient if before is None else before + gradient
         return loss.detach()
 
     def _function(
