@@ -235,7 +235,7 @@ class CondenseConfig(Settings):
         )
 
     @property
-    def network_training(self) -> TrainingConfig:
+    def pool_training(self) -> TrainingConfig:
         """The training of trained_networks, but for their architectures and number of epochs."""
         return TrainingConfig(
             width=self.network_width,
@@ -245,6 +245,7 @@ class CondenseConfig(Settings):
             cutmix_probability=self.network_cutmix_probability,
             augmentations=self.augmentations,
             precision=self.precision,
+            compile=self.compile,
         )
 
     @property

@@ -479,7 +479,7 @@ class Condensation(Run):
             num_experts, training = config.num_experts, config.expert_training
             num_epochs = config.max_start_epoch + config.expert_epochs
             if not get_objective(config.objective).compares_trainings:
-                num_experts, training = config.trained_networks, config.network_training
+                num_experts, training = config.trained_networks, config.pool_training
                 num_epochs = max(1, round(config.trained_passes / len(images)))
             yield Experts(
                 folder,

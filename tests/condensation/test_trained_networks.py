@@ -41,7 +41,7 @@ def matcher(make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path) -> Batch
         3,
         num_experts=2,
         num_epochs=2,
-        config=config.network_training,
+        config=config.pool_training,
     )
     return BatchMatcher(context, TrainedNetworks(context, 7, experts), 7)
 
