@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COLOURS = {
     "hmn": "tab:red",
     "jpeg": "tab:orange",
+    "lossless": "tab:brown",
     "raw": "tab:blue",
     "herding": "tab:cyan",
     "gdumb": "tab:green",

@@ -110,12 +110,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--loss",
         choices=("auto", *LOSSES),
         default="auto",
-        help="of hmn, jpeg, raw, herding; auto is separated, or balanced with --renew after; "
-        "asymmetric is ER-ACE's",
+        help="of our memories; auto is separated, or balanced with --renew after; asymmetric is "
+        "ER-ACE's",
     )
     add("--renew", choices=RENEWALS, default="auto",
-        help="when hmn, jpeg, raw, herding make an experience into their memory: before or after "
-        "it is trained on; auto is before, with the losses auto and separated")  # fmt: skip
+        help="when an experience is made into one of our memories: before or after it is trained "
+        "on; auto is before, with the losses auto and separated")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
     add("--expected-classes", type=int, help="tell HMN and JPEG how many classes will come in all")
     add("--kind", default="hmn", help="memory kind of the strategy hmn: hmn, pixels, idc, ...")

@@ -65,7 +65,13 @@ from hmn_replay.training.train import TrainingConfig, train_network
 if TYPE_CHECKING:
     from hmn_replay.avalanche.buffer import MemoryBuffer
     from hmn_replay.avalanche.losses import LOSSES, ReplayStep
-    from hmn_replay.avalanche.plugin import HMNReplay, JPEGReplay, MemoryReplay, RawReplay
+    from hmn_replay.avalanche.plugin import (
+        HMNReplay,
+        JPEGReplay,
+        LosslessReplay,
+        MemoryReplay,
+        RawReplay,
+    )
 
 __version__ = "0.1.0"
 
@@ -96,6 +102,7 @@ __all__ = [
     "LabelledImages",
     "LearnedMemory",
     "LosslessMemory",
+    "LosslessReplay",
     "Memory",
     "MemoryBuffer",
     "MemoryFileError",
@@ -143,6 +150,7 @@ _LAZY = {
     "HMNReplay": "plugin",
     "JPEGReplay": "plugin",
     "LOSSES": "losses",
+    "LosslessReplay": "plugin",
     "MemoryBuffer": "buffer",
     "MemoryReplay": "plugin",
     "RawReplay": "plugin",

@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 import hmn_replay
+from hmn_replay.baselines.fill import QUALITIES, next_quality
 from hmn_replay.data.sources import Split
 from hmn_replay.distributed import Team, launched
 from hmn_replay.errors import (
@@ -274,22 +275,36 @@ def baseline(args: argparse.Namespace) -> Result:
         memory: hmn_replay.RealMemory = make(train, budget, selection=order(seed), **codec)
         return memory
 
-    codecs = [{"quality": q} for q in args.qualities] if args.kind == "jpeg" else [{}]
-    scored = []
-    for codec in codecs:
-        memory = fill(args.seed, **codec)
+    waiting: list[dict[str, int]] = [{}]
+    if args.kind == "jpeg":
+        waiting = [{"quality": quality} for quality in args.qualities or QUALITIES]
+    codec_names = list(waiting[0])
+    scored: list[dict[str, Any]] = []
+    while waiting:
+        codec = waiting.pop(0)
+        try:
+            memory = fill(args.seed, **codec)
+        except hmn_replay.BudgetError:
+            if args.qualities or not scored:
+                raise
+            break  # better qualities take more bytes
         sizes = {"num_images": memory.num_images, "file_bytes": memory.file_bytes}
         name = "".join(f"{name} {value}, " for name, value in codec.items())
         scored.append({**codec, **sizes, **_score(args, partial(fill, **codec), test, name)})
+        if args.kind == "jpeg" and not args.qualities and not waiting:
+            found = {one["quality"]: one["accuracy_mean"] for one in scored}
+            further = next_quality(found)
+            waiting = [] if further is None else [{"quality": further}]
+    scored.sort(key=lambda one: one.get("quality", 0))
     best = max(scored, key=lambda one: one["accuracy_mean"])
     common = {"kind": args.kind, "selection": args.selection, "budget_bytes": budget.num_bytes}
     result = {**common, **best, "tried": scored}
     if args.out:
-        fill(args.seed, **{name: best[name] for name in codecs[0]}).save(args.out)
+        fill(args.seed, **{name: best[name] for name in codec_names}).save(args.out)
         result["file"] = str(args.out)
-    rows = [(*codecs[0], "images", "bytes", "accuracy", "")]
+    rows = [(*codec_names, "images", "bytes", "accuracy", "")]
     for one in scored:
-        shown = (*(one[name] for name in codecs[0]), one["num_images"], one["file_bytes"])
+        shown = (*(one[name] for name in codec_names), one["num_images"], one["file_bytes"])
         mark = "best" if one is best and len(scored) > 1 else ""
         rows.append((*(f"{number:,}" for number in shown), _percent(one), mark))
     lines = [("kind", args.kind), ("selection", args.selection), ("budget", str(budget))]
@@ -469,9 +484,9 @@ def _add_baseline(parser: _Parser) -> None:
     add(
         "--qualities",
         type=_qualities,
-        default=[5, 10, 20, 30],
         metavar="Q,Q,...",
-        help="JPEG qualities to try, 1 to 100",
+        help=f"JPEG qualities to try, 1 to 100 (default: {','.join(map(str, QUALITIES))}, and on "
+        "past their edge while the best is there)",
     )
     _add_training(parser)
     _add_common(parser)

@@ -26,6 +26,7 @@ from strategies import (
     hmn,
     joint,
     jpeg,
+    lossless,
     naive,
     raw,
 )
@@ -54,6 +55,7 @@ _BUILDERS: dict[str, Callable[[Settings], Strategy]] = {
     "joint": joint.build,
     "hmn": hmn.build,
     "jpeg": jpeg.build,
+    "lossless": lossless.build,
     "raw": raw.build,
     "herding": herding.build,
     "gdumb": gdumb.build,
@@ -93,12 +95,11 @@ def build(
 ) -> Strategy:
     """Build an Avalanche strategy whose memory never takes more than a budget.
 
-    All train by SGD and cross-entropy; the memories of this package (hmn, jpeg, raw, herding) under
-    the same replay loss. :func:`loss_used` names it for every strategy, and :func:`renew_used` says
-    when the memory was renewed. Experiences give float
-    images in [0, 1] and labels, and task labels too where DER++ is to learn from them. Avalanche
-    shuffles and draws from the global
-    generators: seed these (``RNGManager.set_random_seeds``) for the same results again.
+    All train by SGD and cross-entropy; the memories of this package (hmn, jpeg, lossless, raw,
+    herding) under the same replay loss. :func:`loss_used` names it for every strategy, and
+    :func:`renew_used` says when the memory was renewed. Experiences give float images in [0, 1] and
+    labels, and task labels too where DER++ is to learn from them. Avalanche shuffles and draws from
+    the global generators: seed these (``RNGManager.set_random_seeds``) for the same results again.
 
     Args:
         name: One of :data:`NAMES`.
@@ -114,22 +115,23 @@ def build(
         batch_size_mem: Replayed images beside them, fewer where the memory has fewer. Default: as
             many as new ones.
         epochs: Times that the images of an experience are shown.
-        seed: Seed of what hmn, jpeg, raw and herding draw; the others draw from the global
-            generators.
+        seed: Seed of what hmn, jpeg, lossless, raw and herding draw; the others draw from the
+            global generators.
         device: Where to train; ``"auto"`` is CUDA where there is one, else the CPU.
         mode: ``"replay"``, or ``"memory_only"``: from the second experience on the memory is
             renewed before training, and trained on alone. DER++, ER-ACE and Avalanche's replay lack
             the latter; GDumb is always so; naive and joint training have no memory.
-        loss: Replay loss of hmn, jpeg, raw and herding, as :class:`hmn_replay.MemoryReplay` takes
-            it. GDumb trains on its memory alone, DER++ and ER-ACE have losses of their own, and
-            Avalanche's replay has the plain one.
-        renew: When hmn, jpeg, raw and herding make an experience into their memory: ``"before"`` or
-            ``"after"`` it is trained on; ``"auto"`` as :class:`hmn_replay.MemoryReplay` says.
+        loss: Replay loss of hmn, jpeg, lossless, raw and herding, as
+            :class:`hmn_replay.MemoryReplay` takes it. GDumb trains on its memory alone, DER++ and
+            ER-ACE have losses of their own, and Avalanche's replay has the plain one.
+        renew: When hmn, jpeg, lossless, raw and herding make an experience into their memory:
+            ``"before"`` or ``"after"`` it is trained on; ``"auto"`` as
+            :class:`hmn_replay.MemoryReplay` says.
         effort: Effort of HMN's condensation: ``"quick"``, ``"standard"`` or ``"paper"``.
         expected_classes: How many classes will come in all, if that is known; for HMN and JPEG.
         evaluator: Avalanche's metrics and loggers. Default: none.
         plugins: More plugins, called after the strategy's own.
-        progress: Whether hmn, jpeg, raw and herding print a line after each update.
+        progress: Whether hmn, jpeg, lossless, raw and herding print a line after each update.
         **options: The strategy's own, named in its module.
 
     Raises:

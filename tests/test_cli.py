@@ -141,6 +141,20 @@ def test_evaluate_repeats_with_seeds_in_a_row(
     assert asked[0]["config"] == hmn_replay.TrainingConfig(num_passes=9)
 
 
+def test_baseline_goes_on_past_the_edge_where_the_best_quality_is(
+    run: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(source: Any, test: Any, **options: Any) -> tuple[None, float]:
+        return None, 1 / source.num_images
+
+    monkeypatch.setattr(hmn_replay, "evaluate", evaluate)
+    options = ["--kind", "jpeg", "--budget", "20 kB", "--repeats", 1, "--quiet"]
+    result = run.json("baseline", *options)
+    tried = [one["quality"] for one in result["tried"]]
+    assert tried == [5, 10, 20, 35, 50, 75, 95, 98, 99, 100]
+    assert result["quality"] == 100
+
+
 def test_baseline_takes_the_best_quality_and_lists_all(
     run: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,7 @@ from hmn_replay.avalanche.streams import (
     read_experiences,
     split_class_keys,
 )
-from hmn_replay.baselines.fill import choose_quality, jpeg_images, raw_images
+from hmn_replay.baselines.fill import choose_quality, jpeg_images, lossless_images, raw_images
 from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.condense import condense
@@ -66,6 +66,7 @@ from hmn_replay.memory import (
     MEMORIES,
     JPEGMemory,
     LearnedMemory,
+    LosslessMemory,
     Memory,
     RawMemory,
     RealMemory,
@@ -76,7 +77,15 @@ from hmn_replay.registry import suggest
 from hmn_replay.runtime import derive_seed, make_generator, resolve_device
 from hmn_replay.training.train import TrainingConfig
 
-__all__ = ["MODES", "HMNReplay", "JPEGReplay", "MemoryReplay", "RawReplay", "Strategy"]
+__all__ = [
+    "MODES",
+    "HMNReplay",
+    "JPEGReplay",
+    "LosslessReplay",
+    "MemoryReplay",
+    "RawReplay",
+    "Strategy",
+]
 
 Strategy: TypeAlias = Any
 """An Avalanche strategy; its types promise less than it has."""
@@ -767,8 +776,8 @@ class HMNReplay(MemoryReplay):
         memory_type = MEMORIES[kind]
         if not issubclass(memory_type, LearnedMemory):
             raise ConfigError(
-                f"HMNReplay learns its memory, and {kind!r} holds real images: use RawReplay or "
-                "JPEGReplay"
+                f"HMNReplay learns its memory, and {kind!r} holds real images: use RawReplay, "
+                "JPEGReplay or LosslessReplay"
             )
         return memory_type
 
@@ -852,13 +861,26 @@ class RawReplay(RealReplay):
         return raw_images(images, self.budget, selection=order), {}
 
 
+class LosslessReplay(RealReplay):
+    """Replays real images that are stored as lossless WebP; arguments as for :class:`RealReplay`.
+
+    More of them fit than of pixels, and what is replayed has no artefacts.
+    """
+
+    memory_type = LosslessMemory
+
+    def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
+        """Return the first memory, filled."""
+        return lossless_images(images, self.budget, selection=order), {}
+
+
 class JPEGReplay(RealReplay):
     """Replays real images that are stored as JPEG scans under one header.
 
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        quality: libjpeg's, 1 (smallest) to 100 (best). Default: None, the one of ``QUALITIES`` that
-            a small network learns best from, by a training each on the first experience; see
+        quality: libjpeg's, 1 (smallest) to 100 (best). Default: None, the one that a
+            small network learns best from, by a training each on the first experience; see
             :func:`hmn_replay.baselines.fill.choose_quality`.
         expected_classes: How many classes the stream will have in all, if that is known, for that
             choice. Default: None, ten times those of the first experience.

@@ -5,7 +5,7 @@ What is compared is a real file, its header and labels counted, filled with as m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,17 @@ from hmn_replay.memory.real import (
 )
 from hmn_replay.training.train import TrainingConfig
 
-__all__ = ["QUALITIES", "choose_quality", "jpeg_images", "lossless_images", "raw_images"]
+__all__ = [
+    "QUALITIES",
+    "choose_quality",
+    "jpeg_images",
+    "lossless_images",
+    "next_quality",
+    "raw_images",
+]
 
-QUALITIES = (5, 10, 20, 35, 50, 75)
-"""The JPEG qualities that :func:`choose_quality` tries."""
+QUALITIES = (5, 10, 20, 35, 50, 75, 95)
+"""The JPEG qualities that are tried at first; see :func:`next_quality`."""
 
 _USUAL_QUALITY = 20
 _USUAL_EXPERIENCES = 10
@@ -126,7 +133,7 @@ def choose_quality(
     budget: Budget | int | str,
     *,
     expected_classes: int | None = None,
-    qualities: Sequence[int] = QUALITIES,
+    qualities: Sequence[int] | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     training: TrainingConfig | None = None,
@@ -140,7 +147,8 @@ def choose_quality(
         data: Images of the first classes.
         budget: Bytes of the whole memory.
         expected_classes: How many classes will come in all. Default: 10 times those of ``data``.
-        qualities: What to choose from, ascending.
+        qualities: What to choose from, ascending. Default: ``QUALITIES``, and on past their edge,
+            as :func:`next_quality` says, while the best is there.
         seed: Seed of the split, the draw and the training.
         device: Where to train.
         training: How each network is trained. Default: a ConvNet of width 32, 6,000 image passes.
@@ -159,16 +167,43 @@ def choose_quality(
     share = num_bytes * data.num_classes // max(num_classes, data.num_classes)
     training = training or TrainingConfig(width=32, num_passes=6000)
     accuracies: dict[int, float] = {}
-    for quality in qualities:
+    most = 100
+    waiting = list(QUALITIES if qualities is None else qualities)
+    while waiting:
+        quality = waiting.pop(0)
         try:
             memory = jpeg_images(train, max(share, 1), quality=quality, seed=seed)
-        except BudgetError:
-            break
-        _, accuracies[quality] = evaluate(
-            memory, held_out, seed=seed, device=device, config=training
-        )
-    best = max(accuracies, key=lambda quality: accuracies[quality], default=_USUAL_QUALITY)
-    return best, {str(quality): accuracy for quality, accuracy in accuracies.items()}
+        except BudgetError:  # better ones take more bytes
+            most, waiting = quality - 1, []
+        else:
+            _, accuracies[quality] = evaluate(
+                memory, held_out, seed=seed, device=device, config=training
+            )
+        if qualities is None and not waiting:
+            further = next_quality(accuracies)
+            waiting = [further] if further is not None and further <= most else []
+    found = dict(sorted(accuracies.items()))
+    best = max(found, key=lambda quality: found[quality], default=_USUAL_QUALITY)
+    return best, {str(quality): accuracy for quality, accuracy in found.items()}
+
+
+def next_quality(accuracies: Mapping[int, float]) -> int | None:
+    """Return the JPEG quality to try next, past the edge where the best so far is.
+
+    That is half the lowest quality, down to 1, or half of what lies between the highest and 100.
+
+    Args:
+        accuracies: Of each quality tried. The lower one of two as good is the better one.
+
+    Returns:
+        A quality that was not tried, or None where the best lies between others, or at 1 or 100.
+    """
+    best = max(sorted(accuracies), key=lambda quality: accuracies[quality], default=None)
+    if best is not None and best == min(accuracies) > 1:
+        return best // 2
+    if best is not None and best == max(accuracies) < 100:
+        return (best + 101) // 2
+    return None
 
 
 def _fill(

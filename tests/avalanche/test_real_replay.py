@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hmn_replay import HMNReplay, JPEGReplay, LabelledImages, RawReplay
+from hmn_replay import HMNReplay, JPEGReplay, LabelledImages, LosslessReplay, RawReplay
 from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.memory import JPEGMemory, RawMemory, RealMemory
+from hmn_replay.memory import RealMemory
 from hmn_replay.training.train import TrainingConfig
 from tests.streams import in_pieces, labelled_streams, make_model, make_strategy, streams, train
 from tests.support import TINY
 
 BUDGET = 2500
-KINDS: list[tuple[Any, dict[str, Any]]] = [(RawReplay, {}), (JPEGReplay, {"quality": 30})]
+KINDS: list[tuple[Any, dict[str, Any]]] = [
+    (RawReplay, {}),
+    (JPEGReplay, {"quality": 30}),
+    (LosslessReplay, {}),
+]
 
 
 def memory_of(replay: Any) -> RealMemory:
@@ -51,7 +55,7 @@ def test_images_stay_byte_for_byte_and_the_file_stays_full(make: Any, options: A
             assert images[label] == own[: len(images[label])]
         before = images
     assert memory.classes.tolist() == [0, 1, 2, 3, 4, 5]
-    assert isinstance(memory, RawMemory if make is RawReplay else JPEGMemory)
+    assert type(memory) is make.memory_type
     assert replay.loss_used == "separated" == replay.report[-1]["loss_used"]
 
 
@@ -144,7 +148,7 @@ def test_wrong_settings_are_refused_at_once() -> None:
         RawReplay("much")
     with pytest.raises(ConfigError, match="mode must be"):
         RawReplay(BUDGET, mode="both")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="'jpeg' holds real images: use RawReplay or JPEGReplay"):
+    with pytest.raises(ConfigError, match="'jpeg' holds real images: use RawReplay, JPEGReplay or"):
         HMNReplay(BUDGET, kind="jpeg")
 
 

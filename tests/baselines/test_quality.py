@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hmn_replay.baselines.fill import QUALITIES, choose_quality, jpeg_images
+from hmn_replay.baselines.fill import QUALITIES, choose_quality, jpeg_images, next_quality
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError
 from hmn_replay.training.train import TrainingConfig
@@ -31,7 +31,9 @@ def fits(data: LabelledImages, share: int, quality: int) -> bool:
 
 def test_the_quality_is_chosen_by_real_trainings() -> None:
     quality, accuracies = choose_quality(classes_of(0, 1, 2), 40_000, **TRAINING)
-    assert list(accuracies) == [str(each) for each in QUALITIES]
+    assert set(map(str, QUALITIES)) <= set(accuracies)
+    assert list(map(int, accuracies)) == sorted(map(int, accuracies))
+    assert next_quality({int(each): found for each, found in accuracies.items()}) is None
     assert all(0 <= accuracy <= 1 for accuracy in accuracies.values())
     best = max(accuracies.values())
     assert quality == min(int(each) for each, found in accuracies.items() if found == best)
@@ -65,3 +67,27 @@ def test_where_there_is_nothing_to_choose_by_the_quality_is_20() -> None:
     assert choose_quality(classes_of(0), 4000) == (20, {})
     assert choose_quality(easy_set(1), 4000) == (20, {})
     assert choose_quality(classes_of(0, 1), 100) == (20, {})
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "further"),
+    [
+        ({5: 0.5, 10: 0.4, 95: 0.3}, 2),
+        ({2: 0.5, 5: 0.5}, 1),
+        ({1: 0.5, 5: 0.4}, None),
+        ({5: 0.4, 10: 0.5, 95: 0.3}, None),
+        ({5: 0.4, 95: 0.5}, 98),
+        ({5: 0.4, 99: 0.5}, 100),
+        ({5: 0.4, 100: 0.5}, None),
+        ({}, None),
+    ],
+)
+def test_past_the_edge_where_the_best_is_a_quality_is_tried(
+    accuracies: dict[int, float], further: int | None
+) -> None:
+    assert next_quality(accuracies) == further
+
+
+def test_qualities_that_are_given_are_all_that_are_tried() -> None:
+    _, accuracies = choose_quality(classes_of(0, 1, 2), 40_000, qualities=(20, 50), **TRAINING)
+    assert list(accuracies) == ["20", "50"]

@@ -219,7 +219,7 @@ def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
         assert run["renew_used"] in ("before", None)
         assert run["peak_rss_bytes"] > 2**20 and math.isfinite(run["peak_rss_bytes"])
     # Every memory of this package is replayed under the same loss, and is in a file.
-    for name in ("hmn", "jpeg", "raw", "herding"):
+    for name in ("hmn", "jpeg", "lossless", "raw", "herding"):
         run, path = report["results"][name]["0"], tmp_path / f"memory-{name}-seed0.hmn"
         assert (run["loss_used"], run["renew_used"]) == ("separated", "before")
         assert path.stat().st_size == run["memory_bytes"]
