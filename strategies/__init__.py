@@ -136,7 +136,7 @@ def build(
 
     Raises:
         BudgetError: The budget cannot be read, or does not hold one image. The memories of this
-            package raise the latter when they are first made.
+            package raise the latter when an experience begins whose classes it does not hold.
         ConfigError: An unknown name or option, or a value outside its range.
     """
     if name not in _BUILDERS:

@@ -45,6 +45,7 @@ from hmn_replay.avalanche.streams import (
     check_experiences,
     class_counts,
     find_normalization,
+    first_of_each_class,
     isolated,
     read_experiences,
     split_class_keys,
@@ -168,6 +169,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     Raises:
         ConfigError: A value outside its range.
+        BudgetError: While training, before the first step of an experience: the memory's budget
+            does not hold one image of each class.
 
     Attributes:
         memory: What was last made, or None. It may be set to a memory that was loaded.
@@ -228,6 +231,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._loss_now: ReplayLoss = plain
         self._current_counts: Tensor | None = None
         self._own_counts = Counter[int]()
+        self._checked: set[int] = set()
         self._decoded: DecodedImages | None = None
         _reattach_optim_modules()
 
@@ -248,6 +252,25 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         Returns:
             The new memory, and what to add to the report, of types that JSON has.
         """
+
+    def check_room(self, images: LabelledImages) -> None:
+        """Refuse, before training, an experience after which the memory would not fit its budget.
+
+        By default nothing is refused. It is called for every experience, and for those pieces of an
+        online stream that have classes which none had before.
+
+        Args:
+            images: One image of each class that comes; their labels are class keys.
+
+        Raises:
+            BudgetError: The budget does not hold one image of each class that the memory has, of
+                each of these, and of each that is expected; the message says what would do.
+        """
+
+    def count_classes(self, images: LabelledImages) -> int:
+        """Return how many classes there are in the memory, in what is gathered, and in images."""
+        known = [] if self.memory is None else self.memory.classes.tolist()
+        return len({*known, *self._gatherer.num_seen, *images.labels.tolist()})
 
     @property
     def memory_bytes(self) -> int:
@@ -332,6 +355,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             )
         experiences = _experiences_of(strategy, strategy.experience)
         self._check_data(experiences)
+        if not _is_piece(strategy, strategy.experience):
+            self._checked.clear()
+        with isolated(self._device, self.seed, "room"):
+            images = first_of_each_class(experiences, self._found, known=self._checked)
+            if images is not None:
+                self.check_room(images)
+                self._checked.update(images.labels.tolist())
         self._settle(strategy, experiences)
 
     def after_train_dataset_adaptation(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -740,6 +770,17 @@ class HMNReplay(MemoryReplay):
         if self.memory is not None:
             self.memory.to(self.compute_device)
 
+    def check_room(self, images: LabelledImages) -> None:
+        """Refuse what the budget cannot hold; see :meth:`MemoryReplay.check_room`."""
+        memory_type, memory = self._learned_kind(self.kind), self.memory
+        classes = max(self.count_classes(images), self.expected_classes or 0)
+        if isinstance(memory, memory_type):
+            memory_type.max_images(memory.layout, self.budget, classes)
+        elif memory is None:
+            memory_type.choose_layout(
+                self.budget, images.image_shape, classes, self.config.number_format
+            )
+
     def update(
         self, images: LabelledImages, *, index: int, model: nn.Module | None
     ) -> tuple[LearnedMemory, dict[str, Any]]:
@@ -804,6 +845,7 @@ class RealReplay(MemoryReplay):
     """
 
     memory_type: ClassVar[type[RealMemory]]
+    expected_classes: int | None = None
 
     def __init__(
         self,
@@ -821,6 +863,28 @@ class RealReplay(MemoryReplay):
             )
         self.budget, self.selection = Budget.parse(budget), selection
         self.training = training
+
+    def empty(self, image_shape: tuple[int, int, int]) -> RealMemory:
+        """Return a memory without images, for their size; of codecs the setting of fewest bytes."""
+        return self.memory_type(image_shape)
+
+    def check_room(self, images: LabelledImages) -> None:
+        """Refuse what the budget cannot hold; see :meth:`MemoryReplay.check_room`."""
+        memory = _copied(self.memory, self.memory_type, torch.device("cpu"))
+        memory = self.empty(images.image_shape) if memory is None else memory
+        memory.budget_bytes = None
+        memory.extend(images)
+        counts = torch.tensor([count for count in memory.images_per_class if count])
+        memory.keep(counts.cumsum(0) - counts)  # the first of each class
+        memory.budget_bytes = self.budget.num_bytes
+        payload_bytes = sum(map(len, memory.payloads)) / len(memory)
+        classes = max(self.count_classes(images), self.expected_classes or 0)
+        needed = memory.file_bytes + round((classes - len(memory)) * payload_bytes)
+        if needed > self.budget.num_bytes:
+            raise BudgetError(
+                f"a budget of {self.budget.num_bytes:,} bytes does not hold one image of each of "
+                f"{classes} classes; about {needed:,} bytes would"
+            )
 
     @abstractmethod
     def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
@@ -912,6 +976,10 @@ class JPEGReplay(RealReplay):
                 f"quality must be None or a whole number from 1 to 100; got {quality!r}"
             )
         self.quality, self.expected_classes = quality, expected_classes
+
+    def empty(self, image_shape: tuple[int, int, int]) -> RealMemory:
+        """Return a memory without images, at the quality given, or at the lowest."""
+        return JPEGMemory(image_shape, quality=self.quality or 1)
 
     def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
         """Return the first memory, filled, after the choice of its quality."""

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = [
     "class_key",
     "find_normalization",
     "first_in_turn",
+    "first_of_each_class",
     "isolated",
     "read_experiences",
     "split_class_keys",
@@ -154,6 +155,38 @@ def check_experiences(experiences: Sequence[Any], normalization: Normalization |
     image, _ = _fetch(dataset, 0, normalization)
     to_image(image, "image 0 of the experience")
     return len(dataset[0])
+
+
+def first_of_each_class(
+    experiences: Sequence[Any], normalization: Normalization | None, *, known: Container[int] = ()
+) -> LabelledImages | None:
+    """Read one image of each class, the first that there is, as :func:`read_experiences` does.
+
+    Args:
+        experiences: As there.
+        normalization: As there.
+        known: Class keys that are left out.
+
+    Returns:
+        The images; None where there are none, or the data sets do not list their labels.
+    """
+    dataset, found = _eval_data(experiences), dict[tuple[int, int], int]()
+    names = ("targets", "targets_task_labels")
+    parts = [[getattr(each, name, None) for name in names] for each in dataset.datasets]
+    if any(labels is None for labels, _ in parts):
+        return None
+    labels = [int(label) for own, _ in parts for label in own]
+    tasks = [int(task) for own, given in parts for task in (given or [0] * len(own))]
+    for position, key in enumerate(zip(labels, tasks, strict=True)):
+        found.setdefault(key, position)
+    positions = [position for key, position in found.items() if class_key(*key) not in known]
+    if not positions:
+        return None
+    return stack_images(
+        lambda index: _fetch(dataset, positions[index], normalization),
+        len(positions),
+        describe="the first image of class {}".format,
+    )
 
 
 def read_experiences(

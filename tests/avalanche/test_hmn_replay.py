@@ -13,6 +13,7 @@ from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 
 import hmn_replay
 from hmn_replay.avalanche.plugin import HMNReplay
+from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import make_config
 from hmn_replay.errors import BudgetError, CheckpointError, ConfigError
 from hmn_replay.memory import LearnedMemory, load
@@ -168,6 +169,30 @@ def test_settings_may_be_given_as_a_whole() -> None:
     for replay in (by_name, as_a_whole):
         train(make_strategy([replay]), streams().train_stream[:1])
     assert _memory(by_name).to_bytes() == _memory(as_a_whole).to_bytes()
+
+
+@pytest.mark.parametrize("renew", ["before", "after"])
+def test_a_budget_that_cannot_do_is_refused_before_training(renew: Any) -> None:
+    for options in ({"expected_classes": 900}, {}):
+        replay = make_replay(renew=renew, **options)
+        strategy = make_strategy([replay])
+        before = weights(strategy)
+        if not options:
+            replay.budget = Budget.parse(150)
+        with pytest.raises(BudgetError, match=r"budget of .* bytes"):
+            strategy.train(streams().train_stream[0])
+        assert torch.equal(weights(strategy), before) and replay.memory is None
+
+
+def test_a_class_too_many_is_refused_before_training() -> None:
+    replay = make_replay(renew="after")
+    strategy = make_strategy([replay])
+    strategy.train(streams().train_stream[0])
+    replay.budget = Budget.parse(replay.memory_bytes // 2)
+    before = weights(strategy)
+    with pytest.raises(BudgetError, match=r"of each of 4 classes; .* the smallest that does is"):
+        strategy.train(streams().train_stream[1])
+    assert torch.equal(weights(strategy), before)
 
 
 def test_a_training_under_autocast_is_condensed_in_full_precision() -> None:

@@ -13,7 +13,15 @@ from hmn_replay import HMNReplay, JPEGReplay, LabelledImages, LosslessReplay, Ra
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.memory import RealMemory
 from hmn_replay.training.train import TrainingConfig
-from tests.streams import in_pieces, labelled_streams, make_model, make_strategy, streams, train
+from tests.streams import (
+    in_pieces,
+    labelled_streams,
+    make_model,
+    make_strategy,
+    streams,
+    train,
+    weights,
+)
 from tests.support import TINY
 
 BUDGET = 2500
@@ -152,10 +160,40 @@ def test_wrong_settings_are_refused_at_once() -> None:
         HMNReplay(BUDGET, kind="jpeg")
 
 
-def test_a_budget_below_one_image_is_refused() -> None:
-    for make, options in KINDS:
-        with pytest.raises(BudgetError, match="does not hold one image"):
-            train(make_strategy([make(150, **options)]), streams().train_stream[:1])
+@pytest.mark.parametrize(("make", "options"), KINDS)
+@pytest.mark.parametrize("renew", ["before", "after"])
+def test_a_budget_below_one_image_a_class_is_refused_before_training(
+    make: Any, options: Any, renew: Any
+) -> None:
+    def needed(caught: Any) -> int:
+        return int(str(caught.value).split("about ")[1].split()[0].replace(",", ""))
+
+    with pytest.raises(BudgetError, match=r"150 bytes does not hold .* of 2 classes") as caught:
+        train(make_strategy([make(150, renew=renew, **options)]), streams().train_stream[:1])
+    stream = labelled_streams(*((label,) for label in range(12))).train_stream
+    replay = make(needed(caught) + 40, renew=renew, **options)
+    strategy = make_strategy([replay], model=make_model(12))
+    with pytest.raises(BudgetError, match="does not hold one image of each of") as caught:
+        for experience in stream:
+            before = weights(strategy)
+            strategy.train(experience)
+    assert torch.equal(weights(strategy), before) and len(replay.report) > 1
+    enough = make(needed(caught) + 20, renew=renew, **options)
+    train(make_strategy([enough], model=make_model(12)), stream[: len(replay.report) + 1])
+    kept = memory_of(enough).images_per_class
+    assert len(kept) == len(replay.report) + 1 and min(kept) == 1
+
+
+def test_classes_that_are_expected_are_counted() -> None:
+    replay = JPEGReplay(BUDGET, quality=30, expected_classes=400)
+    with pytest.raises(BudgetError, match="one image of each of 400 classes"):
+        train(make_strategy([replay]), streams().train_stream[:1])
+
+
+def test_pieces_are_refused_at_the_first_of_a_class_too_many() -> None:
+    online = in_pieces(streams().train_stream, 5, access_task_boundaries=True)
+    with pytest.raises(BudgetError, match=r"does not hold one image of each of [34] classes"):
+        train(make_strategy([RawReplay(750)]), online)
 
 
 def test_a_memory_of_another_kind_is_not_extended() -> None:

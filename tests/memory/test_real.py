@@ -55,6 +55,14 @@ def test_images_are_the_real_ones_bit_for_bit(kind: str, shape: tuple[int, int, 
         assert one.decode()[0].equal(data.images.float() / 255)
 
 
+@every_kind
+def test_images_are_recoded_as_they_would_be_stored(kind: str) -> None:
+    data = real_set((3, 8, 8), (5, 9), (3, 4))
+    memory = empty(kind)
+    memory.extend(data)
+    assert memory.recode(data.images).equal(memory.decode(dtype=torch.uint8)[0])
+
+
 @pytest.mark.parametrize("subsampling", ["4:2:0", "4:4:4"])
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 9, 14)])
 def test_jpeg_images_are_those_of_their_scans(
