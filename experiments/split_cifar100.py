@@ -70,7 +70,8 @@ SMOKE: dict[str, Any] = {
 }
 SMOKE_OPTIONS = {"warm_start_steps": 5, "outer_steps": 1, "inner_steps": 2, "network_images": 8}
 SMOKE_OPTIONS |= dict.fromkeys(("real_batch", "decoded_batch", "network_width", "network_batch"), 4)
-SMOKE_OPTIONS |= {"pruning_passes": 20, "pruning_width": 4}
+SMOKE_OPTIONS |= {"trained_networks": 1, "trained_passes": 16, "pruning_passes": 20}
+SMOKE_OPTIONS["pruning_width"] = 4
 
 # These say where and what to run, not how: they may differ when a run is resumed.
 NOT_COMPARED = {"data_root", "download", "strategies", "seed", "smoke", "set", "resume", "out"}

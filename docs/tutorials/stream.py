@@ -47,6 +47,7 @@ hmn = hmn_replay.HMNReplay(
     warm_start_steps=200,
     outer_steps=2,
     pruning_passes=2000,
+    trained_passes=1000,
     seed=0,
 )
 jpeg = hmn_replay.JPEGReplay(budget="2 KiB", quality=20, seed=0)

@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "real_batch": 4,
         "decoded_batch": 4,
         "network_width": 4,
+        "trained_networks": 0,
         "network_images": 8,
         "network_batch": 4,
         "pruning_passes": 20,
