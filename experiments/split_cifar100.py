@@ -117,6 +117,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--renew", choices=RENEWALS, default="auto",
         help="when an experience is made into one of our memories: before or after it is trained "
         "on; auto is before, with the losses auto and separated")  # fmt: skip
+    add("--distill", type=float, default=0.0,
+        help="weight of our memories' distillation from the previous network, which is working "
+        "memory and not counted in the budget")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
     add("--expected-classes", type=int, help="tell HMN and JPEG how many classes will come in all")
     add("--kind", default="hmn", help="memory kind of the strategy hmn: hmn, pixels, idc, ...")
@@ -274,6 +277,7 @@ def run(
         mode=args.mode,
         loss=args.loss,
         renew=args.renew,
+        distill=args.distill,
         effort=args.effort,
         expected_classes=args.expected_classes,
         progress=sys.stderr.isatty(),

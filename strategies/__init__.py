@@ -86,6 +86,7 @@ def build(
     mode: Literal["replay", "memory_only"] = "replay",
     loss: Loss = "auto",
     renew: Renewal = "auto",
+    distill: float = 0.0,
     effort: str = "quick",
     expected_classes: int | None = None,
     evaluator: EvaluationPlugin | None = None,
@@ -127,6 +128,8 @@ def build(
         renew: When hmn, jpeg, lossless, raw and herding make an experience into their memory:
             ``"before"`` or ``"after"`` it is trained on; ``"auto"`` as
             :class:`hmn_replay.MemoryReplay` says.
+        distill: Weight of the distillation from the previous network, for hmn, jpeg, lossless, raw
+            and herding; that network is not part of the budget.
         effort: Effort of HMN's condensation: ``"quick"``, ``"standard"`` or ``"paper"``.
         expected_classes: How many classes will come in all, if that is known; for HMN and JPEG.
         evaluator: Avalanche's metrics and loggers. Default: none.
@@ -159,6 +162,7 @@ def build(
         mode=mode,
         loss=loss,
         renew=renew,
+        distill=distill,
         effort=effort,
         expected_classes=expected_classes,
         evaluator=evaluator,

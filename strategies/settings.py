@@ -49,6 +49,7 @@ class Settings:
     mode: Literal["replay", "memory_only"]
     loss: Loss
     renew: Renewal
+    distill: float
     effort: str
     expected_classes: int | None
     evaluator: EvaluationPlugin | None
@@ -88,10 +89,13 @@ class Settings:
         return {
             "batch_size_mem": self.batch_size_mem,
             "mode": self.mode,
-            **({} if self.mode == "memory_only" else {"loss": self.loss, "renew": self.renew}),
+            **({} if self.mode == "memory_only" else self._protocol()),
             "seed": self.seed,
             "progress": self.progress,
         }
+
+    def _protocol(self) -> dict[str, Any]:
+        return {"loss": self.loss, "renew": self.renew, "distill": self.distill}
 
     def num_images(self, extra_bytes: int = 0) -> int:
         """Return how many images of uint8 pixels the budget holds.

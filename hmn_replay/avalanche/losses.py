@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hmn_replay.errors import ConfigError
@@ -34,10 +35,14 @@ __all__ = [
     "ReplayStep",
     "asymmetric",
     "balanced",
+    "distillation",
     "find_loss",
     "plain",
     "separated",
 ]
+
+
+_TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +181,24 @@ def asymmetric(step: ReplayStep) -> Tensor:
 for _loss in (balanced, separated, asymmetric):
     _loss.changes_logits = True  # type: ignore[attr-defined]
 separated.needs_all_classes = True  # type: ignore[attr-defined]
+
+
+def distillation(logits: Tensor, teacher: Tensor, old_classes: Tensor) -> Tensor:
+    """Return how far a network is from the previous one on the old classes (Hinton et al. 2015).
+
+    Args:
+        logits: float ``(N, K)``, with a graph.
+        teacher: ``(N, K')``, K' at most K: those of the previous network for the same images.
+        old_classes: int64 ``(M,)``, below K': the classes that it has learned.
+
+    Returns:
+        The mean over the images of the Kullback-Leibler divergence between the two softmaxes over
+        the old classes at temperature 2, times the temperature's square: a scalar.
+    """
+    student = logits[:, old_classes].float().div(_TEMPERATURE).log_softmax(1)
+    target = teacher[:, old_classes].float().div(_TEMPERATURE).log_softmax(1)
+    loss = F.kl_div(student, target, reduction="batchmean", log_target=True)
+    return loss * _TEMPERATURE**2
 
 
 def find_loss(loss: Loss) -> tuple[str, ReplayLoss]:

@@ -10,6 +10,7 @@ replay.memory.save("seen.hmn")
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import sys
@@ -36,6 +37,7 @@ from hmn_replay.avalanche.losses import (
     Renewal,
     ReplayLoss,
     ReplayStep,
+    distillation,
     find_loss,
     plain,
 )
@@ -158,6 +160,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             needs it, or ``"auto"`` and can be that; else ``"after"``. Pieces of an online stream
             are always ``"after"``, with a warning where ``"before"`` was asked for.
             ``"memory_only"`` does not use it.
+        distill: Weight, 0 or more, of a term that keeps the network near to the previous one, as it
+            was when the experience began, on all images of the mini-batch and over the classes of
+            the memory by then; see :func:`hmn_replay.avalanche.losses.distillation`. The previous
+            network sees the very images that the network sees, in evaluation mode. It is a copy in
+            working memory while an experience is trained on, and no part of the memory's file or
+            budget. Default: 0, none. Not for online streams, task labels above 0 or
+            ``"memory_only"``.
         normalization: ``(mean, std)`` that the benchmark's transforms apply. Default: ``None``,
             that of torchvision's ``Normalize`` in the eval transforms, or none.
         max_raw_images: Bound on the raw images gathered of an online experience. They do not count
@@ -200,6 +209,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         replay_weight: float | None = None,
         loss: Loss = "auto",
         renew: Renewal = "auto",
+        distill: float = 0.0,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -207,7 +217,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         progress: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        _check_settings(mode, batch_size_mem, max_raw_images, replay_weight, loss, renew)
+        _check_settings(mode, batch_size_mem, max_raw_images, replay_weight, loss, renew, distill)
+        self.distill = distill
         self.batch_size_mem, self.mode = batch_size_mem, mode
         self.replay_transform = replay_transform
         self.replay_weight, self.loss, self.renew = replay_weight, loss, renew
@@ -232,6 +243,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._current_counts: Tensor | None = None
         self._own_counts = Counter[int]()
         self._checked: set[int] = set()
+        self._old_classes = torch.empty(0, dtype=torch.int64)
+        self._teacher: _Teacher | None = None
         self._decoded: DecodedImages | None = None
         _reattach_optim_modules()
 
@@ -353,6 +366,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 'mode="memory_only" condenses an experience before training, but an online stream '
                 'gives it in pieces: use mode="replay"'
             )
+        if self.distill and _is_piece(strategy, strategy.experience):
+            raise ConfigError(
+                "distill keeps the network of the previous experience, but an online stream gives "
+                "experiences in pieces: leave distill out"
+            )
         experiences = _experiences_of(strategy, strategy.experience)
         self._check_data(experiences)
         if not _is_piece(strategy, strategy.experience):
@@ -363,6 +381,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 self.check_room(images)
                 self._checked.update(images.labels.tolist())
         self._settle(strategy, experiences)
+        old = torch.empty(0).long() if self.memory is None else self.memory.classes
+        self._old_classes = old.cpu().clone()
 
     def after_train_dataset_adaptation(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Renew the memory, if it is before training; in ``"memory_only"``, train from it alone."""
@@ -387,7 +407,17 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         else:
             self.finish()
         self._decode()
-        self._settle(strategy, _experiences_of(strategy, experience))
+        experiences = _experiences_of(strategy, experience)
+        self._settle(strategy, experiences)
+        self._drop_teacher()
+        if self.distill and len(self._old_classes):
+            if self._has_tasks(experiences):
+                raise ConfigError("distill is for one head, without task labels above 0")
+            if not _has_plain_criterion(strategy):
+                raise ConfigError(
+                    f"distill is not for {type(strategy).__name__}, which has a loss of its own"
+                )
+            self._teacher = _Teacher(strategy.model, self._old_classes.to(self._device))
 
     def before_training_iteration(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Add decoded images to the mini-batch, or augment those that it consists of."""
@@ -424,7 +454,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         )
 
     def before_backward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
-        """Put the replay loss in the place of the criterion."""
+        """Put the replay loss in the place of the criterion, and add the distillation's."""
+        if self._teacher is not None:
+            term = distillation(
+                strategy.mb_output, self._teacher.logits(), self._teacher.old_classes
+            )
+            strategy.loss = strategy.loss + self.distill * term
         decoded, num_replayed = self._decoded, self._num_replayed
         if self.mode == "memory_only" or decoded is None or not num_replayed:
             return
@@ -446,6 +481,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Make the experience into the memory, if that was not done before."""
+        self._drop_teacher()
         experience = strategy.experience
         if _is_piece(strategy, experience):
             self._end_piece(experience)
@@ -511,7 +547,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no image that can be decoded again."""
-        left_out = dict.fromkeys(("memory", "report", "_gatherer", "_decoded", "_model"))
+        left_out = dict.fromkeys(
+            ("memory", "report", "_gatherer", "_decoded", "_model", "_teacher")
+        )
         return {**self.__dict__, **left_out, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -634,11 +672,20 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             if self.loss != "auto":
                 raise ConfigError(f"loss={name!r} changes the logits of a softmax: {reason}")
             return reason
-        keys = torch.empty(0) if self.memory is None else self.memory.classes
-        has_tasks = any(any(getattr(each, "task_labels", ())) for each in experiences)
-        if changes_logits and (has_tasks or bool(split_class_keys(keys.long())[1].any())):
+        if changes_logits and self._has_tasks(experiences):
             return "task labels above 0 tell classes apart"
         return ""
+
+    def _has_tasks(self, experiences: Sequence[Any]) -> bool:
+        """Return whether experiences or the memory have task labels above 0."""
+        keys = torch.empty(0) if self.memory is None else self.memory.classes
+        has_tasks = any(any(getattr(each, "task_labels", ())) for each in experiences)
+        return has_tasks or bool(split_class_keys(keys.long())[1].any())
+
+    def _drop_teacher(self) -> None:
+        if self._teacher is not None:
+            self._teacher.hook.remove()
+        self._teacher = None
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -670,6 +717,26 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         return decoded
 
 
+class _Teacher:
+    """A network as it was, shown what the network is shown now."""
+
+    def __init__(self, model: nn.Module, old_classes: Tensor) -> None:
+        self.network, self.old_classes = copy.deepcopy(model).eval(), old_classes
+        self._inputs: tuple[Any, ...] = ()
+        # After the hooks that are there, which may augment: both see the same images.
+        self.hook = model.register_forward_pre_hook(self._note)
+
+    def _note(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if model.training:
+            self._inputs = inputs
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """Return its logits for what the network was last shown in training."""
+        logits: Tensor = self.network(*self._inputs)
+        return logits
+
+
 class ReplayOptions(TypedDict, total=False):
     """The options of :class:`MemoryReplay`, which its subclasses take too."""
 
@@ -679,6 +746,7 @@ class ReplayOptions(TypedDict, total=False):
     replay_weight: float | None
     loss: Loss
     renew: Renewal
+    distill: float
     normalization: tuple[Sequence[float], Sequence[float]] | None
     max_raw_images: int
     seed: int
@@ -709,6 +777,7 @@ class HMNReplay(MemoryReplay):
         replay_weight: Share of the replayed images in the loss.
         loss: Replay loss: ``"auto"``, a name in ``LOSSES`` or a callable.
         renew: ``"before"``, ``"after"`` or ``"auto"``: when to condense an experience.
+        distill: Weight of the distillation from the previous network.
         normalization: ``(mean, std)`` that the benchmark's transforms apply.
         max_raw_images: Bound on the raw images gathered of an online experience.
         seed: Seed of every draw.
@@ -736,6 +805,7 @@ class HMNReplay(MemoryReplay):
         replay_weight: float | None = None,
         loss: Loss = "auto",
         renew: Renewal = "auto",
+        distill: float = 0.0,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -750,6 +820,7 @@ class HMNReplay(MemoryReplay):
             replay_weight=replay_weight,
             loss=loss,
             renew=renew,
+            distill=distill,
             normalization=normalization,
             max_raw_images=max_raw_images,
             seed=seed,
@@ -1023,12 +1094,15 @@ def _check_settings(
     replay_weight: float | None,
     loss: Loss,
     renew: str,
+    distill: float,
 ) -> None:
     """Raise a ConfigError for settings of a plugin outside their ranges."""
     if mode not in MODES:
         raise ConfigError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     if renew not in RENEWALS:
         raise ConfigError(f"renew must be one of {', '.join(RENEWALS)}; got {renew!r}")
+    if not distill >= 0:
+        raise ConfigError(f"distill must be 0 or more; got {distill!r}")
     name, function = find_loss(loss)
     if renew == "after" and loss != "auto" and _needs_all_classes(function):
         raise ConfigError(
@@ -1041,9 +1115,10 @@ def _check_settings(
     if replay_weight is not None and not 0 <= replay_weight <= 1:
         raise ConfigError(f"replay_weight must be in [0, 1]; got {replay_weight!r}")
     is_given = replay_weight is not None or loss not in ("auto", "plain") or renew != "auto"
+    is_given = is_given or bool(distill)
     if mode == "memory_only" and is_given:
         raise ConfigError(
-            "replay_weight, loss and renew are for a memory beside raw images, which "
+            "replay_weight, loss, renew and distill are for a memory beside raw images, which "
             'mode="memory_only" does not train on; leave them out'
         )
 

@@ -172,6 +172,7 @@ def first_of_each_class(
     """
     dataset, found = _eval_data(experiences), dict[tuple[int, int], int]()
     names = ("targets", "targets_task_labels")
+    parts: list[list[Any]]
     parts = [[getattr(each, name, None) for name in names] for each in dataset.datasets]
     if any(labels is None for labels, _ in parts):
         return None

@@ -86,8 +86,8 @@ def test_an_online_stream_is_condensed_at_class_boundaries() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"renew": "before"}, {"renew": "after"}, {"mode": "memory_only"}],
-    ids=["before", "after", "memory_only"],
+    [{"renew": "before"}, {"renew": "after"}, {"mode": "memory_only"}, {"distill": 1.0}],
+    ids=["before", "after", "memory_only", "distill"],
 )
 def test_a_run_that_goes_on_from_avalanches_checkpoint_ends_with_the_same_bits(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

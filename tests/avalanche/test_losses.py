@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -136,6 +137,62 @@ class Compare(SupervisedPlugin[Any]):
         self.losses.append((strategy.loss.item(), 1 + expected.item()))
 
 
+def test_the_previous_network_is_distilled_on_what_the_network_sees() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Distilled(SupervisedPlugin[Any]):
+        shown: Tensor
+
+        def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+            self.previous = copy.deepcopy(strategy.model).eval()
+            self.hook = strategy.model.register_forward_pre_hook(
+                lambda model, inputs: setattr(self, "shown", inputs[0])
+            )
+
+        def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+            self.hook.remove()
+
+        def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+            logits, labels = strategy.mb_output, strategy.mb_y
+            expected = strategy._criterion(logits, labels)
+            if strategy.clock.train_exp_counter:
+                with torch.no_grad():
+                    teacher = self.previous(self.shown)
+                target, own = (rows[:, :2].div(2).softmax(1) for rows in (teacher, logits))
+                expected = expected + 0.5 * 4 * (target * (target / own).log()).sum(1).mean()
+            seen.append((strategy.loss.detach(), expected.detach()))
+
+    replay = KeepFirst(loss="plain", renew="before", distill=0.5)
+    strategy = make_strategy([replay, Distilled()])  # type: ignore[no-untyped-call]
+    generator = torch.Generator().manual_seed(0)
+
+    def augment(model: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+        if not model.training:
+            return None
+        return inputs[0] + 0.1 * torch.rand(inputs[0].shape, generator=generator)
+
+    strategy.model.register_forward_pre_hook(augment)
+    train(strategy, streams().train_stream)
+    assert len(seen) == 6
+    assert all(torch.allclose(loss, expected) for loss, expected in seen)
+    assert len(strategy.model._forward_pre_hooks) == 1
+
+
+def test_where_there_is_no_previous_network_distillation_is_refused() -> None:
+    online = in_pieces(streams().train_stream, 5, access_task_boundaries=True)
+    with pytest.raises(ConfigError, match="in pieces: leave distill out"):
+        train(make_strategy([KeepFirst(distill=1.0)]), online)
+    with pytest.raises(ConfigError, match="without task labels above 0"):
+        trained("plain", kind="nc_tasks", distill=1.0)
+    replay = KeepFirst(distill=1.0, loss="plain")
+    strategy = make_strategy([replay], ER_ACE, mem_size=8, batch_size_mem=4)
+    with pytest.raises(ConfigError, match="distill is not for ER_ACE"):
+        train(strategy, streams().train_stream)
+    for options in ({"distill": -1.0}, {"distill": 1.0, "mode": "memory_only"}):
+        with pytest.raises(ConfigError, match="distill"):
+            KeepFirst(**options)
+
+
 def test_what_other_plugins_add_to_the_loss_stays() -> None:
     def expected(strategy: Any, n: int) -> Tensor:
         current = strategy._criterion(strategy.mb_output[:-n], strategy.mb_y[:-n])
@@ -189,9 +246,9 @@ def test_the_shares_are_those_of_the_memory_and_of_the_experience_so_far(kind: s
 
 
 def trained(
-    loss: Any, kind: str = "nc", renew: Any = "auto", **options: Any
+    loss: Any, kind: str = "nc", renew: Any = "auto", distill: float = 0.0, **options: Any
 ) -> tuple[Tensor, KeepFirst]:
-    replay = KeepFirst(batch_size_mem=3, loss=loss, renew=renew)
+    replay = KeepFirst(batch_size_mem=3, loss=loss, renew=renew, distill=distill)
     strategy = make_strategy([replay], **options)
     train(strategy, streams(kind).train_stream)
     return weights(strategy), replay
