@@ -18,6 +18,7 @@ memory = hmn_replay.condense(
     warm_start_steps=300,
     outer_steps=3,
     pruning_passes=2000,
+    trained_passes=1000,
     seed=0,
 )
 print(f"{len(memory)} images in {memory.file_bytes:,} of {memory.budget_bytes:,} bytes")
