@@ -14,6 +14,7 @@ TINY_CONDENSATION = [
     *("--set", "outer_steps=1", "--set", "inner_steps=1", "--set", "real_batch=4"),
     *("--set", "decoded_batch=4", "--set", "network_width=4", "--set", "network_images=8"),
     *("--set", "pruning_passes=16", "--set", "pruning_width=4", "--set", "beta_grid=0.5"),
+    *("--set", "trained_networks=0"),
 ]
 TINY_TRAINING = ["--width", "4", "--passes", "200", "--repeats", "2"]
 BUDGET = "8KiB"

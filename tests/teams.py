@@ -46,6 +46,7 @@ COMMAND = [
     *("--set", "warm_start_steps=3", "--set", "outer_steps=1", "--set", "inner_steps=3"),
     *("--set", "real_batch=4", "--set", "decoded_batch=4", "--set", "network_width=4"),
     *("--set", "network_images=8", "--set", "pruning_passes=16", "--set", "pruning_width=4"),
+    *("--set", "trained_networks=0"),
 ]
 
 

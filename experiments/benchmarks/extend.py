@@ -46,6 +46,7 @@ SMOKE = {
         "outer_steps=1",
         "inner_steps=1",
         "network_width=2",
+        "trained_networks=0",
         "network_images=4",
         "pruning_passes=4",
         "pruning_width=2",
@@ -55,7 +56,7 @@ SMOKE = {
 
 SHORT = (
     *("warm_start_steps=200", "outer_steps=1", "inner_steps=5"),
-    *("network_images=128", "beta_grid=0.5"),
+    *("trained_networks=0", "network_images=128", "beta_grid=0.5"),
 )
 
 # The budget stands in a file's header: more digits than any of these files needs.

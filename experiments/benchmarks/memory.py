@@ -28,13 +28,14 @@ SMOKE = {
     "budget": "4 KiB",
     "set": [
         *("warm_start_steps=1", "outer_steps=1", "inner_steps=1", "network_width=2"),
-        *("network_images=4", "pruning_passes=4", "pruning_width=2", "beta_grid=0.5"),
+        *("trained_networks=0", "network_images=4"),
+        *("pruning_passes=4", "pruning_width=2", "beta_grid=0.5"),
     ],
 }
 
 FEW = (
     *("warm_start_steps=2", "outer_steps=1", "inner_steps=2"),
-    *("pruning_passes=1", "beta_grid=0.5"),
+    *("trained_networks=0", "pruning_passes=1", "beta_grid=0.5"),
 )
 
 

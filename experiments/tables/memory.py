@@ -40,6 +40,7 @@ REAL_IMAGES = 64  # of each class: as many as a step draws
 CIFAR_IMAGES = 5000  # of each class: layouts are chosen for CIFAR-10
 TINY = dict.fromkeys(("real_batch", "decoded_batch", "network_width", "network_batch"), 2)
 STEPS = {"warm_start_steps": 2, "outer_steps": 1, "inner_steps": 2, "over_budget": 0.0}
+STEPS |= {"trained_networks": 0}
 STEPS |= {"num_experts": 1, "expert_epochs": 1, "max_start_epoch": 0}
 COLOURS = dict(zip(KINDS, ("red", "blue", "green", "orange", "purple"), strict=True))
 MARKERS = "osD^vPX*"

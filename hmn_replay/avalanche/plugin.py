@@ -784,7 +784,9 @@ class HMNReplay(MemoryReplay):
         device: Where to condense. Default: None, the strategy's device.
         progress: Whether to print a line on standard error after each update; in a terminal bars
             are shown too.
-        **options: Fields of :class:`~hmn_replay.condensation.config.CondenseConfig`.
+        **options: Fields of :class:`~hmn_replay.condensation.config.CondenseConfig`. Without
+            ``config``, ``trained_networks`` is 0 by default: to train several networks at every
+            experience would take longer than the experience itself.
 
     Raises:
         BudgetError: The budget cannot be read.
@@ -832,7 +834,7 @@ class HMNReplay(MemoryReplay):
             raise ConfigError(f"config= has all settings; give it alone, without {given[0]}=")
         self._learned_kind(kind)
         self.budget, self.kind = Budget.parse(budget), kind
-        self.config = config or make_config(effort, **options)
+        self.config = config or make_config(effort, **{"trained_networks": 0, **options})
         self.expected_classes = expected_classes
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:

@@ -19,7 +19,8 @@ QUICKER = {
     "warm_start_steps": 40,
     "outer_steps": 1,
     "inner_steps": 2,
-    "network_images": 64,
+    "trained_networks": 1,
+    "trained_passes": 64,
     "pruning_passes": 1000,
     "pruning_width": 8,
 }

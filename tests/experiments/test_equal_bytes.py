@@ -18,7 +18,7 @@ from hmn_replay.errors import ConfigError, UnknownOptionError
 TINY = "--budgets 2500,4000 --seeds 0,1 --qualities 5,50 --width 2 --passes 20 --device cpu"
 TINY_OPTIONS = (
     "inner_steps=2 warm_start_batch=8 real_batch=2 decoded_batch=2 network_width=2 "
-    "network_images=4 network_batch=4 pruning_passes=20 pruning_width=2"
+    "trained_networks=0 network_images=4 network_batch=4 pruning_passes=20 pruning_width=2"
 )
 ARGUMENTS = [
     *TINY.split(),

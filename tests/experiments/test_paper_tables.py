@@ -25,7 +25,7 @@ from hmn_replay.errors import ConfigError, HMNReplayError, TrainingError
 TINY = "--ipc 1,4 --trainings 1 --width 2 --passes 20 --device cpu"
 TINY_OPTIONS = (
     "outer_steps=1 inner_steps=2 warm_start_steps=2 real_batch=2 decoded_batch=2 network_width=2 "
-    "network_images=4 network_batch=4 pruning_passes=20 pruning_width=2"
+    "trained_networks=0 network_images=4 network_batch=4 pruning_passes=20 pruning_width=2"
 )
 ARGUMENTS = [*TINY.split(), *(f"--set={option}" for option in TINY_OPTIONS.split())]
 
