@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -209,8 +210,10 @@ def test_processes_counts_what_is_summed() -> None:
 def test_memory_gives_the_peak_of_every_phase(measure: Any) -> None:
     results = measure("memory")
     peaks = [phase["peak_memory_bytes"] for phase in results["phases"].values()]
-    assert 2**20 < results["peak_memory_before_bytes"] <= peaks[0]
-    assert peaks == sorted(peaks)
+    # Linux counts resident pages in batches for each CPU, so that two readings differ by a few.
+    slack = 2**20
+    assert slack < results["peak_memory_before_bytes"] <= peaks[0] + slack
+    assert all(later >= earlier - slack for earlier, later in itertools.pairwise(peaks))
     assert results["real_bytes"] == 2 * 4 * 3 * 8 * 8
     assert results["values_bytes"] > 0 and results["num_images"] > 2
 
