@@ -695,10 +695,7 @@ class TrainedNetworks:
     def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
         self.context, self.seed, self.experts = context, seed, experts
         self.steps_per_network = context.config.inner_steps
-        for number in context.team.agree(experts.missing):
-            experts.record(number, context.device, team=context.team)
-        count = min(experts.num_experts, len(context.config.network))
-        self.networks = [experts.network(k).to(context.device) for k in range(count)]
+        self.networks = _networks_of(experts, context)
 
     def draw(self, number: int) -> None:
         """Draw one of the trained networks, and a point between its initial weights and these."""
@@ -783,9 +780,7 @@ class TrajectoryMatcher:
     def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
         self.context, self.seed, self.experts = context, seed, experts
         config, device = context.config, context.device
-        for number in context.team.agree(experts.missing):
-            experts.record(number, device, team=context.team)
-        self.networks = [experts.network(k).to(device) for k in range(len(config.network))]
+        self.networks = _networks_of(experts, context)
         logarithm = torch.tensor(math.log(config.student_learning_rate), device=device)
         self.rate = nn.ParameterDict({"logarithm": logarithm})
         self.learner = torch.optim.Adam(
@@ -832,6 +827,16 @@ class TrajectoryMatcher:
     def results(self) -> dict[str, Any]:
         """Return the learning rate that students have in the end."""
         return {"student_rate": float(self.rate["logarithm"].detach().exp())}
+
+
+def _networks_of(experts: Experts, context: steps.StepContext) -> list[Any]:
+    """Return a network of each architecture that experts have, after training any missing ones.
+
+    They are there after the phase that trains them, unless a run goes on without their folder.
+    """
+    for number in context.team.agree(experts.missing):
+        experts.record(number, context.device, team=context.team)
+    return [experts.network(k).to(context.device) for k in range(len(context.config.network))]
 
 
 def mean_psnr(errors: Tensor) -> float:

@@ -100,12 +100,6 @@ class RealMemory(Memory):
         """Return images as the memory would give them back: encoded and decoded, uint8 both."""
         return self._read(self.encode(images))
 
-    @property
-    def file_bytes(self) -> int:
-        """The exact size of the file that :meth:`save` writes."""
-        lengths = list(map(len, self.payloads))
-        return self._size(self.classes.tolist(), lengths, self.names_bytes)
-
     def extend(self, data: LabelledImages, *, order: Tensor | None = None) -> None:
         """Add the classes of some images, as many of every class as fit the budget.
 
