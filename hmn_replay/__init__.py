@@ -58,6 +58,7 @@ from hmn_replay.objectives import (
     trajectory_matching,
 )
 from hmn_replay.objectives.trajectories import record_experts
+from hmn_replay.replay import JPEGKeeper, Keeper, LearnedKeeper, RealKeeper, ReplayMemory
 from hmn_replay.shortcut import shortcut_report
 from hmn_replay.training.networks import NETWORKS, build_network
 from hmn_replay.training.train import TrainingConfig, train_network
@@ -97,9 +98,12 @@ __all__ = [
     "HMNReplayError",
     "HMNReplayWarning",
     "HierarchicalMemory",
+    "JPEGKeeper",
     "JPEGMemory",
     "JPEGReplay",
+    "Keeper",
     "LabelledImages",
+    "LearnedKeeper",
     "LearnedMemory",
     "LosslessMemory",
     "LosslessReplay",
@@ -112,7 +116,9 @@ __all__ = [
     "Objective",
     "RawMemory",
     "RawReplay",
+    "RealKeeper",
     "RealMemory",
+    "ReplayMemory",
     "ReplayStep",
     "StoredTensor",
     "TrainingConfig",

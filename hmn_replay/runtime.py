@@ -6,11 +6,13 @@ import contextlib
 import functools
 import hashlib
 import os
+import random
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hmn_replay.budget import as_int
@@ -22,6 +24,7 @@ __all__ = [
     "default_float32",
     "derive_seed",
     "deterministic_cudnn",
+    "isolated",
     "make_generator",
     "peak_memory_bytes",
     "resolve_device",
@@ -198,3 +201,27 @@ def seeded(seed: int, *names: int | str) -> Iterator[None]:
     with _LOCK, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *names))
         yield
+
+
+@contextlib.contextmanager
+def isolated(device: torch.device, seed: int, *names: int | str) -> Iterator[None]:
+    """Seed the global generators of torch, numpy and Python inside the block; restore them after.
+
+    For code that is not ours: a benchmark's transforms, and whatever makes a memory. Inside the
+    block no autocast is on, in which a caller's training loop may be.
+    """
+    state, numpy_state = random.getstate(), np.random.get_state()
+    value = derive_seed(seed, *names)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), without_autocast(device):
+        torch.default_generator.manual_seed(value)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(value)
+        random.seed(value)
+        np.random.seed(value % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 
 from hmn_replay.avalanche.plugin import MemoryReplay
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.memory import RawMemory
+from hmn_replay.memory import Memory, RawMemory
+from hmn_replay.replay import Keeper
 
 SHAPE = (3, 8, 8)
 
@@ -55,26 +56,38 @@ def raw_memory(images: Tensor, labels: Tensor) -> RawMemory:
     return memory
 
 
-class KeepFirst(MemoryReplay):
+class FirstKeeper(Keeper):
     """Keeps the first images of each class; a class that comes again is replaced."""
+
+    def __init__(self, per_class: int = 3) -> None:
+        self.per_class = per_class
+        self.given: list[LabelledImages] = []
+
+    def renew(
+        self, images: LabelledImages, *, memory: Memory | None, index: int, **_: Any
+    ) -> tuple[Memory, dict[str, Any]]:
+        self.given.append(images)
+        renewed = RawMemory(images.image_shape)
+        if memory is not None:
+            renewed.extend(LabelledImages(*memory.decode(dtype=torch.uint8)))
+        kept = [images.of_class(label)[: self.per_class] for label in images.classes.tolist()]
+        renewed.extend(images, order=torch.cat(kept))
+        return renewed, {"index": index, "draw": float(torch.rand(()))}
+
+
+class KeepFirst(MemoryReplay):
+    """Keeps the first images of each class."""
 
     memory: Any
 
     def __init__(self, per_class: int = 3, **options: Any) -> None:
-        super().__init__(**options)
-        self.per_class = per_class
-        self.given: list[LabelledImages] = []
+        self.keeper = FirstKeeper(per_class)
+        super().__init__(self.keeper, **options)
 
-    def update(
-        self, images: LabelledImages, *, index: int, model: nn.Module | None
-    ) -> tuple[RawMemory, dict[str, Any]]:
-        self.given.append(images)
-        memory = RawMemory(images.image_shape)
-        if self.memory is not None:
-            memory.extend(LabelledImages(*self.memory.decode(dtype=torch.uint8)))
-        kept = [images.of_class(label)[: self.per_class] for label in images.classes.tolist()]
-        memory.extend(images, order=torch.cat(kept))
-        return memory, {"index": index, "draw": float(torch.rand(()))}
+    @property
+    def given(self) -> list[LabelledImages]:
+        """What was given to be kept."""
+        return self.keeper.given
 
 
 def streams(kind: str = "nc", data: Images | None = None, num_experiences: int = 2) -> Any:

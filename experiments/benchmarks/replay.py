@@ -27,7 +27,7 @@ import hmn_replay
 from experiments.benchmarks.common import now, positive
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory import LearnedMemory
+from hmn_replay.memory import LearnedMemory, Memory
 from hmn_replay.runtime import make_generator, resolve_device
 
 SMOKE = {
@@ -67,9 +67,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(args.device)
     stream = make_stream(args)
     settings: dict[str, Any] = dict(text.split("=", 1) for text in args.set)
-    plugin = CondenseOnce(
-        args.budget, batch_size_mem=args.batch_size_mem, device=device, **settings
-    )
+    keeper = CondenseOnce(args.budget, **settings)
+    plugin = hmn_replay.MemoryReplay(keeper, batch_size_mem=args.batch_size_mem, device=device)
     rivals: dict[str, list[Any]] = {
         "HMNReplay": [plugin],
         "ReplayPlugin": [
@@ -123,16 +122,16 @@ class Quiet(BaseLogger):
     """Logs nothing; without a logger, Avalanche warns."""
 
 
-class CondenseOnce(hmn_replay.HMNReplay):
+class CondenseOnce(hmn_replay.LearnedKeeper):
     """Keeps its first memory: to condense in every round would take long, and is not timed."""
 
-    def update(
-        self, images: LabelledImages, *, index: int, model: nn.Module | None
+    def renew(
+        self, images: LabelledImages, *, memory: Memory | None, **context: Any
     ) -> tuple[LearnedMemory, dict[str, Any]]:
-        """Condense the first experience alone."""
-        if isinstance(self.memory, LearnedMemory):
-            return self.memory, {}
-        return super().update(images, index=index, model=model)
+        """Condense the first images alone."""
+        if isinstance(memory, LearnedMemory):
+            return memory, {}
+        return super().renew(images, memory=memory, **context)
 
 
 class Stopwatch(SupervisedPlugin[Any]):

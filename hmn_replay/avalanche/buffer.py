@@ -25,19 +25,21 @@ from avalanche.training.storage_policy import ExemplarsBuffer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hmn_replay.avalanche.streams import (
-    Normalization,
-    class_counts,
-    first_in_turn,
-    split_class_keys,
-    without_autocast,
-)
+from hmn_replay.avalanche.streams import Normalization, class_counts, split_class_keys
 from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.replay import DecodedImages
+from hmn_replay.runtime import without_autocast
 
 if TYPE_CHECKING:
     from hmn_replay.avalanche.plugin import MemoryReplay
 
-__all__ = ["DecodedImages", "MemoryBuffer", "add_to_minibatch", "finish_images"]
+__all__ = [
+    "MemoryBuffer",
+    "add_to_minibatch",
+    "as_avalanche_dataset",
+    "count_labels",
+    "finish_images",
+]
 
 _BATCH = 256
 
@@ -109,7 +111,8 @@ class MemoryBuffer(ExemplarsBuffer):
             a is not b for a, b in zip(self._made_for, now, strict=True)
         ):
             decoded = DecodedImages.of(memory, torch.device("cpu")).first(self.max_size)
-            self._buffer = decoded.as_dataset(
+            self._buffer = as_avalanche_dataset(
+                decoded,
                 self.replay.found_normalization,
                 self.replay.replay_transform,
                 with_tasks=self._with_tasks,
@@ -182,101 +185,39 @@ class MemoryBuffer(ExemplarsBuffer):
         return torch.cat(parts).cpu()
 
 
-@dataclass(frozen=True, eq=False)
-class DecodedImages:
-    """A memory's images, decoded once and kept on the device that trains.
+def count_labels(decoded: DecodedImages, num_classes: int) -> Tensor:
+    """Return how many images of each class below K there are, of task 0: float32 ``(K,)``."""
+    labels, tasks = split_class_keys(decoded.labels)
+    return class_counts(labels, (tasks == 0).float(), num_classes)
 
-    Attributes:
-        memory: What they were decoded from.
-        device: Where they are.
-        images: uint8 ``(N, C, H, W)``: a quarter of the bytes that floats would take.
-        labels: int64 ``(N,)``.
-        tasks: int64 ``(N,)``, the task labels.
+
+def as_avalanche_dataset(
+    decoded: DecodedImages,
+    normalization: Normalization | None,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    *,
+    with_tasks: bool,
+    logits: Tensor | None = None,
+) -> AvalancheDataset[Any]:
+    """Return images as a data set of Avalanche, in the space that training sees.
+
+    Args:
+        decoded: The images; their labels are class keys.
+        normalization: Applied to each image as it is read, or None.
+        transform: Applied before, to a batch of one image, or None.
+        with_tasks: Whether items are ``(image, label, task label)`` or ``(image, label)``.
+        logits: ``(N, K)``, a last part of the items; None for none.
     """
-
-    memory: Any
-    device: torch.device
-    images: Tensor
-    labels: Tensor
-    tasks: Tensor
-
-    @classmethod
-    def of(cls, memory: Any, device: torch.device) -> DecodedImages:
-        """Decode a memory where it is, and bring its images to a device."""
-        with without_autocast(device):
-            images, keys = memory.decode(dtype=torch.uint8)
-        parts = (images, *split_class_keys(keys))
-        return cls(memory, device, *(part.to(device) for part in parts))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def counts(self, num_classes: int) -> Tensor:
-        """Return how many images of each class below K there are, of task 0: float32 ``(K,)``."""
-        return class_counts(self.labels, (self.tasks == 0).float(), num_classes)
-
-    def first(self, count: int) -> DecodedImages:
-        """Return the first images of every class, the classes taking turns, ``count`` at most."""
-        if count >= len(self):
-            return self
-        keys = (self.tasks << 32) + self.labels
-        chosen = first_in_turn(keys, torch.arange(len(self)))[:count].sort().values
-        parts = self.images[chosen], self.labels[chosen], self.tasks[chosen]
-        return DecodedImages(self.memory, self.device, *parts)
-
-    def draw(
-        self, count: int, dtype: torch.dtype, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw images at random, none twice.
-
-        Args:
-            count: How many; all, where there are fewer.
-            dtype: Dtype of the images: a floating one.
-            generator: On the CPU.
-
-        Returns:
-            Images ``(n, C, H, W)`` in [0, 1], labels and task labels.
-
-        Raises:
-            DataError: ``dtype`` is another.
-        """
-        if not dtype.is_floating_point:
-            raise DataError(
-                f"expected a mini-batch of floats, got {dtype}; give the benchmark transforms that "
-                "end in floats"
-            )
-        indices = torch.randperm(len(self), generator=generator)[:count]
-        indices = indices.to(self.device, non_blocking=True)
-        images = self.images[indices].to(dtype).div_(255)
-        return images, self.labels[indices], self.tasks[indices]
-
-    def as_dataset(
-        self,
-        normalization: Normalization | None,
-        transform: Callable[[Tensor], Tensor] | None = None,
-        *,
-        with_tasks: bool,
-        logits: Tensor | None = None,
-    ) -> AvalancheDataset[Any]:
-        """Return the images as a data set of Avalanche, in the space that training sees.
-
-        Args:
-            normalization: Applied to each image as it is read, or None.
-            transform: Applied before, to a batch of one image, or None.
-            with_tasks: Whether items are ``(image, label, task label)`` or ``(image, label)``.
-            logits: ``(N, K)``, a last part of the items; None for none.
-        """
-        labels = self.labels.tolist()
-        attributes = [DataAttribute(labels, "targets")]
-        if with_tasks:
-            tasks = self.tasks.tolist()
-            attributes.append(DataAttribute(tasks, "targets_task_labels", use_in_getitem=True))
-        if logits is not None:
-            rows: Any = list(logits)
-            attributes.append(DataAttribute(rows, "logits", use_in_getitem=True))
-        items = _Items(self.images.cpu(), labels, normalization, transform)
-        kind = TaskAwareSupervisedClassificationDataset if with_tasks else AvalancheDataset
-        return kind([items], data_attributes=attributes)
+    labels, tasks = (part.tolist() for part in split_class_keys(decoded.labels))
+    attributes = [DataAttribute(labels, "targets")]
+    if with_tasks:
+        attributes.append(DataAttribute(tasks, "targets_task_labels", use_in_getitem=True))
+    if logits is not None:
+        rows: Any = list(logits)
+        attributes.append(DataAttribute(rows, "logits", use_in_getitem=True))
+    items = _Items(decoded.images.cpu(), labels, normalization, transform)
+    kind = TaskAwareSupervisedClassificationDataset if with_tasks else AvalancheDataset
+    return kind([items], data_attributes=attributes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,17 +9,12 @@ replay.memory.save("seen.hmn")
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
-import json
 import sys
-import time
 import warnings
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, TypeVar
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
 from avalanche.benchmarks import OnlineCLExperience
@@ -29,7 +24,12 @@ from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from hmn_replay.avalanche.buffer import DecodedImages, add_to_minibatch, finish_images
+from hmn_replay.avalanche.buffer import (
+    add_to_minibatch,
+    as_avalanche_dataset,
+    count_labels,
+    finish_images,
+)
 from hmn_replay.avalanche.losses import (
     LOSSES,
     RENEWALS,
@@ -42,42 +42,29 @@ from hmn_replay.avalanche.losses import (
     plain,
 )
 from hmn_replay.avalanche.streams import (
-    Gatherer,
     Normalization,
     check_experiences,
     class_counts,
     find_normalization,
     first_of_each_class,
-    isolated,
     read_experiences,
     split_class_keys,
 )
-from hmn_replay.baselines.fill import choose_quality, jpeg_images, lossless_images, raw_images
-from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.budget import Budget, as_int
-from hmn_replay.condensation.condense import condense
-from hmn_replay.condensation.config import CondenseConfig, make_config
+from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import (
-    BudgetError,
-    CheckpointError,
-    ConfigError,
-    HMNReplayError,
-    HMNReplayWarning,
+from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
+from hmn_replay.memory import Memory
+from hmn_replay.replay import (
+    DecodedImages,
+    JPEGKeeper,
+    Keeper,
+    LearnedKeeper,
+    RealKeeper,
+    ReplayMemory,
+    Selection,
 )
-from hmn_replay.memory import (
-    MEMORIES,
-    JPEGMemory,
-    LearnedMemory,
-    LosslessMemory,
-    Memory,
-    RawMemory,
-    RealMemory,
-    loads,
-)
-from hmn_replay.memory.base import MAX_CLASSES
-from hmn_replay.registry import suggest
-from hmn_replay.runtime import derive_seed, make_generator, resolve_device
+from hmn_replay.runtime import isolated, resolve_device
 from hmn_replay.training.train import TrainingConfig
 
 __all__ = [
@@ -95,17 +82,11 @@ Strategy: TypeAlias = Any
 
 MODES = ("replay", "memory_only")
 
-Selection: TypeAlias = "str | Callable[[LabelledImages, nn.Module], Tensor]"
-
-_STATE_VERSION = 2
-
-AnyMemory = TypeVar("AnyMemory", bound=Memory)
-
 
 class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     """Trains on a memory's images beside the current experience's, and renews the memory with it.
 
-    A subclass says how the memory is made: :meth:`update` makes it from an experience's images. Its
+    The memory is a :class:`~hmn_replay.ReplayMemory`; ``keeper`` says how it is renewed. Its
     classes are numbered by :func:`hmn_replay.avalanche.streams.class_key` (the label, where the
     task label is 0).
 
@@ -138,6 +119,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     ``strategy.plugins`` after it.
 
     Args:
+        keeper: What says how the memory is renewed: a :class:`~hmn_replay.LearnedKeeper`, a
+            :class:`~hmn_replay.RealKeeper`, or one of your own.
         batch_size_mem: Images replayed in a step; fewer where the memory has fewer. Default: the
             strategy's ``train_mb_size``. ``"memory_only"`` does not use it.
         mode: ``"replay"`` or ``"memory_only"``.
@@ -182,10 +165,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             does not hold one image of each class.
 
     Attributes:
-        memory: What was last made, or None. It may be set to a memory that was loaded.
-        report: For each update a dict of JSON types: ``update`` (0, 1, ...), ``seconds``,
-            ``num_images``, ``images_per_class``, ``file_bytes``, ``loss_used``, ``renew_used``, and
-            what :meth:`update` adds.
+        store: The replay memory, which works without Avalanche.
         loss_used: Name of the loss that the current or last experience was trained with: one of
             ``LOSSES``, a callable's name, or the name of a strategy with a loss of its own. None
             before the first.
@@ -194,14 +174,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         last_replay_size: How many of the current mini-batch's images are replayed.
     """
 
-    memory: Memory | None
-    report: list[dict[str, Any]]
     loss_used: str | None
     renew_used: str | None
     last_replay_size: int
 
     def __init__(
         self,
+        keeper: Keeper,
         *,
         batch_size_mem: int | None = None,
         mode: Literal["replay", "memory_only"] = "replay",
@@ -217,21 +196,23 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         progress: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        _check_settings(mode, batch_size_mem, max_raw_images, replay_weight, loss, renew, distill)
+        _check_settings(mode, batch_size_mem, replay_weight, loss, renew, distill)
         self.distill = distill
         self.batch_size_mem, self.mode = batch_size_mem, mode
         self.replay_transform = replay_transform
         self.replay_weight, self.loss, self.renew = replay_weight, loss, renew
         self.normalization = None if normalization is None else Normalization.of(normalization)
-        if device is not None:
-            resolve_device(device)
         self.device = device
-        self.max_raw_images, self.seed, self.progress = max_raw_images, seed, progress
-        self.memory, self.report = None, []
+        self.store = ReplayMemory(
+            keeper,
+            max_raw_images=max_raw_images,
+            seed=seed,
+            device="cpu" if device is None else device,
+            progress=progress,
+        )
         self.loss_used = self.renew_used = None
         self.last_replay_size = 0
-        self._gatherer = Gatherer(max_raw_images, seed)
-        self._num_updates = self._num_steps = self._num_pieces = 0
+        self._num_pieces = 0
         self._num_replayed = self._num_before = self._num_views = 0
         self._device = torch.device("cpu")
         self._model: nn.Module | None = None
@@ -245,55 +226,44 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._checked: set[int] = set()
         self._old_classes = torch.empty(0, dtype=torch.int64)
         self._teacher: _Teacher | None = None
-        self._decoded: DecodedImages | None = None
         _reattach_optim_modules()
 
-    @abstractmethod
-    def update(
-        self, images: LabelledImages, *, index: int, model: nn.Module | None
-    ) -> tuple[Memory, dict[str, Any]]:
-        """Make the memory that follows :attr:`memory`, and leave that one as it is.
+    @property
+    def memory(self) -> Memory | None:
+        """What was last made, or None. It may be set to a memory that was loaded."""
+        return self.store.memory
 
-        Torch's, numpy's and Python's global generators are seeded meanwhile, and restored.
+    @memory.setter
+    def memory(self, memory: Memory | None) -> None:
+        self.store.memory = memory
 
-        Args:
-            images: An experience's images; their labels are class keys.
-            index: The number of the update: 0, 1, ...
-            model: The strategy's network as it is now, to be left as it is; None where the plugin
-                has not been in a training since it was loaded.
+    @property
+    def report(self) -> list[dict[str, Any]]:
+        """For each update a dict of JSON types: that of :class:`~hmn_replay.ReplayMemory`.
 
-        Returns:
-            The new memory, and what to add to the report, of types that JSON has.
+        ``loss_used`` and ``renew_used`` are added to each.
         """
+        return self.store.report
 
-    def check_room(self, images: LabelledImages) -> None:
-        """Refuse, before training, an experience after which the memory would not fit its budget.
+    @property
+    def seed(self) -> int:
+        """Seed of every draw."""
+        return self.store.seed
 
-        By default nothing is refused. It is called for every experience, and for those pieces of an
-        online stream that have classes which none had before.
-
-        Args:
-            images: One image of each class that comes; their labels are class keys.
-
-        Raises:
-            BudgetError: The budget does not hold one image of each class that the memory has, of
-                each of these, and of each that is expected; the message says what would do.
-        """
-
-    def count_classes(self, images: LabelledImages) -> int:
-        """Return how many classes there are in the memory, in what is gathered, and in images."""
-        known = [] if self.memory is None else self.memory.classes.tolist()
-        return len({*known, *self._gatherer.num_seen, *images.labels.tolist()})
+    @property
+    def max_raw_images(self) -> int:
+        """Bound on the raw images gathered of an online experience."""
+        return self.store.max_raw_images
 
     @property
     def memory_bytes(self) -> int:
         """The bytes of the memory's file; 0 without a memory."""
-        return 0 if self.memory is None else self.memory.file_bytes
+        return self.store.memory_bytes
 
     @property
     def num_pending(self) -> int:
         """How many raw images of an online stream wait to be condensed."""
-        return len(self._gatherer)
+        return len(self.store.gatherer)
 
     @property
     def replay_mask(self) -> Tensor:
@@ -308,7 +278,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     @property
     def compute_device(self) -> torch.device:
-        """Where the memory is made: :attr:`device`, or the strategy's."""
+        """Where the memory is made: the given device, or the strategy's."""
         return self._device if self.device is None else resolve_device(self.device)
 
     @property
@@ -323,11 +293,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def finish(self) -> bool:
         """Make what an online stream has left into the memory; True where there was something."""
-        images = self._gatherer.images()
-        if images is not None:
-            self._renew(images)
-            self._gatherer.clear()
-        return images is not None
+        return self.store.finish(model=self._model, note=self._note())
 
     def learn(self, strategy: Strategy, experience: Any) -> None:
         """Make an experience into the memory, outside of a training.
@@ -339,8 +305,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             strategy: Its ``device`` and its ``model`` are used, where it has them.
             experience: An experience of Avalanche, or a piece of one.
         """
-        self._device = torch.device(getattr(strategy, "device", "cpu"))
-        self._model = getattr(strategy, "model", None)
+        self._attend(getattr(strategy, "device", "cpu"), getattr(strategy, "model", None))
         self._check_data(_experiences_of(strategy, experience))
         if _is_piece(strategy, experience):
             self._gather(experience)
@@ -352,7 +317,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Note the device, and check that the loss can be had."""
-        self._device, self._model = torch.device(strategy.device), strategy.model
+        self._attend(strategy.device, strategy.model)
         self._num_pieces = 0
         self._settle(strategy, ())
 
@@ -378,7 +343,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         with isolated(self._device, self.seed, "room"):
             images = first_of_each_class(experiences, self._found, known=self._checked)
             if images is not None:
-                self.check_room(images)
+                self.store.check_room(images)
                 self._checked.update(images.labels.tolist())
         self._settle(strategy, experiences)
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
@@ -395,7 +360,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             return
         decoded = self._decode()
         assert decoded is not None
-        strategy.adapted_dataset = decoded.as_dataset(self._found, with_tasks=self.has_task_labels)
+        strategy.adapted_dataset = as_avalanche_dataset(
+            decoded, self._found, with_tasks=self.has_task_labels
+        )
 
     def before_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Gather a piece of an online stream; decode the memory."""
@@ -434,15 +401,16 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         decoded = self._decode()
         if decoded is None or not len(decoded):
             return
-        # A generator a step, so that a checkpoint needs the number of the step alone.
-        generator = make_generator(self.seed, "replay", self._num_steps)
-        self._num_steps += 1
-        images, labels, tasks = decoded.draw(
-            self.batch_size_mem or strategy.train_mb_size, mbatch[0].dtype, generator
-        )
+        if not mbatch[0].dtype.is_floating_point:
+            raise DataError(
+                f"expected a mini-batch of floats, got {mbatch[0].dtype}; give the benchmark "
+                "transforms that end in floats"
+            )
+        count = self.batch_size_mem or strategy.train_mb_size
+        images, keys = self.store.sample(count, dtype=mbatch[0].dtype, device=self._device)
         self._note_replayed(len(mbatch[0]), len(images))
         images = finish_images(images, self.replay_transform, self._found)
-        add_to_minibatch(mbatch, images, labels, tasks)
+        add_to_minibatch(mbatch, images, *split_class_keys(keys))
 
     def after_forward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Count what others have put before the mini-batch since, and how often it is shown."""
@@ -460,11 +428,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 strategy.mb_output, self._teacher.logits(), self._teacher.old_classes
             )
             strategy.loss = strategy.loss + self.distill * term
-        decoded, num_replayed = self._decoded, self._num_replayed
-        if self.mode == "memory_only" or decoded is None or not num_replayed:
+        num_replayed = self._num_replayed
+        if self.mode == "memory_only" or not num_replayed:
             return
         if self._loss_now is plain and self.replay_weight is None:
             return
+        decoded = self._decode()
+        assert decoded is not None
         logits, labels = strategy.mb_output, strategy.mb_y
         step = ReplayStep(
             logits=logits,
@@ -473,7 +443,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             criterion=strategy._criterion,
             replay_weight=self.replay_weight,
             current_counts=self._count(labels[:-num_replayed], logits.shape[1]),
-            memory_counts=decoded.counts(logits.shape[1]),
+            memory_counts=count_labels(decoded, logits.shape[1]),
             strategy=strategy,
         )
         # Another plugin may have added a term of its own before: only the criterion's is replaced.
@@ -504,22 +474,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._current_counts = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the plugin has learned, as tensors, numbers and texts, with a digest of all.
-
-        It holds no settings: :meth:`load_state_dict` is for a plugin made with the same ones.
-        ``torch.load(..., weights_only=True)`` reads it from a file.
-        """
-        memory = b"" if self.memory is None else self.memory.to_bytes()
-        state = {
-            "version": _STATE_VERSION,
-            # torch.frombuffer refuses a buffer of no bytes.
-            "memory": torch.frombuffer(bytearray(memory + b"\0"), dtype=torch.uint8)[:-1],
-            "report": json.dumps(self.report),
-            "num_updates": self._num_updates,
-            "num_steps": self._num_steps,
-            "pending": self._gatherer.state_dict(),
-        }
-        return {**state, "digest": _digest(state)}
+        """Return what the plugin has learned; see :meth:`hmn_replay.ReplayMemory.state_dict`."""
+        return self.store.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; what follows is bit for bit what it would be.
@@ -527,37 +483,25 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         Raises:
             CheckpointError: The state is not one of this version, or is damaged; nothing changes.
         """
-        gatherer = Gatherer(self.max_raw_images, self.seed)
-        try:
-            version, digest = state["version"], state["digest"]
-            if version != _STATE_VERSION:
-                raise CheckpointError(f"version {version!r}, expected {_STATE_VERSION}")
-            if digest != _digest({key: state[key] for key in state if key != "digest"}):
-                raise CheckpointError("its digest does not fit: it was altered")
-            memory = state["memory"].cpu().numpy().tobytes()
-            loaded = loads(memory, device=self.compute_device) if memory else None
-            gatherer.load_state_dict(state["pending"])
-            report, updates, steps = state["report"], state["num_updates"], state["num_steps"]
-        except (HMNReplayError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"not a whole state of {type(self).__name__}: {error}; take an earlier one"
-            ) from error
-        self.memory, self.report, self._gatherer = loaded, json.loads(report), gatherer
-        self._num_updates, self._num_steps = updates, steps
+        self.store.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what Avalanche's ``save_checkpoint`` keeps: no image that can be decoded again."""
-        left_out = dict.fromkeys(
-            ("memory", "report", "_gatherer", "_decoded", "_model", "_teacher")
-        )
-        return {**self.__dict__, **left_out, "state": self.state_dict()}
+        """Return what Avalanche's ``save_checkpoint`` keeps: no network, and no decoded image."""
+        return {**self.__dict__, "_model": None, "_teacher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become what :meth:`__getstate__` described."""
-        learned = state.pop("state")
         self.__dict__.update(state)
-        self.load_state_dict(learned)
         _reattach_optim_modules()
+
+    def _attend(self, device: str | torch.device, model: nn.Module | None) -> None:
+        """Note what is trained, and where."""
+        self._device, self._model = torch.device(device), model
+        self.store.device = self.compute_device
+
+    def _note(self) -> dict[str, Any]:
+        """Return what the report says of the training, beside what it says of the memory."""
+        return {"loss_used": self.loss_used, "renew_used": self.renew_used}
 
     def _check_data(self, experiences: Sequence[Any]) -> None:
         self._found = self.normalization or find_normalization(*(e.dataset for e in experiences))
@@ -569,52 +513,26 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if not any(len(each.dataset) for each in experiences):
             return None
         images = self._read(experiences)
-        self._renew(images)
+        self.store.update(images, model=self._model, note=self._note())
         return images
 
     def _read(self, experiences: Sequence[Any]) -> LabelledImages:
-        with isolated(self._device, self.seed, "read", self._num_updates):
+        with isolated(self._device, self.seed, "read", self.store.num_updates):
             return read_experiences(experiences, self._found)
 
     def _gather(self, piece: Any) -> None:
         """Take the first piece of an experience for the end of the one before it, and add it."""
         if piece.access_task_boundaries and piece.is_first_subexp:
             self.finish()
-        self._gatherer.add(self._read([piece]))
+        self.store.gather(self._read([piece]))
 
     def _end_piece(self, piece: Any) -> None:
         if piece.access_task_boundaries and piece.is_last_subexp:
             self.finish()
 
     def _end_by_number(self) -> None:
-        if self._gatherer.num_seen.total() >= self.max_raw_images:
+        if self.store.gatherer.num_seen.total() >= self.max_raw_images:
             self.finish()
-
-    def _renew(self, images: LabelledImages) -> None:
-        index, started = self._num_updates, time.monotonic()
-        with isolated(self._device, self.seed, "update", index):
-            memory, report = self.update(images, index=index, model=self._model)
-        entry = {
-            "update": index,
-            **report,
-            "loss_used": self.loss_used,
-            "renew_used": self.renew_used,
-            "seconds": time.monotonic() - started,
-            "num_images": memory.num_images,
-            "images_per_class": list(memory.images_per_class),
-            "file_bytes": memory.file_bytes,
-        }
-        # Through JSON, so that what a checkpoint gives back has the same types.
-        self.report.append(json.loads(json.dumps(entry)))
-        self.memory, self._num_updates = memory, index + 1
-        if self.progress:
-            print(
-                f"{type(self).__name__}, update {index}: {memory.num_images:,} images of "
-                f"{len(entry['images_per_class'])} classes in {memory.file_bytes:,} bytes, "
-                f"{entry['seconds']:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
 
     def _settle(self, strategy: Strategy, experiences: Sequence[Any]) -> None:
         """Settle loss and renewal for experiences, none of them before the first is known.
@@ -700,7 +618,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def _count(self, labels: Tensor, num_classes: int) -> Tensor:
         """Count the labels of a mini-batch with those of its experience so far: ``(K,)``."""
         if self._current_counts is None:
-            seen = self._gatherer.num_seen + self._own_counts
+            seen = self.store.gatherer.num_seen + self._own_counts
             keys, counts = torch.tensor(list(seen)), torch.tensor(list(seen.values()))
             counted = class_counts(keys.long(), counts.float(), num_classes)
             self._current_counts = counted.to(labels.device)
@@ -708,13 +626,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         return self._current_counts
 
     def _decode(self) -> DecodedImages | None:
-        """Decode the memory, once until it is another one."""
-        memory, decoded = self.memory, self._decoded
-        if memory is None:
-            return None
-        if decoded is None or decoded.memory is not memory or decoded.device != self._device:
-            self._decoded = decoded = DecodedImages.of(memory, self._device)
-        return decoded
+        return self.store.decoded(self._device)
 
 
 class _Teacher:
@@ -815,7 +727,16 @@ class HMNReplay(MemoryReplay):
         progress: bool = False,
         **options: Any,
     ) -> None:
+        keeper = LearnedKeeper(
+            budget,
+            kind=kind,
+            expected_classes=expected_classes,
+            config=config,
+            effort=effort,
+            **options,
+        )
         super().__init__(
+            keeper,
             batch_size_mem=batch_size_mem,
             mode=mode,
             replay_transform=replay_transform,
@@ -829,13 +750,6 @@ class HMNReplay(MemoryReplay):
             device=device,
             progress=progress,
         )
-        if config is not None and (options or effort != "quick"):
-            given = sorted(options) or ["effort"]
-            raise ConfigError(f"config= has all settings; give it alone, without {given[0]}=")
-        self._learned_kind(kind)
-        self.budget, self.kind = Budget.parse(budget), kind
-        self.config = config or make_config(effort, **{"trained_networks": 0, **options})
-        self.expected_classes = expected_classes
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Bring the memory to where it is condensed."""
@@ -843,73 +757,15 @@ class HMNReplay(MemoryReplay):
         if self.memory is not None:
             self.memory.to(self.compute_device)
 
-    def check_room(self, images: LabelledImages) -> None:
-        """Refuse what the budget cannot hold; see :meth:`MemoryReplay.check_room`."""
-        memory_type, memory = self._learned_kind(self.kind), self.memory
-        classes = max(self.count_classes(images), self.expected_classes or 0)
-        if isinstance(memory, memory_type):
-            memory_type.max_images(memory.layout, self.budget, classes)
-        elif memory is None:
-            memory_type.choose_layout(
-                self.budget, images.image_shape, classes, self.config.number_format
-            )
 
-    def update(
-        self, images: LabelledImages, *, index: int, model: nn.Module | None
-    ) -> tuple[LearnedMemory, dict[str, Any]]:
-        """Condense an experience's images into the memory."""
-        device = self.compute_device
-        old = _copied(self.memory, self._learned_kind(self.kind), device)
-        memory = condense(
-            images,
-            self.budget,
-            kind=self.kind,
-            memory=old,
-            expected_classes=self._expected(images),
-            config=self.config,
-            seed=derive_seed(self.seed, "update", index),
-            device=device,
-            progress=self.progress and sys.stderr.isatty(),
-        )
-        return memory, memory.report
-
-    def _expected(self, images: LabelledImages) -> int | None:
-        if self.expected_classes is not None:
-            return self.expected_classes
-        for factor in (10, 5, 2):
-            expected = min(factor * images.num_classes, MAX_CLASSES)
-            with contextlib.suppress(BudgetError):
-                self._learned_kind(self.kind).choose_layout(
-                    self.budget, images.image_shape, expected, self.config.number_format
-                )
-                return expected
-        return None
-
-    @staticmethod
-    def _learned_kind(kind: str) -> type[LearnedMemory]:
-        memory_type = MEMORIES[kind]
-        if not issubclass(memory_type, LearnedMemory):
-            raise ConfigError(
-                f"HMNReplay learns its memory, and {kind!r} holds real images: use RawReplay, "
-                "JPEGReplay or LosslessReplay"
-            )
-        return memory_type
-
-
-class RealReplay(MemoryReplay):
-    """Replays real images, as many of every class as fit a budget of bytes.
-
-    When classes come, the others make room by dropping their last images. An image once encoded
-    stays as it is, byte for byte; a class that comes again is replaced.
+class RawReplay(MemoryReplay):
+    """Replays real images that are stored as uint8 pixels.
 
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        selection: Which images of a class stay longest: one of
-            :data:`~hmn_replay.baselines.selection.SELECTIONS`, or a callable that takes an
-            experience's images and the strategy's network, and returns their order, int64 ``(n,)``.
-            With ``renew="before"`` the network has not been trained on the experience yet.
-        training: Training of the network that a selection by name needs, other than ``"random"``.
-            Default: None, that of :func:`~hmn_replay.select_images`.
+        selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`. With
+            ``renew="before"`` the network has not been trained on the experience yet.
+        training: Training of the network that a selection by name needs.
         **options: Those of :class:`MemoryReplay`.
 
     Raises:
@@ -917,8 +773,7 @@ class RealReplay(MemoryReplay):
         ConfigError: An unknown option, or a value outside its range.
     """
 
-    memory_type: ClassVar[type[RealMemory]]
-    expected_classes: int | None = None
+    kind = "raw"
 
     def __init__(
         self,
@@ -928,90 +783,20 @@ class RealReplay(MemoryReplay):
         training: TrainingConfig | None = None,
         **options: Unpack[ReplayOptions],
     ) -> None:
-        super().__init__(**options)
-        if not callable(selection) and selection not in SELECTIONS:
-            raise ConfigError(
-                f"selection must be a callable or one of {', '.join(SELECTIONS)}; got "
-                f"{selection!r}{suggest(selection, list(SELECTIONS))}"
-            )
-        self.budget, self.selection = Budget.parse(budget), selection
-        self.training = training
-
-    def empty(self, image_shape: tuple[int, int, int]) -> RealMemory:
-        """Return a memory without images, for their size; of codecs the setting of fewest bytes."""
-        return self.memory_type(image_shape)
-
-    def check_room(self, images: LabelledImages) -> None:
-        """Refuse what the budget cannot hold; see :meth:`MemoryReplay.check_room`."""
-        memory = _copied(self.memory, self.memory_type, torch.device("cpu"))
-        memory = self.empty(images.image_shape) if memory is None else memory
-        memory.budget_bytes = None
-        memory.extend(images)
-        counts = torch.tensor([count for count in memory.images_per_class if count])
-        memory.keep(counts.cumsum(0) - counts)  # the first of each class
-        memory.budget_bytes = self.budget.num_bytes
-        payload_bytes = sum(map(len, memory.payloads)) / len(memory)
-        classes = max(self.count_classes(images), self.expected_classes or 0)
-        needed = memory.file_bytes + round((classes - len(memory)) * payload_bytes)
-        if needed > self.budget.num_bytes:
-            raise BudgetError(
-                f"a budget of {self.budget.num_bytes:,} bytes does not hold one image of each of "
-                f"{classes} classes; about {needed:,} bytes would"
-            )
-
-    @abstractmethod
-    def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
-        """Return the first memory, filled, and what to add to its report."""
-
-    def update(
-        self, images: LabelledImages, *, index: int, model: nn.Module | None
-    ) -> tuple[RealMemory, dict[str, Any]]:
-        """Add an experience's images to the memory."""
-        seed = derive_seed(self.seed, "selection", index)
-        if not callable(self.selection):
-            order = select_images(
-                images,
-                self.selection,
-                config=self.training,
-                seed=seed,
-                device=self.compute_device,
-            )
-        elif model is None:
-            raise ConfigError("a selection by the network needs one: train the strategy first")
-        else:
-            order = self.selection(images, model)
-        memory = _copied(self.memory, self.memory_type, torch.device("cpu"))
-        if memory is None:
-            return self.begin(images, order)
-        memory.budget_bytes = self.budget.num_bytes
-        memory.extend(images, order=order)
-        return memory, {}
+        keeper = RealKeeper(budget, kind=self.kind, selection=selection, training=training)
+        super().__init__(keeper, **options)
 
 
-class RawReplay(RealReplay):
-    """Replays real images that are stored as uint8 pixels; arguments as for :class:`RealReplay`."""
-
-    memory_type = RawMemory
-
-    def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
-        """Return the first memory, filled."""
-        return raw_images(images, self.budget, selection=order), {}
-
-
-class LosslessReplay(RealReplay):
-    """Replays real images that are stored as lossless WebP; arguments as for :class:`RealReplay`.
+class LosslessReplay(RawReplay):
+    """Replays real images that are stored as lossless WebP; arguments as for :class:`RawReplay`.
 
     More of them fit than of pixels, and what is replayed has no artefacts.
     """
 
-    memory_type = LosslessMemory
-
-    def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
-        """Return the first memory, filled."""
-        return lossless_images(images, self.budget, selection=order), {}
+    kind = "lossless"
 
 
-class JPEGReplay(RealReplay):
+class JPEGReplay(MemoryReplay):
     """Replays real images that are stored as JPEG scans under one header.
 
     Args:
@@ -1021,17 +806,15 @@ class JPEGReplay(RealReplay):
             :func:`hmn_replay.baselines.fill.choose_quality`.
         expected_classes: How many classes the stream will have in all, if that is known, for that
             choice. Default: None, ten times those of the first experience.
-        training: Training of that network, and of a selection's; see :class:`RealReplay`. Default:
-            None, that of ``choose_quality``.
-        selection: Which images of a class stay longest; see :class:`RealReplay`.
+        training: Training of that network, and of a selection's. Default: None, that of
+            ``choose_quality``.
+        selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`.
         **options: Those of :class:`MemoryReplay`.
 
     Raises:
         BudgetError: The budget cannot be read.
         ConfigError: An unknown option, or a value outside its range.
     """
-
-    memory_type = JPEGMemory
 
     def __init__(
         self,
@@ -1043,56 +826,19 @@ class JPEGReplay(RealReplay):
         selection: Selection = "random",
         **options: Unpack[ReplayOptions],
     ) -> None:
-        super().__init__(budget, selection=selection, training=training, **options)
-        if quality is not None and not 1 <= (as_int(quality) or 0) <= 100:
-            raise ConfigError(
-                f"quality must be None or a whole number from 1 to 100; got {quality!r}"
-            )
-        self.quality, self.expected_classes = quality, expected_classes
-
-    def empty(self, image_shape: tuple[int, int, int]) -> RealMemory:
-        """Return a memory without images, at the quality given, or at the lowest."""
-        return JPEGMemory(image_shape, quality=self.quality or 1)
-
-    def begin(self, images: LabelledImages, order: Tensor) -> tuple[RealMemory, dict[str, Any]]:
-        """Return the first memory, filled, after the choice of its quality."""
-        report: dict[str, Any] = {}
-        quality = self.quality
-        if quality is None:
-            quality, report["accuracies"] = choose_quality(
-                images,
-                self.budget,
-                expected_classes=self.expected_classes,
-                seed=self.seed,
-                device=self.compute_device,
-                training=self.training,
-            )
-        return jpeg_images(images, self.budget, quality=quality, selection=order), report
-
-    def update(
-        self, images: LabelledImages, *, index: int, model: nn.Module | None
-    ) -> tuple[RealMemory, dict[str, Any]]:
-        """Add an experience's images, at the quality of those that are there."""
-        memory, report = super().update(images, index=index, model=model)
-        return memory, {"quality": memory.summary()["quality"], **report}
-
-
-def _copied(
-    memory: Memory | None, memory_type: type[AnyMemory], device: torch.device
-) -> AnyMemory | None:
-    """Return a memory as its file has it, so that a run that goes on from a file does the same."""
-    if memory is None:
-        return None
-    copied = loads(memory.to_bytes(), device=device)
-    if not isinstance(copied, memory_type):
-        raise ConfigError(f"the plugin extends a {memory_type.__name__}; its memory is {memory!r}")
-    return copied
+        keeper = JPEGKeeper(
+            budget,
+            quality=quality,
+            expected_classes=expected_classes,
+            training=training,
+            selection=selection,
+        )
+        super().__init__(keeper, **options)
 
 
 def _check_settings(
     mode: str,
     batch_size_mem: int | None,
-    max_raw_images: int,
     replay_weight: float | None,
     loss: Loss,
     renew: str,
@@ -1111,9 +857,10 @@ def _check_settings(
             f"loss={name!r} learns the current classes from decoded images: it needs "
             'renew="before"; with renew="after" take loss="balanced"'
         )
-    for name, size in (("batch_size_mem", batch_size_mem), ("max_raw_images", max_raw_images)):
-        if size is not None and (as_int(size) or 0) < 1:
-            raise ConfigError(f"{name} must be a whole number of 1 or more; got {size!r}")
+    if batch_size_mem is not None and (as_int(batch_size_mem) or 0) < 1:
+        raise ConfigError(
+            f"batch_size_mem must be a whole number of 1 or more; got {batch_size_mem!r}"
+        )
     if replay_weight is not None and not 0 <= replay_weight <= 1:
         raise ConfigError(f"replay_weight must be in [0, 1]; got {replay_weight!r}")
     is_given = replay_weight is not None or loss not in ("auto", "plain") or renew != "auto"
@@ -1151,20 +898,6 @@ def _is_piece(strategy: Strategy, experience: Any) -> bool:
 def _experiences_of(strategy: Strategy, experience: Any) -> Sequence[Any]:
     """Return all experiences whose data a training has: of joint training several."""
     return strategy._experiences if isinstance(strategy, JointTraining) else [experience]
-
-
-def _digest(state: dict[str, Any]) -> str:
-    """Return 32 hexadecimal digits of nested numbers, texts and tensors, names among them."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(state.items()):
-        if isinstance(value, dict):
-            value = _digest(value)
-        if isinstance(value, Tensor):
-            digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        else:
-            digest.update(repr((name, value)).encode())
-    return digest.hexdigest()
 
 
 def _reattach_optim_modules() -> None:

@@ -2,16 +2,14 @@
 
 Images are read through the experience's *eval* transforms: what a memory keeps is not augmented.
 Those transforms may normalise; the normalisation is undone here, and applied again to what is
-replayed. An online stream gives an experience in pieces, which :class:`Gatherer` puts together.
+replayed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import random
-from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,21 +22,16 @@ from torchvision.transforms import v2
 
 from hmn_replay.data.images import LabelledImages, stack_images, to_image, to_label
 from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.runtime import derive_seed, make_generator
 
 __all__ = [
-    "Gatherer",
     "Normalization",
     "check_experiences",
     "class_counts",
     "class_key",
     "find_normalization",
-    "first_in_turn",
     "first_of_each_class",
-    "isolated",
     "read_experiences",
     "split_class_keys",
-    "without_autocast",
 ]
 
 # A class key holds the task's label in its upper half, the class's in its lower.
@@ -248,118 +241,6 @@ def class_counts(labels: Tensor, counts: Tensor, num_classes: int) -> Tensor:
     is_inside = (labels >= 0) & (labels < num_classes)
     totals = torch.zeros(num_classes + 1, device=labels.device)
     return totals.index_add(0, labels.where(is_inside, num_classes), counts)[:num_classes]
-
-
-@contextlib.contextmanager
-def isolated(device: torch.device, seed: int, *names: int | str) -> Iterator[None]:
-    """Seed the global generators of torch, numpy and Python inside the block; restore them after.
-
-    For code that is not ours: a benchmark's transforms, and whatever makes a memory. Inside the
-    block no autocast is on, in which a caller's training loop may be.
-    """
-    state, numpy_state = random.getstate(), np.random.get_state()
-    value = derive_seed(seed, *names)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), without_autocast(device):
-        torch.default_generator.manual_seed(value)
-        if devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(value)
-        random.seed(value)
-        np.random.seed(value % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
-    """Turn autocast off inside the block, on the CPU and on a device."""
-    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
-        yield
-
-
-class Gatherer:
-    """Gathers the pieces of an online experience: of every class, a random sample of its images.
-
-    Each image has a random priority, and the classes take turns in keeping their image of lowest
-    priority. So a class with fewer images than its share keeps them all, and each image of another
-    class has the same chance to be kept. Adding images costs time in proportion to their number,
-    and a sort of the priorities where the gatherer is full.
-
-    Args:
-        capacity: Images kept at most, 1 or more.
-        seed: Seed of the priorities.
-
-    Attributes:
-        num_seen: For each label, how many of its images were added.
-    """
-
-    def __init__(self, capacity: int, seed: int) -> None:
-        self.capacity, self.seed = capacity, seed
-        self.clear()
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def clear(self) -> None:
-        """Begin anew, for another experience."""
-        self.num_seen: Counter[int] = Counter()
-        # One tensor an image: one is replaced without a copy of the others.
-        self._images: list[Tensor] = []
-        self._labels = torch.empty(0, dtype=torch.int64)
-        self._priorities = torch.empty(0)
-
-    def add(self, data: LabelledImages) -> None:
-        """Add images, uint8 ``(N, C, H, W)``, and drop what is beyond the capacity."""
-        generator = make_generator(self.seed, "raw buffer", self.num_seen.total())
-        priorities = torch.cat([self._priorities, torch.rand(len(data), generator=generator)])
-        labels = torch.cat([self._labels, data.labels])
-        kept = torch.arange(len(labels))
-        if len(labels) > self.capacity:
-            kept = first_in_turn(labels, priorities)[: self.capacity].sort().values
-        num_old = len(self)
-        self._images = [
-            self._images[i] if i < num_old else data.images[i - num_old].clone()
-            for i in kept.tolist()
-        ]
-        self._labels, self._priorities = labels[kept], priorities[kept]
-        self.num_seen.update(data.labels.tolist())
-
-    def images(self) -> LabelledImages | None:
-        """Return the images that are kept; None where there is none."""
-        return LabelledImages(torch.stack(self._images), self._labels) if self._images else None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return what was gathered, as tensors."""
-        seen = torch.tensor(sorted(self.num_seen.items()), dtype=torch.int64).view(-1, 2)
-        images = torch.stack(self._images) if self._images else torch.empty(0, dtype=torch.uint8)
-        return {
-            "images": images,
-            "labels": self._labels,
-            "priorities": self._priorities,
-            "seen": seen,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave."""
-        self.num_seen = Counter({label: count for label, count in state["seen"].tolist()})
-        self._images = [image.clone() for image in state["images"]]
-        self._labels, self._priorities = state["labels"].clone(), state["priorities"].clone()
-
-
-def first_in_turn(labels: Tensor, priorities: Tensor) -> Tensor:
-    """Order images so that the classes take turns, each with its lowest priority first."""
-    order = priorities.argsort(stable=True)
-    order = order[labels[order].argsort(stable=True)]
-    _, counts = labels[order].unique_consecutive(return_counts=True)
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    turns = torch.arange(len(labels)) - starts
-    # The last sort is stable, and would favour the lowest labels in the last turn.
-    shuffled = priorities[order].argsort(stable=True)
-    return order[shuffled][turns[shuffled].argsort(stable=True)]
 
 
 def _eval_data(experiences: Sequence[Any]) -> ConcatDataset[Any]:

@@ -22,14 +22,16 @@ from torch import nn
 from torchvision import transforms
 
 from hmn_replay.avalanche.buffer import (
-    DecodedImages,
     MemoryBuffer,
     add_to_minibatch,
+    as_avalanche_dataset,
+    count_labels,
     finish_images,
 )
 from hmn_replay.avalanche.plugin import HMNReplay
 from hmn_replay.avalanche.streams import Normalization
 from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.replay import DecodedImages
 from tests.streams import (
     Images,
     KeepFirst,
@@ -227,12 +229,9 @@ def decoded() -> DecodedImages:
     return DecodedImages.of(raw_memory(PIXELS, KEYS), torch.device("cpu"))
 
 
-def test_keys_become_labels_and_task_labels(decoded: DecodedImages) -> None:
+def test_labels_of_task_0_that_a_network_has_are_counted(decoded: DecodedImages) -> None:
     assert decoded.images.dtype == torch.uint8 and len(decoded) == 7
-    assert decoded.labels.tolist() == [-3, 0, 0, 1, 1, 5, 2]
-    assert decoded.tasks.tolist() == [0, 0, 0, 0, 0, 0, 4]
-    # Counted are labels of task 0 that a network of K outputs has.
-    assert decoded.counts(4).tolist() == [2, 2, 0, 0]
+    assert count_labels(decoded, 4).tolist() == [2, 2, 0, 0]
 
 
 def test_images_are_drawn_uniformly_and_none_twice(
@@ -241,20 +240,14 @@ def test_images_are_drawn_uniformly_and_none_twice(
     generator = torch.Generator().manual_seed(0)
     drawn = torch.zeros(7)
     for _ in range(700):
-        images, labels, tasks = decoded.draw(3, torch.float32, generator)
+        images, labels = decoded.draw(3, torch.float32, generator)
         indices = images[:, 0, 0, 0].mul(255).round().long() // 12
         assert len(set(indices.tolist())) == 3
         assert torch.equal(labels, decoded.labels[indices])
-        assert torch.equal(tasks, decoded.tasks[indices])
         assert torch.equal(images, PIXELS[indices].float() / 255)
         drawn[indices] += 1
     assert float((drawn - 300).abs().max()) < 60
     assert len(decoded.draw(50, torch.float16, generator)[0]) == 7
-
-
-def test_integers_are_refused(decoded: DecodedImages) -> None:
-    with pytest.raises(DataError, match=r"a mini-batch of floats, got torch\.uint8"):
-        decoded.draw(1, torch.uint8, torch.Generator())
 
 
 def test_images_are_augmented_and_then_normalised() -> None:
@@ -279,10 +272,10 @@ def test_a_minibatch_without_task_labels_gets_none() -> None:
 
 
 def test_a_data_set_has_the_labels_of_its_keys(decoded: DecodedImages) -> None:
-    data: Any = decoded.as_dataset(Normalization((0.5,), (0.5,)), with_tasks=True)
+    data: Any = as_avalanche_dataset(decoded, Normalization((0.5,), (0.5,)), with_tasks=True)
     image, label, task = data[6]
     assert torch.equal(image, (PIXELS[6].float() / 255 - 0.5) / 0.5)
     assert (label, task) == (2, 4)
     assert list(data.targets) == [-3, 0, 0, 1, 1, 5, 2]
     assert list(data.targets_task_labels) == [0, 0, 0, 0, 0, 0, 4]
-    assert len(decoded.as_dataset(None, with_tasks=False)[0]) == 2
+    assert len(as_avalanche_dataset(decoded, None, with_tasks=False)[0]) == 2

@@ -17,6 +17,7 @@ from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import make_config
 from hmn_replay.errors import BudgetError, CheckpointError, ConfigError
 from hmn_replay.memory import LearnedMemory, load
+from hmn_replay.replay import LearnedKeeper
 from tests.streams import (
     Images,
     in_pieces,
@@ -33,6 +34,11 @@ BUDGET = 6000
 
 def make_replay(**options: Any) -> HMNReplay:
     return HMNReplay(BUDGET, **{**TINY, "beta_grid": (0.5,), "batch_size_mem": 4, **options})
+
+
+def keeper_of(replay: HMNReplay) -> LearnedKeeper:
+    assert isinstance(replay.store.keeper, LearnedKeeper)
+    return replay.store.keeper
 
 
 def without_times(report: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -144,7 +150,7 @@ def test_a_damaged_memory_in_a_state_is_refused() -> None:
     train(make_strategy([replay]), streams().train_stream[:1])
     state = replay.state_dict()
     state["memory"][-5] ^= 1
-    with pytest.raises(CheckpointError, match=r"not a whole state of HMNReplay.*digest"):
+    with pytest.raises(CheckpointError, match=r"not a whole state of a replay memory.*digest"):
         make_replay().load_state_dict(state)
 
 
@@ -178,7 +184,7 @@ def test_a_budget_that_cannot_do_is_refused_before_training(renew: Any) -> None:
         strategy = make_strategy([replay])
         before = weights(strategy)
         if not options:
-            replay.budget = Budget.parse(150)
+            keeper_of(replay).budget = Budget.parse(150)
         with pytest.raises(BudgetError, match=r"budget of .* bytes"):
             strategy.train(streams().train_stream[0])
         assert torch.equal(weights(strategy), before) and replay.memory is None
@@ -188,7 +194,7 @@ def test_a_class_too_many_is_refused_before_training() -> None:
     replay = make_replay(renew="after")
     strategy = make_strategy([replay])
     strategy.train(streams().train_stream[0])
-    replay.budget = Budget.parse(replay.memory_bytes // 2)
+    keeper_of(replay).budget = Budget.parse(replay.memory_bytes // 2)
     before = weights(strategy)
     with pytest.raises(BudgetError, match=r"of each of 4 classes; .* the smallest that does is"):
         strategy.train(streams().train_stream[1])
@@ -213,7 +219,7 @@ def test_progress_is_a_line_an_update(capsys: pytest.CaptureFixture[str]) -> Non
     train(make_strategy([make_replay(progress=True)]), streams().train_stream)
     first, second = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r"HMNReplay, update 0: [\d,]+ images of 2 classes in [\d,]+ bytes, \d+ s", first
+        r"hmn_replay, update 0: [\d,]+ images of 2 classes in [\d,]+ bytes, \d+ s", first
     )
     assert "update 1" in second and "4 classes" in second
 

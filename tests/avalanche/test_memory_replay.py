@@ -36,6 +36,7 @@ from hmn_replay.avalanche.plugin import (
 )
 from hmn_replay.errors import CheckpointError, ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory import RawMemory
+from hmn_replay.replay import Keeper
 from tests.streams import (
     SHAPE,
     Images,
@@ -141,13 +142,13 @@ def test_counts_and_mask_tell_replayed_images_apart() -> None:
 
 
 def test_without_a_memory_training_is_bit_identical() -> None:
-    class Forgetful(KeepFirst):
-        def update(self, images: Any, **_: Any) -> Any:
+    class Forgetful(Keeper):
+        def renew(self, images: Any, **_: Any) -> Any:
             random.random(), np.random.rand(), torch.rand(1)
             return RawMemory(SHAPE), {}
 
     trained = []
-    for plugins in ([], [Forgetful()]):
+    for plugins in ([], [MemoryReplay(Forgetful())]):
         model = nn.Sequential(nn.Dropout(0.3), make_model())
         strategy = make_strategy(plugins, model=model, eval_every=1, train_epochs=2)
         random.seed(1)
@@ -639,7 +640,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
         {},
         {**state, "version": 9},
         {**state, "report": "[]"},
-        {**state, "num_steps": 9},
+        {**state, "num_draws": 9},
     ]
     broken += [{**state, "memory": flipped(state["memory"])}, {**state, "memory": b"bytes"}]
     broken += [{**state, "more": 1}, {k: v for k, v in state.items() if k != "num_updates"}]
@@ -648,11 +649,17 @@ def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
         for name, values in state["pending"].items()
     ]
     for wrong in broken:
-        with pytest.raises(CheckpointError, match="not a whole state of KeepFirst"):
+        with pytest.raises(CheckpointError, match="not a whole state of a replay memory"):
             replay.load_state_dict(wrong)
         assert replay.memory is memory and len(replay.report) == 1
         assert replay.num_pending == pending
     replay.load_state_dict(state)
+
+
+def test_minibatches_of_integers_are_refused() -> None:
+    data = Images(transform=lambda image: image.mul(255).to(torch.uint8))
+    with pytest.raises(DataError, match=r"a mini-batch of floats, got torch\.uint8"):
+        make_strategy([KeepFirst(renew="before")]).train(streams(data=data).train_stream[0])
 
 
 def test_items_of_another_form_are_refused() -> None:
@@ -664,7 +671,7 @@ def test_items_of_another_form_are_refused() -> None:
 
 def test_every_plugin_takes_the_same_options() -> None:
     options = set(ReplayOptions.__annotations__)
-    assert options == set(inspect.signature(MemoryReplay).parameters)
+    assert options | {"keeper"} == set(inspect.signature(MemoryReplay).parameters)
     assert options < set(inspect.signature(HMNReplay).parameters)
     given: Any = dict.fromkeys(("batch_size_mem", "max_raw_images", "seed"), 7)
     for replay in (RawReplay("1 KiB", **given), JPEGReplay("1 KiB", **given)):

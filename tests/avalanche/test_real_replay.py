@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hmn_replay import HMNReplay, JPEGReplay, LabelledImages, LosslessReplay, RawReplay
 from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.memory import RealMemory
+from hmn_replay.memory import JPEGMemory, LosslessMemory, RawMemory, RealMemory
 from hmn_replay.training.train import TrainingConfig
 from tests.streams import (
     in_pieces,
@@ -30,6 +30,7 @@ KINDS: list[tuple[Any, dict[str, Any]]] = [
     (JPEGReplay, {"quality": 30}),
     (LosslessReplay, {}),
 ]
+MEMORIES = {RawReplay: RawMemory, JPEGReplay: JPEGMemory, LosslessReplay: LosslessMemory}
 
 
 def memory_of(replay: Any) -> RealMemory:
@@ -63,7 +64,7 @@ def test_images_stay_byte_for_byte_and_the_file_stays_full(make: Any, options: A
             assert images[label] == own[: len(images[label])]
         before = images
     assert memory.classes.tolist() == [0, 1, 2, 3, 4, 5]
-    assert type(memory) is make.memory_type
+    assert type(memory) is MEMORIES[make]
     assert replay.loss_used == "separated" == replay.report[-1]["loss_used"]
 
 
@@ -202,5 +203,7 @@ def test_a_memory_of_another_kind_is_not_extended() -> None:
         strategy = make_strategy([replay])
         strategy.train(streams().train_stream[0])
         other.memory = replay.memory
-        with pytest.raises(ConfigError, match=r"the plugin extends a .*; its memory is RawMemory"):
+        with pytest.raises(
+            ConfigError, match=r"what is extended must be a .*; the memory is RawMemory"
+        ):
             make_strategy([other]).train(streams().train_stream[1])

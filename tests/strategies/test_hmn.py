@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hmn_replay import HMNReplay
+from hmn_replay import HMNReplay, LearnedKeeper
 from hmn_replay.condensation.config import make_config
 from hmn_replay.errors import ConfigError
 from tests.strategies.support import BUDGET, OPTIONS, build
@@ -16,10 +16,12 @@ def test_settings_reach_the_plugin() -> None:
     )
     replay = strategy.plugins[0]
     assert isinstance(replay, HMNReplay)
-    assert replay.budget.num_bytes == BUDGET
+    keeper = replay.store.keeper
+    assert isinstance(keeper, LearnedKeeper)
+    assert keeper.budget.num_bytes == BUDGET
     assert (replay.batch_size_mem, replay.seed, replay.mode) == (5, 3, "memory_only")
-    assert replay.expected_classes == 6
-    assert replay.config == make_config("standard", **OPTIONS["hmn"])
+    assert keeper.expected_classes == 6
+    assert keeper.config == make_config("standard", **OPTIONS["hmn"])
     assert replay.device is None and replay.loss == "auto"
 
 

@@ -1,0 +1,22 @@
+"""Replay without a framework: a memory that is renewed with what comes, and drawn from."""
+
+from hmn_replay.replay.keepers import (
+    JPEGKeeper,
+    Keeper,
+    LearnedKeeper,
+    RealKeeper,
+    Selection,
+    make_keeper,
+)
+from hmn_replay.replay.store import DecodedImages, ReplayMemory
+
+__all__ = [
+    "DecodedImages",
+    "JPEGKeeper",
+    "Keeper",
+    "LearnedKeeper",
+    "RealKeeper",
+    "ReplayMemory",
+    "Selection",
+    "make_keeper",
+]

@@ -1,0 +1,95 @@
+"""Gathering: of images that come in pieces, a random sample of each class."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.runtime import make_generator
+
+__all__ = ["Gatherer", "first_in_turn"]
+
+
+class Gatherer:
+    """Gathers images that come in pieces: of every class, a random sample.
+
+    Each image has a random priority, and the classes take turns in keeping their image of lowest
+    priority. So a class with fewer images than its share keeps them all, and each image of another
+    class has the same chance to be kept. Adding images costs time in proportion to their number,
+    and a sort of the priorities where the gatherer is full.
+
+    Args:
+        capacity: Images kept at most, 1 or more.
+        seed: Seed of the priorities.
+
+    Attributes:
+        num_seen: For each label, how many of its images were added.
+    """
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self.capacity, self.seed = capacity, seed
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.num_seen: Counter[int] = Counter()
+        # One tensor an image: one is replaced without a copy of the others.
+        self._images: list[Tensor] = []
+        self._labels = torch.empty(0, dtype=torch.int64)
+        self._priorities = torch.empty(0)
+
+    def add(self, data: LabelledImages) -> None:
+        """Add images, uint8 ``(N, C, H, W)``, and drop what is beyond the capacity."""
+        generator = make_generator(self.seed, "raw buffer", self.num_seen.total())
+        priorities = torch.cat([self._priorities, torch.rand(len(data), generator=generator)])
+        labels = torch.cat([self._labels, data.labels])
+        kept = torch.arange(len(labels))
+        if len(labels) > self.capacity:
+            kept = first_in_turn(labels, priorities)[: self.capacity].sort().values
+        num_old = len(self)
+        self._images = [
+            self._images[i] if i < num_old else data.images[i - num_old].clone()
+            for i in kept.tolist()
+        ]
+        self._labels, self._priorities = labels[kept], priorities[kept]
+        self.num_seen.update(data.labels.tolist())
+
+    def images(self) -> LabelledImages | None:
+        """Return the images that are kept; None where there is none."""
+        return LabelledImages(torch.stack(self._images), self._labels) if self._images else None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what was gathered, as tensors."""
+        seen = torch.tensor(sorted(self.num_seen.items()), dtype=torch.int64).view(-1, 2)
+        images = torch.stack(self._images) if self._images else torch.empty(0, dtype=torch.uint8)
+        return {
+            "images": images,
+            "labels": self._labels,
+            "priorities": self._priorities,
+            "seen": seen,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.num_seen = Counter({label: count for label, count in state["seen"].tolist()})
+        self._images = [image.clone() for image in state["images"]]
+        self._labels, self._priorities = state["labels"].clone(), state["priorities"].clone()
+
+
+def first_in_turn(labels: Tensor, priorities: Tensor) -> Tensor:
+    """Order images so that the classes take turns, each with its lowest priority first."""
+    order = priorities.argsort(stable=True)
+    order = order[labels[order].argsort(stable=True)]
+    _, counts = labels[order].unique_consecutive(return_counts=True)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    turns = torch.arange(len(labels), device=labels.device) - starts
+    # The last sort is stable, and would favour the lowest labels in the last turn.
+    shuffled = priorities[order].argsort(stable=True)
+    return order[shuffled][turns[shuffled].argsort(stable=True)]

@@ -1,0 +1,416 @@
+"""What a memory keeps of the images that come: one keeper for learned kinds, one for real images.
+
+A keeper makes the memory that follows another. It has settings and no state: what it makes depends
+on its arguments alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hmn_replay.baselines.fill import choose_quality, jpeg_images
+from hmn_replay.baselines.selection import SELECTIONS, select_images
+from hmn_replay.budget import Budget, as_int
+from hmn_replay.condensation.condense import condense
+from hmn_replay.condensation.config import CondenseConfig, make_config
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.memory import (
+    MEMORIES,
+    JPEGMemory,
+    LearnedMemory,
+    Memory,
+    RealMemory,
+    loads,
+)
+from hmn_replay.memory.base import MAX_CLASSES
+from hmn_replay.registry import suggest
+from hmn_replay.runtime import derive_seed
+from hmn_replay.settings import check_options
+from hmn_replay.training.train import TrainingConfig
+
+__all__ = ["JPEGKeeper", "Keeper", "LearnedKeeper", "RealKeeper", "Selection", "make_keeper"]
+
+Selection: TypeAlias = "str | Callable[[LabelledImages, nn.Module], Tensor]"
+
+AnyMemory = TypeVar("AnyMemory", bound=Memory)
+
+
+class Keeper(ABC):
+    """Says how a memory is renewed with images that come. Subclass it for a memory of your own."""
+
+    @abstractmethod
+    def renew(
+        self,
+        images: LabelledImages,
+        *,
+        memory: Memory | None,
+        index: int,
+        seed: int,
+        device: torch.device,
+        model: nn.Module | None,
+        progress: bool,
+    ) -> tuple[Memory, dict[str, Any]]:
+        """Make the memory that follows ``memory``, and leave that one as it is.
+
+        Args:
+            images: What came, such as the images of an experience.
+            memory: What was kept so far; None at first.
+            index: The number of the update: 0, 1, ...
+            seed: Seed of the whole run; draws should differ from one ``index`` to the next.
+            device: Where to compute.
+            model: A network that is being trained, to be left as it is; None where there is none.
+            progress: Whether to show progress on standard error.
+
+        Returns:
+            The new memory, and what to add to the report, of types that JSON has.
+        """
+
+    def check_room(  # noqa: B027  # nothing to refuse is a default
+        self, images: LabelledImages, *, memory: Memory | None, num_classes: int
+    ) -> None:
+        """Refuse images after which the memory would not fit its budget. By default none are.
+
+        Args:
+            images: One image or more of each class that comes.
+            memory: What was kept so far; None at first.
+            num_classes: How many classes there are in ``memory``, in ``images`` and in what waits
+                to be kept, together.
+
+        Raises:
+            BudgetError: The budget does not hold one image of each of these classes, and of each
+                that is expected; the message says what would do.
+        """
+
+
+class LearnedKeeper(Keeper):
+    """Condenses what comes into a learned memory, by :func:`hmn_replay.condense` with ``memory=``.
+
+    New classes get memories of their own, old ones give up instance memories, classes that come
+    back are renewed, and the saved file stays within the budget.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        kind: A learned memory kind: ``"hmn"``, or ``"pixels"``, ``"idc"``, ``"haba"``, ``"linba"``.
+        expected_classes: How many classes there will be in all, if that is known: the memory's
+            tensors are shaped for so many. Default: None, ten times those that come first, or as
+            many of them as the budget can be shaped for.
+        config: Settings of the condensation, in place of ``effort`` and ``options``. Default: None,
+            those of ``effort``.
+        effort: ``"quick"``, ``"standard"`` or ``"paper"``.
+        **options: Fields of :class:`~hmn_replay.CondenseConfig`. Without ``config``,
+            ``trained_networks`` is 0 by default: to train several networks at every update would
+            take longer than the update itself.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: An unknown option, or a value outside its range.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        kind: str = "hmn",
+        expected_classes: int | None = None,
+        config: CondenseConfig | None = None,
+        effort: str = "quick",
+        **options: Any,
+    ) -> None:
+        if config is not None and (options or effort != "quick"):
+            given = sorted(options) or ["effort"]
+            raise ConfigError(f"config= has all settings; give it alone, without {given[0]}=")
+        memory_type = MEMORIES[kind]
+        if not issubclass(memory_type, LearnedMemory):
+            raise ConfigError(
+                f"what is learned is condensed, and {kind!r} holds real images: use RawReplay, "
+                "JPEGReplay or LosslessReplay, or without Avalanche ReplayMemory or a RealKeeper"
+            )
+        self.budget, self.kind = Budget.parse(budget), kind
+        self.config = config or make_config(effort, **{"trained_networks": 0, **options})
+        self.expected_classes = expected_classes
+
+    @property
+    def memory_type(self) -> type[LearnedMemory]:
+        """The class of the memory kind."""
+        found = MEMORIES[self.kind]
+        assert issubclass(found, LearnedMemory)
+        return found
+
+    def check_room(
+        self, images: LabelledImages, *, memory: Memory | None, num_classes: int
+    ) -> None:
+        """Refuse what the budget cannot hold; see :meth:`Keeper.check_room`."""
+        classes = max(num_classes, self.expected_classes or 0)
+        if isinstance(memory, self.memory_type):
+            self.memory_type.max_images(memory.layout, self.budget, classes)
+        elif memory is None:
+            self.memory_type.choose_layout(
+                self.budget, images.image_shape, classes, self.config.number_format
+            )
+
+    def renew(
+        self,
+        images: LabelledImages,
+        *,
+        memory: Memory | None,
+        index: int,
+        seed: int,
+        device: torch.device,
+        model: nn.Module | None = None,
+        progress: bool = False,
+    ) -> tuple[LearnedMemory, dict[str, Any]]:
+        """Condense images into the memory; see :meth:`Keeper.renew`."""
+        condensed = condense(
+            images,
+            self.budget,
+            kind=self.kind,
+            memory=_copied(memory, self.memory_type, device),
+            expected_classes=self._expected(images),
+            config=self.config,
+            seed=derive_seed(seed, "update", index),
+            device=device,
+            progress=progress and sys.stderr.isatty(),
+        )
+        return condensed, condensed.report
+
+    def _expected(self, images: LabelledImages) -> int | None:
+        if self.expected_classes is not None:
+            return self.expected_classes
+        for factor in (10, 5, 2):
+            expected = min(factor * images.num_classes, MAX_CLASSES)
+            with contextlib.suppress(BudgetError):
+                self.memory_type.choose_layout(
+                    self.budget, images.image_shape, expected, self.config.number_format
+                )
+                return expected
+        return None
+
+
+class RealKeeper(Keeper):
+    """Keeps real images, as many of every class as fit a budget of bytes.
+
+    When classes come, the others make room by dropping their last images. An image once encoded
+    stays as it is, byte for byte; a class that comes again is replaced.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        kind: A kind of real images: ``"raw"``, ``"lossless"``, or one that was registered and is
+            made from image shape and budget alone. ``"jpeg"`` has :class:`JPEGKeeper`.
+        selection: Which images of a class stay longest: one of
+            :data:`~hmn_replay.baselines.selection.SELECTIONS`, or a callable that takes the images
+            that come and the network that is being trained, and returns their order, int64
+            ``(n,)``.
+        training: Training of the network that a selection by name needs, other than ``"random"``.
+            Default: None, that of :func:`~hmn_replay.select_images`.
+        expected_classes: How many classes there will be in all, if that is known: a budget that
+            does not hold one image of each is refused. Default: None, those that are there.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: An unknown option, or a value outside its range.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        kind: str = "raw",
+        selection: Selection = "random",
+        training: TrainingConfig | None = None,
+        expected_classes: int | None = None,
+    ) -> None:
+        if not callable(selection) and selection not in SELECTIONS:
+            raise ConfigError(
+                f"selection must be a callable or one of {', '.join(SELECTIONS)}; got "
+                f"{selection!r}{suggest(selection, list(SELECTIONS))}"
+            )
+        self.budget, self.kind = Budget.parse(budget), kind
+        self.selection, self.training = selection, training
+        self.expected_classes = expected_classes
+
+    @property
+    def memory_type(self) -> type[RealMemory]:
+        """The class of the memory kind."""
+        found = MEMORIES[self.kind]
+        assert issubclass(found, RealMemory)
+        return found
+
+    def empty(self, image_shape: tuple[int, int, int]) -> RealMemory:
+        """Return a memory without images, for their size; of codecs the setting of fewest bytes."""
+        return self.memory_type(image_shape)
+
+    def begin(
+        self, images: LabelledImages, order: Tensor, *, seed: int, device: torch.device
+    ) -> tuple[RealMemory, dict[str, Any]]:
+        """Return the first memory, filled, and what to add to its report."""
+        memory = self.memory_type(images.image_shape, budget=self.budget)
+        memory.extend(images, order=order)
+        return memory, {}
+
+    def check_room(
+        self, images: LabelledImages, *, memory: Memory | None, num_classes: int
+    ) -> None:
+        """Refuse what the budget cannot hold; see :meth:`Keeper.check_room`."""
+        tried = _copied(memory, self.memory_type, torch.device("cpu"))
+        tried = self.empty(images.image_shape) if tried is None else tried
+        tried.budget_bytes = None
+        tried.extend(images)
+        counts = torch.tensor([count for count in tried.images_per_class if count])
+        tried.keep(counts.cumsum(0) - counts)  # the first of each class
+        tried.budget_bytes = self.budget.num_bytes
+        payload_bytes = sum(map(len, tried.payloads)) / len(tried)
+        classes = max(num_classes, self.expected_classes or 0)
+        needed = tried.file_bytes + round((classes - len(tried)) * payload_bytes)
+        if needed > self.budget.num_bytes:
+            raise BudgetError(
+                f"a budget of {self.budget.num_bytes:,} bytes does not hold one image of each of "
+                f"{classes} classes; about {needed:,} bytes would"
+            )
+
+    def renew(
+        self,
+        images: LabelledImages,
+        *,
+        memory: Memory | None,
+        index: int,
+        seed: int,
+        device: torch.device,
+        model: nn.Module | None = None,
+        progress: bool = False,
+    ) -> tuple[RealMemory, dict[str, Any]]:
+        """Add images to the memory; see :meth:`Keeper.renew`."""
+        if not callable(self.selection):
+            order = select_images(
+                images,
+                self.selection,
+                config=self.training,
+                seed=derive_seed(seed, "selection", index),
+                device=device,
+            )
+        elif model is None:
+            raise ConfigError(
+                "a selection by the network needs one: pass model=, or train the strategy first"
+            )
+        else:
+            order = self.selection(images, model)
+        extended = _copied(memory, self.memory_type, torch.device("cpu"))
+        if extended is None:
+            return self.begin(images, order, seed=seed, device=device)
+        extended.budget_bytes = self.budget.num_bytes
+        extended.extend(images, order=order)
+        return extended, {}
+
+
+class JPEGKeeper(RealKeeper):
+    """Keeps real images as JPEG scans under one header.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        quality: libjpeg's, 1 (smallest) to 100 (best). Default: None, the one that a small network
+            learns best from, by a training each on the images that come first; see
+            :func:`hmn_replay.baselines.fill.choose_quality`.
+        expected_classes: How many classes there will be in all, if that is known, for that choice.
+            Default: None, ten times those that come first.
+        training: Training of that network, and of a selection's; see :class:`RealKeeper`. Default:
+            None, that of ``choose_quality``.
+        selection: Which images of a class stay longest; see :class:`RealKeeper`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: An unknown option, or a value outside its range.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        quality: int | None = None,
+        expected_classes: int | None = None,
+        training: TrainingConfig | None = None,
+        selection: Selection = "random",
+    ) -> None:
+        super().__init__(
+            budget,
+            kind=JPEGMemory.kind,
+            selection=selection,
+            training=training,
+            expected_classes=expected_classes,
+        )
+        if quality is not None and not 1 <= (as_int(quality) or 0) <= 100:
+            raise ConfigError(
+                f"quality must be None or a whole number from 1 to 100; got {quality!r}"
+            )
+        self.quality = quality
+
+    def empty(self, image_shape: tuple[int, int, int]) -> RealMemory:
+        """Return a memory without images, at the quality given, or at the lowest."""
+        return JPEGMemory(image_shape, quality=self.quality or 1)
+
+    def begin(
+        self, images: LabelledImages, order: Tensor, *, seed: int, device: torch.device
+    ) -> tuple[RealMemory, dict[str, Any]]:
+        """Return the first memory, filled, after the choice of its quality."""
+        report: dict[str, Any] = {}
+        quality = self.quality
+        if quality is None:
+            quality, report["accuracies"] = choose_quality(
+                images,
+                self.budget,
+                expected_classes=self.expected_classes,
+                seed=seed,
+                device=device,
+                training=self.training,
+            )
+        return jpeg_images(images, self.budget, quality=quality, selection=order), report
+
+    def renew(self, images: LabelledImages, **context: Any) -> tuple[RealMemory, dict[str, Any]]:
+        """Add images to the memory, at the quality of those that are there."""
+        memory, report = super().renew(images, **context)
+        return memory, {"quality": memory.summary()["quality"], **report}
+
+
+def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -> Keeper:
+    """Return the keeper of a memory kind.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time.
+        kind: A memory kind: learned or of real images.
+        **options: Those of :class:`LearnedKeeper`, :class:`JPEGKeeper` or :class:`RealKeeper`.
+
+    Raises:
+        UnknownOptionError: An option that the kind does not have; also a TypeError.
+        ConfigError: An unknown kind, or a value outside its range.
+        BudgetError: The budget cannot be read.
+    """
+    memory_type = MEMORIES[kind]
+    if issubclass(memory_type, LearnedMemory):
+        return LearnedKeeper(budget, kind=kind, **options)
+    is_jpeg = issubclass(memory_type, JPEGMemory)
+    keeper_type = JPEGKeeper if is_jpeg else partial(RealKeeper, kind=kind)
+    known = set(inspect.signature(keeper_type).parameters) - {"budget", "kind"}
+    check_options(f"the memory kind {kind!r}", options, sorted(known))
+    return keeper_type(budget, **options)
+
+
+def _copied(
+    memory: Memory | None, memory_type: type[AnyMemory], device: torch.device
+) -> AnyMemory | None:
+    """Return a memory as its file has it, so that a run that goes on from a file does the same."""
+    if memory is None:
+        return None
+    copied = loads(memory.to_bytes(), device=device)
+    if not isinstance(copied, memory_type):
+        raise ConfigError(
+            f"what is extended must be a {memory_type.__name__}; the memory is {memory!r}"
+        )
+    return copied

@@ -1,0 +1,397 @@
+"""The replay memory: what a training loop of any kind keeps, draws from, and goes on with.
+
+memory = ReplayMemory("300 KiB")
+for images, labels in experiences:
+    memory.update(images, labels)
+    ...
+    old_images, old_labels = memory.sample(64)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hmn_replay.budget import Budget, as_int
+from hmn_replay.data.images import ImageSource, LabelledImages, as_labelled_images
+from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayError
+from hmn_replay.memory import Memory, loads
+from hmn_replay.replay.gatherer import Gatherer, first_in_turn
+from hmn_replay.replay.keepers import Keeper, make_keeper
+from hmn_replay.runtime import isolated, make_generator, resolve_device, without_autocast
+
+__all__ = ["DecodedImages", "ReplayMemory"]
+
+_STATE_VERSION = 2
+
+
+class ReplayMemory:
+    """A memory that is renewed with what comes, and drawn from; it needs no framework.
+
+    Torch's, numpy's and Python's global generators stay as they are: every draw has a generator of
+    its own, which comes from ``seed`` and the number of the draw.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, such as ``"300 KiB"``; or a
+            :class:`Keeper`, for a memory of your own.
+        kind: A memory kind: ``"hmn"`` or another learned one, ``"jpeg"``, ``"raw"`` or
+            ``"lossless"``. Not used with a keeper.
+        max_raw_images: Bound on the images that :meth:`gather` holds. They do not count towards the
+            memory's bytes.
+        seed: Seed of every draw.
+        device: Where the memory is made and drawn: ``"auto"`` for CUDA where there is one, else the
+            CPU, or anything that ``torch.device`` takes.
+        progress: Whether to print a line on standard error after each update; in a terminal bars
+            are shown too.
+        **options: Those of the kind's keeper: ``expected_classes``, ``effort`` and any field of
+            :class:`~hmn_replay.CondenseConfig` for learned kinds, see :class:`LearnedKeeper`;
+            ``selection``, ``training``, ``expected_classes`` for real images, and ``quality`` for
+            JPEG, see :class:`RealKeeper` and :class:`JPEGKeeper`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: A value outside its range.
+        UnknownOptionError: An option that the kind does not have; also a TypeError.
+
+    Attributes:
+        keeper: What says how the memory is renewed.
+        memory: What was last made, or None. It may be set to a memory that was loaded.
+        report: For each update a dict of JSON types: ``update`` (0, 1, ...), ``seconds``,
+            ``num_images``, ``images_per_class``, ``file_bytes``, and what the keeper adds.
+        gatherer: What waits for :meth:`finish`.
+        device: As resolved.
+    """
+
+    memory: Memory | None
+    report: list[dict[str, Any]]
+
+    def __init__(
+        self,
+        budget: Budget | int | str | Keeper,
+        kind: str = "hmn",
+        *,
+        max_raw_images: int = 10_000,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        progress: bool = False,
+        **options: Any,
+    ) -> None:
+        if isinstance(budget, Keeper):
+            if options or kind != "hmn":
+                raise ConfigError("a keeper has its own kind and options; give it alone")
+            self.keeper = budget
+        else:
+            self.keeper = make_keeper(budget, kind, **options)
+        if (as_int(max_raw_images) or 0) < 1:
+            raise ConfigError(
+                f"max_raw_images must be a whole number of 1 or more; got {max_raw_images!r}"
+            )
+        self.max_raw_images, self.seed, self.progress = max_raw_images, seed, progress
+        self.device = resolve_device(device)
+        self.memory, self.report = None, []
+        self.gatherer = Gatherer(max_raw_images, seed)
+        self._num_updates = self._num_draws = 0
+        self._decoded: DecodedImages | None = None
+
+    def __len__(self) -> int:
+        """Return how many images can be drawn."""
+        return 0 if self.memory is None else self.memory.num_images
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bytes of the memory's file; 0 without a memory."""
+        return 0 if self.memory is None else self.memory.file_bytes
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates there were."""
+        return self._num_updates
+
+    def count_classes(self, images: LabelledImages) -> int:
+        """Return how many classes there are in the memory, in what is gathered, and in images."""
+        known = [] if self.memory is None else self.memory.classes.tolist()
+        return len({*known, *self.gatherer.num_seen, *images.labels.tolist()})
+
+    def check_room(self, images: ImageSource, labels: Any = None) -> None:
+        """Refuse images after which the memory would not fit its budget; see :class:`Keeper`.
+
+        Args:
+            images: As in :meth:`update`; one of each class is enough.
+            labels: As in :meth:`update`.
+
+        Raises:
+            BudgetError: The budget does not hold one image of each class that the memory has, of
+                each of these, and of each that is expected; the message says what would do.
+        """
+        data = _labelled(images, labels)
+        self.keeper.check_room(data, memory=self.memory, num_classes=self.count_classes(data))
+
+    def update(
+        self,
+        images: ImageSource,
+        labels: Any = None,
+        *,
+        model: nn.Module | None = None,
+        note: Mapping[str, Any] | None = None,
+    ) -> Memory:
+        """Renew the memory with images.
+
+        A class that the memory has already is renewed: by a learned kind from its old and its new
+        images, by real images from the new ones alone.
+
+        Args:
+            images: uint8, or floats in [0, 1], ``(N, C, H, W)`` or ``(N, H, W, C)``; or, without
+                ``labels``, anything that :func:`hmn_replay.as_labelled_images` takes, such as a
+                data set.
+            labels: int64 ``(N,)``.
+            model: The network that is being trained, for a selection by it; it is left as it is.
+            note: What to add to the entry of the report, of types that JSON has.
+
+        Returns:
+            The memory, which :attr:`memory` is from now on.
+
+        Raises:
+            DataError: Images or labels that cannot be used.
+            BudgetError: The budget does not hold one image of each class.
+        """
+        data, index, started = _labelled(images, labels), self._num_updates, time.monotonic()
+        with isolated(self.device, self.seed, "update", index):
+            memory, report = self.keeper.renew(
+                data,
+                memory=self.memory,
+                index=index,
+                seed=self.seed,
+                device=self.device,
+                model=model,
+                progress=self.progress,
+            )
+        entry = {
+            "update": index,
+            **report,
+            **(note or {}),
+            "seconds": time.monotonic() - started,
+            "num_images": memory.num_images,
+            "images_per_class": list(memory.images_per_class),
+            "file_bytes": memory.file_bytes,
+        }
+        # Through JSON, so that what a checkpoint gives back has the same types.
+        self.report.append(json.loads(json.dumps(entry)))
+        self.memory, self._num_updates = memory, index + 1
+        if self.progress:
+            print(
+                f"hmn_replay, update {index}: {memory.num_images:,} images of "
+                f"{len(entry['images_per_class'])} classes in {memory.file_bytes:,} bytes, "
+                f"{entry['seconds']:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        return memory
+
+    def gather(self, images: ImageSource, labels: Any = None) -> None:
+        """Take images that come in pieces, at most ``max_raw_images``, for :meth:`finish`.
+
+        Beyond the bound, a random sample is kept, of every class alike.
+
+        Args:
+            images: As in :meth:`update`.
+            labels: As in :meth:`update`.
+        """
+        self.gatherer.add(_labelled(images, labels))
+
+    def finish(
+        self, *, model: nn.Module | None = None, note: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Renew the memory with what was gathered; True where there was something.
+
+        Args:
+            model: As in :meth:`update`.
+            note: As in :meth:`update`.
+        """
+        images = self.gatherer.images()
+        if images is not None:
+            self.update(images, model=model, note=note)
+            self.gatherer.clear()
+        return images is not None
+
+    def decoded(self, device: str | torch.device | None = None) -> DecodedImages | None:
+        """Return all images, decoded once until the memory is another one; None without a memory.
+
+        Args:
+            device: Where they are kept. Default: :attr:`device`.
+        """
+        memory, decoded = self.memory, self._decoded
+        if memory is None:
+            return None
+        target = self.device if device is None else torch.device(device)
+        if decoded is None or decoded.memory is not memory or decoded.device != target:
+            self._decoded = decoded = DecodedImages.of(memory, target)
+        return decoded
+
+    def sample(
+        self,
+        count: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw images at random, none twice; the next call draws others.
+
+        Args:
+            count: How many, 1 or more; all, where there are fewer.
+            dtype: A floating one for images in [0, 1], or ``torch.uint8``.
+            device: Where they are wanted. Default: :attr:`device`.
+
+        Returns:
+            Images ``(n, C, H, W)`` and labels, int64 ``(n,)``.
+
+        Raises:
+            ConfigError: The memory is empty, or a value is outside its range.
+        """
+        decoded = self.decoded(device)
+        if decoded is None or not len(decoded):
+            raise ConfigError("there is nothing to draw: the memory is empty; call update() first")
+        if (as_int(count) or 0) < 1:
+            raise ConfigError(f"count must be a whole number of 1 or more; got {count!r}")
+        # A generator a draw, so that a checkpoint needs the number of the draw alone.
+        generator = make_generator(self.seed, "replay", self._num_draws)
+        self._num_draws += 1
+        return decoded.draw(count, dtype, generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned, as tensors, numbers and texts, with a digest of all.
+
+        It holds no settings: :meth:`load_state_dict` is for a memory made with the same ones.
+        ``torch.load(..., weights_only=True)`` reads it from a file.
+        """
+        memory = b"" if self.memory is None else self.memory.to_bytes()
+        state = {
+            "version": _STATE_VERSION,
+            # torch.frombuffer refuses a buffer of no bytes.
+            "memory": torch.frombuffer(bytearray(memory + b"\0"), dtype=torch.uint8)[:-1],
+            "report": json.dumps(self.report),
+            "num_updates": self._num_updates,
+            "num_draws": self._num_draws,
+            "pending": self.gatherer.state_dict(),
+        }
+        return {**state, "digest": _digest(state)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; what follows is bit for bit what it would be.
+
+        Raises:
+            CheckpointError: The state is not one of this version, or is damaged; nothing changes.
+        """
+        gatherer = Gatherer(self.max_raw_images, self.seed)
+        try:
+            version, digest = state["version"], state["digest"]
+            if version != _STATE_VERSION:
+                raise CheckpointError(f"version {version!r}, expected {_STATE_VERSION}")
+            if digest != _digest({key: state[key] for key in state if key != "digest"}):
+                raise CheckpointError("its digest does not fit: it was altered")
+            memory = state["memory"].cpu().numpy().tobytes()
+            loaded = loads(memory, device=self.device) if memory else None
+            gatherer.load_state_dict(state["pending"])
+            report, updates, draws = state["report"], state["num_updates"], state["num_draws"]
+        except (HMNReplayError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"not a whole state of a replay memory: {error}; take an earlier one"
+            ) from error
+        self.memory, self.report, self.gatherer = loaded, json.loads(report), gatherer
+        self._num_updates, self._num_draws = updates, draws
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: no image that can be decoded again."""
+        left_out = dict.fromkeys(("memory", "report", "gatherer", "_decoded"))
+        return {**self.__dict__, **left_out, "state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become what :meth:`__getstate__` described."""
+        learned = state.pop("state")
+        self.__dict__.update(state)
+        self.load_state_dict(learned)
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedImages:
+    """A memory's images, decoded once and kept on the device that trains.
+
+    Attributes:
+        memory: What they were decoded from.
+        device: Where they are.
+        images: uint8 ``(N, C, H, W)``: a quarter of the bytes that floats would take.
+        labels: int64 ``(N,)``.
+    """
+
+    memory: Memory
+    device: torch.device
+    images: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, memory: Memory, device: torch.device) -> DecodedImages:
+        """Decode a memory where it is, and bring its images to a device."""
+        with without_autocast(device):
+            images, labels = memory.decode(dtype=torch.uint8)
+        return cls(memory, device, images.to(device), labels.to(device))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def first(self, count: int) -> DecodedImages:
+        """Return the first images of every class, the classes taking turns, ``count`` at most."""
+        if count >= len(self):
+            return self
+        turns = first_in_turn(self.labels, torch.arange(len(self), device=self.device))
+        chosen = turns[:count].sort().values
+        return DecodedImages(self.memory, self.device, self.images[chosen], self.labels[chosen])
+
+    def draw(
+        self, count: int, dtype: torch.dtype, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Draw images at random, none twice.
+
+        Args:
+            count: How many; all, where there are fewer.
+            dtype: Dtype of the images: a floating one for values in [0, 1], or uint8.
+            generator: On the CPU.
+
+        Returns:
+            Images ``(n, C, H, W)``, and labels.
+
+        Raises:
+            ConfigError: ``dtype`` is another.
+        """
+        if not (dtype.is_floating_point or dtype == torch.uint8):
+            raise ConfigError(f"dtype must be a floating one or torch.uint8; got {dtype}")
+        indices = torch.randperm(len(self), generator=generator)[:count]
+        indices = indices.to(self.device, non_blocking=True)
+        images = self.images[indices]
+        if dtype != torch.uint8:
+            images = images.to(dtype).div_(255)
+        return images, self.labels[indices]
+
+
+def _labelled(images: ImageSource, labels: Any) -> LabelledImages:
+    return as_labelled_images(images if labels is None else (images, labels))
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """Return 32 hexadecimal digits of nested numbers, texts and tensors, names among them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(state.items()):
+        if isinstance(value, dict):
+            value = _digest(value)
+        if isinstance(value, Tensor):
+            digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(repr((name, value)).encode())
+    return digest.hexdigest()

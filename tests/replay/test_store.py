@@ -1,0 +1,207 @@
+"""The replay memory without a framework: what it keeps, draws, and goes on with; all kinds."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hmn_replay import HMNReplay, LabelledImages, ReplayMemory
+from hmn_replay.errors import BudgetError, CheckpointError, ConfigError, DataError
+from hmn_replay.memory import MEMORIES, RawMemory
+from hmn_replay.replay import Keeper
+from tests.support import LEARNED, REAL, TINY, real_set
+
+CODECS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 30}}
+QUICK = {name: value for name, value in TINY.items() if name != "device"}
+FEW = {**QUICK, "beta_grid": (0.5,), "expected_classes": 4}
+
+
+def make(kind: str, budget: int = 6000, **options: Any) -> ReplayMemory:
+    usual = FEW if kind in LEARNED else CODECS.get(kind, {})
+    return ReplayMemory(budget, kind, device="cpu", **{**usual, **options})
+
+
+def batch(*classes: int, each: int = 8, seed: int = 0) -> LabelledImages:
+    return real_set(classes=classes, counts=[each] * len(classes), seed=seed)
+
+
+@pytest.mark.filterwarnings("ignore:the budget of .* is planned for")
+@pytest.mark.parametrize("kind", [*LEARNED, *REAL])
+def test_it_keeps_every_class_within_the_budget_and_draws_from_all(kind: str) -> None:
+    memory = make(kind)
+    assert len(memory) == memory.memory_bytes == 0
+    for classes in ((0, 1), (2, 3)):
+        data = batch(*classes)
+        returned = memory.update(data.images, data.labels)
+        assert returned is memory.memory and type(returned) is MEMORIES[kind]
+        assert len(returned.to_bytes()) == memory.memory_bytes <= 6000
+    assert returned.classes.tolist() == [0, 1, 2, 3] and min(returned.images_per_class) > 0
+    images, labels = memory.sample(len(memory))
+    everything, known = returned.decode()
+    assert images.dtype == torch.float32 and labels.dtype == torch.int64
+    expected = sorted(zip(known.tolist(), everything.flatten(1).tolist(), strict=True))
+    drawn = sorted(zip(labels.tolist(), images.flatten(1).tolist(), strict=True))
+    # Decoded images are kept as bytes.
+    for (label, pixels), (own, values) in zip(expected, drawn, strict=True):
+        assert label == own and np.allclose(pixels, values, atol=0.503 / 255)
+    assert [entry["update"] for entry in memory.report] == [0, 1]
+    assert memory.report[1]["file_bytes"] == memory.memory_bytes
+
+
+@pytest.mark.parametrize("kind", ["hmn", "jpeg"])
+def test_a_state_goes_on_with_the_same_bits(kind: str, untouched_random_state: None) -> None:
+    first = make(kind)
+    first.update(batch(0, 1))
+    first.sample(3)
+    first.gather(batch(2, seed=1))
+    second = make(kind)
+    second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
+    third = pickle.loads(pickle.dumps(first))
+    ends = []
+    for memory in (first, second, third):
+        drawn = memory.sample(4)[0]
+        assert memory.finish(note={"by": "me"}) and not memory.finish()
+        assert memory.report[-1]["by"] == "me" and memory.report[0] == first.report[0]
+        assert memory.memory is not None
+        ends.append((drawn.tolist(), memory.memory.to_bytes(), memory.sample(4)[1].tolist()))
+    assert ends[0] == ends[1] == ends[2]
+    state = first.state_dict()
+    with pytest.raises(CheckpointError, match="digest"):
+        second.load_state_dict({**state, "num_draws": 0})
+
+
+@pytest.mark.parametrize("kind", ["hmn", "jpeg", "raw"])
+def test_it_makes_what_the_plugin_of_the_same_seed_makes(kind: str) -> None:
+    from hmn_replay import JPEGReplay, RawReplay
+    from tests.streams import Images, make_strategy, streams, train
+
+    data = Images()
+    own = make(kind, seed=3)
+    plugins: dict[str, Any] = {
+        "hmn": partial(HMNReplay, **FEW),
+        "jpeg": partial(JPEGReplay, quality=30),
+        "raw": RawReplay,
+    }
+    plugin = plugins[kind](6000, seed=3)
+    stream = streams(data=data).train_stream
+    train(make_strategy([plugin]), stream)
+    for experience in stream:
+        own.update([item[:2] for item in experience.dataset.eval()])
+    assert own.memory is not None
+    assert own.memory.to_bytes() == plugin.memory.to_bytes()
+
+
+def test_draws_are_seeded_differ_and_touch_no_global_state() -> None:
+    def draws(seed: int) -> list[list[Any]]:
+        memory = make("raw", seed=seed, budget=100_000)
+        memory.update(batch(0, 1, each=20))
+        return [memory.sample(5)[0].flatten().tolist() for _ in range(2)]
+
+    def state() -> Any:
+        kept: Any = np.random.get_state()
+        return random.getstate(), kept[1].tolist(), torch.get_rng_state().tolist()
+
+    before = state()
+    first = draws(0)
+    assert first == draws(0) != draws(1) and first[0] != first[1]
+    assert state() == before
+
+
+def test_images_are_drawn_in_the_dtype_that_is_asked_for() -> None:
+    memory = make("raw")
+    data = batch(0, each=3)
+    memory.update(data)
+    images, _ = memory.sample(9, dtype=torch.uint8)
+    assert sorted(map(bytes, images.numpy())) == sorted(map(bytes, data.images.numpy()))
+    assert memory.sample(2, dtype=torch.float16)[0].dtype == torch.float16
+    with pytest.raises(ConfigError, match=r"floating one or torch.uint8; got torch.int64"):
+        memory.sample(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5])
+def test_a_wrong_count_and_an_empty_memory_are_refused(count: Any) -> None:
+    memory = make("raw")
+    with pytest.raises(ConfigError, match=r"the memory is empty; call update\(\) first"):
+        memory.sample(1)
+    memory.update(batch(0))
+    with pytest.raises(ConfigError, match="count must be a whole number of 1 or more"):
+        memory.sample(count)
+
+
+def test_what_a_kind_does_not_have_is_refused() -> None:
+    with pytest.raises(TypeError, match="the memory kind 'raw' has no option 'quality'"):
+        ReplayMemory(6000, "raw", quality=3)
+    with pytest.raises(TypeError, match="did you mean 'outer_steps'"):
+        ReplayMemory(6000, outer_step=3)
+    with pytest.raises(ConfigError, match="memory kind"):
+        ReplayMemory(6000, "jpg")
+    with pytest.raises(BudgetError):
+        ReplayMemory("much")
+    with pytest.raises(ConfigError, match="max_raw_images"):
+        ReplayMemory(6000, max_raw_images=0)
+
+
+def test_room_is_checked_before_it_is_needed() -> None:
+    memory = make("raw", budget=900)
+    memory.check_room(batch(0, 1))
+    memory.update(batch(0, 1))
+    with pytest.raises(BudgetError, match="does not hold one image of each of 5 classes"):
+        memory.check_room(batch(2, 3, 4))
+    memory.gather(batch(5))
+    assert memory.count_classes(batch(1, 2)) == 4
+    with pytest.raises(DataError):
+        memory.update(torch.rand(3, 8, 8, 8), torch.zeros(3))
+
+
+def test_a_selection_sees_the_network() -> None:
+    seen: list[nn.Module] = []
+
+    def last(images: LabelledImages, model: nn.Module) -> Tensor:
+        seen.append(model)
+        return torch.arange(len(images)).flip(0)
+
+    memory = make("raw", budget=700, selection=last)
+    data, model = batch(0), nn.Linear(1, 1)
+    with pytest.raises(ConfigError, match="pass model="):
+        memory.update(data)
+    kept = memory.update(data, model=model).decode(dtype=torch.uint8)[0]
+    assert seen == [model] and torch.equal(kept[0], data.images[-1])
+
+
+def test_a_keeper_of_ones_own() -> None:
+    class Newest(Keeper):
+        def renew(self, images: LabelledImages, **_: Any) -> Any:
+            memory = RawMemory(images.image_shape)
+            memory.extend(images)
+            return memory, {}
+
+    memory = ReplayMemory(Newest())
+    memory.update(batch(0))
+    assert memory.update(batch(4)).classes.tolist() == [4]
+    with pytest.raises(ConfigError, match="has its own kind"):
+        ReplayMemory(Newest(), quality=3)
+
+
+def test_progress_is_a_line_an_update(capsys: pytest.CaptureFixture[str]) -> None:
+    make("raw", progress=True).update(batch(0))
+    assert capsys.readouterr().err.startswith("hmn_replay, update 0: 8 images of 1 classes in ")
+
+
+def test_it_needs_no_avalanche() -> None:
+    code = (
+        "import sys, torch, hmn_replay\n"
+        "memory = hmn_replay.ReplayMemory(9000, 'raw')\n"
+        "memory.update(torch.rand(6, 3, 8, 8), torch.arange(6) % 2)\n"
+        "assert len(memory.sample(4)[0]) == 4\n"
+        "sys.exit('avalanche' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
