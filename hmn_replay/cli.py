@@ -36,6 +36,7 @@ from hmn_replay.errors import (
     UnknownOptionError,
 )
 from hmn_replay.files import check_target
+from hmn_replay.memory.file import read_file
 from hmn_replay.objectives.trajectories import experts_beside
 
 __all__ = ["main", "make_parser"]
@@ -140,14 +141,15 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
     memory.save(out)
     _delete_checkpoint(checkpoint)
     report: dict[str, Any] = memory.report
+    summary = memory.summary()
     result = {
         "file": str(out),
         "effort": args.effort,
         "seconds": report["seconds"],
-        **memory.summary(),
+        **summary,
         "report": report,
     }
-    lines = _lines(out, memory)
+    lines = _lines(out, summary)
     lines.append(("time", f"{report['seconds']:,.1f} s"))
     for name, phase in report["phases"].items():
         speed = f"{phase['seconds']:,.1f} s, {phase['images_per_second']:,.0f} images/s"
@@ -172,7 +174,11 @@ def evaluate(args: argparse.Namespace) -> Result:
         "file_bytes": memory.file_bytes,
         **scores,
     }
-    lines = [*_lines(args.file, memory), ("network", args.network), ("accuracy", _percent(result))]
+    lines = [
+        *_lines(args.file, memory.summary()),
+        ("network", args.network),
+        ("accuracy", _percent(result)),
+    ]
     return result, _table(lines)
 
 
@@ -184,17 +190,19 @@ def inspect(args: argparse.Namespace) -> Result:
     Example:
       hmn-replay inspect cifar10.hmn --json
     """
-    memory = hmn_replay.load(args.file)
+    memory, tensors = hmn_replay.load(args.file), read_file(args.file).tensors
+    summary = memory.summary()
     stored: dict[str, dict[str, Any]] = {
         name: {
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "bytes": tensor.numel() * tensor.element_size(),
         }
-        for name, tensor in memory.stored().items()
+        for name, tensor in tensors.items()
+        if name not in ("labels", "counts", "names")
     }
-    rest = memory.file_bytes - sum(tensor["bytes"] for tensor in stored.values())
-    result = {"file": str(args.file), **memory.summary(), "stored": stored, "header_bytes": rest}
+    rest = summary["file_bytes"] - sum(tensor["bytes"] for tensor in stored.values())
+    result = {"file": str(args.file), **summary, "stored": stored, "header_bytes": rest}
     rows: list[Sequence[str]] = [("stored", "shape", "type", "bytes")]
     for name, tensor in stored.items():
         rows.append((name, _by(tensor["shape"]), tensor["dtype"], f"{tensor['bytes']:,}"))
@@ -205,10 +213,10 @@ def inspect(args: argparse.Namespace) -> Result:
         for learned in memory.table(memory.layout):
             shapes[learned.name] = learned.full_shape(memory.num_classes, num_groups)
     shares: list[Sequence[str]] = [("bits", "shape", "in all", "per class", "per image")]
-    for name, bits in {**memory.bits(), "whole file": 8.0 * memory.file_bytes}.items():
+    for name, bits in {**summary["bits"], "whole file": 8.0 * summary["file_bytes"]}.items():
         counts = (bits, bits / memory.num_classes, bits / max(1, memory.num_images))
         shares.append((name, _by(shapes.get(name, ())), *(f"{count:,.1f}" for count in counts)))
-    tables = _table(_lines(args.file, memory)), _table(rows, "<<<>"), _table(shares, "<<>>>")
+    tables = _table(_lines(args.file, summary)), _table(rows, "<<<>"), _table(shares, "<<>>>")
     return result, "\n\n".join(tables)
 
 
@@ -651,17 +659,16 @@ def _percent(scores: Mapping[str, Any]) -> str:
     return f"{mean:.2f} % ± {std:.2f} ({repeats} seed{'s' if repeats > 1 else ''})"
 
 
-def _lines(file: Path, memory: hmn_replay.Memory) -> list[tuple[str, str]]:
-    """Return what a memory is: names and values."""
-    summary = memory.summary()
-    budget, counts = memory.budget_bytes, memory.images_per_class
+def _lines(file: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a memory is, from its summary: names and values."""
+    budget, counts = summary["budget_bytes"], summary["images_per_class"]
     each = f"{min(counts):,}" + (f" to {max(counts):,}" if max(counts) > min(counts) else "")
     lines = [
         ("file", str(file)),
-        ("size", f"{memory.file_bytes:,} bytes" + (f" of {budget:,}" if budget else "")),
-        ("kind", memory.kind),
-        ("images", f"{memory.num_images:,} of {_by(memory.image_shape)}"),
-        ("classes", f"{memory.num_classes:,}, {each} images each"),
+        ("size", f"{summary['file_bytes']:,} bytes" + (f" of {budget:,}" if budget else "")),
+        ("kind", summary["kind"]),
+        ("images", f"{summary['num_images']:,} of {_by(summary['image_shape'])}"),
+        ("classes", f"{summary['num_classes']:,}, {each} images each"),
     ]
     told = {"kind", "budget_bytes", "file_bytes", "num_images", "num_classes"}
     return lines + [

@@ -27,6 +27,7 @@ from hmn_replay.files import write_atomically
 from hmn_replay.memory.file import (
     Record,
     TensorSpec,
+    check_claims,
     integer_dtype,
     pack,
     packed_size,
@@ -352,42 +353,50 @@ def register_memory(name: str) -> Callable[[AnyMemory], AnyMemory]:
     return decorate
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu") -> Memory:
+def load(
+    path: str | Path, *, device: str | torch.device = "cpu", max_images: int | None = None
+) -> Memory:
     """Read a memory file, of whatever kind.
 
     What the memory decodes to is bit for bit what it was when it was saved, on the same kind of
-    device.
+    device. Whatever the file claims, reading it takes memory and time in proportion to its bytes;
+    decoding all of its images may take more.
 
     Args:
         path: A file that :meth:`Memory.save` wrote.
         device: Where the tensors go; ``"auto"`` is CUDA where present, else the CPU.
+        max_images: Refuse a file of more images. Default: None, as many as the format lets a file
+            of its bytes have.
 
     Raises:
-        MemoryFileError: The file is not a memory file, is truncated or altered, or has a version
-            that this package does not read.
+        MemoryFileError: The file is not a memory file, is truncated or altered, has a version that
+            this package does not read, or more images than ``max_images``.
         OSError: The file is absent or cannot be read.
     """
     target = resolve_device(device)
     try:
-        memory = _from_record(read_file(path))
+        memory = _from_record(read_file(path), max_images)
     except MemoryFileError as error:
         raise MemoryFileError(f"cannot read {os.fspath(path)!r}: {error}") from error
     return memory.to(target)  # type: ignore[no-any-return]
 
 
-def loads(data: bytes, *, device: str | torch.device = "cpu") -> Memory:
+def loads(
+    data: bytes, *, device: str | torch.device = "cpu", max_images: int | None = None
+) -> Memory:
     """Read the bytes of a memory file: the inverse of :meth:`Memory.to_bytes`, with every check.
 
     Args:
         data: The bytes.
         device: As in :func:`load`.
+        max_images: As in :func:`load`.
 
     Raises:
         MemoryFileError: As :func:`load`.
     """
     target = resolve_device(device)
     try:
-        return _from_record(unpack(data)).to(target)  # type: ignore[no-any-return]
+        return _from_record(unpack(data), max_images).to(target)  # type: ignore[no-any-return]
     except MemoryFileError as error:
         raise MemoryFileError(f"cannot read the bytes of a memory: {error}") from error
 
@@ -536,7 +545,10 @@ def check_counts(
     return counts
 
 
-def _from_record(record: Record) -> Memory:
+def _from_record(record: Record, max_images: int | None = None) -> Memory:
+    if max_images is not None and record.num_images > max_images:
+        raise MemoryFileError(f"it has {record.num_images:,} images, over max_images={max_images}")
+    check_claims(record.num_bytes, record.num_images)
     try:
         memory_type = MEMORIES[record.kind]
         labels, counts = (record.tensors[name] for name in ("labels", "counts"))

@@ -36,7 +36,17 @@ from torch import Tensor
 
 from hmn_replay.errors import MemoryFileError
 
-__all__ = ["MAX_INTEGER", "NUM_LEVELS", "best_levels", "bits", "decode", "encode", "least_bits"]
+__all__ = [
+    "DENSE_LEVEL",
+    "MAX_INTEGER",
+    "NUM_LEVELS",
+    "best_levels",
+    "bits",
+    "decode",
+    "encode",
+    "least_bits",
+    "total_bits",
+]
 
 MAX_INTEGER = 127
 """Integers are -127 to 127."""
@@ -44,13 +54,16 @@ MAX_INTEGER = 127
 NUM_LEVELS = 56
 """Levels are 0 to 55, of means of |k| from 2**-6 to 2**7.75.
 
-Below the lowest, a zero would take next to nothing: a file of few bytes could claim any number of
-them, and with it any amount of memory.
+Below the lowest, a zero would take next to nothing.
 """
+
+DENSE_LEVEL = 10
+"""The lowest level of a zero that takes an eighth of a bit or more: 64 of them fill a byte."""
 
 _STEPS_PER_OCTAVE, _LOWEST_OCTAVE = 4, -6
 _RATIO_BITS, _PROBABILITY_BITS = 16, 24
 _WORD_BYTES = 4
+_DECODED_AT_ONCE = 2**16
 
 
 def bits(values: Tensor, levels: Tensor) -> Tensor:
@@ -66,6 +79,19 @@ def bits(values: Tensor, levels: Tensor) -> Tensor:
     constants, slopes = _code_lengths(values.device, values.dtype)
     levels = levels.long()
     return constants[levels] + values.abs() * slopes[levels]
+
+
+def total_bits(integers: Tensor, levels: Tensor) -> float:
+    """Return the sum of :func:`bits` over integers, with no float for each of them.
+
+    Args:
+        integers: int8, any shape.
+        levels: uint8, as many axes, each of ``integers``' size or 1.
+    """
+    constants, slopes = _code_lengths(levels.device, torch.float64)
+    own, sizes = levels.long(), integers.abs().sum_to_size(levels.shape)
+    each = integers.numel() / levels.numel()
+    return float((constants[own] * each + slopes[own] * sizes).sum())
 
 
 def best_levels(means: Tensor) -> Tensor:
@@ -132,11 +158,15 @@ def decode(data: bytes, parts: Sequence[tuple[Sequence[int], Tensor]]) -> list[T
     values = np.empty(len(levels), np.int8)
     for level in np.unique(levels).tolist():
         own = levels == level
-        try:
-            symbols = decoder.decode(_model(level), int(own.sum()))
-        except (AssertionError, ValueError) as error:
-            raise MemoryFileError(f"its code cannot be decoded: {error}") from error
-        values[own] = symbols - MAX_INTEGER
+        found = np.empty(np.count_nonzero(own), np.int8)
+        # The decoder gives four bytes for each of one: not for all of them at once.
+        for start in range(0, len(found), _DECODED_AT_ONCE):
+            part = found[start : start + _DECODED_AT_ONCE]
+            try:
+                part[:] = decoder.decode(_model(level), len(part)) - MAX_INTEGER
+            except (AssertionError, ValueError) as error:
+                raise MemoryFileError(f"its code cannot be decoded: {error}") from error
+        values[own] = found
     if not decoder.maybe_exhausted():
         raise MemoryFileError("its code holds more than its integers")
     flat = torch.from_numpy(values).split([math.prod(shape) for shape, _ in parts])

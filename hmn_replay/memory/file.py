@@ -30,8 +30,11 @@ from hmn_replay.files import open_at_once
 
 __all__ = [
     "FILE_VERSION",
+    "FREE_VALUES",
+    "MAX_VALUES_PER_BYTE",
     "Record",
     "TensorSpec",
+    "check_claims",
     "integer_dtype",
     "pack",
     "packed_size",
@@ -40,6 +43,13 @@ __all__ = [
 ]
 
 FILE_VERSION = 2
+
+# What a file may claim to hold for each byte of its tensors; and whatever its bytes, beside that:
+# it costs a few megabytes, or milliseconds.
+MAX_VALUES_PER_BYTE, FREE_VALUES = 64, 2**20
+_MAX_IMAGES_PER_BYTE, _FREE_IMAGES = 8, 2**17
+# Of the multiplications that decode one image.
+_MAX_WORK_PER_BYTE, _FREE_WORK = 2**15, 2**28
 _DIGEST_LENGTH = 16
 # One key alone: safetensors writes the keys of several in an order that changes from run to run.
 _METADATA_KEY = "hmn_replay"
@@ -88,6 +98,11 @@ class Record:
     budget_bytes: int | None
     words: tuple[str, ...]
     tensors: Mapping[str, Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors' values."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
 def pack(record: Record) -> bytes:
@@ -151,6 +166,34 @@ def read_file(path: str | Path) -> Record:
         if not stat.S_ISREG(status.st_mode):
             raise MemoryFileError("not a regular file")
         return _unpack(file, status.st_size)
+
+
+def check_claims(num_bytes: int, num_images: int, num_values: int = 0, image_work: int = 0) -> None:
+    """Check that what a file claims to hold is in proportion to its bytes.
+
+    To be called before there is room for any of it: what a file costs whoever reads it then is in
+    proportion to its bytes, too. The bounds are far above what any memory of use takes.
+
+    Args:
+        num_bytes: Bytes of the file's tensors.
+        num_images: How many images it claims.
+        num_values: How many stored values.
+        image_work: How many multiplications decode an image.
+
+    Raises:
+        MemoryFileError: More than the format lets a file of so many bytes claim.
+    """
+    claims = (
+        ("images", num_images, _FREE_IMAGES, _MAX_IMAGES_PER_BYTE),
+        ("values", num_values, FREE_VALUES, MAX_VALUES_PER_BYTE),
+        ("multiplications for an image", image_work, _FREE_WORK, _MAX_WORK_PER_BYTE),
+    )
+    for what, claimed, free, per_byte in claims:
+        if claimed > (most := free + per_byte * num_bytes):
+            raise MemoryFileError(
+                f"its {num_bytes:,} bytes are too few for {claimed:,} {what}: a file has up to "
+                f"{free:,}, and {per_byte:,} more for each byte of its tensors, here {most:,}"
+            )
 
 
 def integer_dtype(low: int, high: int) -> torch.dtype:

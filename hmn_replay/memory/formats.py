@@ -76,7 +76,7 @@ class NumberFormat:
     def dequantise(self, stored: Tensor, scale: Tensor | float | None = None) -> Tensor:
         """Return the float32 values that ``stored`` stands for: the inverse of :meth:`quantise`."""
         values = stored.to(torch.float32)
-        return values if not self.is_integer or scale is None else values * scale
+        return values if not self.is_integer or scale is None else values.mul_(scale)
 
 
 NUMBER_FORMATS: Registry[NumberFormat] = Registry("number format")

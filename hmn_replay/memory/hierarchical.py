@@ -30,6 +30,7 @@ from torch import Tensor
 from hmn_replay.budget import Budget
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.base import check_image_shape, check_num_classes, register_memory
+from hmn_replay.memory.file import FREE_VALUES, MAX_VALUES_PER_BYTE
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout, StoredTensor
 
@@ -287,7 +288,12 @@ class HierarchicalMemory(LearnedMemory):
                 break
         if layout.is_coded:
             room = max(1, (limit - shared_bytes) // (_MIN_CODED_IMAGES_PER_CLASS * num_classes))
-            layout = dataclasses.replace(layout, image_bytes=min(layout.image_bytes, room))
+            # A file of many values has a byte for 64 of them at least.
+            values = layout.instance_channels * math.prod(layout.grid)
+            is_small = _MIN_CODED_IMAGES_PER_CLASS * num_classes * values <= FREE_VALUES
+            least = 1 if is_small else math.ceil(values / MAX_VALUES_PER_BYTE)
+            image_bytes = min(layout.image_bytes, max(room, least))
+            layout = dataclasses.replace(layout, image_bytes=image_bytes)
         num_images = cls.max_images(layout, limit, num_classes)
         if real_images_per_class is None:
             return layout
@@ -299,6 +305,16 @@ class HierarchicalMemory(LearnedMemory):
             layout = dataclasses.replace(layout, **{grows: getattr(layout, grows) + 1})
             num_images = cls.max_images(layout, limit, num_classes)
         return layout
+
+    @classmethod
+    def image_work(cls, layout: HMNLayout) -> int:
+        """Return how many multiplications decode an image: those of the convolutions."""
+        cells, work = math.prod(layout.grid), 0
+        for i, (inputs, outputs) in enumerate(layout.convolutions):
+            # The grid is doubled between any two of them, but for the last two.
+            doublings = min(i, layout.num_doublings - 1)
+            work += 9 * inputs * outputs * cells * 4**doublings
+        return work
 
     def forward(self, indices: Tensor) -> Tensor:
         """Decode images, with gradients to every tier; see :meth:`LearnedMemory.forward`."""
@@ -370,7 +386,7 @@ class HierarchicalMemory(LearnedMemory):
         rows = self.extractor_weight.double().abs().sum(dim=2)
         bound = float((rows * dataset + self.extractor_bias.abs()).max()) if len(rows) else 0.0
         for tier in (self.class_memory, self.instance_memory):
-            bound = max(bound, float(tier.abs().max())) if len(tier) else bound
+            bound = max(bound, *map(abs, map(float, tier.aminmax()))) if len(tier) else bound
         largest = bound
         for i in range(len(self.layout.convolutions)):
             weight = self.get_parameter(f"decoder_weight_{i}")

@@ -31,14 +31,23 @@ from hmn_replay.memory.base import (
     label_specs,
 )
 from hmn_replay.memory.entropy import (
+    DENSE_LEVEL,
     NUM_LEVELS,
     best_levels,
     bits,
     decode,
     encode,
     least_bits,
+    total_bits,
 )
-from hmn_replay.memory.file import Record, TensorSpec, packed_size
+from hmn_replay.memory.file import (
+    FREE_VALUES,
+    MAX_VALUES_PER_BYTE,
+    Record,
+    TensorSpec,
+    check_claims,
+    packed_size,
+)
 from hmn_replay.memory.formats import (
     NUMBER_FORMATS,
     NumberFormat,
@@ -335,6 +344,16 @@ class LearnedMemory(Memory, nn.Module):
     @abc.abstractmethod
     def largest_sum(self) -> float:
         """Return what no sum in the decoding can exceed, by the triangle inequality."""
+
+    @classmethod
+    def image_work(cls, layout: Any) -> int:
+        """Return how many multiplications decode an image; 0 where the file's bytes bound them.
+
+        They do where each value that is stored takes a byte or more, and is multiplied once for
+        each pixel at most.
+        """
+        del layout
+        return 0
 
     def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
         """Set values so that images come near to real ones, where that has a closed form.
@@ -660,7 +679,13 @@ class LearnedMemory(Memory, nn.Module):
 
     def _coded(self) -> list[tuple[Tensor, Tensor]]:
         """Return the integers that the file has in its code, int8, and their models, in order."""
-        return [(self._quantised(tensor), self._levels(tensor)) for tensor in self._values()]
+        coded = [(self._quantised(tensor), self._levels(tensor)) for tensor in self._values()]
+        if sum(own.numel() for own, _ in coded) > FREE_VALUES:
+            num_bits = sum(total_bits(own, levels) for own, levels in coded)
+            if MAX_VALUES_PER_BYTE * num_bits / 8 < sum(own.numel() for own, _ in coded):
+                # Next to nothing but zeros: so many in so few bytes would not be loaded again.
+                coded = [(own, levels.clamp_min(DENSE_LEVEL)) for own, levels in coded]
+        return coded
 
     @torch.no_grad()
     def bits(self) -> dict[str, float]:
@@ -673,7 +698,7 @@ class LearnedMemory(Memory, nn.Module):
         for name, tensor in self.tensors.items():
             stored = self._quantised(tensor)
             if self.layout.is_coded and not tensor.is_bias:
-                found[name] = float(bits(stored.double(), self._levels(tensor)).sum())
+                found[name] = total_bits(stored, self._levels(tensor))
             else:
                 found[name] = 8.0 * stored.numel() * stored.element_size()
         return found
@@ -801,7 +826,7 @@ class LearnedMemory(Memory, nn.Module):
                 rows = tensor.draw(generator, num_rows).to(device)
                 self._replace(name, torch.cat([getattr(self, name), rows]))
         self.update_scales(len(old))
-        needed = self.file_bytes
+        needed = 0 if self.budget_bytes is None else self.file_bytes
         if self.budget_bytes is not None and needed > self.budget_bytes:
             num_images, num_classes = self.num_images, self.num_classes
             for name, kept in before.items():
@@ -906,6 +931,10 @@ class LearnedMemory(Memory, nn.Module):
             coded = self._coded()
             stored["levels"] = _flat([levels for _, levels in coded])
             stored["code"] = torch.frombuffer(bytearray(encode(coded)), dtype=torch.uint8)
+            try:
+                self._check_claims(self.layout, self.num_classes, self.num_images, stored)
+            except MemoryFileError as error:
+                raise TrainingError(f"the file could not be read again: {error}") from error
             return stored
         stored["values"] = _flat([self._quantised(tensor) for tensor in values])
         if names := self._scale_names():
@@ -925,37 +954,53 @@ class LearnedMemory(Memory, nn.Module):
         for name, content in tensors.items():
             if content.is_floating_point() and not _is_tame(content):
                 raise MemoryFileError(f"its {name} are not finite, or far too large")
+        counts = check_counts(counts, len(classes), layout.group_size)
+        cls._check_claims(layout, len(classes), num_images, tensors)
         if layout.is_coded:
             cls._check_code(layout, len(classes), num_images, tensors)
-        memory = cls(layout, classes, counts)
+        # Without images at first: those that it has are not drawn, but read.
+        memory = cls(layout, classes, 0)
+        memory.class_index = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
+        memory._counts = counts
         if "scales" in tensors:
             if float(tensors["scales"].min()) < 1e-9:
                 raise MemoryFileError("a scale is not positive")
             buffers = [memory.get_buffer(name) for name in memory._scale_names()]
-            for buffer, own in zip(buffers, _split(tensors["scales"], buffers), strict=True):
+            scales = _split(tensors["scales"], [buffer.shape for buffer in buffers])
+            for buffer, own in zip(buffers, scales, strict=True):
                 buffer.copy_(own)
+        num_rows = num_images // layout.group_size
+        shapes = {t.name: t.full_shape(len(classes), num_rows) for t in cls.table(layout)}
         values = memory._values()
-        latents = [memory.get_parameter(tensor.name) for tensor in values]
         if layout.is_coded:
             levels = tensors["levels"].split([math.prod(t.model_shape) for t in values])
             shaped = [own.view(t.model_shape) for own, t in zip(levels, values, strict=True)]
-            shapes = [latent.shape for latent in latents]
-            found = decode(
-                tensors["code"].numpy().tobytes(), list(zip(shapes, shaped, strict=True))
-            )
+            parts = [(shapes[t.name], own) for t, own in zip(values, shaped, strict=True)]
+            found = decode(tensors["code"].numpy().tobytes(), parts)
         else:
-            found = _split(tensors["values"], latents)
-        for tensor, latent, own in zip(values, latents, found, strict=True):
+            found = _split(tensors["values"], [shapes[tensor.name] for tensor in values])
+        for tensor, own in zip(values, found, strict=True):
             scale = memory._scale(tensor, memory._row_classes(tensor))
-            latent.copy_(layout.format.dequantise(own, scale))
+            latent = layout.format.dequantise(own, scale)
             if not _is_tame(latent):
                 raise MemoryFileError(f"its {tensor.name} has values that are far too large")
-        biases = [memory.get_parameter(t.name) for t in memory.tensors.values() if t.is_bias]
-        for latent, own in zip(biases, _split(tensors.get("biases"), biases), strict=True):
-            latent.copy_(own.float())
+            memory._replace(tensor.name, latent if layout.format.is_integer else latent.clone())
+        biases = [tensor for tensor in memory.tensors.values() if tensor.is_bias]
+        parts_of = _split(tensors.get("biases"), [shapes[tensor.name] for tensor in biases])
+        for tensor, own in zip(biases, parts_of, strict=True):
+            memory._replace(tensor.name, own.float().clone())
         if not memory.largest_sum() <= _MAX_SUM_LOADED:
             raise MemoryFileError("its values are so large that decoding could leave float32")
         return memory
+
+    @classmethod
+    def _check_claims(
+        cls, layout: MemoryLayout, num_classes: int, num_images: int, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Check that tensors are enough bytes for what they are to hold; see the format."""
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        num_values = cls.num_floats_of(layout, num_classes, num_images)
+        check_claims(num_bytes, num_images, num_values, cls.image_work(layout))
 
     @classmethod
     def _check_code(
@@ -1003,14 +1048,17 @@ def _flat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.flatten() for part in parts]).cpu()
 
 
-def _split(flat: Tensor | None, like: Sequence[Tensor]) -> list[Tensor]:
+def _split(flat: Tensor | None, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """Part a row of values into tensors of given shapes."""
     if flat is None:
         return []
-    parts = flat.split([tensor.numel() for tensor in like])
-    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _is_tame(values: Tensor) -> bool:
+    if not values.numel():
+        return True
+    low, high = map(float, values.aminmax())
     # A comparison with NaN is false, so NaN is not tame either.
-    return bool((values.abs() <= _MAX_MAGNITUDE).all())
+    return low >= -_MAX_MAGNITUDE and high <= _MAX_MAGNITUDE

@@ -690,5 +690,5 @@ def test_a_code_of_next_to_nothing_cannot_claim_any_number_of_images() -> None:
         counts = counts.to(torch.uint8 if num_images < 256 else torch.int32)
         tensors = {**record.tensors, "counts": counts, "code": code}
         data = pack(Record(record.kind, num_images, None, record.words, tensors))
-        with pytest.raises(MemoryFileError, match="is too short for"):
+        with pytest.raises(MemoryFileError, match=r"is too short for|are too few for"):
             loads(data)
