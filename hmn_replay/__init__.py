@@ -58,7 +58,14 @@ from hmn_replay.objectives import (
     trajectory_matching,
 )
 from hmn_replay.objectives.trajectories import record_experts
-from hmn_replay.replay import JPEGKeeper, Keeper, LearnedKeeper, RealKeeper, ReplayMemory
+from hmn_replay.replay import (
+    JPEGKeeper,
+    Keeper,
+    LearnedKeeper,
+    MammothBuffer,
+    RealKeeper,
+    ReplayMemory,
+)
 from hmn_replay.shortcut import shortcut_report
 from hmn_replay.training.networks import NETWORKS, build_network
 from hmn_replay.training.train import TrainingConfig, train_network
@@ -107,6 +114,7 @@ __all__ = [
     "LearnedMemory",
     "LosslessMemory",
     "LosslessReplay",
+    "MammothBuffer",
     "Memory",
     "MemoryBuffer",
     "MemoryFileError",

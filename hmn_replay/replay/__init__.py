@@ -8,6 +8,7 @@ from hmn_replay.replay.keepers import (
     Selection,
     make_keeper,
 )
+from hmn_replay.replay.mammoth import MammothBuffer
 from hmn_replay.replay.store import DecodedImages, ReplayMemory
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "JPEGKeeper",
     "Keeper",
     "LearnedKeeper",
+    "MammothBuffer",
     "RealKeeper",
     "ReplayMemory",
     "Selection",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,13 +14,16 @@ import torch
 import hmn_replay
 
 DOCS = Path(__file__).parents[2] / "docs"
+HOSTS = ("models.er",)
 
 
-def run_page(name: str) -> dict[str, Any]:
-    """Run the blocks of a page in one namespace, and return it."""
+def run_page(name: str, host: str = "") -> dict[str, Any]:
+    """Run the blocks of a page in one namespace: those that name a host, or none of them."""
     names: dict[str, Any] = {}
     with torch.random.fork_rng():
         for block in re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.S | re.M):
+            if any(other in block for other in HOSTS if other != host) or host not in block:
+                continue
             exec(compile(block, name, "exec"), names)
     return names
 
@@ -37,3 +42,24 @@ def test_replay_in_a_loop_of_ones_own() -> None:
     assert hmn_replay.load("seen.hmn").num_classes == 10
     assert names["memory"].memory.num_classes == 5
     assert torch.load("memory.pt", weights_only=True)["num_updates"] == 2
+
+
+def test_mammoths_model_gets_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Er:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.buffer: Any = None
+
+    models: Any = ModuleType("models.er")
+    models.Er = Er
+    monkeypatch.setitem(sys.modules, "models", ModuleType("models"))
+    monkeypatch.setitem(sys.modules, "models.er", models)
+    model = run_page("replay.md", "models.er")["ErHmn"](None, None, None, None)
+    data = hmn_replay.load_dataset("digits")
+    model.buffer.add_data(data.images[:60] / 255, data.labels[:60])
+    assert model.buffer.is_empty()
+    model.end_task(None)
+    images, labels = model.buffer.get_data(8)
+    assert images.shape == (8, 1, 8, 8) and labels.dtype == torch.int64
+    other = run_page("replay.md", "models.er")["ErHmn"](None, None, None, None)
+    other.load_buffer(model.buffer.serialize())
+    assert len(other.buffer) == len(model.buffer) > 0

@@ -1,0 +1,390 @@
+"""The replay memory as a buffer of Mammoth's rehearsal methods, by the interface that these call.
+
+Nothing of Mammoth is imported: its models know their buffer by ``add_data``, ``get_data``,
+``get_all_data`` and a few attributes (``utils/buffer.py`` of aimagelab/mammoth).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hmn_replay.data.images import as_labelled_images
+from hmn_replay.errors import CheckpointError, ConfigError
+from hmn_replay.replay.store import DecodedImages, ReplayMemory
+from hmn_replay.runtime import make_generator
+
+__all__ = ["MammothBuffer"]
+
+_AT_ONCE = 256
+_NAMES = ("examples", "labels", "logits", "task_labels")
+
+
+class MammothBuffer:
+    """A :class:`~hmn_replay.ReplayMemory` behind the interface of Mammoth's ``Buffer``.
+
+    A method gives its buffer each mini-batch, epoch after epoch. Here, they are gathered, every
+    image once, and made into the memory when :meth:`end_task` is called, which a model does in its
+    own ``end_task``. So what is replayed is decoded images of earlier tasks. Their number is the
+    memory's; ``buffer_size`` bounds nothing.
+
+    Kept are images and labels. Task labels are those that the classes came with, so a class
+    belongs to one task. Logits are the network's own for the decoded images, where :meth:`end_task`
+    is given the network; like the decoded images they are in working memory, and no part of the
+    memory's file or budget. ``true_labels`` and ``sample_selection_scores`` are not used.
+
+    Args:
+        memory: What keeps the images. Its ``max_raw_images`` bounds those gathered of a task, which
+            do not count towards its budget.
+        device: Where ``get_data`` and the others return tensors, unless they are told another.
+
+    Attributes:
+        memory: As given.
+        num_seen_examples: How many images there are to replay: 0 before the first task's end.
+        attributes: The names of what Mammoth's buffers may hold, in the order of ``get_data``.
+    """
+
+    def __init__(self, memory: ReplayMemory, device: str | torch.device = "cpu") -> None:
+        self.memory, self.device = memory, device
+        self.attributes = list(_NAMES)
+        self._tasks: dict[int, int] = {}
+        self._seen: set[bytes] = set()
+        self._logits: Tensor | None = None
+        self._num_draws = 0
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    @property
+    def num_seen_examples(self) -> int:
+        """How many images there are to replay."""
+        return len(self)
+
+    @property
+    def buffer_size(self) -> int:
+        """How many images there are to replay."""
+        return len(self)
+
+    @buffer_size.setter
+    def buffer_size(self, value: int) -> None:
+        """Leave the number to the memory, whose bound is in bytes."""
+
+    @property
+    def examples(self) -> Tensor:
+        """float32 ``(N, C, H, W)`` in [0, 1]: all decoded images."""
+        return self._images(torch.arange(len(self))).to(self.device)
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 ``(N,)``."""
+        return self._attribute("labels").to(self.device)
+
+    @property
+    def used_attributes(self) -> list[str]:
+        """The names of what ``get_data`` returns, in its order; none while there is nothing."""
+        if self.is_empty():
+            return []
+        absent = {
+            *(["logits"] if self._logits is None else []),
+            *([] if self._tasks else ["task_labels"]),
+        }
+        return [name for name in self.attributes if name not in absent]
+
+    def is_empty(self) -> bool:
+        """Return whether there is nothing to replay, as before the end of the first task."""
+        return not len(self)
+
+    def is_full(self) -> bool:
+        """Return whether there is something to replay: the memory fills its budget at once."""
+        return not self.is_empty()
+
+    def to(self, device: str | torch.device) -> MammothBuffer:
+        """Return tensors on a device from now on."""
+        self.device = device
+        return self
+
+    def empty(self) -> None:
+        """Begin anew, with nothing to replay and nothing gathered."""
+        self.memory.memory, self._logits = None, None
+        self._begin_task()
+        self._tasks.clear()
+
+    def add_data(
+        self,
+        examples: Tensor,
+        labels: Tensor | None = None,
+        logits: Tensor | None = None,
+        task_labels: Tensor | None = None,
+        attention_maps: Sequence[Tensor] | None = None,
+        true_labels: Tensor | None = None,
+        sample_selection_scores: Tensor | None = None,
+    ) -> None:
+        """Gather a mini-batch of the current task; an image that came before is left out.
+
+        Args:
+            examples: float ``(n, C, H, W)`` in [0, 1], neither augmented nor normalised: Mammoth's
+                ``not_aug_inputs``.
+            labels: int64 ``(n,)``.
+            logits: Not kept: see the class.
+            task_labels: ``(n,)``, or None.
+            attention_maps: Not for this buffer.
+            true_labels: Not used.
+            sample_selection_scores: Not used.
+
+        Raises:
+            ConfigError: No labels, or attention maps.
+            DataError: Images or labels that cannot be used.
+        """
+        if labels is None or attention_maps is not None:
+            raise ConfigError(
+                "a memory keeps labelled images: expected labels and no attention maps; use a "
+                "method that gives its buffer labels, such as ER, ER-ACE or DER++"
+            )
+        data = as_labelled_images((examples, labels))
+        new = []
+        for position, image in enumerate(data.images):
+            digest = hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest()
+            if digest not in self._seen:
+                self._seen.add(digest)
+                new.append(position)
+        if task_labels is not None:
+            tasks = task_labels.long().tolist()
+            self._tasks.update(zip(data.labels.tolist(), tasks, strict=True))
+        if new:
+            self.memory.gather(data.take(torch.tensor(new)))
+
+    def end_task(self, network: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Make what was gathered into the memory; a model's ``end_task`` calls it.
+
+        Args:
+            network: From float images ``(n, C, H, W)`` in [0, 1] on the buffer's device to logits,
+                for methods that replay these (DER++). Default: None, no logits.
+        """
+        self.memory.finish()
+        self._begin_task()
+        self._logits = None
+        if network is not None and not self.is_empty():
+            parts = torch.arange(len(self)).split(_AT_ONCE)
+            with torch.no_grad():
+                found = [network(self._images(part).to(self.device)).cpu() for part in parts]
+            self._logits = torch.cat(found)
+
+    def learn(self, examples: Any, labels: Any = None) -> None:
+        """Make images into the memory at once, such as a task's before it is trained on.
+
+        Args:
+            examples: As :meth:`hmn_replay.ReplayMemory.update` takes them.
+            labels: The same.
+        """
+        self.memory.update(examples, labels)
+        self._logits = None
+
+    def get_data(
+        self,
+        size: int,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        return_index: bool = False,
+        device: str | torch.device | None = None,
+        mask_task_out: int | None = None,
+        cpt: int | None = None,
+        return_not_aug: bool = False,
+        not_aug_transform: Callable[[Tensor], Tensor] | None = None,
+        force_indexes: Any = None,
+    ) -> tuple[Tensor, ...]:
+        """Draw images at random, none twice, and what is known of them.
+
+        Args:
+            size: How many; fewer where there are fewer.
+            transform: Applied to each image ``(C, H, W)``, or to all at once where it is a module
+                of Mammoth's that takes batches (``KorniaAugNoGrad``).
+            return_index: Whether the positions come first.
+            device: Where the tensors go. Default: the buffer's.
+            mask_task_out: A task whose images are left out.
+            cpt: Classes per task, where the buffer has no task labels.
+            return_not_aug: Whether the images come untransformed, too, before the transformed ones.
+            not_aug_transform: Applied to these.
+            force_indexes: Positions, in place of a draw.
+
+        Returns:
+            Images, labels, logits and task labels, those of :attr:`used_attributes`.
+
+        Raises:
+            ConfigError: There is nothing to draw, or ``mask_task_out`` needs task labels or
+                ``cpt``.
+        """
+        available = torch.arange(len(self))
+        if mask_task_out is not None:
+            available = available[self._task_of(cpt) != mask_task_out]
+        if force_indexes is not None:
+            chosen = available[torch.as_tensor(np.asarray(force_indexes), dtype=torch.int64)]
+        else:
+            chosen = available[self._draw(len(available))[:size]]
+        return self._collect(
+            chosen, transform, device, return_index, return_not_aug, not_aug_transform
+        )
+
+    def get_balanced_data(
+        self, size: int, transform: Callable[[Tensor], Tensor] | None = None, n_classes: int = -1
+    ) -> tuple[Tensor, ...]:
+        """Draw as many images of every class as of the others, but for one.
+
+        Args:
+            size: How many in all; fewer where a class has fewer than its share.
+            transform: As in :meth:`get_data`.
+            n_classes: How many classes, drawn at random; -1 for all.
+        """
+        order = self._draw(len(self))
+        labels = self._attribute("labels")[order]
+        classes = labels.unique()
+        if 0 < n_classes < len(classes):
+            classes = classes[self._draw(len(classes))[:n_classes]]
+        shares = [size // len(classes) + (i < size % len(classes)) for i in range(len(classes))]
+        chosen = [
+            order[labels == label][:share]
+            for label, share in zip(classes.tolist(), shares, strict=True)
+        ]
+        return self._collect(torch.cat(chosen), transform)
+
+    def get_data_by_index(
+        self,
+        indexes: Any,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        device: str | torch.device | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return what is at some positions; arguments as in :meth:`get_data`."""
+        return self.get_data(len(indexes), transform, device=device, force_indexes=indexes)
+
+    def get_all_data(
+        self,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        device: str | torch.device | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return everything; arguments as in :meth:`get_data`."""
+        return self._collect(torch.arange(len(self)), transform, device)
+
+    def get_dataloader(
+        self,
+        args: Namespace,
+        batch_size: int,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        sampler: Any = None,
+    ) -> DataLoader[Any]:
+        """Return a loader of what :meth:`get_all_data` returns, its images transformed anew."""
+        del args
+        items = copy.copy(self)
+        items._transform = transform  # type: ignore[attr-defined]
+        generator = make_generator(self.memory.seed, "mammoth loader", self._num_draws)
+        self._num_draws += 1
+        return DataLoader(
+            items,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            sampler=sampler,
+            generator=generator,
+        )
+
+    def __getitem__(
+        self, index: int, transform: Callable[[Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
+        transform = transform or getattr(self, "_transform", None)
+        return [part[0] for part in self.get_data(1, transform, force_indexes=[index])]
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return (self[index] for index in range(len(self)))
+
+    def serialize(self, out_device: str | torch.device = "cpu") -> dict[str, Any]:
+        """Return what :meth:`load_state_dict` takes, for Mammoth's checkpoints."""
+        del out_device
+        tasks = torch.tensor(sorted(self._tasks.items()), dtype=torch.int64).view(-1, 2)
+        state = {
+            "memory": self.memory.state_dict(),
+            "tasks": tasks,
+            "num_draws": self._num_draws,
+            "seen": torch.tensor(list(map(list, sorted(self._seen))), dtype=torch.uint8),
+        }
+        return state if self._logits is None else {**state, "logits": self._logits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`serialize` gave; a model's ``load_buffer`` calls it.
+
+        Raises:
+            CheckpointError: It is something else; nothing changes.
+        """
+        try:
+            tasks, seen, draws = state["tasks"].tolist(), state["seen"].tolist(), state["num_draws"]
+            self.memory.load_state_dict(state["memory"])
+        except (LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"not a state of a MammothBuffer: {error}") from error
+        self._tasks, self._seen = {label: task for label, task in tasks}, set(map(bytes, seen))
+        self._logits, self._num_draws = state.get("logits"), draws
+
+    def _begin_task(self) -> None:
+        self.memory.gatherer.clear()
+        self._seen.clear()
+
+    def _draw(self, count: int) -> Tensor:
+        generator = make_generator(self.memory.seed, "mammoth", self._num_draws)
+        self._num_draws += 1
+        return torch.randperm(count, generator=generator)
+
+    def _images(self, positions: Tensor) -> Tensor:
+        return self._decoded().images[positions].float().div_(255)
+
+    def _decoded(self) -> DecodedImages:
+        decoded = self.memory.decoded("cpu")
+        if decoded is None:
+            raise ConfigError("the buffer is empty: nothing was learned before; ask is_empty()")
+        return decoded
+
+    def _attribute(self, name: str) -> Tensor:
+        labels = self._decoded().labels
+        if name == "logits":
+            assert self._logits is not None
+            return self._logits
+        if name == "labels":
+            return labels
+        return torch.tensor([self._tasks.get(label, 0) for label in labels.tolist()])
+
+    def _task_of(self, cpt: int | None) -> Tensor:
+        if self._tasks:
+            return self._attribute("task_labels")
+        if cpt is None:
+            raise ConfigError("mask_task_out needs task labels, or cpt, the classes per task")
+        return self._attribute("labels") // cpt
+
+    def _collect(
+        self,
+        chosen: Tensor,
+        transform: Callable[[Tensor], Tensor] | None,
+        device: str | torch.device | None = None,
+        return_index: bool = False,
+        return_not_aug: bool = False,
+        not_aug_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        images = self._images(chosen)
+        parts = [chosen] if return_index else []
+        if return_not_aug:
+            parts.append(_transformed(images, not_aug_transform))
+        parts.append(_transformed(images, transform))
+        parts += [self._attribute(name)[chosen] for name in self.used_attributes[1:]]
+        target = self.device if device is None else device
+        return tuple(part.to(target) for part in parts)
+
+
+def _transformed(images: Tensor, transform: Callable[[Tensor], Tensor] | None) -> Tensor:
+    if transform is None:
+        return images
+    if any(kind.__name__ == "KorniaAugNoGrad" for kind in type(transform).__mro__):
+        return transform(images)
+    return torch.stack([transform(image) for image in images])
