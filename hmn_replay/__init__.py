@@ -26,6 +26,7 @@ from hmn_replay.errors import (
     HMNReplayError,
     HMNReplayWarning,
     MemoryFileError,
+    MissingExtraError,
     TrainingError,
     UnknownOptionError,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "MemoryFileError",
     "MemoryLayout",
     "MemoryReplay",
+    "MissingExtraError",
     "NumberFormat",
     "Objective",
     "RawMemory",

@@ -14,6 +14,7 @@ __all__ = [
     "HMNReplayError",
     "HMNReplayWarning",
     "MemoryFileError",
+    "MissingExtraError",
     "TrainingError",
     "UnknownOptionError",
 ]
@@ -41,6 +42,10 @@ class UnknownOptionError(HMNReplayError, TypeError):
 
 class DataError(HMNReplayError, ValueError):
     """Images or labels that this package cannot use."""
+
+
+class MissingExtraError(HMNReplayError, ImportError):
+    """A library that an extra of this package installs, and that is not there."""
 
 
 class MemoryFileError(HMNReplayError, ValueError):

@@ -15,6 +15,7 @@ from hmn_replay.data.images import LabelledImages
 from hmn_replay.memory import HierarchicalMemory, HMNLayout
 from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction
 from tests.console import Console
+from tests.hub import Hub, serve
 from tests.support import hmn_layout
 
 
@@ -94,6 +95,19 @@ def memory_file(make_layout: Callable[..., HMNLayout], tmp_path: Path) -> Path:
     path = tmp_path / "memory.hmn"
     HierarchicalMemory(layout, [0, 1, 7], [4, 3, 2], budget=20_000).save(path)
     return path
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hugging Face Hub of our own, and an empty cache."""
+    constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra hub")
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+        yield server
 
 
 @pytest.fixture

@@ -219,7 +219,10 @@ def as_labelled_images(source: ImageSource, *, size: int | None = None) -> Label
             * a map-style data set of ``(image, label)`` or ``(image, label, ...)``, such as those
               of torchvision and Avalanche. An image is a PIL image of 8 bits per channel, or one
               of the above without ``N``; a label is one integer. Every item is fetched once, in
-              order, through the data set's own transform: a random transform is drawn once.
+              order, through the data set's own transform: a random transform is drawn once. Items
+              may be mappings with ``"image"`` and ``"label"``; of a data set of Hugging Face's
+              ``datasets``, its only ``Image`` and its only ``ClassLabel`` column count, whatever
+              their names.
         size: Side in pixels that every image is brought to: its shorter side is resized
             (bilinear, antialiased), then its centre is cropped to a square. Default: ``None``,
             leave the images as they are, which must then all be of one size.
@@ -227,7 +230,8 @@ def as_labelled_images(source: ImageSource, *, size: int | None = None) -> Label
     Returns:
         The images and labels, in the order of ``source``. A uint8 ``(N, C, H, W)`` tensor on the
         CPU is not copied. Grey images among coloured ones are repeated over the 3 channels. Class
-        names are a data set's own ``class_to_idx`` or ``classes``, where it has them.
+        names are a data set's own ``class_to_idx``, ``classes`` or ``ClassLabel``, where it has
+        them.
 
     Raises:
         DataError: The images or the labels are not as said above, or there are none.
@@ -394,20 +398,48 @@ def _from_dataset(source: Any, size: int | None) -> LabelledImages:
             f"data set of (image, label) with a length, got {type(source).__name__}"
         )
 
+    columns = _columns_of(source)
+
     def fetch(position: int) -> tuple[object, object]:
         item = source[position]
         if isinstance(item, (tuple, list)) and len(item) >= 2:
             return item[0], item[1]
+        if isinstance(item, Mapping) and all(name in item for name in columns):
+            return item[columns[0]], item[columns[1]]
         raise DataError(
             f"item {position}: expected (image, label), got {type(item).__name__}; map the data "
-            "set to such pairs"
+            f"set to such pairs, or to a mapping with the keys {columns[0]!r} and {columns[1]!r}"
         )
 
     return stack_images(fetch, len(source), size=size, class_names=_names_of(source))
 
 
+def _columns_of(source: object) -> tuple[str, str]:
+    """Return the names of image and label in items that are mappings.
+
+    They are a Hugging Face data set's only ``Image`` and only ``ClassLabel`` column, where it has
+    one of each, else ``"image"`` and ``"label"``.
+    """
+    features = getattr(source, "features", None)
+    if not isinstance(features, Mapping):
+        return "image", "label"
+    kinds = {name: type(feature).__name__ for name, feature in features.items()}
+    found = [
+        [name for name, own in kinds.items() if own == kind] for kind in ("Image", "ClassLabel")
+    ]
+    image, label = (
+        own[0] if len(own) == 1 else usual
+        for own, usual in zip(found, ("image", "label"), strict=True)
+    )
+    return image, label
+
+
 def _names_of(source: object) -> dict[int, str]:
-    """Return the class names of a data set that names them as torchvision's do."""
+    """Return the class names of a data set that names them as torchvision's or Hugging Face's."""
+    features = getattr(source, "features", None)
+    if isinstance(features, Mapping):
+        names = getattr(features.get(_columns_of(source)[1]), "names", None)
+        return dict(enumerate(names or []))
     if isinstance(source, Subset):
         return _names_of(source.dataset)
     if isinstance(source, LabelledImages):

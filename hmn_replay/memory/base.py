@@ -325,6 +325,64 @@ class Memory(abc.ABC):
             )
         write_atomically(path, data)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        source: str | None = None,
+        accuracy: float | None = None,
+        license: str | None = None,
+        tags: Sequence[str] = (),
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Put the memory on the Hugging Face Hub, with a card and a contact sheet, in one commit.
+
+        It becomes a repository of data, which is made where it is absent. ``hmn_replay.load(
+        "hf://OWNER/NAME")`` reads it. Needs ``pip install 'hmn-replay[hub]'``.
+
+        Args:
+            repo_id: ``OWNER/NAME``.
+            source: For the card: what the images come from, such as ``"CIFAR-10"``.
+            accuracy: For the card: test accuracy of a network that was trained on the memory, in
+                [0, 1].
+            license: For the card: an identifier that the Hub knows, such as ``"mit"``.
+            tags: Tags beside those of the memory's kind.
+            private: Whether the repository is private, where it is new. Default: the owner's own.
+            revision: Branch to commit to. Default: the main one.
+            token: Default: that of ``hf auth login``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            MissingExtraError: ``huggingface_hub`` is not installed.
+            DataError: The memory holds no image.
+        """
+        from hmn_replay.memory.hub import push
+
+        return push(
+            self,
+            repo_id,
+            source=source,
+            accuracy=accuracy,
+            license=license,
+            tags=tags,
+            private=private,
+            revision=revision,
+            token=token,
+        )
+
+    def to_hf_dataset(self) -> Any:
+        """Return the images as a data set of Hugging Face's ``datasets``.
+
+        See :func:`hmn_replay.memory.export.to_hf_dataset`.
+        """
+        from hmn_replay.memory.export import to_hf_dataset
+
+        return to_hf_dataset(self)
+
     @property
     def names_bytes(self) -> int:
         """Bytes that the class names take in the file; 0 without names."""
@@ -363,7 +421,9 @@ def load(
     decoding all of its images may take more.
 
     Args:
-        path: A file that :meth:`Memory.save` wrote.
+        path: A file that :meth:`Memory.save` wrote; or ``"hf://OWNER/NAME"`` for one that
+            :meth:`Memory.push_to_hub` put on the Hugging Face Hub, with ``@REVISION`` or ``/FILE``
+            at its end for another than the newest ``memory.hmn``.
         device: Where the tensors go; ``"auto"`` is CUDA where present, else the CPU.
         max_images: Refuse a file of more images. Default: None, as many as the format lets a file
             of its bytes have.
@@ -372,8 +432,13 @@ def load(
         MemoryFileError: The file is not a memory file, is truncated or altered, has a version that
             this package does not read, or more images than ``max_images``.
         OSError: The file is absent or cannot be read.
+        MissingExtraError: An address on the Hub, without ``huggingface_hub``.
     """
     target = resolve_device(device)
+    if os.fspath(path).startswith("hf:/"):
+        from hmn_replay.memory.hub import download
+
+        path = download(os.fspath(path))
     try:
         memory = _from_record(read_file(path), max_images)
     except MemoryFileError as error:

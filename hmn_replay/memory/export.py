@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.extras import import_extra
 from hmn_replay.files import write_atomically
 
-__all__ = ["contact_sheet", "export_images", "export_npz"]
+__all__ = ["contact_sheet", "contact_sheet_png", "export_images", "export_npz", "to_hf_dataset"]
 
 # Smaller images are enlarged on a contact sheet, by a whole factor.
 _SHEET_SIDE = 64
@@ -114,6 +115,34 @@ def export_npz(
     write_atomically(path, file.getvalue())
 
 
+def to_hf_dataset(memory: DecodableBytes) -> Any:
+    """Return the images as a data set of Hugging Face's ``datasets``.
+
+    Args:
+        memory: A memory of any kind.
+
+    Returns:
+        A ``datasets.Dataset`` with the columns ``image``, PNG in working memory, and ``label``: a
+        ``ClassLabel`` where all classes have names and labels are 0, 1, ..., else int64.
+
+    Raises:
+        DataError: The memory holds no image.
+        MissingExtraError: ``datasets`` is not installed.
+    """
+    from torchvision.transforms.functional import to_pil_image
+
+    datasets = import_extra("datasets", "hub")
+    pixels, labels = _decode(memory)
+    names = _names_of(memory, None)
+    label: Any = datasets.Value("int64")
+    if sorted(names) == list(range(len(names))) == labels.unique().tolist():
+        label = datasets.ClassLabel(names=[names[n] for n in range(len(names))])
+    return datasets.Dataset.from_dict(
+        {"image": list(map(to_pil_image, pixels)), "label": labels.tolist()},
+        features=datasets.Features({"image": datasets.Image(), "label": label}),
+    )
+
+
 def contact_sheet(
     memory: DecodableBytes,
     path: str | Path,
@@ -140,6 +169,18 @@ def contact_sheet(
         DataError: The memory holds no image.
         OSError: The file cannot be written.
     """
+    png = contact_sheet_png(memory, columns=columns, rows=rows, class_names=class_names)
+    write_atomically(path, png)
+
+
+def contact_sheet_png(
+    memory: DecodableBytes,
+    *,
+    columns: int = 10,
+    rows: int = 50,
+    class_names: Mapping[int, str] | None = None,
+) -> bytes:
+    """Return the bytes of the file that :func:`contact_sheet` writes; arguments as there."""
     from PIL import Image, ImageDraw
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
@@ -176,7 +217,7 @@ def contact_sheet(
         draw.text((place * width + 2 * _SHEET_GAP, top), text, fill="black")
     file = io.BytesIO()
     sheet.save(file, "PNG")
-    write_atomically(path, file.getvalue())
+    return file.getvalue()
 
 
 def _decode(memory: DecodableBytes) -> tuple[Tensor, Tensor]:

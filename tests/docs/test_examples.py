@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import hmn_replay
+from tests.hub import Hub
 
 DOCS = Path(__file__).parents[2] / "docs"
 HOSTS = ("models.er",)
@@ -63,3 +64,10 @@ def test_mammoths_model_gets_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None
     other = run_page("replay.md", "models.er")["ErHmn"](None, None, None, None)
     other.load_buffer(model.buffer.serialize())
     assert len(other.buffer) == len(model.buffer) > 0
+
+
+def test_memories_are_shared(hub: Hub) -> None:
+    pytest.importorskip("datasets", reason="needs the extra hub")
+    names = run_page("sharing.md")
+    assert hub.repositories["someone/digits-4k"]["memory.hmn"] == names["memory"].to_bytes()
+    assert names["again"].file_bytes <= 2048
