@@ -9,11 +9,14 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hmn_replay.budget import as_int
 from hmn_replay.errors import ConfigError
@@ -24,6 +27,7 @@ __all__ = [
     "default_float32",
     "derive_seed",
     "deterministic_cudnn",
+    "drawing_from",
     "isolated",
     "make_generator",
     "peak_memory_bytes",
@@ -37,6 +41,8 @@ PRECISIONS = ("float32", "bfloat16", "auto")
 
 # What torch keeps for the whole process is changed by one thread at a time.
 _LOCK = threading.RLock()
+# Of the global generators, for as long as code that is not ours runs; taken before the other.
+_RANDOM_LOCK = threading.RLock()
 _flags_before: list[tuple[bool, bool]] = []
 
 
@@ -176,6 +182,54 @@ def make_generator(seed: int, *names: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *names))
 
 
+class drawing_from(TorchFunctionMode):  # used like a function, as torch's own are
+    """Let torch.nn's modules that are made inside the block draw their weights from a generator.
+
+    They would draw from torch's global one, which other threads draw from too. Inside the block,
+    in this thread alone, tensors of no given dtype are float32, and those of no given device are on
+    the CPU, whatever the defaults. Dropout is not reached: no weights are drawn by it.
+
+    Args:
+        generator: On the CPU.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch with what it was not given."""
+        given = dict(kwargs or {})
+        if func in _DRAWING and given.get("generator") is None:
+            given["generator"] = self.generator
+        if func in _MAKING:
+            given["dtype"] = given.get("dtype") or torch.float32
+            given["device"] = given.get("device") or "cpu"
+        return func(*args, **given)
+
+
+_DRAWING = frozenset(
+    {
+        nn.init.kaiming_uniform_,
+        nn.init.normal_,
+        nn.init.uniform_,
+        Tensor.bernoulli_,
+        Tensor.normal_,
+        Tensor.uniform_,
+        torch.normal,
+        torch.rand,
+        torch.randn,
+    }
+)
+_MAKING = frozenset({torch.empty, torch.ones, torch.rand, torch.randn, torch.zeros})
+
+
 @contextlib.contextmanager
 def default_float32() -> Iterator[None]:
     """Make float32 torch's default inside the block, for code that names no dtype.
@@ -195,10 +249,10 @@ def default_float32() -> Iterator[None]:
 def seeded(seed: int, *names: int | str) -> Iterator[None]:
     """Seed torch's global CPU generator inside the block, and restore it afterwards.
 
-    For code that draws from the global generator only, such as module initialisation on the CPU.
-    One thread at a time is inside such a block.
+    For code that draws from the global generator only, such as a user's modules. One thread at a
+    time is inside such a block; one that draws from it meanwhile draws other numbers.
     """
-    with _LOCK, torch.random.fork_rng(devices=[]):
+    with _RANDOM_LOCK, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *names))
         yield
 
@@ -207,11 +261,16 @@ def seeded(seed: int, *names: int | str) -> Iterator[None]:
 def isolated(device: torch.device, seed: int, *names: int | str) -> Iterator[None]:
     """Seed the global generators of torch, numpy and Python inside the block; restore them after.
 
-    For code that is not ours: a benchmark's transforms, and whatever makes a memory. Inside the
-    block no autocast is on, in which a caller's training loop may be.
+    For code that is not ours: a benchmark's transforms, and a user's way to make a memory. Inside
+    the block no autocast is on, in which a caller's training loop may be. One thread at a time is
+    inside such a block; one that draws from a global generator meanwhile draws other numbers.
     """
+    with _RANDOM_LOCK:
+        yield from _isolated(device, derive_seed(seed, *names))
+
+
+def _isolated(device: torch.device, value: int) -> Iterator[None]:
     state, numpy_state = random.getstate(), np.random.get_state()
-    value = derive_seed(seed, *names)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), without_autocast(device):
         torch.default_generator.manual_seed(value)

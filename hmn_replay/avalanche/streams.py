@@ -55,7 +55,7 @@ class Normalization:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        values = torch.tensor([*self.mean, *self.std])
+        values = torch.tensor([*self.mean, *self.std], dtype=torch.float32)
         if not (len(self.mean) == len(self.std) in (1, 3) and values.isfinite().all()):
             raise ConfigError(
                 "a normalisation is (mean, std) with 1 or 3 finite numbers each, one a channel; "
@@ -239,7 +239,7 @@ def split_class_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
 def class_counts(labels: Tensor, counts: Tensor, num_classes: int) -> Tensor:
     """Add up counts by label: float32 ``(K,)``; labels outside [0, K) are left out."""
     is_inside = (labels >= 0) & (labels < num_classes)
-    totals = torch.zeros(num_classes + 1, device=labels.device)
+    totals = torch.zeros(num_classes + 1, dtype=torch.float32, device=labels.device)
     return totals.index_add(0, labels.where(is_inside, num_classes), counts)[:num_classes]
 
 

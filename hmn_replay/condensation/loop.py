@@ -701,7 +701,7 @@ class TrainedNetworks:
         """Draw one of the trained networks, and a point between its initial weights and these."""
         generator = make_generator(self.seed, "network", number)
         expert = int(torch.randint(self.experts.num_experts, (), generator=generator))
-        share = float(torch.rand((), generator=generator))
+        share = float(torch.rand((), dtype=torch.float32, generator=generator))
         read = partial(self.experts.read, expert, 0, self.experts.num_epochs)
         initial, trained = self.context.team.agree(read)
         self.network = self.networks[expert % len(self.networks)]
@@ -781,7 +781,9 @@ class TrajectoryMatcher:
         self.context, self.seed, self.experts = context, seed, experts
         config, device = context.config, context.device
         self.networks = _networks_of(experts, context)
-        logarithm = torch.tensor(math.log(config.student_learning_rate), device=device)
+        logarithm = torch.tensor(
+            math.log(config.student_learning_rate), dtype=torch.float32, device=device
+        )
         self.rate = nn.ParameterDict({"logarithm": logarithm})
         self.learner = torch.optim.Adam(
             self.rate.parameters(), lr=config.student_rate_learning_rate

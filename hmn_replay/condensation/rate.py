@@ -67,7 +67,7 @@ class RateControl:
         self.first_class = int(memory.class_index[num_old])
         self.kept_new = kept_images - kept_old
         device = memory.class_index.device
-        self.state = torch.zeros(4, device=device)
+        self.state = torch.zeros(4, dtype=torch.float32, device=device)
         self.state[3] = 8 * _AIM * code_bytes
         if num_old:
             with torch.no_grad():

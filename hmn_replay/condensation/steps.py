@@ -208,7 +208,7 @@ def warm_start_step(context: StepContext, indices: Tensor, wanted: Tensor) -> No
     """
     device, parts = context.device, images_at_once(context.memory.image_shape)
     context.optimizer.zero_grad()
-    error = torch.zeros((), device=device)
+    error = torch.zeros((), dtype=torch.float32, device=device)
     team = context.team
     own = zip(team.share(indices).split(parts), team.share(wanted).split(parts), strict=True)
     for some, targets in own:
@@ -250,7 +250,7 @@ def match_step(context: StepContext, network: nn.Module, generator: torch.Genera
         return 0
     device = context.device
     context.optimizer.zero_grad()
-    distance = torch.zeros((), device=device)
+    distance = torch.zeros((), dtype=torch.float32, device=device)
     shared = context.team.share(drawn)
     for first in range(0, len(shared), group_size):
         matches = shared[first : first + group_size]

@@ -35,7 +35,7 @@ from hmn_replay.memory.file import (
     unpack,
 )
 from hmn_replay.registry import Registry
-from hmn_replay.runtime import resolve_device
+from hmn_replay.runtime import resolve_device, without_autocast
 
 __all__ = [
     "MAX_CLASSES",
@@ -614,6 +614,11 @@ def _from_record(record: Record, max_images: int | None = None) -> Memory:
     if max_images is not None and record.num_images > max_images:
         raise MemoryFileError(f"it has {record.num_images:,} images, over max_images={max_images}")
     check_claims(record.num_bytes, record.num_images)
+    with without_autocast(torch.device("cpu")):
+        return _restored(record)
+
+
+def _restored(record: Record) -> Memory:
     try:
         memory_type = MEMORIES[record.kind]
         labels, counts = (record.tensors[name] for name in ("labels", "counts"))

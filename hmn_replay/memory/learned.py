@@ -55,7 +55,7 @@ from hmn_replay.memory.formats import (
     round_bias,
     round_to_format,
 )
-from hmn_replay.runtime import make_generator
+from hmn_replay.runtime import make_generator, without_autocast
 
 __all__ = ["AnyLearned", "LearnedMemory", "MemoryLayout", "StoredTensor"]
 
@@ -1045,7 +1045,9 @@ def _join(value: int | tuple[int, ...]) -> str:
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.flatten() for part in parts]).cpu()
+    # Under autocast, torch joins no float16.
+    with without_autocast(parts[0].device):
+        return torch.cat([part.flatten() for part in parts]).cpu()
 
 
 def _split(flat: Tensor | None, shapes: Sequence[Sequence[int]]) -> list[Tensor]:

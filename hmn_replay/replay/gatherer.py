@@ -43,12 +43,13 @@ class Gatherer:
         # One tensor an image: one is replaced without a copy of the others.
         self._images: list[Tensor] = []
         self._labels = torch.empty(0, dtype=torch.int64)
-        self._priorities = torch.empty(0)
+        self._priorities = torch.empty(0, dtype=torch.float32)
 
     def add(self, data: LabelledImages) -> None:
         """Add images, uint8 ``(N, C, H, W)``, and drop what is beyond the capacity."""
         generator = make_generator(self.seed, "raw buffer", self.num_seen.total())
-        priorities = torch.cat([self._priorities, torch.rand(len(data), generator=generator)])
+        drawn = torch.rand(len(data), dtype=torch.float32, generator=generator)
+        priorities = torch.cat([self._priorities, drawn])
         labels = torch.cat([self._labels, data.labels])
         kept = torch.arange(len(labels))
         if len(labels) > self.capacity:

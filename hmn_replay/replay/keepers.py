@@ -36,6 +36,7 @@ from hmn_replay.memory.base import MAX_CLASSES
 from hmn_replay.registry import suggest
 from hmn_replay.runtime import derive_seed
 from hmn_replay.settings import check_options
+from hmn_replay.training.networks import is_built_in
 from hmn_replay.training.train import TrainingConfig
 
 __all__ = ["JPEGKeeper", "Keeper", "LearnedKeeper", "RealKeeper", "Selection", "make_keeper"]
@@ -47,6 +48,15 @@ AnyMemory = TypeVar("AnyMemory", bound=Memory)
 
 class Keeper(ABC):
     """Says how a memory is renewed with images that come. Subclass it for a memory of your own."""
+
+    @property
+    def draws_globally(self) -> bool:
+        """Whether :meth:`renew` may draw from the global generators of torch, numpy or Python.
+
+        They are then seeded for it and restored afterwards, and one such call waits for another in
+        a second thread. By default it may.
+        """
+        return True
 
     @abstractmethod
     def renew(
@@ -138,6 +148,12 @@ class LearnedKeeper(Keeper):
         self.budget, self.kind = Budget.parse(budget), kind
         self.config = config or make_config(effort, **{"trained_networks": 0, **options})
         self.expected_classes = expected_classes
+
+    @property
+    def draws_globally(self) -> bool:
+        """Whether a network or an objective is a user's own; see :class:`Keeper`."""
+        is_ours = all(map(is_built_in, self.config.network))
+        return not is_ours or not isinstance(self.config.objective, str)
 
     @property
     def memory_type(self) -> type[LearnedMemory]:
@@ -237,6 +253,12 @@ class RealKeeper(Keeper):
         self.budget, self.kind = Budget.parse(budget), kind
         self.selection, self.training = selection, training
         self.expected_classes = expected_classes
+
+    @property
+    def draws_globally(self) -> bool:
+        """Whether the selection or its network is a user's own; see :class:`Keeper`."""
+        is_ours = self.training is None or is_built_in(self.training.network)
+        return callable(self.selection) or not is_ours
 
     @property
     def memory_type(self) -> type[RealMemory]:

@@ -163,7 +163,10 @@ class ReplayMemory:
             BudgetError: The budget does not hold one image of each class.
         """
         data, index, started = _labelled(images, labels), self._num_updates, time.monotonic()
-        with isolated(self.device, self.seed, "update", index):
+        surroundings = without_autocast(self.device)
+        if self.keeper.draws_globally:
+            surroundings = isolated(self.device, self.seed, "update", index)
+        with surroundings:
             memory, report = self.keeper.renew(
                 data,
                 memory=self.memory,

@@ -115,7 +115,7 @@ class CompiledLoss:
         if self._has_failed or 2 * count <= self._num_rows:
             return None
         rows = (images, labels_a, labels_b)
-        weights = torch.tensor([[lam], [1.0 - lam]]) * (share / count)
+        weights = torch.tensor([[lam], [1.0 - lam]], dtype=torch.float32) * (share / count)
         weights = weights.repeat(1, count)
         is_dynamic = mixes_images(network)
         if not is_dynamic and (missing := self._num_rows - count):

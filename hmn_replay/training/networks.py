@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, TypeAlias, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
 from hmn_replay.registry import Registry, name_of
-from hmn_replay.runtime import default_float32, seeded
+from hmn_replay.runtime import default_float32, drawing_from, make_generator, seeded
 
 __all__ = [
     "NETWORKS",
@@ -22,6 +23,7 @@ __all__ = [
     "StagedNetwork",
     "build_network",
     "default_depth",
+    "is_built_in",
     "penultimate_features",
 ]
 
@@ -39,8 +41,12 @@ register its function, or pass it in place of a name:
         return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes))
 
 Objectives that match features need a module with a method ``features(images)`` that returns the
-outputs of its blocks, tensors ``(N, ...)``, as a list, or the only one. Layers that draw random
-numbers, such as dropout, draw them from torch's global generator, which no seed here reaches.
+outputs of its blocks, tensors ``(N, ...)``, as a list, or the only one.
+
+A function that is not this package's may draw weights from torch's global generator: it is seeded
+while the function is called and restored afterwards, one call at a time; another thread that draws
+from it meanwhile draws other numbers. Layers that draw random numbers in training, such as dropout,
+draw them from that generator too, and no seed here reaches them.
 """
 
 # From this side on, ResNet and DenseNet keep the stem that torchvision gives them for ImageNet.
@@ -183,8 +189,8 @@ def build_network(
         depth: Number of blocks of ConvNet. Default: :func:`default_depth`.
         mean: ``(C,)`` subtracted from images in [0, 1]. Default: 0.
         std: ``(C,)`` that they are divided by, above 0. Default: 1.
-        seed: The same seed gives the same weights. Layers draw them from torch's global generator,
-            which is seeded meanwhile and restored afterwards.
+        seed: The same seed gives the same weights. Built-in networks draw them from a generator of
+            their own, others as :data:`NETWORKS` says.
 
     Returns:
         The network, in training mode.
@@ -204,11 +210,21 @@ def build_network(
     parameters = inspect.signature(factory).parameters
     sizes = {"width": width} | ({} if depth is None else {"depth": depth})
     sizes = {name: size for name, size in sizes.items() if name in parameters}
-    with default_float32(), seeded(seed, "network", name_of(network)):
-        body = factory((image_shape[0], *image_shape[1:]), num_classes, **sizes)
+    build = partial(factory, (image_shape[0], *image_shape[1:]), num_classes, **sizes)
+    if is_built_in(factory):
+        with drawing_from(make_generator(seed, "network", name_of(network))):
+            body = build()
+    else:
+        with seeded(seed, "network", name_of(network)), default_float32():
+            body = build()
     if not isinstance(body, nn.Module):
         raise ConfigError(f"{name_of(network)} must return an nn.Module; got {type(body).__name__}")
     return Network(body.train(), num_classes, mean, std)
+
+
+def is_built_in(network: str | NetworkFactory) -> bool:
+    """Return whether a network is this package's, and so draws from no global generator."""
+    return (NETWORKS[network] if isinstance(network, str) else network) in _BUILT_IN
 
 
 def default_depth(height: int, width: int) -> int:
@@ -373,3 +389,6 @@ def _stem(channels: int, side: int, *, mode: Literal["fan_in", "fan_out"]) -> nn
     stem = nn.Conv2d(channels, 64, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode=mode, nonlinearity="relu")
     return stem
+
+
+_BUILT_IN = frozenset(NETWORKS.values())

@@ -190,7 +190,7 @@ def train_network(
     num_epochs = max(1, round(config.num_passes / epoch_images))
     num_seen, num_passes = 0, num_epochs * max(2, epoch_images)
     compiled = compiled_loss(config, images.shape[1:], num_passes, device)
-    total_loss = torch.zeros((), device=device)
+    total_loss = torch.zeros((), dtype=torch.float32, device=device)
     with (
         deterministic_cudnn(),
         torch.enable_grad(),
@@ -402,7 +402,7 @@ def add_gradients(
         # All processes must get the same, and compiling may fail in one of them.
         compiled = compiled if team.size == 1 else None
         part_size, team = len(images), ALONE
-    total = torch.zeros((), device=images.device)
+    total = torch.zeros((), dtype=torch.float32, device=images.device)
     shares = (team.share(rows).split(part_size) for rows in (images, labels_a, labels_b))
     for own, own_a, own_b in zip(*shares, strict=True):
         if not len(own):

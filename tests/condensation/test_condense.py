@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -387,11 +388,38 @@ def test_the_callers_modes_are_neither_read_nor_changed(
     data, layout = make_set(), make_layout()
     expected = tiny(data, layout, **options).to_bytes()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        memory = tiny(data, layout, **options)
+        made = tiny(data, layout, **options).to_bytes()
         assert not torch.is_grad_enabled()
         assert torch.is_autocast_enabled("cpu")
-    assert memory.to_bytes() == expected
+    assert made == expected
     assert torch.is_grad_enabled()
+
+
+def test_a_thread_that_draws_numbers_neither_disturbs_nor_is_disturbed(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    """All of its numbers come from torch's global generator, which nobody seeds or restores."""
+    data, layout = make_set(), make_layout()
+    options = {"trained_networks": 1, "trained_passes": 20, "network": ("convnet", "resnet18")}
+    expected = tiny(data, layout, **options).to_bytes()
+    drawn, is_over = [], threading.Event()
+
+    def draw() -> None:
+        while not is_over.is_set():
+            drawn.append(float(torch.rand(())))
+
+    state = torch.get_rng_state()
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        made = tiny(data, layout, **options).to_bytes()
+    finally:
+        is_over.set()
+        thread.join()
+    assert made == expected
+    torch.set_rng_state(state)
+    assert drawn == [float(torch.rand(())) for _ in drawn]
+    torch.set_rng_state(state)
 
 
 def test_calls_in_several_threads_do_not_mix(make_set: MakeSet, make_layout: MakeLayout) -> None:
@@ -494,9 +522,12 @@ def test_condensation_is_the_same_inside_other_modes(
         grown = tiny(make_set(labels=(7, 8)), memory.layout, memory=memory, budget=budget)
     assert memory.to_bytes() == wanted.to_bytes()
     assert grown.num_classes == 5
+    options = {"trained_networks": 1, "trained_passes": 20}
+    trained = tiny(data, make_layout(), **options)
     torch.set_default_dtype(torch.float64)
     try:
         assert tiny(data, make_layout()).to_bytes() == wanted.to_bytes()
+        assert tiny(data, make_layout(), **options).to_bytes() == trained.to_bytes()
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -6,6 +6,7 @@ import pickle
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -205,3 +206,27 @@ def test_it_needs_no_avalanche() -> None:
         "sys.exit('avalanche' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_two_memories_are_renewed_in_two_threads_as_in_one() -> None:
+    """Those that draw from global generators, as a user's selection may, wait for each other."""
+
+    def chosen(images: LabelledImages, model: nn.Module) -> torch.Tensor:
+        order = [torch.randperm(len(images)) for _ in range(200)]
+        return order[-1]
+
+    def make(_: int) -> bytes:
+        memory = ReplayMemory("1 KiB", "raw", selection=chosen)
+        memory.update(*some, model=nn.Identity())
+        assert memory.memory is not None
+        return memory.memory.to_bytes()
+
+    generator = torch.Generator().manual_seed(0)
+    some = (
+        torch.randint(0, 256, (40, 1, 8, 8), generator=generator, dtype=torch.uint8),
+        torch.arange(40) % 4,
+    )
+    before, expected = torch.get_rng_state(), make(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(make, range(12))) == {expected}
+    assert torch.get_rng_state().equal(before)

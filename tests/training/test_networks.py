@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
 from hmn_replay.evaluation import evaluate
+from hmn_replay.runtime import derive_seed
 from hmn_replay.training.networks import (
     NETWORKS,
     Network,
@@ -303,3 +304,34 @@ def test_a_network_from_outside_is_condensed_with(
     memory = tiny(make_set(), make_layout(), network=plain, outer_steps=1, **options)
     assert memory.report["network"] == (f"{__name__}.plain",)
     assert memory.report["beta"] is not None  # pruned by that network, too
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_weights_are_those_that_torch_would_draw_with_such_a_seed(name: str) -> None:
+    """From a generator of its own: the global one is not touched, not even for a moment."""
+    before = torch.get_rng_state()
+    torch.manual_seed(derive_seed(3, "network", name))
+    expected = NETWORKS[name]((3, 8, 8), 2).state_dict()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = build_network(name, (3, 8, 8), 2, seed=3).body.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.get_rng_state().equal(state)
+    assert all(found[key].equal(value) for key, value in expected.items())
+    torch.set_rng_state(before)
+
+
+def test_a_network_of_a_users_own_may_draw_from_the_global_generator() -> None:
+    def drawing(image_shape: Any, num_classes: int) -> nn.Module:
+        network = nn.Linear(4, num_classes)
+        network.register_buffer("drawn", torch.randperm(100))
+        return network
+
+    before = torch.get_rng_state()
+    one, two, other = (build_network(drawing, (1, 2, 2), 3, seed=seed).body for seed in (0, 0, 1))
+    assert torch.get_rng_state().equal(before)
+    assert one.get_buffer("drawn").equal(two.get_buffer("drawn"))
+    assert not one.get_buffer("drawn").equal(other.get_buffer("drawn"))
