@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import statistics
 import sys
 import textwrap
@@ -35,9 +34,9 @@ from hmn_replay.errors import (
     HMNReplayError,
     UnknownOptionError,
 )
-from hmn_replay.files import check_target
+from hmn_replay.files import check_target, clear_stale
 from hmn_replay.memory.file import read_file
-from hmn_replay.objectives.trajectories import experts_beside
+from hmn_replay.objectives.trajectories import delete_experts, experts_beside
 
 __all__ = ["main", "make_parser"]
 
@@ -117,8 +116,11 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
             settings[name] = getattr(args, name)
     if team.first:
         _check_out(args)
+        _check_checkpoint(checkpoint)
+        clear_stale(out)
         if args.restart:
-            _delete_checkpoint(checkpoint)
+            checkpoint.unlink(missing_ok=True)
+            delete_experts(experts_beside(checkpoint))
         elif checkpoint.exists():
             _note(args, f"resuming from {checkpoint}")
     try:
@@ -139,7 +141,9 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
     if not team.first:
         return None
     memory.save(out)
-    _delete_checkpoint(checkpoint)
+    checkpoint.unlink(missing_ok=True)
+    if "experts" in memory.report["phases"]:
+        delete_experts(experts_beside(checkpoint))
     report: dict[str, Any] = memory.report
     summary = memory.summary()
     result = {
@@ -617,9 +621,14 @@ def _load_together(args: argparse.Namespace, team: Team) -> hmn_replay.LabelledI
     return data
 
 
-def _delete_checkpoint(checkpoint: Path) -> None:
-    checkpoint.unlink(missing_ok=True)
-    shutil.rmtree(experts_beside(checkpoint), ignore_errors=True)
+def _check_checkpoint(checkpoint: Path) -> None:
+    """Refuse what stands in the place of a checkpoint, and is none that --restart could delete."""
+    if checkpoint.exists() and not checkpoint.is_file():
+        what = "a folder" if checkpoint.is_dir() else "no file"
+        raise ConfigError(
+            f"{str(checkpoint)!r} is {what}, where the checkpoint is to be; move it away, or name "
+            "another --out"
+        )
 
 
 def _training(args: argparse.Namespace) -> hmn_replay.TrainingConfig:

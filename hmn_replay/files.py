@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Mapping
@@ -15,7 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_target", "digest_tensors", "open_at_once", "write_atomically"]
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["check_target", "clear_stale", "digest_tensors", "open_at_once", "write_atomically"]
 
 # A part of a tensor whose rows do not lie one after another is copied to be digested.
 _ROWS_AT_ONCE = 512
@@ -55,9 +61,7 @@ def write_atomically(path: str | Path, content: bytes | Callable[[str], None]) -
         OSError: As :func:`check_target`, or the system refuses. What stood there stays.
     """
     path = check_target(path)
-    temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"))
-    # With the permissions that the umask lets, which nobody can ask for without changing it.
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    temporary, lock = _new_temporary(path)
     try:
         if callable(content):
             content(temporary)
@@ -70,6 +74,54 @@ def write_atomically(path: str | Path, content: bytes | Callable[[str], None]) -
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def clear_stale(path: str | Path) -> None:
+    """Delete what writes of ``path`` have left that were killed, and nothing else.
+
+    A file that someone is writing stays: its writer holds a lock on it, which ends with the
+    process. Where the system has no such locks, all stay.
+
+    Args:
+        path: Path of the file, as for :func:`write_atomically`.
+    """
+    path = Path(os.path.realpath(path))
+    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.tmp")
+    with contextlib.suppress(OSError):
+        for name in filter(ours.fullmatch, os.listdir(path.parent)):
+            with contextlib.suppress(OSError), open(path.with_name(name), "rb+") as file:
+                if _try_lock(file.fileno()):
+                    os.unlink(path.with_name(name))
+
+
+def _new_temporary(path: Path) -> tuple[str, int | None]:
+    """Return a new file beside ``path``, and what holds the lock on it until it is closed."""
+    while True:
+        temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"))
+        # With the permissions that the umask lets, which nobody can ask for without changing it.
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if fcntl is None:  # such a system may not replace a file that is open
+            os.close(descriptor)
+            return temporary, None
+        _try_lock(descriptor)
+        # Another process may have taken it for stale before it was locked.
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a file if nobody else has; False where it is locked, or cannot be."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def open_at_once(path: str, flags: int) -> int:

@@ -336,12 +336,39 @@ def test_experts_go_with_the_checkpoint_that_they_lie_beside(
     assert experts.exists()
     run(*common, "--seed", 13, "--restart", code=130)
     assert not experts.exists()
-    experts.mkdir()
     run(*common, "--objective", "mtt", "--set", f"experts={elsewhere}")
     assert asked["objective"] == "mtt"
     assert asked["experts"] == str(elsewhere)
-    assert not experts.exists()
     assert os.listdir(elsewhere) == ["expert-0000.safetensors"]
+
+
+def test_what_a_user_keeps_beside_a_checkpoint_stays(
+    run: Console, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of a run that makes no experts, and of one that deletes those that it made."""
+    common = ["condense", "--budget", "50kB", "--out", tmp_path / "digits.hmn"]
+    experts = tmp_path / "digits.hmn.checkpoint.experts"
+    experts.mkdir()
+    for name in ("expert-0000.safetensors", "notes.txt"):
+        (experts / name).touch()
+    run(*common)
+    assert sorted(os.listdir(experts)) == ["expert-0000.safetensors", "notes.txt"]
+    run(*common, "--restart")
+    assert os.listdir(experts) == ["notes.txt"]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+@pytest.mark.parametrize("more", [[], ["--restart"]], ids=["", "restart"])
+@pytest.mark.timeout(60)
+def test_what_is_no_checkpoint_is_neither_waited_for_nor_deleted(
+    run: Console, asked: dict[str, Any], tmp_path: Path, make: Any, more: list[str]
+) -> None:
+    checkpoint = tmp_path / "digits.hmn.checkpoint"
+    make(checkpoint)
+    run("condense", "--budget", "50kB", "--out", tmp_path / "digits.hmn", *more, code=2)
+    assert "where the checkpoint is to be; move it away, or name another --out" in run.err
+    assert checkpoint.exists()
+    assert not asked
 
 
 def test_ctrl_c_elsewhere_just_stops(

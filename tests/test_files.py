@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
 from hmn_replay.data.lookup import Images, join_images
-from hmn_replay.files import check_target, digest_tensors, write_atomically
+from hmn_replay.files import check_target, clear_stale, digest_tensors, write_atomically
 
 
 @pytest.fixture
@@ -114,3 +117,55 @@ def test_a_digest_is_of_the_values_however_they_are_held() -> None:
     assert digest_tensors("text", {**values, "images": images}) != digest
     assert digest_tensors("test", values) != digest
     assert digest_tensors("text", {**values, "one": torch.tensor(4.0)}) != digest
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_what_a_killed_write_has_left_is_cleared_and_nothing_else(path: Path) -> None:
+    script = f"""
+        import os, signal, time
+        from hmn_replay.files import write_atomically
+        def wait(temporary):
+            open(temporary, "wb").write(b"half")
+            print(temporary, flush=True)
+            time.sleep(60)
+        write_atomically({str(path)!r}, wait)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        temporary = Path(writer.stdout.readline().strip())
+        others = [
+            path.with_name(".memory.hmn.tmp"),
+            path.with_name(".memory.hmn.0123.tmp"),
+            path.with_name(".other.hmn.0123456789abcdef.tmp"),
+        ]
+        for other in others:
+            other.touch()
+        clear_stale(path)
+        assert temporary.exists()  # someone is writing it
+        writer.kill()
+        writer.wait()
+    assert temporary.exists()
+    clear_stale(path)
+    assert not temporary.exists()
+    assert all(other.exists() for other in others)
+    clear_stale(path.parent / "absent" / "memory.hmn")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_a_writer_whose_file_is_taken_for_stale_at_once_takes_another(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fstat, taken = os.fstat, list[str]()
+
+    def after_a_thief(descriptor: int) -> os.stat_result:
+        if not taken:
+            (found,) = os.listdir(path.parent)
+            taken.append(found)
+            os.unlink(path.with_name(found))
+        return fstat(descriptor)
+
+    monkeypatch.setattr("os.fstat", after_a_thief)
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(path.parent) == [path.name]

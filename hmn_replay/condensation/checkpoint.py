@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +22,8 @@ from hmn_replay.files import digest_tensors, write_atomically
 
 __all__ = [
     "Checkpoint",
+    "check_json",
+    "check_like",
     "flatten_state",
     "load_state",
     "read_checkpoint",
@@ -28,6 +33,11 @@ __all__ = [
 _KEY, _DIGEST_KEY = "hmn_replay_checkpoint", "digest"
 # Longer texts, such as those of layouts, are named in messages but not shown.
 _SHOWN_CHARACTERS = 60
+# Once a parameter has been moved: what an optimizer keeps of it.
+_OPTIMIZER_STATE = {
+    torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+}
 
 
 @dataclass(frozen=True)
@@ -86,8 +96,16 @@ def read_checkpoint(path: str | Path, identity: Mapping[str, str]) -> Checkpoint
             message says which names have other values.
     """
     path = Path(path)
-    if not path.exists():
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
         return None
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no file"
+        raise CheckpointError(
+            f"{str(path)!r} is {what}, where the checkpoint is to be; move it away, or give this "
+            "run another checkpoint"
+        )
     advice = f"delete {str(path)!r} to start anew, or give this run another checkpoint"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -95,8 +113,17 @@ def read_checkpoint(path: str | Path, identity: Mapping[str, str]) -> Checkpoint
             text, digest = metadata[_KEY], metadata[_DIGEST_KEY]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         content = json.loads(text)
-        found, state = dict(content["identity"]), content["state"]
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        found, state = dict(content["identity"]), dict(content["state"])
+        found = {name: str(value) for name, value in found.items()}
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"cannot read the checkpoint ({error}); {advice}") from error
     if digest_tensors(text, tensors) != digest:
         raise CheckpointError(f"the checkpoint was altered or damaged; {advice}")
@@ -120,15 +147,92 @@ def flatten_state(prefix: str, owner: nn.Module | torch.optim.Optimizer) -> dict
 
 
 def load_state(owner: nn.Module | torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`flatten_state` took, names without their prefix."""
+    """Put back what :func:`flatten_state` took, names without their prefix.
+
+    Raises:
+        CheckpointError: The tensors are not those that such an owner has.
+    """
     if isinstance(owner, nn.Module):
+        check_like(tensors, owner.state_dict())
         owner.load_state_dict(dict(tensors))
         return
+    parameters = [p for group in owner.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
+    wanted: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        index, name = key.split("/")
+        index, _, name = key.partition("/")
+        if not (index.isdecimal() and int(index) < len(parameters)):
+            raise CheckpointError(f"the checkpoint has {key!r}, which the optimizer has not")
         state.setdefault(int(index), {})[name] = value
+    for number, own in state.items():
+        for name in _OPTIMIZER_STATE[type(owner)]:
+            # Torch counts steps in the default dtype.
+            step = torch.zeros((), dtype=_count_dtype(own.get(name)))
+            like = step if name == "step" else parameters[number]
+            wanted[f"{number}/{name}"] = like.detach()
+    check_like(tensors, wanted)
     owner.load_state_dict({**owner.state_dict(), "state": state})
+
+
+def check_like(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Check that tensors have the names, types and shapes of others.
+
+    Raises:
+        CheckpointError: They have not; the message names one that differs.
+    """
+    found, expected = (
+        {name: (value.dtype, tuple(value.shape)) for name, value in each.items()}
+        for each in (tensors, wanted)
+    )
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            got, like = (_told(each.get(name)) for each in (found, expected))
+            raise CheckpointError(
+                f"the checkpoint is not as this run would have written it: {name!r} is {got}, "
+                f"expected {like}; delete it to start anew"
+            )
+
+
+def check_json(found: Any, wanted: Any, name: str = "state") -> None:
+    """Check that a JSON value has the form of another: names, and types of what they stand for.
+
+    Where a value of ``wanted`` is None, a number or None is expected; where it is a map without
+    names, one of texts to numbers; numbers are finite, and not below 0 where ``wanted``'s are 0.
+
+    Raises:
+        CheckpointError: It has not; the message says where.
+    """
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        if wanted and found.keys() != wanted.keys():
+            different = sorted(found.keys() ^ wanted.keys())[0]
+            raise CheckpointError(f"{name} of the checkpoint has other names, such as {different}")
+        for key, value in found.items():
+            check_json(value, wanted.get(key, 0.0), f"{name}, {key}")
+        return
+    if wanted is None:
+        fits = found is None or (is_number and math.isfinite(found))
+    elif isinstance(wanted, str):
+        fits = isinstance(found, str)
+    elif isinstance(wanted, int | float):
+        fits = is_number and math.isfinite(found) and found >= 0
+        fits = fits and (isinstance(wanted, float) or isinstance(found, int))
+    else:
+        fits = False
+    if not fits:
+        raise CheckpointError(
+            f"{name} of the checkpoint is {found!r:.60}, which this run does not write; delete it "
+            "to start anew"
+        )
+
+
+def _count_dtype(count: Tensor | None) -> torch.dtype:
+    is_float = count is not None and count.dtype in (torch.float32, torch.float64)
+    return count.dtype if count is not None and is_float else torch.float32
+
+
+def _told(entry: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "absent" if entry is None else f"{entry[0]} {entry[1]}"
 
 
 def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:

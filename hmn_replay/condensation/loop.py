@@ -29,6 +29,8 @@ from hmn_replay.budget import Budget
 from hmn_replay.condensation import steps
 from hmn_replay.condensation.checkpoint import (
     Checkpoint,
+    check_json,
+    check_like,
     flatten_state,
     load_state,
     read_checkpoint,
@@ -41,9 +43,9 @@ from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_images, take_images
 from hmn_replay.distributed import ALONE, Team
-from hmn_replay.errors import DistributedError, TrainingError
+from hmn_replay.errors import CheckpointError, DistributedError, TrainingError
 from hmn_replay.evaluation import score
-from hmn_replay.files import digest_tensors
+from hmn_replay.files import clear_stale, digest_tensors
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
 from hmn_replay.objectives import get_objective
 from hmn_replay.objectives.trajectories import Experts, experts_beside
@@ -116,12 +118,23 @@ class Run:
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint where there is one, and write to it from now on."""
         self.checkpoint = checkpoint
+        if self.team.first:
+            clear_stale(checkpoint)
         found = self.team.agree(lambda: read_checkpoint(checkpoint, self.identity))
         if found is None:
             self._save()
             return
+        check_json(found.state, self.state)
+        if found.state["phase"] not in self.phases:
+            raise CheckpointError(f"the checkpoint is in an unknown phase: {found.state['phase']}")
+        tensors = found.group("memory")
+        check_like(tensors, self.memory.state_dict())
+        for name, value in self.memory.state_dict().items():
+            # Classes, and which images they have: what a run keeps as it is until it ends.
+            if not value.is_floating_point() and not tensors[name].equal(value.cpu()):
+                raise CheckpointError(f"the checkpoint is of a memory with other {name}")
         self.state, self.resumed = found.state, found
-        load_state(self.memory, found.group("memory"))
+        load_state(self.memory, tensors)
         log.info("going on from %s at %s %d", checkpoint, self.state["phase"], self.state["step"])
 
     def work(self, phases: Mapping[str, Callable[[], None]]) -> None:
@@ -425,6 +438,7 @@ class Condensation(Run):
         if self.resumed and self.state["step"]:
             load_state(optimizer, self.resumed.group("optimizer"))
             if rate_control is not None:
+                self._check_kept("rate_control", rate_control.state)
                 rate_control.state = self.resumed.tensors["rate_control"].to(self.device)
         return steps.StepContext(
             self.memory,
@@ -510,7 +524,9 @@ class Condensation(Run):
         if any(self.growth.drops()):
             images = self.memory.decoded()
             scores = self.resumed.tensors.get("scores") if self.resumed else None
-            if scores is None:
+            if scores is not None:
+                self._check_kept("scores", torch.empty(self.memory.num_images, dtype=torch.float32))
+            else:
                 scores = self._score_images(images)
                 self.team.copy_first([scores])
                 self._stepped(self.config.pruning_passes, {"scores": scores}, save=True)
@@ -521,6 +537,12 @@ class Condensation(Run):
         self.memory.budget_bytes = self.budget.num_bytes
         self.memory.requires_grad_(True)
         self._end_phase()
+
+    def _check_kept(self, name: str, like: Tensor) -> None:
+        """Check that a tensor of the checkpoint that the run goes on from is like another."""
+        assert self.resumed is not None, "a run that goes on"
+        found = {key: own for key, own in self.resumed.tensors.items() if key == name}
+        check_like(found, {name: like})
 
     def _score_images(self, images: Images) -> Tensor:
         """Return the AUM of every decoded image, from one training on all of them."""

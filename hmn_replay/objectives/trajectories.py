@@ -6,7 +6,9 @@ their parameters at every epoch in a folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,25 @@ from torch.func import functional_call
 from hmn_replay.data.lookup import Images
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError, ExpertError
-from hmn_replay.files import digest_tensors, write_atomically
+from hmn_replay.files import clear_stale, digest_tensors, write_atomically
 from hmn_replay.objectives._network import uncached_autocast, with_gradients
 from hmn_replay.runtime import derive_seed
 from hmn_replay.training.networks import Network, NetworkFactory
 from hmn_replay.training.train import TrainingConfig, make_network, train_network
 
-__all__ = ["EXPERT_TRAINING", "Experts", "experts_beside", "record_experts", "trajectory_matching"]
+__all__ = [
+    "EXPERT_TRAINING",
+    "Experts",
+    "delete_experts",
+    "experts_beside",
+    "record_experts",
+    "trajectory_matching",
+]
 
 _KEY = "hmn_replay_expert"
+_FILE_NAME = re.compile(r"expert-[0-9]{4,}\.safetensors")
+# What reading a description raises that nobody has written so.
+_NOT_AS_WRITTEN = (ValueError, TypeError, LookupError, OverflowError, RecursionError)
 
 EXPERT_TRAINING = TrainingConfig(
     batch_size=256,
@@ -214,6 +226,26 @@ def experts_beside(checkpoint: str | Path) -> Path:
     return Path(f"{checkpoint}.experts")
 
 
+def delete_experts(folder: str | Path) -> None:
+    """Delete the experts in a folder, and the folder where nothing else is in it.
+
+    Args:
+        folder: Folder of the files; it may be absent.
+
+    Raises:
+        OSError: A file cannot be deleted.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if _FILE_NAME.fullmatch(path.name):
+            path.unlink()
+            clear_stale(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 class Experts:
     """Expert trajectories in a folder; arguments and errors as for :func:`record_experts`.
 
@@ -243,6 +275,7 @@ class Experts:
         self.num_images = num_epochs * min(config.epoch_images or len(images), len(images))
         self._data = (images, class_indices, num_classes)
         self._networks, self._seed = tuple(networks), seed
+        self._known_shapes: dict[int, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
         self._config = config.replace(num_passes=self.num_images)
         self._digest = digest_tensors(str(num_classes), {"images": images, "of": class_indices})
         for number in range(num_experts):
@@ -300,8 +333,14 @@ class Experts:
         )
         if not team.first:
             return
-        description = {"num_epochs": self.num_epochs, "settings": self._settings(number)}
+        by_epoch = (self._parameters(tensors, epoch) for epoch in range(self.num_epochs + 1))
+        description = {
+            "num_epochs": self.num_epochs,
+            "settings": self._settings(number),
+            "digests": [digest_tensors("", parameters) for parameters in by_epoch],
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
+        clear_stale(self.path(number))
         metadata = {_KEY: json.dumps(description)}
         write_atomically(self.path(number), safetensors.torch.save(tensors, metadata))
 
@@ -318,14 +357,41 @@ class Experts:
         Raises:
             ExpertError: The file is absent or damaged.
         """
+        shapes = self._shapes(number)
+        found = []
         try:
             with safetensors.safe_open(self.path(number), framework="pt") as file:
-                names = [key[2:] for key in file.keys() if key.startswith("0/")]  # noqa: SIM118
-                return [
-                    {name: file.get_tensor(f"{epoch}/{name}") for name in names} for epoch in epochs
-                ]
-        except (safetensors.SafetensorError, OSError) as error:
+                digests = _description(file)["digests"]
+                for epoch in epochs:
+                    tensors = {name: file.get_tensor(f"{epoch}/{name}") for name in shapes}
+                    if digest_tensors("", tensors) != digests[epoch]:
+                        raise ValueError(f"epoch {epoch} was altered or damaged")
+                    found.append(tensors)
+        except (safetensors.SafetensorError, OSError, *_NOT_AS_WRITTEN) as error:
             raise ExpertError(self._cannot_read(number, error)) from error
+        for tensors in found:
+            got = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+            if got != shapes:
+                wrong = next(name for name in shapes if got[name] != shapes[name])
+                raise ExpertError(
+                    self._cannot_read(number, f"{wrong} is not a parameter of its network")
+                )
+        return found
+
+    @staticmethod
+    def _parameters(tensors: Mapping[str, Tensor], epoch: int) -> dict[str, Tensor]:
+        start = f"{epoch}/"
+        return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+    def _shapes(self, number: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return the type and the shape of each parameter of an expert's network."""
+        which = number % len(self._networks)
+        if which not in self._known_shapes:
+            parameters = self.network(number).named_parameters()
+            self._known_shapes[which] = {
+                name: (value.dtype, tuple(value.shape)) for name, value in parameters
+            }
+        return self._known_shapes[which]
 
     def _training(self, number: int) -> TrainingConfig:
         network = self._networks[number % len(self._networks)]
@@ -339,9 +405,11 @@ class Experts:
         """Raise an ExpertError for the file of another recording, or of fewer epochs."""
         try:
             with safetensors.safe_open(self.path(number), framework="pt") as file:
-                description = json.loads((file.metadata() or {})[_KEY])
+                description = _description(file)
             settings, num_epochs = dict(description["settings"]), int(description["num_epochs"])
-        except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+            if len(description["digests"]) != num_epochs + 1:
+                raise ValueError("it has not a digest for each epoch")
+        except (safetensors.SafetensorError, OSError, *_NOT_AS_WRITTEN) as error:
             raise ExpertError(self._cannot_read(number, error)) from error
         for name, expected in self._settings(number).items():
             if settings.get(name) != expected:
@@ -359,9 +427,17 @@ class Experts:
             "experts anew, or give another folder"
         )
 
-    def _cannot_read(self, number: int, error: Exception) -> str:
+    def _cannot_read(self, number: int, error: Exception | str) -> str:
         path = str(self.path(number))
         return f"cannot read the expert {path!r} ({error}); delete that file to record it again"
+
+
+def _description(file: Any) -> dict[str, Any]:
+    """Return what an open file says of itself."""
+    description = json.loads((file.metadata() or {})[_KEY])
+    if not isinstance(description, dict):
+        raise ValueError("its description is no map")
+    return description
 
 
 def _values(network: nn.Module, given: Mapping[str, Tensor], which: str) -> list[Tensor]:

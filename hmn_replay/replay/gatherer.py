@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hmn_replay.data.images import LabelledImages
+from hmn_replay.errors import CheckpointError
 from hmn_replay.runtime import make_generator
 
 __all__ = ["Gatherer", "first_in_turn"]
@@ -78,7 +79,25 @@ class Gatherer:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            CheckpointError: It is something else.
+        """
+        images, labels, priorities, seen = (
+            state[name] for name in ("images", "labels", "priorities", "seen")
+        )
+        for name, tensor, dtype, shape in (
+            ("labels", labels, torch.int64, (len(images),)),
+            ("priorities", priorities, torch.float32, (len(images),)),
+            ("seen", seen, torch.int64, (len(seen), 2)),
+        ):
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise CheckpointError(f"{name} are {tensor.dtype} {tuple(tensor.shape)}")
+        if len(images):
+            LabelledImages(images, labels)  # which checks them
+        if int((seen[:, 1] < 0).sum()):
+            raise CheckpointError("less than no images were seen")
         self.num_seen = Counter({label: count for label, count in state["seen"].tolist()})
         self._images = [image.clone() for image in state["images"]]
         self._labels, self._priorities = state["labels"].clone(), state["priorities"].clone()

@@ -302,12 +302,25 @@ class ReplayMemory:
             memory = state["memory"].cpu().numpy().tobytes()
             loaded = loads(memory, device=self.device) if memory else None
             gatherer.load_state_dict(state["pending"])
-            report, updates, draws = state["report"], state["num_updates"], state["num_draws"]
-        except (HMNReplayError, LookupError, TypeError, AttributeError) as error:
+            report = json.loads(state["report"])
+            if not (isinstance(report, list) and all(isinstance(one, dict) for one in report)):
+                raise CheckpointError("its report is no list of maps")
+            updates, draws = as_int(state["num_updates"]), as_int(state["num_draws"])
+            if updates is None or draws is None or min(updates, draws) < 0:
+                raise CheckpointError("it counts updates and draws otherwise than from 0 on")
+        except (
+            HMNReplayError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RecursionError,
+            RuntimeError,
+        ) as error:
             raise CheckpointError(
                 f"not a whole state of a replay memory: {error}; take an earlier one"
             ) from error
-        self.memory, self.report, self.gatherer = loaded, json.loads(report), gatherer
+        self.memory, self.report, self.gatherer = loaded, report, gatherer
         self._num_updates, self._num_draws = updates, draws
 
     def __getstate__(self) -> dict[str, Any]:

@@ -124,8 +124,16 @@ def test_another_safetensors_file_is_refused(path: Path, metadata: Any) -> None:
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot read the checkpoint"):
+    with pytest.raises(CheckpointError, match="is a folder, where the checkpoint is to be; move"):
         read_checkpoint(tmp_path, MINE)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes of POSIX")
+@pytest.mark.timeout(20)
+def test_a_pipe_is_refused_at_once(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="is no file, where the checkpoint is to be; move"):
+        read_checkpoint(path, MINE)
 
 
 def test_no_damage_gets_through(path: Path) -> None:

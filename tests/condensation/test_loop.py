@@ -21,13 +21,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hmn_replay.condensation.checkpoint import Checkpoint, flatten_state
+from hmn_replay.condensation.checkpoint import Checkpoint, flatten_state, write_checkpoint
 from hmn_replay.condensation.config import make_config
 from hmn_replay.condensation.loop import BatchMatcher, RandomNetworks, mean_psnr
 from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer, set_rate
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import ImageLookup, Images
-from hmn_replay.errors import CheckpointError, DistributedError
+from hmn_replay.errors import BudgetError, CheckpointError, DistributedError, TrainingError
 from hmn_replay.memory import MEMORIES, HierarchicalMemory, HMNLayout, load, register_memory
 from hmn_replay.objectives import gradient_matching
 from tests.support import (
@@ -457,6 +457,80 @@ def test_a_damaged_checkpoint_is_refused(
         with pytest.raises(CheckpointError, match=r"delete '.*' to start anew"):
             tiny(data, layout, checkpoint=path, outer_steps=0)
         assert path.read_bytes() == damaged
+
+
+def mutated(
+    state: dict[str, Any], tensors: dict[str, torch.Tensor], rng: random.Random
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the content of a checkpoint, something of which is as no run would write it."""
+    state, tensors = json.loads(json.dumps(state)), dict(tensors)
+    junk = rng.choice([None, True, -1, 10**9, 1e308, math.nan, "x", [], {}, [0], {"x": 1}])
+    name, what = rng.choice(list(tensors)), rng.randrange(8)
+    if what == 0:
+        tensors[name] = tensors[name].flatten()[:1].repeat(3)
+    elif what == 1:
+        tensors[name] = tensors[name].to(torch.complex64 if rng.random() < 0.3 else torch.float16)
+    elif what == 2:
+        del tensors[name]
+    elif what == 3:
+        tensors[name + "x"] = tensors.pop(name)
+    elif what == 4:
+        tensors[name] = tensors[name] + 1
+    else:
+        node = state
+        while isinstance(node[key := rng.choice(list(node))], dict) and node[key]:
+            if rng.random() < 0.3:
+                break
+            node = node[key]
+        if rng.random() < 0.2:
+            del node[key]
+        else:
+            node[key] = junk
+    return state, tensors
+
+
+@pytest.mark.parametrize(
+    ("number_format", "more"),
+    [("int8", {}), ("entropy", {}), ("int8", {**TINY_MTT})],
+    ids=["int8", "entropy", "mtt"],
+)
+def test_a_crafted_checkpoint_is_refused_or_gone_on_from(
+    make_set: MakeSet,
+    make_layout: MakeLayout,
+    tmp_path: Path,
+    number_format: str,
+    more: dict[str, Any],
+) -> None:
+    """Of the right run, with a digest that fits: nothing in it is used before it is checked."""
+    data, layout, rng = make_set(), make_layout(number_format), random.Random(0)
+    options = {**EVERY_STEP, "warm_start_steps": 2, "outer_steps": 1, **more}
+    kept: dict[str, bytes] = {}
+
+    def keep(*_: Any) -> None:
+        if path.exists() and (found := path.read_bytes()):
+            kept.setdefault("{phase} {step}".format(**state_of(path)), found)
+
+    path = tmp_path / "run.checkpoint"
+    tiny(data, layout, checkpoint=path, team=Observer(sum=keep), **options)
+    kept.pop("warm_start 0")
+    assert len(kept) > 5
+    num_refused = 0
+    for _ in range(50):
+        whole = rng.choice(list(kept.values()))
+        path.unlink()
+        path.write_bytes(whole)
+        with safe_open(path, framework="pt") as file:
+            content = json.loads(file.metadata()["hmn_replay_checkpoint"])
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        state, tensors = mutated(content["state"], tensors, rng)
+        write_checkpoint(path, content["identity"], state, tensors)
+        try:
+            tiny(data, layout, checkpoint=path, **options)
+        except CheckpointError:
+            num_refused += 1
+        except (TrainingError, BudgetError):  # of values that are the forger's own
+            continue
+    assert num_refused > 20
 
 
 # Ctrl-C, and worse.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,11 @@ from torch import Tensor
 
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ExpertError, TrainingError
+from hmn_replay.files import digest_tensors
 from hmn_replay.objectives.trajectories import (
     EXPERT_TRAINING,
     Experts,
+    delete_experts,
     experts_beside,
     record_experts,
 )
@@ -181,6 +185,10 @@ def test_nothing_but_the_epochs_asked_for_is_read(
         def keys(self) -> list[str]:
             return list(self.file.keys())
 
+        def metadata(self) -> dict[str, str]:
+            found: dict[str, str] = self.file.metadata()
+            return found
+
         def get_tensor(self, name: str) -> Tensor:
             opened.append(name)
             tensor: Tensor = self.file.get_tensor(name)
@@ -189,6 +197,82 @@ def test_nothing_but_the_epochs_asked_for_is_read(
     monkeypatch.setattr("safetensors.safe_open", Watched)
     start, target = recorded.read(1, 1, 3)
     assert opened == [f"1/{name}" for name in start] + [f"3/{name}" for name in target]
+
+
+def test_an_altered_value_is_not_used(make_set: MakeSet, tmp_path: Path) -> None:
+    recorded = record(tmp_path, make_set())
+    path, expected = recorded.path(1), recorded.read(1, 0, 1, 2)
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    rng = random.Random(0)
+    for _ in range(40):
+        changed = bytearray(whole)
+        changed[rng.randrange(start, len(whole))] ^= 1 << rng.randrange(8)
+        path.unlink()  # it may be mapped
+        path.write_bytes(changed)
+        with pytest.raises(ExpertError, match=r"epoch \d was altered or damaged"):
+            recorded.read(1, 0, 1, 2)
+    path.write_bytes(whole)
+    assert all(map(same, recorded.read(1, 0, 1, 2), expected))
+
+
+def crafted(path: Path, rng: random.Random) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return metadata and tensors of an expert, something of which is as nobody would write it."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata, names = file.metadata(), list(file.keys())
+        tensors = {name: file.get_tensor(name).clone() for name in names}
+    description: Any = json.loads(metadata["hmn_replay_expert"])
+    name = rng.choice(names)
+    junk: Any = rng.choice([None, 3, -1, 1e308, "x", [], {}, [[]], {"0": 1}])
+    what = rng.randrange(6)
+    if what == 0:
+        tensors[name] = tensors[name].flatten()[:1]
+    elif what == 1:
+        tensors[name] = tensors[name].double()
+    elif what == 2:
+        del tensors[name]
+    elif what == 3:
+        description[rng.choice(list(description))] = junk
+    elif what == 4:
+        description["digests"][rng.randrange(3)] = junk
+    else:
+        description = junk
+    if isinstance(description, dict) and what < 3:
+        description["digests"] = [
+            digest_tensors("", {k[2:]: v for k, v in tensors.items() if k.startswith(f"{epoch}/")})
+            for epoch in range(3)
+        ]
+    return {"hmn_replay_expert": json.dumps(description)}, tensors
+
+
+def test_a_crafted_expert_is_refused_whatever_it_says(make_set: MakeSet, tmp_path: Path) -> None:
+    data, rng = make_set(), random.Random(0)
+    path = record(tmp_path, data).path(0)
+    whole = path.read_bytes()
+    for _ in range(60):
+        metadata, tensors = crafted(path, rng)
+        path.unlink()
+        path.write_bytes(safetensors.torch.save(tensors, metadata))
+        with pytest.raises(ExpertError):
+            record(tmp_path, data).read(0, 0, 1, 2)
+        path.unlink()
+        path.write_bytes(whole)
+
+
+def test_what_is_deleted_is_what_was_written(make_set: MakeSet, tmp_path: Path) -> None:
+    folder = tmp_path / "run.checkpoint.experts"
+    record(folder, make_set())
+    (folder / "notes.txt").write_text("mine")
+    (folder / "sub").mkdir()
+    (folder / ".expert-0000.safetensors.0123456789abcdef.tmp").touch()
+    delete_experts(folder)
+    assert sorted(os.listdir(folder)) == ["notes.txt", "sub"]
+    (folder / "notes.txt").unlink()
+    (folder / "sub").rmdir()
+    record(folder, make_set())
+    delete_experts(folder)
+    assert not folder.exists()
+    delete_experts(folder)
 
 
 @pytest.mark.parametrize(

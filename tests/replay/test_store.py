@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -230,3 +231,69 @@ def test_two_memories_are_renewed_in_two_threads_as_in_one() -> None:
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(make, range(12))) == {expected}
     assert torch.get_rng_state().equal(before)
+
+
+def sealed(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with the digest that fits it, as someone with bad intent would make it."""
+
+    def digest_of(values: dict[str, Any]) -> str:
+        digest = blake2b(digest_size=16)
+        for name, value in sorted(values.items()):
+            value = digest_of(value) if isinstance(value, dict) else value
+            if isinstance(value, Tensor):
+                digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
+                digest.update(value.contiguous().numpy().tobytes())
+            else:
+                digest.update(repr((name, value)).encode())
+        return digest.hexdigest()
+
+    plain = {name: value for name, value in state.items() if name != "digest"}
+    return {**plain, "digest": digest_of(plain)}
+
+
+def waiting() -> ReplayMemory:
+    memory = make("raw")
+    memory.update(batch(0, 1))
+    memory.gather(batch(2, seed=1))
+    return memory
+
+
+def test_no_flipped_bit_of_a_state_goes_unseen() -> None:
+    memory, rng = waiting(), random.Random(0)
+    state = memory.state_dict()
+    assert sealed(state)["digest"] == state["digest"]
+    for number in range(60):
+        changed = pickle.loads(pickle.dumps(state))
+        owner = changed["pending"] if number % 3 else changed
+        tensors = [value for value in owner.values() if isinstance(value, Tensor) and len(value)]
+        values = rng.choice(tensors).numpy().reshape(-1).view(np.uint8)
+        values[rng.randrange(len(values))] ^= 1 << rng.randrange(8)
+        with pytest.raises(CheckpointError, match="digest does not fit"):
+            make("raw").load_state_dict(changed)
+
+
+def test_a_crafted_state_is_refused_and_changes_nothing() -> None:
+    memory, rng = waiting(), random.Random(0)
+    state, target, num_refused = memory.state_dict(), make("raw"), 0
+    junk: list[Any] = [None, -1, 2.5, "x", "[", "[1]", "9" * 5000, [], {}, torch.zeros(()), True]
+    junk += [torch.zeros(3), torch.zeros(2, 3, 8, 8), torch.zeros(5, 2).long(), b"x"]
+    for _ in range(200):
+        changed = pickle.loads(pickle.dumps(state))
+        owner = changed["pending"] if rng.random() < 0.5 else changed
+        name = rng.choice([key for key in owner if key != "digest"])
+        if rng.random() < 0.2:
+            del owner[name]
+        elif isinstance(owner[name], Tensor) and rng.random() < 0.4:
+            owner[name] = owner[name].double() if rng.random() < 0.5 else owner[name][:-1]
+        else:
+            owner[name] = rng.choice(junk)
+        before = sealed(target.state_dict())["digest"]
+        try:
+            target.load_state_dict(sealed(changed))
+        except CheckpointError:
+            num_refused += 1
+            assert sealed(target.state_dict())["digest"] == before
+        else:
+            target.finish()
+            target = make("raw")
+    assert num_refused > 100
