@@ -49,6 +49,7 @@ from hmn_replay.memory import (
     register_memory,
 )
 from hmn_replay.memory.export import contact_sheet, export_images, export_npz
+from hmn_replay.memory.gallery import Gallery
 from hmn_replay.objectives import (
     OBJECTIVES,
     Objective,
@@ -74,6 +75,7 @@ from hmn_replay.training.train import TrainingConfig, train_network
 if TYPE_CHECKING:
     from hmn_replay.avalanche.buffer import MemoryBuffer
     from hmn_replay.avalanche.losses import LOSSES, ReplayStep
+    from hmn_replay.avalanche.metrics import memory_metrics
     from hmn_replay.avalanche.plugin import (
         HMNReplay,
         JPEGReplay,
@@ -101,6 +103,7 @@ __all__ = [
     "DataError",
     "DistributedError",
     "ExpertError",
+    "Gallery",
     "HMNLayout",
     "HMNReplay",
     "HMNReplayError",
@@ -152,6 +155,7 @@ __all__ = [
     "load_dataset",
     "lossless_images",
     "margins",
+    "memory_metrics",
     "raw_images",
     "record_experts",
     "register_memory",
@@ -171,6 +175,7 @@ _LAZY = {
     "MemoryReplay": "plugin",
     "RawReplay": "plugin",
     "ReplayStep": "losses",
+    "memory_metrics": "metrics",
 }
 
 

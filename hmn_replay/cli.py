@@ -252,6 +252,27 @@ def export(args: argparse.Namespace) -> Result:
     return result, _table([*lines, ("images", f"{memory.num_images:,}")])
 
 
+def gallery(args: argparse.Namespace) -> Result:
+    """Show what memories hold, as one HTML page.
+
+    Images by class, bytes by tensor; with --data, beside the real images that they are nearest
+    to. Several files are the stages of a stream. The page needs no other file, and no network.
+
+    Example:
+      hmn-replay gallery cifar10.hmn cifar10.html --data cifar10.npz
+    """
+    if args.out.suffix not in (".html", ".htm"):
+        raise ConfigError(f"OUT must be an .html file; got {str(args.out)!r}")
+    check_target(args.out)
+    sources = _load_data(args, "train") if args.data else None
+    page = hmn_replay.Gallery(args.title, sources=sources, images_per_class=args.images_per_class)
+    for file in args.files:
+        page.add(hmn_replay.load(file, device=args.device), file.stem)
+    page.save(args.out)
+    result = {"files": list(map(str, args.files)), "out": str(args.out)}
+    return result, _table([("file", str(file)) for file in args.files] + [("page", str(args.out))])
+
+
 def baseline(args: argparse.Namespace) -> Result:
     """Score equal-bytes baselines: real images in as many bytes as a memory.
 
@@ -415,6 +436,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate(command(evaluate))
     command(inspect).add_argument("file", type=Path, help="a memory file of any kind")
     _add_export(command(export))
+    _add_gallery(command(gallery))
     _add_baseline(command(baseline))
     command(options).add_argument(
         "--effort", choices=tuple(hmn_replay.EFFORTS), default="quick", help="whose defaults"
@@ -478,6 +500,23 @@ def _add_export(parser: _Parser) -> None:
     add("--contact-sheet", type=Path, metavar="FILE", help="write the contact sheet to this PNG")
     add("--columns", type=_positive, default=10, metavar="N", help="its images of each class")
     add("--device", default="auto", help="where to decode: auto, cpu, cuda, ...")
+
+
+def _add_gallery(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("files", metavar="FILE", type=Path, nargs="+", help="a memory file of any kind")
+    add("out", metavar="OUT", type=Path, help="the .html file to write")
+    add("--title", default="What the memory holds", help="heading of the page")
+    add(
+        "--images-per-class",
+        type=_positive,
+        default=24,
+        metavar="N",
+        help="how many are shown of each class",
+    )
+    add("--device", default="auto", help="where to decode: auto, cpu, cuda, ...")
+    _add_data(parser)
+    parser.set_defaults(data=None)
 
 
 def _add_baseline(parser: _Parser) -> None:

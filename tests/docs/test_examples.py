@@ -15,7 +15,7 @@ import hmn_replay
 from tests.hub import Hub
 
 DOCS = Path(__file__).parents[2] / "docs"
-HOSTS = ("models.er",)
+HOSTS = ("models.er", "avalanche")
 
 
 def run_page(name: str, host: str = "") -> dict[str, Any]:
@@ -66,8 +66,16 @@ def test_mammoths_model_gets_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(other.buffer) == len(model.buffer) > 0
 
 
-def test_memories_are_shared(hub: Hub) -> None:
+def test_memories_are_shared_and_shown(hub: Hub) -> None:
     pytest.importorskip("datasets", reason="needs the extra hub")
     names = run_page("sharing.md")
-    assert hub.repositories["someone/digits-4k"]["memory.hmn"] == names["memory"].to_bytes()
+    assert Path("stream.html").read_text().count("<figcaption>experience 1 · ") == 10
+    assert 0 < len(hub.repositories["someone/digits-4k"]["memory.hmn"]) <= 4096
     assert names["again"].file_bytes <= 2048
+
+
+@pytest.mark.filterwarnings("ignore")  # Avalanche's own
+def test_memories_are_watched() -> None:
+    pytest.importorskip("tensorboard", reason="Avalanche's logger needs it")
+    evaluator = run_page("sharing.md", "avalanche")["evaluator"]
+    assert any("Memory_bytes" in str(metric) for metric in evaluator.metrics)
