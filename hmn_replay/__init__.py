@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from hmn_replay.baselines.fill import jpeg_images, lossless_images, raw_images
+from hmn_replay.baselines.scores import scores
 from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.condense import condense
@@ -48,7 +49,12 @@ from hmn_replay.memory import (
     load,
     register_memory,
 )
-from hmn_replay.memory.export import contact_sheet, export_images, export_npz
+from hmn_replay.memory.export import (
+    contact_sheet,
+    export_dd_ranking,
+    export_images,
+    export_npz,
+)
 from hmn_replay.memory.gallery import Gallery
 from hmn_replay.objectives import (
     OBJECTIVES,
@@ -146,6 +152,7 @@ __all__ = [
     "distribution_matching",
     "double_ended_prune",
     "evaluate",
+    "export_dd_ranking",
     "export_images",
     "export_npz",
     "gradient_matching",
@@ -159,6 +166,7 @@ __all__ = [
     "raw_images",
     "record_experts",
     "register_memory",
+    "scores",
     "select_images",
     "shortcut_report",
     "train_network",

@@ -35,6 +35,7 @@ from hmn_replay.errors import (
     UnknownOptionError,
 )
 from hmn_replay.files import check_target, clear_stale
+from hmn_replay.memory.export import DD_RANKING
 from hmn_replay.memory.file import read_file
 from hmn_replay.objectives.trajectories import delete_experts, experts_beside
 
@@ -164,12 +165,16 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
 def evaluate(args: argparse.Namespace) -> Result:
     """Train fresh networks on a memory, and score them on the test images.
 
-    The accuracy is that of the last epoch; its deviation is that of a sample.
+    The accuracy is that of the last epoch; its deviation is that of a sample. With --scores,
+    networks are also trained on all real images, and on random ones: as many, and in as many
+    bytes; JPEG's quality is chosen on training images that are kept back.
 
     Example:
       hmn-replay evaluate cifar10.hmn --data cifar10.npz --repeats 3
     """
     memory = hmn_replay.load(args.file, device=args.device)
+    if args.scores:
+        return _all_scores(args, memory)
     scores = _score(args, lambda seed: memory, _load_data(args, "test"))
     result = {
         "file": str(args.file),
@@ -184,6 +189,37 @@ def evaluate(args: argparse.Namespace) -> Result:
         ("accuracy", _percent(result)),
     ]
     return result, _table(lines)
+
+
+def _all_scores(args: argparse.Namespace, memory: hmn_replay.Memory) -> Result:
+    found = hmn_replay.scores(
+        memory,
+        _load_data(args, "train"),
+        _load_data(args, "test"),
+        repeats=args.repeats,
+        config=_training(args),
+        seed=args.seed,
+        device=args.device,
+        progress=partial(_note, args),
+    )
+    common = {name: vars(args)[name] for name in ("seed", "repeats", "network", "width", "passes")}
+    result = {"file": str(args.file), "kind": memory.kind, **found, **common}
+
+    def told(values: Mapping[str, float], sign: str = "") -> str:
+        return f"{100 * values['mean']:{sign}.2f} ± {100 * values['std']:.2f}"
+
+    rows = [("accuracy %", "")]
+    for name, values in found["accuracies"].items():
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        rows.append((name.replace("_", " "), told({"mean": statistics.fmean(values), "std": std})))
+    rows.append(("real less memory", told(found["hard_label_recovery"], "+")))
+    for name, values in found["improvement_over_random"].items():
+        rows.append((f"memory less random, {name.replace('_', ' ')}", told(values, "+")))
+    for score in ("label_robust_score", "augmentation_robust_score"):
+        for name, values in found[score].items():
+            rows.append((f"{score.replace('_', ' ')}, {name}", told(values)))
+    lines = [*_lines(args.file, memory.summary()), ("network", args.network)]
+    return result, f"{_table(lines)}\n\n{_table(rows, '<>')}"
 
 
 def inspect(args: argparse.Namespace) -> Result:
@@ -233,8 +269,10 @@ def export(args: argparse.Namespace) -> Result:
       hmn-replay export cifar10.hmn pictures --npz pictures.npz
     """
     folder, sheet = args.folder, args.contact_sheet
-    if not (folder or sheet or args.npz):
-        raise ConfigError("name a DIR, --npz FILE or --contact-sheet FILE to write to")
+    if not (folder or sheet or args.npz or args.dd_ranking):
+        raise ConfigError(
+            "name a DIR, --npz FILE, --contact-sheet FILE or --dd-ranking DIR to write to"
+        )
     memory = hmn_replay.load(args.file, device=args.device)
     written = {"file": str(args.file)}
     if folder:
@@ -244,6 +282,9 @@ def export(args: argparse.Namespace) -> Result:
     if args.npz:
         hmn_replay.export_npz(memory, args.npz)
         written["npz"] = str(args.npz)
+    if args.dd_ranking:
+        hmn_replay.export_dd_ranking(memory, args.dd_ranking, dataset=args.dd_ranking_data)
+        written["dd_ranking"] = str(args.dd_ranking)
     if sheet:
         hmn_replay.contact_sheet(memory, sheet, columns=args.columns)
         written["contact_sheet"] = str(sheet)
@@ -487,6 +528,11 @@ def _add_condense(parser: _Parser) -> None:
 
 def _add_evaluate(parser: _Parser) -> None:
     parser.add_argument("file", type=Path, help="a memory file of any kind")
+    parser.add_argument(
+        "--scores",
+        action="store_true",
+        help="compare with real images: all, as many, as many bytes",
+    )
     _add_data(parser)
     _add_training(parser)
     _add_common(parser)
@@ -499,6 +545,14 @@ def _add_export(parser: _Parser) -> None:
     add("--npz", type=Path, metavar="FILE", help="write x_train, uint8 (N, H, W, C), and y_train")
     add("--contact-sheet", type=Path, metavar="FILE", help="write the contact sheet to this PNG")
     add("--columns", type=_positive, default=10, metavar="N", help="its images of each class")
+    add("--dd-ranking", type=Path, metavar="DIR", help="write what DD-Ranking's evaluator reads")
+    add(
+        "--dd-ranking-data",
+        choices=DD_RANKING,
+        metavar="NAME",
+        help="the real images, by DD-Ranking's name, such as CIFAR10 (default: by the images' "
+        "shape and the number of classes)",
+    )
     add("--device", default="auto", help="where to decode: auto, cpu, cuda, ...")
 
 

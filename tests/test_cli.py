@@ -246,7 +246,7 @@ def test_export_writes_what_is_asked(run: Console, memory_file: Path, tmp_path: 
     run("export", memory_file, folder, code=2)
     assert "exists already and is not an empty folder" in run.err
     run("export", memory_file, code=2)
-    assert "name a DIR, --npz FILE or --contact-sheet FILE" in run.err
+    assert "name a DIR, --npz FILE, --contact-sheet FILE or --dd-ranking DIR" in run.err
 
 
 @pytest.fixture
@@ -400,7 +400,11 @@ def test_ctrl_c_elsewhere_just_stops(
         ("condense --budget 50kB --out x.hmn --set outer_steps=-1", 2, "outer_steps must"),
         ("condense --budget 50kB --out x.hmn --data ~no_such/x", 1, "no data set is called"),
         ("baseline --kind raw --budget 50", 2, "a budget of 50 bytes does not hold one image"),
-        ("export memory.hmn", 2, "name a DIR, --npz FILE or --contact-sheet FILE"),
+        (
+            "export memory.hmn",
+            2,
+            "name a DIR, --npz FILE, --contact-sheet FILE or --dd-ranking DIR",
+        ),
     ],
 )
 def test_an_error_is_one_line(

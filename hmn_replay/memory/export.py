@@ -7,7 +7,8 @@ import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +19,17 @@ from torch import Tensor
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.extras import import_extra
 from hmn_replay.files import write_atomically
+from hmn_replay.registry import UnknownNameError
 
-__all__ = ["contact_sheet", "contact_sheet_png", "export_images", "export_npz", "to_hf_dataset"]
+__all__ = [
+    "DD_RANKING",
+    "contact_sheet",
+    "contact_sheet_png",
+    "export_dd_ranking",
+    "export_images",
+    "export_npz",
+    "to_hf_dataset",
+]
 
 # Smaller images are enlarged on a contact sheet, by a whole factor.
 _SHEET_SIDE = 64
@@ -28,6 +38,64 @@ _SHEET_GAP = 2
 _TEXT_RISE = 6
 # Class names of labels from here on are not exported as arrays, which have a place for every label.
 _MAX_NAMED_LABEL = 65_536
+
+
+_CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+DD_RANKING: dict[str, tuple[tuple[int, int, int], int, tuple[Sequence[float], Sequence[float]]]] = {
+    "CIFAR10": ((3, 32, 32), 10, _CIFAR),
+    "CIFAR100": ((3, 32, 32), 100, _CIFAR),
+    "TinyImageNet": ((3, 64, 64), 200, _IMAGENET),
+    "ImageNette": ((3, 128, 128), 10, _IMAGENET),
+    "ImageWoof": ((3, 128, 128), 10, _IMAGENET),
+    "ImageMeow": ((3, 128, 128), 10, _IMAGENET),
+    "ImageSquawk": ((3, 128, 128), 10, _IMAGENET),
+    "ImageFruit": ((3, 128, 128), 10, _IMAGENET),
+    "ImageYellow": ((3, 128, 128), 10, _IMAGENET),
+    "ImageNet1K": ((3, 224, 224), 1000, _IMAGENET),
+}
+"""DD-Ranking's data sets: usual image shape, number of classes, and the mean and deviation that it
+normalises by. It knows no others."""
+
+# Its own, for CIFAR-10 and data condensed without soft labels.
+_DD_RANKING_CONFIG = """\
+dataset: {dataset}
+real_data_path: ./dataset/
+ipc: {ipc}
+im_size: {side}
+model_name: ConvNet-3
+use_torchvision: false
+data_aug_func: dsa
+aug_params:
+  prob_flip: 0.5
+  ratio_rotate: 15.0
+  saturation: 2.0
+  brightness: 1.0
+  contrast: 0.5
+  ratio_scale: 1.2
+  ratio_crop_pad: 0.125
+  ratio_cutout: 0.5
+use_zca: false
+custom_train_trans: null
+custom_val_trans: null
+optimizer: sgd
+lr_scheduler: step
+step_size: 500
+weight_decay: 0.0005
+momentum: 0.9
+num_eval: 5
+num_epochs: 1000
+syn_batch_size: 256
+real_batch_size: 256
+num_workers: 4
+device: cuda
+dist: false
+eval_full_data: false
+random_data_format: tensor
+random_data_path: ./random_data
+save_path: ./hard_label_scores.csv
+"""
 
 
 class DecodableBytes(Protocol):
@@ -113,6 +181,64 @@ def export_npz(
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     write_atomically(path, file.getvalue())
+
+
+def export_dd_ranking(
+    memory: DecodableBytes, folder: str | Path, *, dataset: str | None = None
+) -> None:
+    """Write what DD-Ranking's evaluator reads: images, hard labels and settings.
+
+    ``images.pt`` is float32 ``(N, C, H, W)``, class by class, normalised as DD-Ranking normalises
+    its test images, ``hard_labels.pt`` int64 ``(N,)``, and ``config.yaml`` the settings of its
+    hard-label score:
+
+        evaluator = LabelRobustScoreHard(Config.from_file("FOLDER/config.yaml"))
+        images, labels = (torch.load(f"FOLDER/{name}.pt") for name in ("images", "hard_labels"))
+        evaluator.compute_metrics(image_tensor=images, hard_labels=labels, syn_lr=0.01)
+
+    Its ``ipc`` is how many images each class has on average, rounded: that many random real images
+    of each class are what it compares with.
+
+    Args:
+        memory: A memory of any kind.
+        folder: A folder that is made where it is absent. Its parent must exist.
+        dataset: The real images: a name in :data:`DD_RANKING`. Default: the first whose image shape
+            and number of classes are the memory's.
+
+    Raises:
+        ConfigError: No such data set, or images or labels that are not its own.
+        DataError: The memory holds no image.
+        OSError: The folder cannot be written to.
+    """
+    pixels, labels = _decode(memory)
+    shape, num_classes = tuple(pixels.shape[1:]), len(labels.unique())
+    if dataset is None:
+        fitting = [name for name, own in DD_RANKING.items() if own[:2] == (shape, num_classes)]
+        if not fitting:
+            raise ConfigError(
+                f"DD-Ranking knows no data set of {num_classes} classes of images of {shape}; name "
+                f"one of {', '.join(DD_RANKING)}"
+            )
+        dataset = fitting[0]
+    if dataset not in DD_RANKING:
+        raise UnknownNameError("data set of DD-Ranking", dataset, list(DD_RANKING))
+    wanted, most, (mean, std) = DD_RANKING[dataset]
+    if shape[0] != wanted[0] or not 0 <= int(labels.min()) <= int(labels.max()) < most:
+        raise ConfigError(
+            f"{dataset} has images of {wanted[0]} channels with labels from 0 to {most - 1}; got "
+            f"{shape} with labels from {int(labels.min())} to {int(labels.max())}"
+        )
+    order = labels.argsort(stable=True)
+    constants = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    images = pixels[order].float().div_(255).sub_(next(constants)).div_(next(constants))
+    settings = _DD_RANKING_CONFIG.format(
+        dataset=dataset, ipc=max(1, round(len(labels) / num_classes)), side=list(shape[1:])
+    )
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    for name, tensor in {"images": images, "hard_labels": labels[order]}.items():
+        write_atomically(folder / f"{name}.pt", partial(torch.save, tensor))
+    write_atomically(folder / "config.yaml", settings.encode())
 
 
 def to_hf_dataset(memory: DecodableBytes) -> Any:

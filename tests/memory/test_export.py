@@ -20,8 +20,15 @@ from hmn_replay.baselines.fill import raw_images
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.sources import load_dataset
 from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.memory.export import contact_sheet, export_images, export_npz
+from hmn_replay.memory.export import (
+    contact_sheet,
+    export_dd_ranking,
+    export_images,
+    export_npz,
+)
 from hmn_replay.memory.hierarchical import HierarchicalMemory, HMNLayout
+from tests.console import Console
+from tests.support import real
 
 LABELS = (-3, 7, 1000)
 COUNTS = (2, 3, 1)
@@ -220,3 +227,47 @@ def test_wrong_options_and_empty_memories_are_refused(
         with pytest.raises(DataError, match="the memory holds no image"):
             export(memory, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dd_ranking_gets_normalised_images_class_by_class(tmp_path: Path) -> None:
+    memory = real("raw", image_shape=(3, 32, 32), classes=range(10), counts=[3] * 9 + [2])
+    export_dd_ranking(memory, tmp_path / "out")
+    images = torch.load(tmp_path / "out" / "images.pt", weights_only=True)
+    labels = torch.load(tmp_path / "out" / "hard_labels.pt", weights_only=True)
+    expected, known = memory.decode()
+    assert torch.equal(labels, known) and labels.dtype == torch.int64
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
+    by_hand = (expected - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(images, by_hand, rtol=0, atol=1e-5)
+    lines = (tmp_path / "out" / "config.yaml").read_text().splitlines()
+    settings = dict(line.split(": ", 1) for line in lines if not line.startswith((" ", "aug")))
+    assert settings["dataset"] == "CIFAR10" and settings["ipc"] == "3"
+    assert settings["im_size"] == "[32, 32]"
+    # What its LabelRobustScoreHard reads, at b8b0966.
+    assert set(settings) >= {
+        *("real_data_path", "model_name", "data_aug_func", "optimizer", "lr_scheduler"),
+        *("weight_decay", "momentum", "step_size", "num_eval", "num_epochs", "real_batch_size"),
+        *("syn_batch_size", "save_path", "use_zca", "use_torchvision", "custom_train_trans"),
+        *("custom_val_trans", "num_workers", "device", "dist", "random_data_format"),
+        *("random_data_path", "eval_full_data"),
+    }
+
+
+def test_dd_ranking_knows_few_data_sets(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no data set of 2 classes .* name one of CIFAR10"):
+        export_dd_ranking(real("raw", image_shape=(3, 32, 32)), tmp_path / "out")
+    with pytest.raises(ConfigError, match="did you mean 'CIFAR10'"):
+        export_dd_ranking(real("raw", classes=(0, 1)), tmp_path / "out", dataset="CIFAR-10")
+    with pytest.raises(ConfigError, match=r"labels from 0 to 9; got .* from -3 to 7"):
+        export_dd_ranking(real("raw"), tmp_path / "out", dataset="CIFAR10")
+    export_dd_ranking(real("raw", classes=(0, 9)), tmp_path / "out", dataset="CIFAR10")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        *("config.yaml", "hard_labels.pt", "images.pt")
+    ]
+
+
+def test_the_command_writes_for_dd_ranking(run: Console, tmp_path: Path) -> None:
+    real("raw", classes=(0, 9)).save(tmp_path / "raw.hmn")
+    words = ("--dd-ranking", tmp_path / "out", "--dd-ranking-data", "CIFAR10")
+    assert "dd ranking" in run("export", tmp_path / "raw.hmn", *words)
+    assert (tmp_path / "out" / "images.pt").exists()

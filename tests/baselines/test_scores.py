@@ -1,0 +1,113 @@
+"""Scores of a memory beside real images, by count and by bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hmn_replay import LabelledImages, evaluate, raw_images, scores, select_images
+from hmn_replay.baselines.scores import ddranking_score
+from hmn_replay.errors import ConfigError
+from hmn_replay.training.train import TrainingConfig
+from tests.console import Console
+from tests.stripes import stripes
+from tests.support import real
+
+CONFIG = TrainingConfig(width=4, num_passes=240, batch_size=16)
+OPTIONS: dict[str, Any] = {"config": CONFIG, "device": "cpu"}
+
+
+def data(num_images: int, seed: int = 0) -> LabelledImages:
+    return LabelledImages(*stripes(num_images, labels=(0, 1, 2), seed=seed))
+
+
+def test_they_are_differences_of_the_accuracies_that_they_name() -> None:
+    train, test = data(90), data(30, seed=1)
+    memory = raw_images(train, 4000, seed=7)
+    lines: list[str] = []
+    found = scores(memory, train, test, repeats=2, seed=3, progress=lines.append, **OPTIONS)
+    accuracies = found["accuracies"]
+    assert len(lines) == 2 * len(accuracies) == 14
+    assert all(len(values) == 2 for values in accuracies.values())
+    assert found["num_images"] == memory.num_images and found["file_bytes"] == memory.file_bytes
+
+    def train_on(source: Any, seed: int, **options: Any) -> float:
+        _, accuracy = evaluate(source, test, seed=seed, **OPTIONS, **options)
+        return float(accuracy)
+
+    bare = {"augmentations": (), "cutmix_probability": 0.0}
+    for place, seed in enumerate((3, 4)):
+        order = select_images(train, num_images=memory.num_images, seed=seed)
+        expected = {
+            "memory": train_on(memory, seed),
+            "real": train_on(train, seed),
+            "random_count": train_on(train.take(order), seed),
+            "random_bytes_raw": train_on(raw_images(train, memory.file_bytes, seed=seed), seed),
+            "memory_unaugmented": train_on(memory, seed, **bare),
+            "random_count_unaugmented": train_on(train.take(order), seed, **bare),
+        }
+        assert {name: accuracies[name][place] for name in expected} == expected
+
+    def mean(name: str) -> float:
+        return float(sum(accuracies[name]) / 2)
+
+    assert found["hard_label_recovery"]["mean"] == pytest.approx(mean("real") - mean("memory"))
+    for name, told in found["improvement_over_random"].items():
+        assert told["mean"] == pytest.approx(mean("memory") - mean(f"random_{name}"))
+    lrs = [
+        ddranking_score(memory - few, memory - real)
+        for memory, few, real in zip(
+            *(accuracies[name] for name in ("memory", "random_count", "real")), strict=True
+        )
+    ]
+    assert found["label_robust_score"]["count"]["mean"] == pytest.approx(sum(lrs) / 2)
+    least = [
+        max(pair)
+        for pair in zip(*(accuracies[f"random_bytes_{k}"] for k in ("raw", "jpeg")), strict=True)
+    ]
+    by_bytes = [
+        ddranking_score(memory - few, memory - real)
+        for memory, few, real in zip(accuracies["memory"], least, accuracies["real"], strict=True)
+    ]
+    assert found["label_robust_score"]["bytes"]["mean"] == pytest.approx(sum(by_bytes) / 2)
+    assert set(found["augmentation_robust_score"]) == {"count"}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_score_is_that_of_the_paper() -> None:
+    assert ddranking_score(1, 1) == pytest.approx(1) and ddranking_score(-1, -1) == 0
+    alpha = 0.3 * 0.2 + 0.7 * -0.1
+    expected = (math.exp(alpha) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
+    assert ddranking_score(0.2, -0.1, 0.3) == pytest.approx(expected)
+
+
+def test_what_does_not_fit_is_left_out() -> None:
+    memory = real("jpeg", classes=(0, 1, 2), counts=(1, 1, 1))
+    found = scores(memory, data(60), data(12, seed=1), repeats=1, **OPTIONS)
+    assert "bytes_raw" not in found["improvement_over_random"]
+    assert found["hard_label_recovery"]["std"] == 0.0
+
+
+@pytest.mark.parametrize(("option", "value"), [("repeats", 0), ("weight", 1.5)])
+def test_values_out_of_range_are_refused(option: str, value: Any) -> None:
+    memory: Any = real("raw")
+    with pytest.raises(ConfigError, match=option):
+        scores(memory, data(60), data(12), **{option: value})
+
+
+def test_the_command_prints_them(run: Console, tmp_path: Path) -> None:
+    images = torch.randint(0, 255, (20, 1, 8, 8), dtype=torch.uint8)
+    memory = raw_images(LabelledImages(images, torch.arange(20) % 10), 2000)
+    memory.save(tmp_path / "raw.hmn")
+    words = ("--scores", "--width", 4, "--passes", 100, "--repeats", 1, "--device", "cpu")
+    found = json.loads(run("evaluate", tmp_path / "raw.hmn", *words, "--json"))
+    assert found["passes"] == 100 and len(found["accuracies"]["real"]) == 1
+    assert "seed 0, random count unaugmented: " in run.err
+    text = run("evaluate", tmp_path / "raw.hmn", *words, "--quiet")
+    for line in ("real less memory", "memory less random, count", "label robust score, count"):
+        assert line in text
