@@ -50,7 +50,14 @@ from hmn_replay.data.sources import TORCHVISION, Split
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError
 from hmn_replay.evaluation import score
 from hmn_replay.files import write_atomically
-from hmn_replay.runtime import make_generator, peak_memory_bytes, resolve_device, seeded
+from hmn_replay.runtime import (
+    PRECISIONS,
+    autocast,
+    make_generator,
+    peak_memory_bytes,
+    resolve_device,
+    seeded,
+)
 
 # Digits must not be mirrored, nor recoloured, neither by us nor while HMN condenses them.
 DIGITS = ("digits", "mnist", "svhn")
@@ -105,6 +112,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="images of the experience in a step")
     add("--batch-size-mem", type=int, help="replayed images in a step (default: as --batch-size)")
     add("--lr", type=float, default=0.01, help="learning rate of SGD with momentum 0.9")
+    add("--precision", choices=PRECISIONS, default="float32",
+        help="of the network's training and scoring; auto is bfloat16 where the processor has it")  # fmt: skip
+    add("--compile", action="store_true", help="compile the network by torch.compile")
     add("--mode", choices=("replay", "memory_only"), default="replay",
         help="memory_only: later experiences train on the memory alone")  # fmt: skip
     add(
@@ -256,7 +266,11 @@ def run(
         fixed_class_order=order,
     )
     tests = [test.take(torch.isin(test.labels, own)) for own in torch.tensor(order).split(sizes)]
-    model = build_model(args, train, seed=seed)
+    model: nn.Module = build_model(args, train, seed=seed)
+    if args.compile:
+        model.compile(dynamic=True)
+    if args.precision != "float32":
+        model = MixedPrecision(model, args.precision, args.device)
     augment_training(model, ("crop",) if args.data in DIGITS else ("crop", "flip"), seed)
     options: dict[str, dict[str, Any]] = {
         "hmn": {"kind": args.kind, **args.options},
@@ -373,6 +387,19 @@ def build_model(args: argparse.Namespace, train: LabelledImages, *, seed: int) -
     with seeded(seed, "network", args.model):
         network = SlimResNet18(train.num_classes, nf=args.width or 20)
     return nn.Sequential(Normalize(mean.tolist(), std.tolist()), network)
+
+
+class MixedPrecision(nn.Module):
+    """A network in another precision than float32; its parameters and outputs are float32."""
+
+    def __init__(self, network: nn.Module, precision: str, device: str) -> None:
+        super().__init__()
+        self.network, self.precision, self.device = network, precision, torch.device(device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        with autocast(self.device, self.precision):
+            logits: Tensor = self.network(images)
+        return logits.float()
 
 
 def augment_training(model: nn.Module, names: Sequence[str], seed: int) -> None:
