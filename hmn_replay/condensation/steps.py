@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from hmn_replay.training.train import (
     compiled_loss,
     draw_batch,
     draw_epoch,
+    wants_compiling,
 )
 
 __all__ = [
@@ -113,14 +114,20 @@ class StepContext:
     compiled: CompiledLoss | None = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "objective", get_objective(self.config.objective))
-        config = self.config
-        compiled = compiled_loss(
-            config.network_training,
-            self.memory.layout.image_shape,
-            config.num_steps * config.network_images,
-            self.device,
-        )
+        objective, config = get_objective(self.config.objective), self.config
+        training, image_shape = config.network_training, self.memory.layout.image_shape
+        num_learned = config.num_steps * config.network_images
+        compiled = compiled_loss(training, image_shape, num_learned, self.device)
+        if objective.compiled is not None:
+            num_classes = self.memory.num_classes - self.first_class
+            num_classes = min(num_classes, config.classes_per_step or num_classes)
+            # Passes forward, and backward to the images, in those of training steps, which have
+            # three.
+            num_passes = num_classes * (config.real_batch + 2 * config.decoded_batch)
+            num_matched = config.num_steps * num_passes // 3
+            if wants_compiling(training, image_shape, num_matched, self.device):
+                objective = replace(objective, loss=objective.compiled())
+        object.__setattr__(self, "objective", objective)
         object.__setattr__(self, "compiled", compiled)
 
     @property

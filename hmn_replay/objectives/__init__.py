@@ -17,16 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
-from hmn_replay.objectives.features import distribution_matching, last_block_matching
+from hmn_replay.objectives.features import block_means, distribution_matching, last_block_matching
 from hmn_replay.objectives.gradients import cosine_matching, gradient_matching
 from hmn_replay.objectives.trajectories import trajectory_matching
 from hmn_replay.registry import Registry, name_of
+from hmn_replay.training.train import CompiledFunction
 
 __all__ = [
     "OBJECTIVES",
@@ -58,6 +60,8 @@ class Objective:
             ``"decoded"`` images, or ``"nothing"``.
         network_augments: Whether that training augments its images.
         network_cutmix: Whether that training mixes images by CutMix.
+        compiled: Returns the loss with its passes through the network compiled, for one run that is
+            long enough to gain by it. Default: None, there is no such thing.
     """
 
     loss: ObjectiveFunction | None
@@ -65,6 +69,7 @@ class Objective:
     learns_from: Literal["real", "decoded", "nothing"] = "real"
     network_augments: bool = True
     network_cutmix: bool = True
+    compiled: Callable[[], ObjectiveFunction] | None = None
 
     def __post_init__(self) -> None:
         # Reports and checkpoints name the objective by its function; see name_of.
@@ -127,8 +132,24 @@ OBJECTIVES.add(
     ),
 )
 OBJECTIVES.add("dsa", Objective(cosine_matching, learns_from="decoded", network_cutmix=False))
-OBJECTIVES.add("distribution", Objective(distribution_matching))
-OBJECTIVES.add("dm", Objective(last_block_matching, learns_from="nothing"))
+
+
+def _with_compiled_means(loss: Callable[..., Tensor]) -> Callable[[], ObjectiveFunction]:
+    return lambda: partial(loss, means=CompiledFunction(block_means))
+
+
+OBJECTIVES.add(
+    "distribution",
+    Objective(distribution_matching, compiled=_with_compiled_means(distribution_matching)),
+)
+OBJECTIVES.add(
+    "dm",
+    Objective(
+        last_block_matching,
+        learns_from="nothing",
+        compiled=_with_compiled_means(last_block_matching),
+    ),
+)
 # Compares a student's training with an expert's: by trajectory_matching, in a step of its own.
 OBJECTIVES.add("mtt", Objective(None, learns_from="nothing"))
 

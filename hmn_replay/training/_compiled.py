@@ -1,4 +1,4 @@
-"""The gradient of a batch's loss by a function that torch.compile made, and when to use one."""
+"""Functions of a network and a batch that torch.compile makes, and when to use them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from hmn_replay.runtime import autocast, resolve_precision
 
 __all__ = [
     "Compile",
+    "CompiledFunction",
     "CompiledLoss",
     "can_compile",
     "compiling_pays",
@@ -137,13 +138,7 @@ class CompiledLoss:
         except Exception as error:
             # Whatever it was, the same batch is computed without compiling, and raises if it must.
             self._has_failed = True
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            warnings.warn(
-                f"torch.compile failed ({reason}); going on without, which is slower: install a "
-                "C++ compiler, or pass compile=False",
-                HMNReplayWarning,
-                stacklevel=4,
-            )
+            _warn_of(error)
             return None
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
@@ -157,23 +152,71 @@ class CompiledLoss:
     def _function(
         self, network: nn.Module, images: Tensor, precision: str
     ) -> Callable[..., Tensor]:
-        names = tuple((name, tuple(p.shape), p.dtype) for name, p in network.named_parameters())
-        batch = (images.device, *images.shape[1:])
-        # The code is made for a number of threads.
-        key = (type(network), names, batch, precision, torch.get_num_threads())
-        return _compiled(self.backend, key)
+        return _compiled(_weighted_loss, self.backend, (*_key(network, images), precision))
+
+
+class CompiledFunction:
+    """A function of a network and a batch of images, compiled at the first batch.
+
+    Networks of one architecture share a compiled function, as those of :class:`CompiledLoss` do; it
+    takes any number of images. Where compiling fails, a warning is given once, and the function is
+    called as it is.
+
+    Args:
+        function: Takes a network and images ``(N, C, H, W)``, and calls torch alone.
+        backend: What torch.compile compiles with.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor"
+    ) -> None:
+        self.function, self.backend = function, backend
+        self._has_failed = False
+
+    def __call__(self, network: nn.Module, images: Tensor) -> Any:
+        """Return what the function returns, but for rounding."""
+        if not self._has_failed:
+            device = images.device.type
+            cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+            key = (*_key(network, images), cast, torch.is_grad_enabled())
+            try:
+                torch._dynamo.maybe_mark_dynamic(images, 0)
+                return _compiled(self.function, self.backend, key)(network, images)
+            except Exception as error:
+                self._has_failed = True
+                _warn_of(error)
+        return self.function(network, images)
+
+
+def _key(network: nn.Module, images: Tensor) -> tuple[object, ...]:
+    """Return what code is compiled for, but for the precision."""
+    names = tuple((name, tuple(p.shape), p.dtype) for name, p in network.named_parameters())
+    # The code is made for a number of threads.
+    return (type(network), names, images.device, *images.shape[1:], torch.get_num_threads())
+
+
+def _warn_of(error: Exception) -> None:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    warnings.warn(
+        f"torch.compile failed ({reason}); going on without, which is slower: install a "
+        "C++ compiler, or pass compile=False",
+        HMNReplayWarning,
+        stacklevel=5,
+    )
 
 
 @lru_cache(_NUM_KEPT)
-def _compiled(backend: str | Callable[..., Any], key: object) -> Callable[..., Tensor]:
-    """Return a compiled loss of its own for each key.
+def _compiled(
+    function: Callable[..., Any], backend: str | Callable[..., Any], key: object
+) -> Callable[..., Any]:
+    """Return a compiled function of its own for each key.
 
     Torch keeps what it compiled, a limited number of versions, with a function's code: copies of
     the code leave each key all of them, and none to the caller's functions.
     """
-    code = _weighted_loss.__code__.replace(co_name="compiled_loss")
-    copy = FunctionType(code, _weighted_loss.__globals__)
-    compiled: Callable[..., Tensor] = torch.compile(copy, backend=backend, dynamic=False)
+    code = function.__code__.replace(co_name=f"compiled{function.__name__}")
+    copy = FunctionType(code, function.__globals__)
+    compiled: Callable[..., Any] = torch.compile(copy, backend=backend, dynamic=False)
     return compiled
 
 

@@ -28,6 +28,7 @@ from hmn_replay.runtime import (
 from hmn_replay.settings import Settings, one_of
 from hmn_replay.training._compiled import (
     Compile,
+    CompiledFunction,
     CompiledLoss,
     can_compile,
     compiling_pays,
@@ -39,6 +40,7 @@ from hmn_replay.training.networks import NETWORKS, Network, NetworkFactory, buil
 __all__ = [
     "SCHEDULES",
     "Compile",
+    "CompiledFunction",
     "CompiledLoss",
     "TrainingConfig",
     "add_gradients",
@@ -50,6 +52,7 @@ __all__ = [
     "mixed_loss",
     "resolve_compile",
     "train_network",
+    "wants_compiling",
 ]
 
 SCHEDULES = ("cosine", "constant")
@@ -287,15 +290,25 @@ def compiled_loss(
         num_images: Images that networks of this architecture are shown in all.
         device: Where they are trained.
     """
-    wanted = config.compile
-    if wanted == "auto":
-        wanted = (
-            config.network == "convnet"
-            and device.type == "cpu"
-            and compiling_pays(num_images, config.width, math.prod(image_shape[1:]))
-            and can_compile(device)
-        )
+    wanted = wants_compiling(config, image_shape, num_images, device)
     return CompiledLoss(config.precision) if wanted else None
+
+
+def wants_compiling(
+    config: TrainingConfig, image_shape: Sequence[int], num_images: int, device: torch.device
+) -> bool:
+    """Return whether passes through a training's networks are to be compiled.
+
+    Arguments as for :func:`compiled_loss`.
+    """
+    if config.compile != "auto":
+        return config.compile
+    return (
+        config.network == "convnet"
+        and device.type == "cpu"
+        and compiling_pays(num_images, config.width, math.prod(image_shape[1:]))
+        and can_compile(device)
+    )
 
 
 def draw_epoch(

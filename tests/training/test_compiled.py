@@ -15,6 +15,7 @@ from hmn_replay.errors import ConfigError, HMNReplayWarning
 from hmn_replay.runtime import make_generator, seeded
 from hmn_replay.training.networks import Network, build_network
 from hmn_replay.training.train import (
+    CompiledFunction,
     CompiledLoss,
     TrainingConfig,
     add_gradients,
@@ -204,3 +205,33 @@ def test_the_setting_is_read_as_typed(given: Any, read: object) -> None:
 def test_another_value_is_refused() -> None:
     with pytest.raises(ConfigError, match="compile"):
         TrainingConfig(compile="sometimes")  # type: ignore[arg-type]
+
+
+def sums(network: nn.Module, images: Tensor) -> Tensor:
+    return torch.stack([block.sum() for block in network.features(images)])  # type: ignore[operator]
+
+
+def test_a_compiled_function_serves_all_batches_and_networks_of_an_architecture(
+    backend: Counter,
+) -> None:
+    compiled = CompiledFunction(sums, backend)
+    for seed, count in enumerate((6, 6, 4, 9)):
+        network, (images, *_) = convnet(seed), draw(count)
+        torch.testing.assert_close(compiled(network, images), sums(network, images))
+    # One for a first batch, and one for any number of images at most.
+    assert 1 <= backend.count <= 2
+    before = backend.count
+    compiled(convnet(width=8), draw(6)[0])
+    assert backend.count > before
+
+
+def test_a_function_that_cannot_be_compiled_is_called_as_it_is_with_one_warning() -> None:
+    def fail(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        raise RuntimeError("no compiler")
+
+    compiled, network, (images, *_) = CompiledFunction(sums, fail), convnet(), draw(6)
+    with pytest.warns(HMNReplayWarning, match="torch.compile failed"):
+        assert compiled(network, images).equal(sums(network, images))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled(network, images).equal(sums(network, images))
