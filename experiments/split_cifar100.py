@@ -113,7 +113,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size-mem", type=int, help="replayed images in a step (default: as --batch-size)")
     add("--lr", type=float, default=0.01, help="learning rate of SGD with momentum 0.9")
     add("--precision", choices=PRECISIONS, default="float32",
-        help="of the network's training and scoring; auto is bfloat16 where the processor has it")  # fmt: skip
+        help="of the network's training; auto is bfloat16 where the processor has it")  # fmt: skip
     add("--compile", action="store_true", help="compile the network by torch.compile")
     add("--mode", choices=("replay", "memory_only"), default="replay",
         help="memory_only: later experiences train on the memory alone")  # fmt: skip
@@ -397,6 +397,7 @@ class MixedPrecision(nn.Module):
         self.network, self.precision, self.device = network, precision, torch.device(device)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, float32 ``(N, K)``."""
         with autocast(self.device, self.precision):
             logits: Tensor = self.network(images)
         return logits.float()

@@ -494,7 +494,8 @@ class Condensation(Run):
             num_epochs = config.max_start_epoch + config.expert_epochs
             if not get_objective(config.objective).compares_trainings:
                 num_experts, training = config.trained_networks, config.pool_training
-                num_epochs = max(1, round(config.trained_passes / len(images)))
+                num_epochs = round(config.trained_passes / len(images))
+                num_epochs = max(1, min(num_epochs, _MOST_POOL_EPOCHS))
             yield Experts(
                 folder,
                 images,
