@@ -130,6 +130,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--distill", type=float, default=0.0,
         help="weight of our memories' distillation from the previous network, which is working "
         "memory and not counted in the budget")  # fmt: skip
+    add("--recode", type=float, default=0.0,
+        help="probability with which JPEG shows current images through its codec")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
     add("--expected-classes", type=int, help="tell HMN and JPEG how many classes will come in all")
     add("--kind", default="hmn", help="memory kind of the strategy hmn: hmn, pixels, idc, ...")
@@ -274,7 +276,10 @@ def run(
     augment_training(model, ("crop",) if args.data in DIGITS else ("crop", "flip"), seed)
     options: dict[str, dict[str, Any]] = {
         "hmn": {"kind": args.kind, **args.options},
-        "jpeg": {"training": hmn_replay.TrainingConfig(**args.jpeg_training)},
+        "jpeg": {
+            "training": hmn_replay.TrainingConfig(**args.jpeg_training),
+            "recode_share": args.recode,
+        },
     }
     strategy = strategies.build(
         name,

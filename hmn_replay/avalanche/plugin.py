@@ -54,7 +54,7 @@ from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
-from hmn_replay.memory import Memory
+from hmn_replay.memory import Memory, RealMemory
 from hmn_replay.replay import (
     DecodedImages,
     JPEGKeeper,
@@ -64,7 +64,7 @@ from hmn_replay.replay import (
     ReplayMemory,
     Selection,
 )
-from hmn_replay.runtime import isolated, resolve_device
+from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.training.train import TrainingConfig
 
 __all__ = [
@@ -150,6 +150,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             working memory while an experience is trained on, and no part of the memory's file or
             budget. Default: 0, none. Not for online streams, task labels above 0 or
             ``"memory_only"``.
+        recode_share: Probability in [0, 1] with which an image of the experience is shown as the
+            memory would give it back, encoded and decoded, so that a network cannot tell age by
+            what a codec does to images (Wang et al. 2023, CIM-CIL). Default: 0, none. For memories
+            with a codec, such as JPEG; not for learned ones or ``"memory_only"``.
         normalization: ``(mean, std)`` that the benchmark's transforms apply. Default: ``None``,
             that of torchvision's ``Normalize`` in the eval transforms, or none.
         max_raw_images: Bound on the raw images gathered of an online experience. They do not count
@@ -189,6 +193,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         loss: Loss = "auto",
         renew: Renewal = "auto",
         distill: float = 0.0,
+        recode_share: float = 0.0,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -196,8 +201,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         progress: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        _check_settings(mode, batch_size_mem, replay_weight, loss, renew, distill)
-        self.distill = distill
+        _check_settings(mode, batch_size_mem, replay_weight, loss, renew, distill, recode_share)
+        self.distill, self.recode_share = distill, recode_share
         self.batch_size_mem, self.mode = batch_size_mem, mode
         self.replay_transform = replay_transform
         self.replay_weight, self.loss, self.renew = replay_weight, loss, renew
@@ -406,6 +411,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 f"expected a mini-batch of floats, got {mbatch[0].dtype}; give the benchmark "
                 "transforms that end in floats"
             )
+        if self.recode_share:
+            mbatch[0] = self._recoded(mbatch[0])
         count = self.batch_size_mem or strategy.train_mb_size
         images, keys = self.store.sample(count, dtype=mbatch[0].dtype, device=self._device)
         self._note_replayed(len(mbatch[0]), len(images))
@@ -600,6 +607,27 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         has_tasks = any(any(getattr(each, "task_labels", ())) for each in experiences)
         return has_tasks or bool(split_class_keys(keys.long())[1].any())
 
+    def _recoded(self, images: Tensor) -> Tensor:
+        """Return a mini-batch, some of its images as the memory would give them back."""
+        memory = self.memory
+        if not isinstance(memory, RealMemory):
+            raise ConfigError(
+                f"recode_share is for memories with a codec, such as JPEG; leave it out for "
+                f"{type(memory).__name__}"
+            )
+        generator = make_generator(self.seed, "recode", self.store.num_draws)
+        draws = torch.rand(len(images), generator=generator)
+        chosen = (draws < self.recode_share).nonzero().flatten()
+        if not len(chosen):
+            return images
+        chosen = chosen.to(images.device)
+        shown = images[chosen]
+        pixels = (shown if self._found is None else self._found.undo(shown)).clamp(0, 1)
+        coded = memory.recode(pixels.float().mul(255).round().to(torch.uint8).cpu())
+        coded = coded.to(images.device).to(images.dtype) / 255
+        coded = coded if self._found is None else self._found.apply(coded)
+        return images.index_copy(0, chosen, coded)
+
     def _drop_teacher(self) -> None:
         if self._teacher is not None:
             self._teacher.hook.remove()
@@ -659,6 +687,7 @@ class ReplayOptions(TypedDict, total=False):
     loss: Loss
     renew: Renewal
     distill: float
+    recode_share: float
     normalization: tuple[Sequence[float], Sequence[float]] | None
     max_raw_images: int
     seed: int
@@ -690,6 +719,7 @@ class HMNReplay(MemoryReplay):
         loss: Replay loss: ``"auto"``, a name in ``LOSSES`` or a callable.
         renew: ``"before"``, ``"after"`` or ``"auto"``: when to condense an experience.
         distill: Weight of the distillation from the previous network.
+        recode_share: Not for learned memories, which have no codec.
         normalization: ``(mean, std)`` that the benchmark's transforms apply.
         max_raw_images: Bound on the raw images gathered of an online experience.
         seed: Seed of every draw.
@@ -720,6 +750,7 @@ class HMNReplay(MemoryReplay):
         loss: Loss = "auto",
         renew: Renewal = "auto",
         distill: float = 0.0,
+        recode_share: float = 0.0,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -744,6 +775,7 @@ class HMNReplay(MemoryReplay):
             loss=loss,
             renew=renew,
             distill=distill,
+            recode_share=recode_share,
             normalization=normalization,
             max_raw_images=max_raw_images,
             seed=seed,
@@ -843,6 +875,7 @@ def _check_settings(
     loss: Loss,
     renew: str,
     distill: float,
+    recode_share: float,
 ) -> None:
     """Raise a ConfigError for settings of a plugin outside their ranges."""
     if mode not in MODES:
@@ -851,6 +884,8 @@ def _check_settings(
         raise ConfigError(f"renew must be one of {', '.join(RENEWALS)}; got {renew!r}")
     if not distill >= 0:
         raise ConfigError(f"distill must be 0 or more; got {distill!r}")
+    if not 0 <= recode_share <= 1:
+        raise ConfigError(f"recode_share must be in [0, 1]; got {recode_share!r}")
     name, function = find_loss(loss)
     if renew == "after" and loss != "auto" and _needs_all_classes(function):
         raise ConfigError(
@@ -864,11 +899,11 @@ def _check_settings(
     if replay_weight is not None and not 0 <= replay_weight <= 1:
         raise ConfigError(f"replay_weight must be in [0, 1]; got {replay_weight!r}")
     is_given = replay_weight is not None or loss not in ("auto", "plain") or renew != "auto"
-    is_given = is_given or bool(distill)
+    is_given = is_given or bool(distill) or bool(recode_share)
     if mode == "memory_only" and is_given:
         raise ConfigError(
-            "replay_weight, loss, renew and distill are for a memory beside raw images, which "
-            'mode="memory_only" does not train on; leave them out'
+            "replay_weight, loss, renew, distill and recode_share are for a memory beside raw "
+            'images, which mode="memory_only" does not train on; leave them out'
         )
 
 

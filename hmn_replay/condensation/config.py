@@ -107,7 +107,7 @@ class CondenseConfig(Settings):
     that learn network_images images after each step, as in IDC."""
 
     trained_passes: _AtLeast1 = 20_000
-    """Images that each of trained_networks is shown in all, rounded to whole epochs."""
+    """Images that each of trained_networks is shown in all, rounded to whole epochs, 10 at most."""
 
     network_images: _AtLeast0 = 512
     """Images that a random network learns from after each step; 0 for none."""

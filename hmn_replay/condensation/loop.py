@@ -69,6 +69,9 @@ _Stateful: TypeAlias = "_Owner | Tensor"
 
 log = logging.getLogger(__name__)
 
+# Of a few images, networks would be trained for long on what they know by heart already.
+_MOST_POOL_EPOCHS = 10
+
 
 class Run:
     """Where a memory's training stands: phase, step, measurements, checkpoint.

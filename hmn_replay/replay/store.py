@@ -115,6 +115,11 @@ class ReplayMemory:
         """How many updates there were."""
         return self._num_updates
 
+    @property
+    def num_draws(self) -> int:
+        """How often images were drawn."""
+        return self._num_draws
+
     def count_classes(self, images: LabelledImages) -> int:
         """Return how many classes there are in the memory, in what is gathered, and in images."""
         known = [] if self.memory is None else self.memory.classes.tolist()
