@@ -719,7 +719,6 @@ class HMNReplay(MemoryReplay):
         loss: Replay loss: ``"auto"``, a name in ``LOSSES`` or a callable.
         renew: ``"before"``, ``"after"`` or ``"auto"``: when to condense an experience.
         distill: Weight of the distillation from the previous network.
-        recode_share: Not for learned memories, which have no codec.
         normalization: ``(mean, std)`` that the benchmark's transforms apply.
         max_raw_images: Bound on the raw images gathered of an online experience.
         seed: Seed of every draw.
@@ -750,7 +749,6 @@ class HMNReplay(MemoryReplay):
         loss: Loss = "auto",
         renew: Renewal = "auto",
         distill: float = 0.0,
-        recode_share: float = 0.0,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -775,7 +773,6 @@ class HMNReplay(MemoryReplay):
             loss=loss,
             renew=renew,
             distill=distill,
-            recode_share=recode_share,
             normalization=normalization,
             max_raw_images=max_raw_images,
             seed=seed,

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
 from hmn_replay import HMNReplay, JPEGReplay, LabelledImages, LosslessReplay, RawReplay
-from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.errors import BudgetError, ConfigError, UnknownOptionError
 from hmn_replay.memory import JPEGMemory, LosslessMemory, RawMemory, RealMemory
 from hmn_replay.training.train import TrainingConfig
 from tests.streams import (
@@ -207,3 +208,51 @@ def test_a_memory_of_another_kind_is_not_extended() -> None:
             ConfigError, match=r"what is extended must be a .*; the memory is RawMemory"
         ):
             make_strategy([other]).train(streams().train_stream[1])
+
+
+class Shown(SupervisedPlugin[Any]):  # type: ignore[misc]
+    """Notes the current images of each step, and their memory."""
+
+    def __init__(self, replay: JPEGReplay) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.replay, self.shown = replay, list[tuple[Tensor, RealMemory | None]]()
+
+    def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Note them."""
+        current = strategy.mb_x[~self.replay.replay_mask]
+        self.shown.append((current.clone(), self.replay.memory))
+
+
+def shown_images(share: float) -> list[tuple[Tensor, RealMemory | None]]:
+    replay = JPEGReplay(BUDGET, quality=30, renew="after", recode_share=share)
+    shown = Shown(replay)
+    train(make_strategy([replay, shown]), streams().train_stream)
+    return shown.shown
+
+
+def test_a_share_of_the_current_images_goes_through_the_codec() -> None:
+    plain, all_coded, some = shown_images(0.0), shown_images(1.0), shown_images(0.5)
+    num_coded = num_shown = 0
+    for (images, memory), (coded, _), (mixed, _) in zip(plain, all_coded, some, strict=True):
+        if memory is None:
+            assert coded.equal(images) and mixed.equal(images)
+            continue
+        pixels = images.mul(255).round().to(torch.uint8)
+        expected = memory.recode(pixels).float() / 255
+        assert coded.equal(expected) and not coded.equal(images)
+        is_coded = (mixed == expected).flatten(1).all(1)
+        assert (is_coded | (mixed == images).flatten(1).all(1)).all()
+        num_coded, num_shown = num_coded + int(is_coded.sum()), num_shown + len(images)
+    assert 0 < num_coded < num_shown
+    for one, two in zip(some, shown_images(0.5), strict=True):
+        assert one[0].equal(two[0])
+
+
+def test_only_a_codec_can_recode_and_a_share_is_a_share() -> None:
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match=r"recode_share must be in \[0, 1\]"):
+            JPEGReplay(BUDGET, recode_share=share)
+    with pytest.raises(ConfigError, match="recode_share are for a memory beside raw images"):
+        JPEGReplay(BUDGET, recode_share=0.5, mode="memory_only")
+    with pytest.raises(UnknownOptionError, match="recode_share"):
+        HMNReplay(BUDGET, recode_share=0.5)
