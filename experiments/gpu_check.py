@@ -161,9 +161,9 @@ def benchmark(module: Any, device: torch.device, *, smoke: bool, **settings: Any
 
 def measure_matching(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Time steps of matching at the paper's width and at ours."""
-    wanted = ("ours_seconds", "ours_bfloat16_seconds", "reference_seconds", "ratio")
-    wanted += ("ratio_bfloat16", "peak_fraction", "peak_fraction_bfloat16", "peak_memory_bytes")
-    wanted += ("relative_error", "relative_error_bfloat16")
+    wanted = ["ours_seconds", "ours_bfloat16_seconds", "reference_seconds", "ratio"]
+    wanted += ["ratio_bfloat16", "peak_fraction", "peak_fraction_bfloat16", "peak_memory_bytes"]
+    wanted += ["relative_error", "relative_error_bfloat16"]
     found = {}
     for width in (128, 32):
         results = benchmark(matching, device, smoke=args.smoke, width=width)

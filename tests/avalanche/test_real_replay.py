@@ -210,7 +210,7 @@ def test_a_memory_of_another_kind_is_not_extended() -> None:
             make_strategy([other]).train(streams().train_stream[1])
 
 
-class Shown(SupervisedPlugin[Any]):  # type: ignore[misc]
+class Shown(SupervisedPlugin[Any]):
     """Notes the current images of each step, and their memory."""
 
     def __init__(self, replay: JPEGReplay) -> None:
@@ -220,7 +220,9 @@ class Shown(SupervisedPlugin[Any]):  # type: ignore[misc]
     def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Note them."""
         current = strategy.mb_x[~self.replay.replay_mask]
-        self.shown.append((current.clone(), self.replay.memory))
+        memory = self.replay.memory
+        assert memory is None or isinstance(memory, RealMemory)
+        self.shown.append((current.clone(), memory))
 
 
 def shown_images(share: float) -> list[tuple[Tensor, RealMemory | None]]:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+import hmn_replay
 from experiments import gpu_check
 from experiments.benchmarks import matching, training
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory import Memory
+from hmn_replay.memory import LearnedMemory
 
 
 @pytest.fixture
@@ -49,14 +50,14 @@ def test_every_part_answers_in_a_table_and_in_a_file(
 def test_a_part_that_fails_is_reported_and_the_next_one_runs(
     check: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    condense = gpu_check.hmn_replay.condense
+    condense = hmn_replay.condense
 
-    def out_of_memory(data: Any, budget: Any, **options: Any) -> Memory:
+    def out_of_memory(data: Any, budget: Any, **options: Any) -> LearnedMemory:
         if "max_seconds" in options:
             return condense(data, budget, **options)
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(gpu_check.hmn_replay, "condense", out_of_memory)
+    monkeypatch.setattr(hmn_replay, "condense", out_of_memory)
     code, report = check("--parts", "quick,timed")
     assert code == 1
     assert report["parts"]["quick"]["error"] == "OutOfMemoryError: too large"
