@@ -64,7 +64,9 @@ def parse_names(option: str, text: str, known: Iterable[str]) -> tuple[str, ...]
     """Read comma-separated names; ``all`` is all that there are."""
     names = tuple(known)
     chosen = names if text == "all" else tuple(text.split(","))
-    if unknown := [name for name in chosen if name not in names]:
+    # A registry may know names that it does not list.
+    found = known if isinstance(known, Mapping) else names
+    if unknown := [name for name in chosen if name not in found]:
         raise ConfigError(f"{option} has no {unknown[0]!r}; choose from {', '.join(names)}")
     return chosen
 

@@ -32,6 +32,7 @@ from hmn_replay.errors import (
     ConfigError,
     DistributedError,
     HMNReplayError,
+    MissingExtraError,
     UnknownOptionError,
 )
 from hmn_replay.files import check_target, clear_stale
@@ -621,9 +622,10 @@ def _add_training(parser: _Parser) -> None:
     add = parser.add_argument_group("training").add_argument
     add(
         "--network",
-        choices=tuple(hmn_replay.NETWORKS),
+        type=_network,
         default=config.network,
-        help="architecture that is trained",
+        metavar="NAME",
+        help=f"architecture that is trained: {', '.join(hmn_replay.NETWORKS)}, or timm:NAME",
     )
     add(
         "--repeats",
@@ -667,6 +669,14 @@ def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
     return int(text)
+
+
+def _network(text: str) -> str:
+    try:
+        hmn_replay.NETWORKS[text]
+    except (ConfigError, MissingExtraError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _qualities(text: str) -> list[int]:

@@ -31,6 +31,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def __init__(self, what: str) -> None:
         self.what = what
         self._entries: dict[str, T] = {}
+        self._families: dict[str, Callable[[str], T]] = {}
 
     def add(self, name: str, entry: T) -> None:
         """Register an entry.
@@ -50,6 +51,17 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self._entries:
             raise ConfigError(f"there is a {self.what} {name!r} already; register another name")
         self._entries[name] = entry
+
+    def add_family(self, prefix: str, find: Callable[[str], T]) -> None:
+        """Register entries that another library names: ``PREFIX:NAME`` is what ``find`` returns.
+
+        They are found by name, and not listed.
+
+        Args:
+            prefix: What stands before the colon.
+            find: From what stands behind it to the entry; raises a KeyError where there is none.
+        """
+        self._families[prefix] = find
 
     def register(self, name: str) -> Callable[[U], U]:
         """Return a decorator that registers a class or function, and returns it as it is."""
@@ -75,6 +87,10 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             ConfigError: There is none; the message lists the names, and the nearest one.
         """
+        if isinstance(name, str) and name not in self._entries:
+            prefix, colon, rest = name.partition(":")
+            if colon and prefix in self._families:
+                return self._families[prefix](rest)
         if not isinstance(name, str) or name not in self._entries:
             raise UnknownNameError(self.what, name, list(self._entries))
         return self._entries[name]

@@ -432,7 +432,7 @@ def test_an_error_is_one_line(
         ("condense --budget 9kB --out x --effort great", "invalid choice: 'great'"),
         ("condense --budget 9kB --out x --kind box", "invalid choice: 'box'"),
         ("evaluate x --repeats 0", "expected a whole number of 1 or more, got '0'"),
-        ("evaluate x --network lenet", "invalid choice: 'lenet'"),
+        ("evaluate x --network lenet", "network must be one of convnet"),
         ("baseline --budget 9kB", "--kind"),
         ("baseline --kind raw --budget 9kB --selection best", "invalid choice: 'best'"),
         ("baseline --kind jpeg --budget 9kB --qualities 5,x", "1 or more, got 'x'"),
@@ -468,7 +468,7 @@ def test_memory_that_runs_out_is_an_error_and_a_bug_is_not_hidden(
 
 
 @pytest.mark.parametrize(
-    "command", ["condense", "options", "evaluate", "inspect", "export", "baseline"]
+    "command", ["condense", "options", "evaluate", "inspect", "export", "gallery", "baseline"]
 )
 def test_every_command_has_a_help_with_an_example(run: Console, command: str) -> None:
     text = run(command, "--help")
@@ -482,7 +482,7 @@ def test_names_and_defaults_of_the_help_are_those_of_the_package(run: Console) -
     config = hmn_replay.TrainingConfig()
     assert f"channels of ConvNet's blocks (default: {config.width})" in text
     assert f"images that a network is shown in all (default: {config.num_passes})" in text
-    assert ",".join(hmn_replay.NETWORKS) in text
+    assert ", ".join(hmn_replay.NETWORKS) in text
     kinds = run("condense", "--help") + run("baseline", "--help")
     assert all(name in kinds for name in (*KINDS, *hmn_replay.OBJECTIVES, *hmn_replay.EFFORTS))
     assert ",".join(hmn_replay.SELECTIONS) in kinds.replace("\n", "").replace(" ", "")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hmn_replay.errors import ConfigError
 from hmn_replay.registry import Registry, name_of
 from hmn_replay.runtime import default_float32, drawing_from, make_generator, seeded
+from hmn_replay.training._timm import find_timm
 
 __all__ = [
     "NETWORKS",
@@ -40,6 +41,9 @@ register its function, or pass it in place of a name:
     def linear(image_shape, num_classes):
         return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes))
 
+``"timm:NAME"`` is a network of timm's, with random weights, and ``"timm-pretrained:NAME"`` one with
+the weights that timm loads for it; both need ``pip install 'hmn-replay[timm]'``.
+
 Objectives that match features need a module with a method ``features(images)`` that returns the
 outputs of its blocks, tensors ``(N, ...)``, as a list, or the only one.
 
@@ -48,6 +52,9 @@ while the function is called and restored afterwards, one call at a time; anothe
 from it meanwhile draws other numbers. Layers that draw random numbers in training, such as dropout,
 draw them from that generator too, and no seed here reaches them.
 """
+
+NETWORKS.add_family("timm", find_timm)
+NETWORKS.add_family("timm-pretrained", partial(find_timm, pretrained=True))
 
 # From this side on, ResNet and DenseNet keep the stem that torchvision gives them for ImageNet.
 _IMAGENET_SIDE = 128
