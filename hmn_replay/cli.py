@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import statistics
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from inspect import cleandoc
@@ -44,8 +46,16 @@ __all__ = ["main", "make_parser"]
 
 Result: TypeAlias = tuple[dict[str, Any], str]
 
-# The words of torch's out-of-memory errors on CUDA and on the CPU.
+# The words of torch's out-of-memory errors on CUDA and on the CPU, and how large it was.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+_TRIED_TO_ALLOCATE = re.compile(r"(?:tried to allocate|unable to allocate) ([0-9.]+ ?\w+)", re.I)
+_LOWER = {
+    "condense": "--budget, --set real_batch, decoded_batch, warm_start_batch or network_width, or "
+    "--size",
+    "evaluate": "--width, or choose another --network",
+    "baseline": "--budget or --width, or choose another --network",
+    "export": "the number of images: decode fewer at once by decode(indices) in Python",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +70,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         ends the process with 2.
     """
     args = make_parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            # Whether a large picture is too large is said in the one line of the error.
+            warnings.filterwarnings("ignore", "Image size .* exceeds limit")
+            return _run(args, argv)
+    except MemoryError as error:
+        _complain(f"error: {_out_of_memory(args, error)}")
+        return 1
+    except RuntimeError as error:
+        # Torch has a class of its own for it from 2.5 on, on CUDA alone.
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise
+        _complain(f"error: {_out_of_memory(args, error)}")
+        return 1
+
+
+def _run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Run a sub-command, and return the exit code; an error of memory is not caught here."""
     try:
         result = args.run(args)
         if result is not None:
@@ -76,17 +104,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else list(argv)
         _complain(f"error: {_describe(error)}; start again: {_launch(words)}")
         return 1
-    except (HMNReplayError, OSError, MemoryError) as error:
+    except (HMNReplayError, OSError) as error:
         _complain(f"error: {_describe(error)}")
         wrong_value = (hmn_replay.BudgetError, ConfigError, UnknownOptionError)
         return 2 if isinstance(error, wrong_value) else 1
-    except RuntimeError as error:
-        # Torch has a class of its own for it from 2.5 on.
-        if not any(words in str(error) for words in _OUT_OF_MEMORY):
-            raise
-        _complain(f"error: {_describe(error)}; pass --device cpu, or smaller batches")
-        return 1
     return 0
+
+
+def _out_of_memory(args: argparse.Namespace, error: Exception) -> str:
+    """Return what could not be allocated, and what to lower."""
+    found = _TRIED_TO_ALLOCATE.search(str(error))
+    size = found[1] if found else "the memory that was needed"
+    if size.endswith(" bytes"):
+        size = f"{int(size.removesuffix(' bytes')):,} bytes"
+    where = " on the GPU" if "CUDA" in str(error) else ""
+    lower = _LOWER.get(args.command, "the size of the file")
+    advice = f"; lower {lower}" + ("; or pass --device cpu" if where else "")
+    return f"out of memory: {size} could not be allocated{where}{advice}"
 
 
 # --- sub-commands

@@ -34,6 +34,8 @@ def check_target(path: str | Path) -> Path:
         OSError: A folder, a device or a pipe stands there; or the folder around it is absent, or
             cannot be written to.
     """
+    if "\0" in os.fspath(path):
+        raise OSError(errno.EINVAL, "A file name holds no null character", str(path))
     target = Path(os.path.realpath(path))
     with contextlib.suppress(FileNotFoundError):
         mode = target.stat().st_mode

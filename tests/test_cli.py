@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import hmn_replay
 from hmn_replay.cli import main
@@ -448,23 +449,71 @@ def test_wrong_usage_is_exit_code_2(run: Console, argv: str, message: str) -> No
 def test_memory_that_runs_out_is_an_error_and_a_bug_is_not_hidden(
     run: Console, memory_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    errors: list[Exception] = [
-        DataError("two\n  lines"),
-        MemoryError(),
-        RuntimeError("CUDA out of memory. Tried to allocate"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-        RuntimeError("a bug"),
+    cases: list[tuple[Exception, str]] = [
+        (DataError("two\n  lines"), "error: two lines\n"),
+        (
+            MemoryError("Unable to allocate 1.50 GiB for an array with shape (3, 4)"),
+            "error: out of memory: 1.50 GiB could not be allocated; lower --width, or choose",
+        ),
+        (MemoryError(), "error: out of memory: the memory that was needed could not be allocated"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"),
+            "out of memory: 20.00 GiB could not be allocated on the GPU; lower --width, or choose "
+            "another --network; or pass --device cpu\n",
+        ),
+        (
+            RuntimeError("CPUAllocator: can't allocate memory: you tried to allocate 98765 bytes."),
+            "out of memory: 98,765 bytes could not be allocated; lower --width, or choose another "
+            "--network\n",
+        ),
     ]
+    errors = [*(error for error, _ in cases), RuntimeError("a bug")]
 
     def fail(*_: object, **__: object) -> None:
         raise errors.pop(0)
 
     monkeypatch.setattr(hmn_replay, "evaluate", fail)
-    for message in ("error: two lines\n", "error: MemoryError\n", *["pass --device cpu"] * 2):
+    for _, message in cases:
         run("evaluate", memory_file, code=1)
         assert message in run.err
+        assert run.err.count("\n") == 1
     with pytest.raises(RuntimeError, match="a bug"):
         main(["evaluate", str(memory_file)])
+
+
+def test_a_large_picture_that_is_refused_is_one_line(run: Console, tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    picture = Image.new("1", (9600, 9400))
+    picture.save(tmp_path / "train" / "a" / "large.png")
+    run("condense", "--data", tmp_path, "--budget", "9kB", "--out", tmp_path / "x", code=2)
+    assert "image_shape is (C, H, W)" in run.err
+    assert run.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--set", "warm_start_learning_rate=1e38"],
+        ["--set", "network_learning_rate=1e308"],
+        ["--set", "num_experts=1000000000000"],
+        ["--size", "1000000000"],
+    ],
+    ids=lambda words: words[-1],
+)
+def test_a_value_far_outside_its_range_is_one_line(
+    run: Console, tmp_path: Path, words: list[str]
+) -> None:
+    run("condense", "--budget", "9kB", "--out", tmp_path / "x", *words, code=2)
+    assert run.err.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_experts_that_are_a_file_are_told_before_the_work(run: Console, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ["--objective", "mtt", "--set", f"experts={tmp_path / 'file'}", "--quiet"]
+    run("condense", "--budget", "9kB", "--out", tmp_path / "x", *words, code=1)
+    assert "A file stands where the folder of the experts is to be" in run.err
+    assert run.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

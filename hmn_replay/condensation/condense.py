@@ -8,6 +8,7 @@ the over-budget to the budget.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from hmn_replay.condensation.loop import Condensation
 from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.distributed import Team, join
 from hmn_replay.errors import ConfigError, HMNReplayWarning
-from hmn_replay.memory.base import MEMORIES, check_num_classes
+from hmn_replay.memory.base import MEMORIES, Memory, check_num_classes
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
 from hmn_replay.objectives._convolution import release_memory
 from hmn_replay.runtime import (
@@ -35,7 +36,7 @@ from hmn_replay.training.train import resolve_compile
 __all__ = ["condense"]
 
 # Of the images that a budget is planned for, the share that makes no warning.
-_USED_SHARE = 0.9
+_USED_SHARE, _USED_SHARE_CODED = 0.9, 0.25
 
 
 @torch.inference_mode(False)
@@ -119,6 +120,18 @@ def condense(
         ExpertError: The folder ``experts`` has those of other images or settings, or a damaged one.
         TrainingError: The optimisation diverged.
     """
+    if memory is not None and not isinstance(memory, Memory):
+        raise ConfigError(
+            f"memory is one to add to, such as condense() or load() returns; got {memory!r:.60}"
+        )
+    if not isinstance(config, CondenseConfig | None):
+        raise ConfigError(f"config is a CondenseConfig; got {config!r:.60}")
+    if not isinstance(team, Team | None):
+        raise ConfigError(f"team is what hmn_replay.distributed.join() returns; got {team!r:.60}")
+    if checkpoint is not None:
+        is_path = isinstance(checkpoint, str | os.PathLike)
+        if not is_path or "\0" in os.fspath(checkpoint):
+            raise ConfigError(f"checkpoint is the path of a file; got {checkpoint!r:.60}")
     memory_type = MEMORIES[kind] if memory is None else type(memory)
     if not issubclass(memory_type, LearnedMemory):
         raise ConfigError(
@@ -195,8 +208,9 @@ def _warn_of_unused_bytes(run: Condensation, budget: Budget) -> None:
     """Warn where a tenth of the planned images or more cannot be, for want of real ones."""
     memory, planned = run.memory, run.growth.num_planned
     usable = memory.num_images - sum(run.growth.drops())
-    # Where images are entropy-coded, fewer of them take more bytes each.
-    if usable > _USED_SHARE * planned or memory.layout.is_coded:
+    # Where images are entropy-coded, fewer of them take more bytes each, to a degree.
+    share = _USED_SHARE_CODED if memory.layout.is_coded else _USED_SHARE
+    if usable > share * planned:
         return
     enough = memory.file_bytes_with(usable, None, budget.num_bytes)
     warnings.warn(

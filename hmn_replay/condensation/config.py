@@ -14,7 +14,7 @@ from hmn_replay.registry import UnknownNameError, name_of
 from hmn_replay.runtime import PRECISIONS
 from hmn_replay.settings import Settings, check_options, one_of
 from hmn_replay.training.networks import NETWORKS, NetworkFactory
-from hmn_replay.training.train import Compile, TrainingConfig
+from hmn_replay.training.train import MAX_LEARNING_RATE, Compile, TrainingConfig
 
 __all__ = ["EFFORTS", "CondenseConfig", "make_config", "parse_option"]
 
@@ -22,7 +22,9 @@ _AtLeast0 = Annotated[int, Field(ge=0)]
 _AtLeast1 = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Seconds = Annotated[float, Field(gt=0)]
-_Rate = Annotated[float, Field(gt=0)]
+# Far beyond what converges, and within what float32 holds.
+_Rate = Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)]
+_Number = Annotated[int, Field(ge=0, le=10_000)]
 # In so many seconds of matching, networks train long enough to gain the seconds of compiling.
 _WORTH_COMPILING_SECONDS = 300.0
 _Augmentation = Annotated[str, one_of("augmentation", STRATEGIES)]
@@ -100,7 +102,7 @@ class CondenseConfig(Settings):
     network_width: _AtLeast1 = 32
     """Channels of a matched ConvNet's blocks."""
 
-    trained_networks: _AtLeast0 = 6
+    trained_networks: _Number = 6
     """How many networks are trained on real images before matching, where the objective's networks
     learn from these, as those of "gradient" and "distribution" do. Every inner_steps steps, one of
     them is drawn, and a point between its initial and its trained weights. 0 for random networks
@@ -122,13 +124,13 @@ class CondenseConfig(Settings):
     network_cutmix_probability: _Share = 0.5
     """Probability that a training batch of the matched networks is mixed by CutMix."""
 
-    experts: Annotated[str, Field(min_length=1)] | None = None
+    experts: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")] | None = None
     """Folder of the networks that are trained on real images before matching: trained_networks, or
     the expert trajectories that "mtt" follows. Missing ones are trained; those that are there serve
     every run with the same seed, settings of their training and real images. None for NAME.experts
     beside the checkpoint, or without one, for a temporary folder."""
 
-    num_experts: _AtLeast1 = 4
+    num_experts: Annotated[int, Field(ge=1, le=10_000)] = 4
     """How many experts "mtt" follows; those of network take turns. Other objectives read no setting
     with "expert" or "student" in its name from here on."""
 
@@ -156,7 +158,7 @@ class CondenseConfig(Settings):
     student_learning_rate: _Rate = 0.02
     """Learning rate of a student's SGD, at first; it is learned beside the memory."""
 
-    student_rate_learning_rate: Annotated[float, Field(ge=0)] = 0.05
+    student_rate_learning_rate: Annotated[float, Field(ge=0, le=MAX_LEARNING_RATE)] = 0.05
     """Learning rate of the Adam that learns the logarithm of the student's; 0 to leave it."""
 
     over_budget: Annotated[float, Field(ge=0, le=10)] = 0.1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from hmn_replay.budget import as_int
 from hmn_replay.data.lookup import Images
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.runtime import make_generator
@@ -36,6 +37,8 @@ CHANNELS = (1, 3)
 """How many channels an image may have: grey, or red, green and blue."""
 
 _STD_FLOOR = 1e-3
+_MAX_SIDE = 8192
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Images converted at a time, so that no float copy of a whole data set is made.
 _CHUNK = 128
 
@@ -271,14 +274,15 @@ def stack_images(
     Raises:
         DataError: An image or a label cannot be used, sizes differ, or ``num_images`` is 0.
     """
-    images = torch.empty((num_images, 0, 0, 0), dtype=torch.uint8)
-    labels = torch.empty(num_images, dtype=torch.int64)
+    images = torch.empty((0, 0, 0, 0), dtype=torch.uint8)
+    labels = torch.empty(0, dtype=torch.int64)
     for position in range(num_images):
         image, label = fetch(position)
         name = describe(position)
-        pixels, labels[position] = to_image(image, name, size), to_label(label, name)
+        pixels, number = to_image(image, name, size), to_label(label, name)
         if position == 0:
-            images = torch.empty((num_images, *pixels.shape), dtype=torch.uint8)
+            images, labels = _room_for(num_images, pixels.shape)
+        labels[position] = number
         channels, height, width = pixels.shape
         if (height, width) != images.shape[2:]:
             raise DataError(
@@ -290,6 +294,19 @@ def stack_images(
             images = images.repeat(1, channels, 1, 1)
         images[position] = pixels
     return LabelledImages(images, labels, dict(class_names or {}))
+
+
+def _room_for(num_images: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return tensors for images and labels; DataError where memory does not hold them."""
+    try:
+        images = torch.empty((num_images, *shape), dtype=torch.uint8)
+        return images, torch.empty(num_images, dtype=torch.int64)
+    except (RuntimeError, MemoryError) as error:
+        raise DataError(
+            f"{num_images:,} images of {tuple(shape)} do not fit in memory: they take "
+            f"{num_images * math.prod(shape):,} bytes; bring fewer, or smaller ones by size= "
+            "(--size)"
+        ) from error
 
 
 def to_image(image: object, name: str, size: int | None = None) -> Tensor:
@@ -367,9 +384,9 @@ def channel_stats(images: Images) -> tuple[Tensor, Tensor]:
 
 
 def check_size(size: int | None) -> None:
-    """Raise a ConfigError unless ``size`` is None or the side of an image: 1 or more pixels."""
-    if size is not None and size < 1:
-        raise ConfigError(f"size is the side of an image in pixels, 1 or more; got {size}")
+    """Raise a ConfigError unless ``size`` is None or the side of an image, 1 to 8192 pixels."""
+    if size is not None and not 1 <= (as_int(size) or 0) <= _MAX_SIDE:
+        raise ConfigError(f"size is the side of an image in pixels, 1 to {_MAX_SIDE}; got {size!r}")
 
 
 def check_tensor(value: object, name: str, dtype: torch.dtype, axes: tuple[str, ...]) -> None:
@@ -400,8 +417,19 @@ def _from_dataset(source: Any, size: int | None) -> LabelledImages:
 
     columns = _columns_of(source)
 
+    try:
+        num_items = len(source)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"the length of the data set is no number of items ({error})") from error
+
     def fetch(position: int) -> tuple[object, object]:
-        item = source[position]
+        try:
+            item = source[position]
+        except (IndexError, KeyError) as error:
+            raise DataError(
+                f"item {position}: there is none, though the data set says that it has "
+                f"{num_items:,} ({type(error).__name__}: {error})"
+            ) from error
         if isinstance(item, (tuple, list)) and len(item) >= 2:
             return item[0], item[1]
         if isinstance(item, Mapping) and all(name in item for name in columns):
@@ -411,7 +439,7 @@ def _from_dataset(source: Any, size: int | None) -> LabelledImages:
             f"set to such pairs, or to a mapping with the keys {columns[0]!r} and {columns[1]!r}"
         )
 
-    return stack_images(fetch, len(source), size=size, class_names=_names_of(source))
+    return stack_images(fetch, num_items, size=size, class_names=_names_of(source))
 
 
 def _columns_of(source: object) -> tuple[str, str]:
@@ -530,6 +558,15 @@ def _as_array(labels: object, name: str) -> Array:
 def _to_tensor(values: Array, name: str) -> Tensor:
     """Bring numbers to a tensor on the CPU that shares their memory where it can."""
     if isinstance(values, Tensor):
+        is_plain = not values.is_nested and values.layout == torch.strided
+        if not is_plain or values.is_quantized or values.is_meta:
+            kind = "meta tensor" if values.is_meta else "sparse, nested or quantized tensor"
+            raise DataError(f"{name}: expected a plain tensor with values, got a {kind}")
+        if values.is_floating_point() and values.dtype not in _FLOATS:
+            raise DataError(
+                f"{name}: expected floats of 16, 32 or 64 bits, got {_dtype_name(values)}; convert "
+                "them to float32"
+            )
         return values.detach().cpu()
     # Torch reads neither foreign byte orders nor negative strides, and warns of read-only memory.
     native = values.dtype.newbyteorder("=")

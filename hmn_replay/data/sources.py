@@ -82,6 +82,8 @@ def load_dataset(
     if split not in ("train", "test"):
         raise ConfigError(f"split must be 'train' or 'test', got {split!r}")
     check_size(size)
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise DataError(f"expected the name or the path of a data set, got {name_or_path!r}")
     name = name_or_path.lower().replace("-", "_") if isinstance(name_or_path, str) else ""
     if name in DATASETS:
         loaded = (
@@ -159,6 +161,11 @@ def _load_npz(path: Path, split: Split, size: int | None) -> LabelledImages:
         with np.load(path, allow_pickle=False) as file:
             present = list(file)
             arrays = {key: file[key] for key in (*wanted, "class_names") if key in present}
+    except MemoryError as error:
+        raise DataError(
+            f"{path} does not fit in memory ({error or 'an allocation failed'}); write fewer "
+            "images, or smaller ones"
+        ) from error
     except Exception as error:  # a zip file can be damaged in more ways than numpy lists
         raise DataError(
             f"{path} cannot be read ({error}); write plain arrays of numbers and texts, not "

@@ -611,6 +611,8 @@ def check_counts(
 
 
 def _from_record(record: Record, max_images: int | None = None) -> Memory:
+    if max_images is not None and as_int(max_images) is None:
+        raise ConfigError(f"max_images is a whole number, or None; got {max_images!r}")
     if max_images is not None and record.num_images > max_images:
         raise MemoryFileError(f"it has {record.num_images:,} images, over max_images={max_images}")
     check_claims(record.num_bytes, record.num_images)

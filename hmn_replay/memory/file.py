@@ -149,6 +149,8 @@ def unpack(data: bytes) -> Record:
     Raises:
         MemoryFileError: They are not such a file, are truncated or altered, or of another version.
     """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise MemoryFileError(f"expected the bytes of a memory file; got {type(data).__name__}")
     return _unpack(io.BytesIO(data), len(data))
 
 

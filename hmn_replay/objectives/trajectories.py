@@ -7,6 +7,7 @@ their parameters at every epoch in a folder.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -278,6 +279,9 @@ class Experts:
         self._known_shapes: dict[int, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
         self._config = config.replace(num_passes=self.num_images)
         self._digest = digest_tensors(str(num_classes), {"images": images, "of": class_indices})
+        if self.folder.exists() and not self.folder.is_dir():
+            message = "A file stands where the folder of the experts is to be"
+            raise NotADirectoryError(errno.ENOTDIR, message, str(self.folder))
         for number in range(num_experts):
             if self.path(number).exists():
                 self._check(number)

@@ -38,6 +38,7 @@ from hmn_replay.training._compiled import (
 from hmn_replay.training.networks import NETWORKS, Network, NetworkFactory, build_network
 
 __all__ = [
+    "MAX_LEARNING_RATE",
     "SCHEDULES",
     "Compile",
     "CompiledFunction",
@@ -58,6 +59,9 @@ __all__ = [
 SCHEDULES = ("cosine", "constant")
 
 # Of these, IDC's code applies one a batch.
+MAX_LEARNING_RATE = 1e30
+"""Far beyond what converges, and small enough for float32 to hold what is computed from it."""
+
 _MOVING = ("crop", "scale", "rotate")
 
 
@@ -90,7 +94,7 @@ class TrainingConfig(Settings):
     """Images in a step, at most. Batches of an epoch are of equal size, to within one image, and
     never of one image, which batch normalisation cannot take."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    learning_rate: Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)] = 0.01
     """Learning rate of the first step."""
 
     schedule: Annotated[str, one_of("schedule", SCHEDULES)] = "cosine"

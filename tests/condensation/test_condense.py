@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -27,6 +28,7 @@ from hmn_replay.errors import (
 )
 from hmn_replay.memory import NUMBER_FORMATS, HierarchicalMemory, HMNLayout, LearnedMemory, load
 from hmn_replay.objectives import distribution_matching, gradient_matching
+from hmn_replay.training.train import MAX_LEARNING_RATE
 from tests.support import (
     LAYOUTS,
     LEARNED,
@@ -119,6 +121,17 @@ def test_a_class_has_no_more_images_than_real_ones(
     assert memory.report["beta"] is None
 
 
+@pytest.mark.parametrize("kind", LEARNED)
+def test_a_budget_far_above_what_the_data_can_use_is_capped_and_said(kind: str) -> None:
+    """A gigabyte for 20 images: no memory of millions is begun, in the kind's own format."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (20, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    with pytest.warns(HMNReplayWarning, match=r"real images for (20|16) of them only"):
+        memory = condense((images, torch.arange(20) % 4), "1 GiB", kind=kind, **TINY)
+    assert max(memory.images_per_class) <= 5
+    assert memory.file_bytes < 20_000
+
+
 def test_there_may_be_one_class_alone(make_set: MakeSet, make_layout: MakeLayout) -> None:
     data = make_set(labels=(4,))
     check(tiny(data, make_layout()), data)
@@ -194,7 +207,8 @@ def test_every_part_may_be_left_out_or_be_large(
 
 def test_the_layout_is_chosen_where_none_is_given(make_set: MakeSet) -> None:
     data = make_set(image_shape=(3, 32, 32))
-    memory = condense(data, "60 KiB", **{**TINY, "warm_start_steps": 1, "outer_steps": 0})
+    with pytest.warns(HMNReplayWarning, match="the budget of .* is planned for"):
+        memory = condense(data, "60 KiB", **{**TINY, "warm_start_steps": 1, "outer_steps": 0})
     num_real = len(data) // data.num_classes
     assert memory.layout == HierarchicalMemory.choose_layout(
         "60 KiB", (3, 32, 32), 3, "entropy", num_real
@@ -628,3 +642,41 @@ def test_nothing_is_condensed_in_a_kind_of_real_images(kind: str, make_set: Make
 def test_an_unknown_kind_is_refused(make_set: MakeSet) -> None:
     with pytest.raises(ConfigError, match=r"must be one of hmn, .*; did you mean 'pixels'"):
         condense(make_set(), "9 KiB", kind="pixel", **TINY)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "x"}, "memory is one to add to, such as condense"),
+        ({"layout": "x"}, "the layout of memory kind 'hmn' is a HMNLayout; got 'x'"),
+        ({"kind": ["hmn"]}, "memory kind must be one of"),
+        ({"config": "x"}, "config is a CondenseConfig; got 'x'"),
+        ({"team": "x"}, "team is what hmn_replay.distributed.join"),
+        ({"checkpoint": 3}, "checkpoint is the path of a file; got 3"),
+        ({"checkpoint": "a\0b"}, "checkpoint is the path of a file"),
+        ({"experts": "a\0b"}, "experts must match pattern"),
+        ({"warm_start_learning_rate": 1e38}, "warm_start_learning_rate must be less than"),
+        ({"num_experts": 10**30}, "num_experts must be"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_argument_of_another_type_is_refused_in_a_line(
+    make_set: MakeSet, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        condense(make_set(), "2 kB", **options)
+
+
+@pytest.mark.filterwarnings("ignore:the budget of .* is planned for")
+@pytest.mark.parametrize("kind", LEARNED)
+def test_the_largest_learning_rates_end_in_a_memory_or_in_a_line(
+    make_set: MakeSet, kind: str
+) -> None:
+    rates = {
+        "warm_start_learning_rate": MAX_LEARNING_RATE,
+        "memory_learning_rate": MAX_LEARNING_RATE,
+        "network_learning_rate": MAX_LEARNING_RATE,
+    }
+    with contextlib.suppress(TrainingError):
+        memory = condense(make_set(), "6 kB", kind=kind, **{**TINY, **rates})
+        assert memory.decode()[0].isfinite().all()

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -304,7 +304,7 @@ def test_other_sources_are_refused(source: Any, message: str) -> None:
 
 
 def test_a_size_below_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match="1 or more; got 0"):
+    with pytest.raises(ConfigError, match="1 to 8192; got 0"):
         as_labelled_images(some_images([0]), size=0)
 
 
@@ -558,3 +558,65 @@ def test_channel_stats_leave_the_images_alone() -> None:
 def test_channel_stats_refuse_other_tensors(images: Tensor, message: str) -> None:
     with pytest.raises(DataError, match=message):
         channel_stats(images)
+
+
+class Items:
+    """A data set that says that it has so many items, and has three."""
+
+    def __init__(self, says: Any) -> None:
+        self.says = says
+
+    def __len__(self) -> int:
+        length: int = self.says
+        return length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index >= 3:
+            raise IndexError(index)
+        return torch.zeros(1, 8, 8), index
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (5, "item 3: there is none, though the data set says that it has 5"),
+        (-1, "the length of the data set is no number of items"),
+        (2**70, "the length of the data set is no number of items"),
+        ("x", "the length of the data set is no number of items"),
+        (10**12, r"1,000,000,000,000 images of \(1, 8, 8\) do not fit in memory: they take 64,000"),
+    ],
+)
+def test_a_data_set_whose_length_lies_is_refused(says: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_labelled_images(Items(says))
+    assert len(as_labelled_images(Items(3))) == 3
+
+
+@pytest.mark.filterwarnings("ignore")  # prototypes of torch's warn
+@pytest.mark.parametrize(
+    ("made_from", "message"),
+    [
+        (Tensor.to_sparse, "got a sparse, nested or quantized tensor"),
+        (
+            lambda floats: torch.nested.nested_tensor(list(floats)),
+            "got a sparse, nested or quantized tensor",
+        ),
+        (
+            lambda floats: floats.to("meta"),
+            "expected a plain tensor with values, got a meta tensor",
+        ),
+        (
+            lambda floats: floats.to(torch.float8_e4m3fn),
+            "expected floats of 16, 32 or 64 bits, got float8_e4m3fn",
+        ),
+    ],
+    ids=["sparse", "nested", "meta", "float8"],
+)
+def test_a_tensor_without_plain_numbers_is_refused(
+    made_from: Callable[[Tensor], Tensor], message: str
+) -> None:
+    floats = torch.zeros(4, 3, 8, 8)
+    with pytest.raises(DataError, match=message):
+        as_labelled_images((made_from(floats), torch.arange(4)))
+    with pytest.raises(DataError, match="expected a plain tensor with values"):
+        as_labelled_images((floats, torch.arange(4).to_sparse()))

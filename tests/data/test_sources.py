@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -273,7 +274,7 @@ def test_a_file_that_claims_more_than_it_holds_is_refused(num_images: int, tmp_p
     with zipfile.ZipFile(path, "w") as archive, archive.open("x_train.npy", "w") as member:
         np.lib.format.write_array_header_1_0(member, header)
         member.write(bytes(64))
-    with pytest.raises(DataError, match=r"some.npz cannot be read \(.+\)"):
+    with pytest.raises(DataError, match=r"some.npz (cannot be read|does not fit in memory) \("):
         load_dataset(path)
 
 
@@ -421,5 +422,29 @@ def test_an_unknown_name_lists_what_is_known(tmp_path: Path) -> None:
 def test_options_outside_what_they_may_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="'train' or 'test', got 'valid'"):
         load_dataset("digits", "valid")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="1 or more; got -8"):
+    with pytest.raises(ConfigError, match="1 to 8192; got -8"):
         load_dataset("digits", size=-8)
+
+
+def test_arrays_that_do_not_fit_in_memory_are_said_to_be_too_large(tmp_path: Path) -> None:
+    """A file of few bytes may claim any shape."""
+    path, header = tmp_path / "large.npz", io.BytesIO()
+    fields = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 3, 10**4, 10**4)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("x_train", "y_train"):
+            file.writestr(f"{name}.npy", header.getvalue())
+    with pytest.raises(DataError, match=r"does not fit in memory \(Unable to allocate .* TiB"):
+        load_dataset(path)
+
+
+@pytest.mark.parametrize("size", ["x", 2.5, -1, 10**9, [8]])
+def test_a_size_that_is_no_side_of_an_image_is_refused(size: Any) -> None:
+    with pytest.raises(ConfigError, match="size is the side of an image in pixels, 1 to 8192"):
+        load_dataset("digits", size=size)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["digits"]])
+def test_a_name_that_is_no_text_is_refused(name: Any) -> None:
+    with pytest.raises(DataError, match="expected the name or the path of a data set"):
+        load_dataset(name)
