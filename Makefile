@@ -3,10 +3,14 @@
 #   PYTHON  the interpreter that makes .venv, 3.10 or newer   (default: python3)
 #   OUT     the folder that the demo writes to                (default: demo)
 #   ARGS    more arguments for pytest, such as ARGS="-k data"
+#   SECONDS how long to fuzz                                  (default: 600)
+#   SEED    seed of the mutated files                         (default: 0)
 
 PYTHON ?= python3
 OUT ?= demo
 ARGS ?=
+SECONDS ?= 600
+SEED ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +18,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint typecheck docs dist format clean
+.PHONY: help venv demo test fuzz lint typecheck docs dist format clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +32,9 @@ demo: $(STAMP)  ## Learn the digits two by two, with memories of as many bytes: 
 
 test: $(STAMP)  ## Run the tests, a process for each core
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+fuzz: $(STAMP)  ## Read mutated memory files for SECONDS=600
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
 
 lint: $(STAMP)  ## Check style, formatting and who imports whom
 	$(BIN)/ruff check .

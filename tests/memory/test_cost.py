@@ -176,3 +176,16 @@ def test_no_memory_that_is_planned_comes_near_the_bounds(
         values = HierarchicalMemory.num_floats_of(layout, num_classes, num_images)
         work = HierarchicalMemory.image_work(layout)
         check_claims(budget, 2 * num_images, math.ceil(1.3 * values), 8 * work)
+
+
+def test_the_fuzzer_finds_nothing_in_a_second() -> None:
+    """`make fuzz` does so for longer."""
+    script = Path(__file__).parents[1] / "fuzz.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "--seconds", "1", "--seed", "7"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert " files: " in result.stdout
