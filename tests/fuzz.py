@@ -143,7 +143,7 @@ def reset_peak_memory() -> int:
 
 def main() -> int:
     """Fuzz, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60, help="for how long (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations (default: 0)")
     args = parser.parse_args()

@@ -36,7 +36,7 @@ from hmn_replay.training.train import resolve_compile
 __all__ = ["condense"]
 
 # Of the images that a budget is planned for, the share that makes no warning.
-_USED_SHARE, _USED_SHARE_CODED = 0.9, 0.25
+_USED_SHARE, _USED_SHARE_CODED = 0.9, 1 / 16
 
 
 @torch.inference_mode(False)

@@ -207,8 +207,7 @@ def test_every_part_may_be_left_out_or_be_large(
 
 def test_the_layout_is_chosen_where_none_is_given(make_set: MakeSet) -> None:
     data = make_set(image_shape=(3, 32, 32))
-    with pytest.warns(HMNReplayWarning, match="the budget of .* is planned for"):
-        memory = condense(data, "60 KiB", **{**TINY, "warm_start_steps": 1, "outer_steps": 0})
+    memory = condense(data, "60 KiB", **{**TINY, "warm_start_steps": 1, "outer_steps": 0})
     num_real = len(data) // data.num_classes
     assert memory.layout == HierarchicalMemory.choose_layout(
         "60 KiB", (3, 32, 32), 3, "entropy", num_real
