@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -617,6 +618,29 @@ def test_after_the_loss_of_a_process_there_is_advice(
     with pytest.raises(DistributedError, match=f"process 1 was lost; {advice}"):
         team = Observer(sum_gradients=at_call(2, lose))
         tiny(make_set(), make_layout(), checkpoint=path, team=team)
+
+
+def test_two_runs_with_one_checkpoint_and_one_file_end_right_or_are_told(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
+) -> None:
+    """Each goes on from what the other has written, or is told that it cannot."""
+    data, layout, path = make_set(), make_layout(), tmp_path / "run.checkpoint"
+    expected, out = tiny(data, layout).to_bytes(), tmp_path / "out.hmn"
+
+    def work(_: int) -> bytes | None:
+        try:
+            memory = tiny(data, layout, checkpoint=path, **EVERY_STEP)
+            memory.save(out)
+        except (CheckpointError, OSError):
+            return None
+        return memory.to_bytes()
+
+    with ThreadPoolExecutor(3) as pool:
+        ends = list(pool.map(work, range(3)))
+    assert set(ends) <= {expected, None}
+    assert expected in ends
+    assert out.read_bytes() == expected
+    assert sorted(os.listdir(tmp_path)) == ["out.hmn", "run.checkpoint"]
 
 
 KILLED = """

@@ -178,6 +178,23 @@ def test_no_memory_that_is_planned_comes_near_the_bounds(
         check_claims(budget, 2 * num_images, math.ceil(1.3 * values), 8 * work)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a Linux process")
+@pytest.mark.parametrize("name", ["hmn-entropy", "hmn-int8", "jpeg", "lossless"])
+def test_reading_and_decoding_again_and_again_keeps_no_memory(name: str) -> None:
+    data = (Path(__file__).parents[1] / "data" / "golden" / f"{name}.hmn").read_bytes()
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for number in range(150):
+        if number == 50:
+            before = resident()
+        memory = loads(data)
+        memory.decode()
+        memory.to_bytes()
+    assert resident() - before < 2**21
+
+
 def test_the_fuzzer_finds_nothing_in_a_second() -> None:
     """`make fuzz` does so for longer."""
     script = Path(__file__).parents[1] / "fuzz.py"
