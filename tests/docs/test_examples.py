@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import hmn_replay
 from tests.hub import Hub
@@ -18,13 +20,22 @@ DOCS = Path(__file__).parents[2] / "docs"
 HOSTS = ("models.er", "avalanche")
 
 
-def run_page(name: str, host: str = "") -> dict[str, Any]:
-    """Run the blocks of a page in one namespace: those that name a host, or none of them."""
+def run_page(name: str, host: str = "", replace: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run the blocks of a page in one namespace: those that name a host, or none of them.
+
+    Args:
+        name: The page.
+        host: One of ``HOSTS``, or none.
+        replace: Words of the blocks and what stands in their place, to make sizes smaller.
+    """
     names: dict[str, Any] = {}
     with torch.random.fork_rng():
         for block in re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.S | re.M):
             if any(other in block for other in HOSTS if other != host) or host not in block:
                 continue
+            for word, smaller in (replace or {}).items():
+                assert word in block
+                block = block.replace(word, smaller)
             exec(compile(block, name, "exec"), names)
     return names
 
@@ -33,8 +44,10 @@ def run_page(name: str, host: str = "") -> dict[str, Any]:
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Run in an empty folder; only "quick" is quicker."""
     monkeypatch.chdir(tmp_path)
-    settings = {"warm_start_steps": 40, "outer_steps": 1, "inner_steps": 2, "pruning_passes": 200}
-    monkeypatch.setitem(hmn_replay.EFFORTS, "quick", {**settings, "pruning_width": 8})
+    settings = {"warm_start_steps": 20, "outer_steps": 1, "inner_steps": 2, "trained_networks": 0}
+    monkeypatch.setitem(
+        hmn_replay.EFFORTS, "quick", {**settings, "pruning_passes": 200, "pruning_width": 8}
+    )
 
 
 def test_replay_in_a_loop_of_ones_own() -> None:
@@ -45,6 +58,7 @@ def test_replay_in_a_loop_of_ones_own() -> None:
     assert torch.load("memory.pt", weights_only=True)["num_updates"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:the budget of .* is planned for")
 def test_mammoths_model_gets_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     class Er:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -72,6 +86,24 @@ def test_memories_are_shared_and_shown(hub: Hub) -> None:
     assert Path("stream.html").read_text().count("<figcaption>experience 1 · ") == 10
     assert 0 < len(hub.repositories["someone/digits-4k"]["memory.hmn"]) <= 4096
     assert names["again"].file_bytes <= 2048
+
+
+def test_folders_of_large_pictures_become_a_file_and_a_stream() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for number, label in enumerate(("church", "tench", "truck")):
+            folder = Path("imagenette2", split, label)
+            folder.mkdir(parents=True)
+            for i in range(4):
+                pixels = torch.randint(80 * number, 80 * number + 80, (40, 36), generator=generator)
+                picture = Image.fromarray(pixels.to(torch.uint8).numpy()).convert("RGB")
+                picture.resize((72, 80)).save(folder / f"{i}.jpg")
+    smaller = {"size=224": "size=48", "1 MB": "12 KB", "width=64": "width=4, num_passes=24"}
+    names = run_page("large-images.md", replace=smaller)
+    assert names["train"].image_shape == (3, 48, 48) == names["memory"].image_shape
+    assert names["memory"].class_names == {0: "church", 1: "tench", 2: "truck"}
+    assert Path("imagenette.hmn").stat().st_size <= 12_000
+    assert names["images"].shape[1:] == (3, 48, 48) and names["stream"].memory.num_classes == 3
 
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own
