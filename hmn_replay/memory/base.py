@@ -8,6 +8,7 @@ Memories whose images are learned are in :mod:`hmn_replay.memory.learned`, real 
 from __future__ import annotations
 
 import abc
+import copy
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from hmn_replay.memory.file import (
     read_file,
     unpack,
 )
+from hmn_replay.memory.labels import Labeller, SoftLabels
 from hmn_replay.registry import Registry
 from hmn_replay.runtime import resolve_device, without_autocast
 
@@ -62,6 +64,7 @@ _KEPT_BYTES = 2**30
 # Class names are kept where they take no more than this share of the budget.
 _NAMES_SHARE = 0.01
 _MAX_NAMES_BYTES = 2**20
+_OPTIONAL = {"names", "label_code", "labeller_code", "labeller_values"}
 
 AnyMemory = TypeVar("AnyMemory", bound="type[Memory]")
 
@@ -88,6 +91,8 @@ class Memory(abc.ABC):
     report: dict[str, Any]
     # Beside class_index, so that nobody has to ask the device for them.
     _counts: list[int]
+    _soft: SoftLabels | None = None
+    _labeller: Labeller | None = None
 
     @property
     @abc.abstractmethod
@@ -102,7 +107,7 @@ class Memory(abc.ABC):
     def bits(self) -> dict[str, float]:
         """Return the bits that each stored tensor takes in the file, by name.
 
-        Header, labels, counts and class names are not in it.
+        Header, labels, counts and class names are not in it; :meth:`label_bits` are.
         """
 
     @abc.abstractmethod
@@ -173,6 +178,7 @@ class Memory(abc.ABC):
             name: TensorSpec(tensor.dtype, tuple(tensor.shape))
             for name, tensor in {**self.stored(), **self._stored_names()}.items()
         }
+        specs |= self.label_specs()
         return packed_size(self.kind, self.num_images, self.budget_bytes, self.words(), specs)
 
     def summary(self) -> dict[str, Any]:
@@ -188,6 +194,8 @@ class Memory(abc.ABC):
             "images_per_class": self.images_per_class,
             "budget_bytes": self.budget_bytes,
             "file_bytes": self.file_bytes,
+            "labels": self.richest_labels,
+            "label_bytes": sum(spec.num_bytes for spec in self.label_specs().values()),
             "bits": bits,
         }
 
@@ -240,15 +248,192 @@ class Memory(abc.ABC):
         transform: Callable[[Tensor], object] | None = None,
         *,
         dtype: torch.dtype = torch.float32,
+        soft: bool = False,
     ) -> DecodedDataset:
         """Decode everything once, into a data set of ``(image, label)`` pairs.
 
         Args:
             transform: Applied to an image ``(C, H, W)`` each time that it is read.
             dtype: As in :meth:`decode`.
+            soft: Whether the second of a pair is the image's soft label, float32 ``(K,)``, as
+                ``torch.nn.CrossEntropyLoss`` takes it, and not the class's label.
         """
         images, labels = self.decode(dtype=dtype)
-        return DecodedDataset(images.cpu(), labels.cpu(), transform)
+        rows = self.soft_labels().cpu() if soft else None
+        return DecodedDataset(images.cpu(), labels.cpu(), transform, rows)
+
+    # Soft labels, and a labeller.
+
+    @property
+    def has_soft_labels(self) -> bool:
+        """Whether any image has a soft label."""
+        return self._soft is not None
+
+    @property
+    def is_soft(self) -> Tensor:
+        """Bool ``(N,)`` on the CPU: which images have a soft label."""
+        if self._soft is None:
+            return torch.zeros(self.num_images, dtype=torch.bool)
+        return self._soft.is_soft
+
+    @property
+    def richest_labels(self) -> str:
+        """The most that a network can learn from: ``"labeller"``, ``"soft"`` or ``"hard"``."""
+        if self._labeller is not None:
+            return "labeller"
+        return "soft" if self.has_soft_labels else "hard"
+
+    def soft_labels(self, indices: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Return what a trained network said of images: the probabilities of the classes.
+
+        An image without a soft label has the probability 1 for its own class. Classes that it
+        hardly resembles, and those that came to the memory after it, have the probability 0.
+
+        Args:
+            indices: As in :meth:`decode`.
+
+        Returns:
+            float32 ``(B, K)`` on the memory's device, in the order of :attr:`classes`; rows sum to
+            one.
+
+        Raises:
+            ConfigError: As :meth:`decode`.
+        """
+        positions = None if indices is None else check_indices(indices, self.num_images)
+        soft = SoftLabels.hard(self._counts) if self._soft is None else self._soft
+        return soft.probabilities(positions).to(self.classes.device)
+
+    def set_soft_labels(
+        self, probabilities: Tensor | None, indices: Tensor | Sequence[int] | None = None
+    ) -> None:
+        """Give images soft labels, rounded to what the file stores.
+
+        The file may then be over the budget; :meth:`shrink` mends that.
+
+        Args:
+            probabilities: float ``(B, K)``, 0 or more, in the order of :attr:`classes`. None takes
+                all soft labels away.
+            indices: Positions of the images, each once. Default: all.
+
+        Raises:
+            ConfigError: Positions as in :meth:`decode`, or probabilities of another shape, below 0
+                or not finite.
+        """
+        if probabilities is None:
+            self._soft = None
+            return
+        indices = torch.arange(self.num_images) if indices is None else indices
+        positions = check_indices(indices, self.num_images)
+        wanted = (len(positions), self.num_classes)
+        if probabilities.shape != wanted or not bool(
+            (probabilities.isfinite() & (probabilities >= 0)).all()
+        ):
+            raise ConfigError(
+                f"soft labels are finite probabilities {wanted}, one a class; got "
+                f"{tuple(probabilities.shape)} or values that are none"
+            )
+        old = SoftLabels.hard(self._counts) if self._soft is None else self._soft
+        self._soft = old.replaced(positions, probabilities)
+
+    @property
+    def labeller(self) -> Labeller | None:
+        """The small network in the file that labels augmented images, or None.
+
+        It maps float images ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)``, in the order of
+        :attr:`classes`. Where classes are added to the memory, it is dropped.
+        """
+        return None if self._labeller is None else self._labeller.to(self.classes.device)
+
+    def set_labeller(self, labeller: Labeller | None) -> None:
+        """Keep a labeller in the file, or none.
+
+        Raises:
+            ConfigError: It has other classes than the memory.
+        """
+        if labeller is not None and labeller.num_classes != self.num_classes:
+            raise ConfigError(
+                f"the labeller has {labeller.num_classes} classes, the memory {self.num_classes}"
+            )
+        # Not by name: a learned memory is a module, which would take it for a part of its own.
+        self.__dict__["_labeller"] = labeller
+
+    def stored_labels(self) -> dict[str, Tensor]:
+        """Return what the file stores of soft labels and of the labeller: name to tensor."""
+        return {**_stored(self._soft), **_stored(self._labeller)}
+
+    def restore_labels(self, tensors: Mapping[str, Tensor], num_bytes: int) -> None:
+        """Take over soft labels and a labeller, or that there are none.
+
+        Args:
+            tensors: What :meth:`stored_labels` gave, maybe among others.
+            num_bytes: Bytes of all tensors of the file, which bound what they may claim.
+
+        Raises:
+            MemoryFileError: They are not those of this memory's images and classes.
+            ConfigError: As well.
+        """
+        self._soft = SoftLabels.restored(tensors, self._counts, num_bytes)
+        self.set_labeller(Labeller.restored(tensors, self.image_shape, self.num_classes, num_bytes))
+
+    def label_specs(self, indices: Tensor | None = None) -> dict[str, TensorSpec]:
+        """Return type and shape of what the file has of soft labels and of the labeller.
+
+        Args:
+            indices: int64 ``(B,)``, ascending: if only these images were kept. Default: all.
+        """
+        soft = self._soft
+        if soft is not None and indices is not None:
+            counts = self.class_index.cpu()[indices].bincount(minlength=self.num_classes)
+            soft = soft.rearranged(indices, range(self.num_classes), counts.tolist())
+        stored = {**_stored(soft), **_stored(self._labeller)}
+        return {k: TensorSpec(tensor.dtype, tuple(tensor.shape)) for k, tensor in stored.items()}
+
+    def label_bits(self) -> dict[str, float]:
+        """Return the bits that soft labels and labeller take in the file, by name."""
+        bits: dict[str, float] = {}
+        for name, spec in self.label_specs().items():
+            owner = "labeller" if name.startswith("labeller") else "soft_labels"
+            bits[owner] = bits.get(owner, 0.0) + 8.0 * spec.num_bytes
+        return bits
+
+    def shrink(self, budget_bytes: int | None = None) -> None:
+        """Drop images until the file is within a budget, as few as that takes.
+
+        The first images of every class stay longest: the last ones of the fullest classes go.
+
+        Args:
+            budget_bytes: Default: the memory's own.
+
+        Raises:
+            BudgetError: Without any image it is over the budget.
+        """
+        limit = self.budget_bytes if budget_bytes is None else budget_bytes
+        if limit is None or self.file_bytes <= limit:
+            return
+        size = self.images_kept_together
+        place = torch.cat([torch.arange(count) for count in self._counts])
+        order = (place // size).argsort(stable=True)
+        low, high = 0, len(order) // size
+        whole = copy.deepcopy(self)
+
+        def first(num_groups: int) -> Tensor:
+            return order[: num_groups * size].sort().values
+
+        while low < high:
+            middle = (low + high + 1) // 2
+            trial = copy.deepcopy(whole)
+            trial.keep(first(middle))
+            low, high = (middle, high) if trial.file_bytes <= limit else (low, middle - 1)
+        if not low:
+            raise BudgetError(
+                f"a budget of {limit:,} bytes does not hold one image beside labels and labeller"
+            )
+        self.keep(first(low))
+
+    @property
+    def images_kept_together(self) -> int:
+        """How many images share stored values, and so are kept or dropped together."""
+        return 1
 
     @torch.no_grad()
     def keep(self, indices: Tensor | Sequence[int]) -> None:
@@ -268,6 +453,7 @@ class Memory(abc.ABC):
         self._keep(kept)
         self.class_index = self.class_index[kept.to(self.class_index.device)]
         self._counts = self.class_index.bincount(minlength=self.num_classes).tolist()
+        self._rearrange_labels(kept, range(self.num_classes))
 
     @torch.no_grad()
     def remove(self, classes: Sequence[int] | Tensor) -> None:
@@ -294,6 +480,22 @@ class Memory(abc.ABC):
         self._counts = [self._counts[position] for position in stays]
         self.classes = self.classes[rows]
         self._drop_classes(rows)
+        self._rearrange_labels(torch.arange(self.num_images), stays)
+
+    def _rearrange_labels(self, rows: Tensor, columns: Sequence[int]) -> None:
+        """Let soft labels and labeller follow images and classes.
+
+        Args:
+            rows: int64 ``(N,)``, the position that each image had; -1 for a new one.
+            columns: The position that each class had; -1 for a new one.
+        """
+        if self._soft is not None:
+            soft = self._soft.rearranged(rows, columns, self._counts)
+            self._soft = soft if bool(soft.is_soft.any()) else None
+        if self._labeller is not None and list(columns) != [*range(self._labeller.num_classes)]:
+            positions = torch.tensor(columns)
+            kept = None if min(columns) < 0 else self._labeller.of_classes(positions)
+            self.set_labeller(kept)
 
     def to_bytes(self) -> bytes:
         """Return the bytes of the memory's file; :func:`hmn_replay.memory.loads` reads them.
@@ -307,6 +509,7 @@ class Memory(abc.ABC):
             "counts": torch.tensor(self._counts, dtype=counts.dtype),
             **self.stored(),
             **self._stored_names(),
+            **self.stored_labels(),
         }
         return pack(Record(self.kind, self.num_images, self.budget_bytes, self.words(), tensors))
 
@@ -495,31 +698,41 @@ def _stored_names(class_names: Mapping[int, str], classes: Sequence[int]) -> dic
     return {"names": torch.frombuffer(bytearray(data), dtype=torch.uint8)}
 
 
-class DecodedDataset(Dataset[tuple[object, int]]):
+class DecodedDataset(Dataset[tuple[object, Any]]):
     """Decoded images as a map-style data set.
 
     Args:
         images: ``(N, C, H, W)``.
         targets: int64 ``(N,)``.
         transform: Applied to an image ``(C, H, W)`` each time that it is read, or None.
+        soft: float ``(N, K)``: items are ``(image, soft label)``. Default: None, the targets.
 
     Attributes:
         targets: list of int, the labels, as torchvision's data sets have them.
     """
 
     def __init__(
-        self, images: Tensor, targets: Tensor, transform: Callable[[Tensor], object] | None = None
+        self,
+        images: Tensor,
+        targets: Tensor,
+        transform: Callable[[Tensor], object] | None = None,
+        soft: Tensor | None = None,
     ) -> None:
         self.images = images
         self.targets: list[int] = targets.tolist()
-        self.transform = transform
+        self.transform, self.soft = transform, soft
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[object, int]:
+    def __getitem__(self, index: int) -> tuple[object, Any]:
         image = self.images[index]
-        return image if self.transform is None else self.transform(image), self.targets[index]
+        target = self.targets[index] if self.soft is None else self.soft[index]
+        return image if self.transform is None else self.transform(image), target
+
+
+def _stored(part: SoftLabels | Labeller | None) -> dict[str, Tensor]:
+    return {} if part is None else part.stored()
 
 
 def label_specs(classes: Sequence[int], num_images: int) -> dict[str, TensorSpec]:
@@ -637,6 +850,7 @@ def _restored(record: Record) -> Memory:
         if "names" in record.tensors:
             names = _decompress(record.tensors["names"], len(classes))
             memory.class_names = {k: name for k, name in zip(classes, names, strict=True) if name}
+        memory.restore_labels(record.tensors, record.num_bytes)
     except MemoryFileError:
         raise
     except (HMNReplayError, KeyError, ValueError, TypeError) as error:
@@ -645,8 +859,11 @@ def _restored(record: Record) -> Memory:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
-    """Raise a :class:`MemoryFileError` unless a file has just these tensors, names aside."""
-    if difference := sorted((set(tensors) - {"names"}) ^ set(specs)):
+    """Raise a :class:`MemoryFileError` unless a file has just these tensors.
+
+    Those of names and of soft labels and a labeller, which any file may have, are left aside.
+    """
+    if difference := sorted((set(tensors) - _OPTIONAL) ^ set(specs)):
         raise MemoryFileError(f"its tensors are not those of such a memory: {difference[:5]}")
     for name, spec in specs.items():
         if tensors[name].dtype != spec.dtype or tuple(tensors[name].shape) != spec.shape:

@@ -446,6 +446,7 @@ class LearnedMemory(Memory, nn.Module):
         budget_bytes: int | None,
         code_bytes: int | None = None,
         names_bytes: int = 0,
+        labels: Mapping[str, TensorSpec] | None = None,
     ) -> int:
         """Return the exact size of a memory file, header and all.
 
@@ -456,8 +457,9 @@ class LearnedMemory(Memory, nn.Module):
             budget_bytes: The budget, which stands in the header.
             code_bytes: As in :meth:`specs`.
             names_bytes: What class names take.
+            labels: Soft labels and labeller; see :meth:`Memory.label_specs`. Default: none.
         """
-        specs = cls.specs(layout, classes, num_images, code_bytes)
+        specs = {**cls.specs(layout, classes, num_images, code_bytes), **(labels or {})}
         if names_bytes:
             specs["names"] = TensorSpec(torch.uint8, (names_bytes,))
         return packed_size(cls.kind, num_images, budget_bytes, layout.words(), specs)
@@ -479,8 +481,16 @@ class LearnedMemory(Memory, nn.Module):
         budget: Budget | int | str,
         classes: int | Sequence[int],
         names_bytes: int = 0,
+        label_bytes: tuple[int, float] = (0, 0.0),
     ) -> int:
         """Return how many images fit: the largest number within the budget, in whole groups.
+
+        Args:
+            layout: As in :meth:`specs`.
+            budget: Bytes of the file.
+            classes: As in :meth:`specs`.
+            names_bytes: What class names take.
+            label_bytes: What soft labels or a labeller take, in any case and for each image.
 
         Raises:
             BudgetError: Not even one group of images a class fits; the message gives the smallest
@@ -494,8 +504,10 @@ class LearnedMemory(Memory, nn.Module):
         size = layout.group_size
 
         def takes(num_groups: int, budget_bytes: int = limit) -> int:
-            return cls.file_bytes_of(
-                layout, classes, size * num_groups, budget_bytes, names_bytes=names_bytes
+            num_images = size * num_groups
+            extra = math.ceil(label_bytes[0] + label_bytes[1] * num_images)
+            return extra + cls.file_bytes_of(
+                layout, classes, num_images, budget_bytes, names_bytes=names_bytes
             )
 
         smallest = takes(num_classes)
@@ -509,7 +521,8 @@ class LearnedMemory(Memory, nn.Module):
                 f"classes; with this layout the smallest that does is {smallest:,} bytes"
             )
         # The header grows by a digit now and then, so the quotient is a start, not the answer.
-        num_groups = num_classes + (limit - smallest) // cls.group_bytes(layout)
+        each = cls.group_bytes(layout) + size * label_bytes[1]
+        num_groups = num_classes + math.floor((limit - smallest) / each)
         while takes(num_groups) > limit:
             num_groups -= 1
         return size * num_groups
@@ -538,7 +551,11 @@ class LearnedMemory(Memory, nn.Module):
         return self.file_bytes_with(self.num_images, self.code_bytes)
 
     def file_bytes_with(
-        self, num_images: int, code_bytes: int | None, budget_bytes: int | None = None
+        self,
+        num_images: int,
+        code_bytes: int | None,
+        budget_bytes: int | None = None,
+        labels: Mapping[str, TensorSpec] | None = None,
     ) -> int:
         """Return the size of the file with another number of images and another size of the code.
 
@@ -546,6 +563,8 @@ class LearnedMemory(Memory, nn.Module):
             num_images: A multiple of ``layout.group_size``.
             code_bytes: Of entropy-coded values; None for what the layout plans.
             budget_bytes: The budget in the header. Default: None, the memory's own.
+            labels: Soft labels and labeller; see :meth:`Memory.label_specs`. Default: None, the
+                memory's own.
         """
         return self.file_bytes_of(
             self.layout,
@@ -554,7 +573,14 @@ class LearnedMemory(Memory, nn.Module):
             self.budget_bytes if budget_bytes is None else budget_bytes,
             code_bytes,
             self.names_bytes,
+            self.label_specs() if labels is None else labels,
         )
+
+    @property
+    def images_kept_together(self) -> int:
+        """How many images share stored values, and so are kept or dropped together."""
+        size: int = self.layout.group_size
+        return size
 
     @property
     def code_bytes(self) -> int | None:
@@ -701,7 +727,7 @@ class LearnedMemory(Memory, nn.Module):
                 found[name] = total_bits(stored, self._levels(tensor))
             else:
                 found[name] = 8.0 * stored.numel() * stored.element_size()
-        return found
+        return found | self.label_bits()
 
     def rate(self, indices: Tensor, first_class: int = 0) -> tuple[Tensor, Tensor]:
         """Return how many bits the entropy code spends, with gradients to the values it codes.
@@ -813,13 +839,18 @@ class LearnedMemory(Memory, nn.Module):
         before = {
             name: getattr(self, name)
             for name in (*self.tensors, "classes", "class_index", *self._scale_names(), "_counts")
-        }
+        } | {"_soft": self._soft}
+        labeller = self._labeller
         device = self.classes.device
         generator = make_generator(seed, "classes", len(old))
         owner = torch.arange(len(new)).repeat_interleave(torch.tensor(counts))
         self.classes = torch.cat([self.classes, torch.tensor(new, device=device)])
         self.class_index = torch.cat([self.class_index, (len(old) + owner).to(device)])
         self._counts = [*self._counts, *counts]
+        num_old = self.num_images - sum(counts)
+        rows = torch.arange(self.num_images)
+        columns = [*range(len(old)), *[-1] * len(new)]
+        self._rearrange_labels(rows.where(rows < num_old, -1), columns)
         for name, tensor in self.tensors.items():
             if tensor.rows != "shared":
                 num_rows = len(new) if tensor.rows == "class" else sum(counts) // size
@@ -831,6 +862,7 @@ class LearnedMemory(Memory, nn.Module):
             num_images, num_classes = self.num_images, self.num_classes
             for name, kept in before.items():
                 setattr(self, name, kept)
+            self.set_labeller(labeller)
             raise BudgetError(
                 f"{num_images} images of {num_classes} classes take {needed:,} bytes, over the "
                 f"budget of {self.budget_bytes:,}; keep fewer images, or raise the budget"

@@ -6,6 +6,7 @@ import abc
 import io
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -141,12 +142,15 @@ class RealMemory(Memory):
         names = {**self.class_names, **(data.class_names or {})}
         names = affordable_names(names, payloads, self.budget_bytes)
         wanted = sorted((i, label) for label, own in payloads.items() for i in range(len(own)))
+        old = [label for label in self.classes.tolist() if label not in places]
         if self.budget_bytes is not None:
-            wanted = wanted[: self._most_that_fit(wanted, payloads, names, self.budget_bytes)]
+            wanted = wanted[: self._most_that_fit(wanted, payloads, names, self.budget_bytes, old)]
         kept: dict[int, list[bytes]] = {}
         for label, i in sorted((label, i) for i, label in wanted):
             kept.setdefault(label, []).append(payloads[label][i])
+        rows, columns = self._old_places(wanted, old)
         self._set(list(kept), [len(own) for own in kept.values()], itertools.chain(*kept.values()))
+        self._rearrange_labels(rows, columns)
         self.class_names = {label: name for label, name in names.items() if label in kept}
 
     def _most_that_fit(
@@ -155,6 +159,7 @@ class RealMemory(Memory):
         payloads: Mapping[int, Sequence[bytes]],
         names: Mapping[int, str],
         limit: int,
+        old: Sequence[int],
     ) -> int:
         """Return how many of a queue of images fit, by bisection: files grow with their images."""
 
@@ -162,7 +167,14 @@ class RealMemory(Memory):
             chosen = queue[:num_images]
             classes = sorted({label for _, label in chosen})
             lengths = [len(payloads[label][i]) for i, label in chosen]
-            return self._size(classes, lengths, stored_names_bytes(names, classes))
+            labels: dict[str, TensorSpec] = {}
+            if self._soft is not None:
+                rows, columns = self._old_places(chosen, old)
+                counts = Counter(label for _, label in chosen)
+                ordered = [counts[label] for label in classes]
+                stored = self._soft.rearranged(rows, columns, ordered).stored()
+                labels = {k: TensorSpec(t.dtype, tuple(t.shape)) for k, t in stored.items()}
+            return self._size(classes, lengths, stored_names_bytes(names, classes), labels)
 
         if not queue or takes(1) > limit:
             smallest = f"; the smallest that does is {takes(1):,} bytes" if queue else ""
@@ -173,8 +185,33 @@ class RealMemory(Memory):
             low, high = (middle, high) if takes(middle) <= limit else (low, middle - 1)
         return low
 
-    def _size(self, classes: Sequence[int], lengths: Sequence[int], names_bytes: int) -> int:
-        specs = {**label_specs(classes, len(lengths)), **self._specs(lengths)}
+    def _old_places(
+        self, chosen: Sequence[tuple[int, int]], old: Sequence[int]
+    ) -> tuple[Tensor, list[int]]:
+        """Return where images and their classes stood, -1 for new ones.
+
+        Args:
+            chosen: Place in its class and label of each image, in any order.
+            old: Labels of the classes that stay as they are.
+        """
+        labels, stay = self.classes.tolist(), set(old)
+        starts = dict(zip(labels, itertools.accumulate([0, *self._counts]), strict=False))
+        rows = [
+            starts[label] + i if label in stay else -1
+            for label, i in sorted((label, i) for i, label in chosen)
+        ]
+        classes = sorted({label for _, label in chosen})
+        columns = [labels.index(label) if label in stay else -1 for label in classes]
+        return torch.tensor(rows, dtype=torch.int64), columns
+
+    def _size(
+        self,
+        classes: Sequence[int],
+        lengths: Sequence[int],
+        names_bytes: int,
+        labels: Mapping[str, TensorSpec],
+    ) -> int:
+        specs = {**label_specs(classes, len(lengths)), **self._specs(lengths), **labels}
         if names_bytes:
             specs["names"] = TensorSpec(torch.uint8, (names_bytes,))
         return packed_size(self.kind, len(lengths), self.budget_bytes, self.words(), specs)
@@ -254,7 +291,7 @@ class RealMemory(Memory):
     def bits(self) -> dict[str, float]:
         """Return the bits that each stored tensor takes in the file, by name."""
         specs = self._specs(list(map(len, self.payloads)))
-        return {name: 8.0 * spec.num_bytes for name, spec in specs.items()}
+        return {name: 8.0 * spec.num_bytes for name, spec in specs.items()} | self.label_bits()
 
 
 @register_memory("raw")

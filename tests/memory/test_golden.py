@@ -20,9 +20,16 @@ NAMES = {
     **{f"{kind}-{number_format}": (kind, number_format) for kind, number_format in LEARNED_FORMATS},
     **{kind: (kind, "") for kind in REAL},
 }
+LABELLED = {
+    "hmn-entropy-soft": ("hmn", "entropy"),
+    "raw-soft": ("raw", ""),
+    "jpeg-labeller": ("jpeg", ""),
+}
 DIGESTS = json.loads((FOLDER / "golden.json").read_text())
 
+EVERY = {**NAMES, **LABELLED}
 every_file = pytest.mark.parametrize("name", NAMES)
+every_file_or_labelled = pytest.mark.parametrize("name", EVERY)
 
 
 def digest(data: bytes) -> str:
@@ -34,7 +41,7 @@ def decoded(name: str) -> dict[str, Any]:
         return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
-@every_file
+@every_file_or_labelled
 def test_every_kind_and_number_format_has_a_file_that_nobody_has_touched(name: str) -> None:
     assert digest((FOLDER / f"{name}.hmn").read_bytes()) == DIGESTS[name]["file"]
 
@@ -59,7 +66,7 @@ def test_a_golden_file_is_read_to_what_it_says(name: str) -> None:
         assert memory.images_per_class == [1, 2, 1]
 
 
-@every_file
+@every_file_or_labelled
 def test_a_golden_file_decodes_to_the_images_that_it_did(name: str) -> None:
     """Bit for bit where they are real; a CPU may round a float of learned ones in another way."""
     memory = load(FOLDER / f"{name}.hmn")
@@ -71,7 +78,7 @@ def test_a_golden_file_decodes_to_the_images_that_it_did(name: str) -> None:
         assert int(wanted.max()) - int(wanted.min()) > 100
 
 
-@every_file
+@every_file_or_labelled
 def test_a_golden_file_is_written_again_as_it_is(name: str) -> None:
     """Integers, steps, scales and the entropy code: names alone depend on the version of zlib."""
     memory = load(FOLDER / f"{name}.hmn")
@@ -82,6 +89,20 @@ def test_a_golden_file_is_written_again_as_it_is(name: str) -> None:
     for key, tensor in old.tensors.items():
         if key != "names":
             assert new.tensors[key].equal(tensor), key
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labels_of_a_golden_file_are_read_to_what_they_were(name: str) -> None:
+    memory, wanted = load(FOLDER / f"{name}.hmn"), decoded(name)
+    assert memory.richest_labels == name.rpartition("-")[2]
+    if memory.has_soft_labels:
+        torch.testing.assert_close(memory.soft_labels(), wanted["soft"], rtol=1e-6, atol=1e-8)
+        assert len(wanted["soft"].unique()) > 4
+    else:
+        assert memory.labeller is not None
+        logits = memory.labeller(wanted["pixels"].float() / 255)
+        torch.testing.assert_close(logits, wanted["logits"], rtol=1e-4, atol=1e-4)
+        assert float(wanted["logits"].std()) > 0.1
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REAL])

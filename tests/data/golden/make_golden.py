@@ -8,7 +8,10 @@ or number format gets a file by this script, once. A new version of the file for
 its own beside the old ones.
 
 * ``KIND-FORMAT.hmn``, or ``KIND.hmn`` for real images: the file.
-* ``KIND-FORMAT.npz``: ``pixels``, uint8 ``(N, C, H, W)``, what it decodes to, and ``labels``.
+* ``KIND-soft.hmn`` and ``KIND-labeller.hmn``: a file with soft labels, or with a labeller.
+* ``KIND-FORMAT.npz``: ``pixels``, uint8 ``(N, C, H, W)``, what it decodes to, and ``labels``; of
+  files with soft labels, ``soft``, float32 ``(N, K)``, too; of those with a labeller, ``logits``,
+  float32 ``(N, K)``, what it says of the images.
 * ``golden.json``: the BLAKE2b of each file and, for learned kinds, of the values that it is loaded
   with: float32, in the order of the table, which no machine may round in another way.
 """
@@ -27,6 +30,7 @@ import torch
 import hmn_replay
 from hmn_replay import MEMORIES, NUMBER_FORMATS, LabelledImages, LearnedMemory, Memory
 from hmn_replay.memory import HaBaLayout, HMNLayout, IDCLayout, LinBaLayout, PixelLayout
+from hmn_replay.memory.labels import Labeller
 
 FOLDER = Path(__file__).parent
 SHAPE = (3, 9, 13)
@@ -79,6 +83,39 @@ def real(kind: str) -> Memory:
     return memory  # type: ignore[no-any-return]
 
 
+def as_it_is(memory: Memory) -> Memory:
+    return memory
+
+
+def with_soft_labels(memory: Memory) -> Memory:
+    """Return the memory with soft labels, and with a class that came after them."""
+    rng = np.random.default_rng(3)
+    rows = rng.dirichlet(np.full(memory.num_classes, 0.4), memory.num_images)
+    memory.set_soft_labels(torch.from_numpy(rows))
+    if isinstance(memory, LearnedMemory):
+        memory.extend([11], 1)
+    return memory
+
+
+def with_labeller(memory: Memory) -> Memory:
+    """Return the memory with a labeller of its classes."""
+    width, depth = 5, 2
+    labeller = Labeller(memory.image_shape, memory.num_classes, width, depth)
+    rng = np.random.default_rng(4)
+    for name, buffer in labeller.named_buffers():
+        values = rng.normal(0, 6, buffer.shape) if "integers" in name else rng.random(buffer.shape)
+        buffer.copy_(torch.from_numpy(np.round(values) if "integers" in name else values + 0.1))
+    memory.set_labeller(labeller)
+    return memory
+
+
+LABELLED: dict[str, tuple[str, str, Callable[[Memory], Memory]]] = {
+    "hmn-entropy-soft": ("hmn", "entropy", with_soft_labels),
+    "raw-soft": ("raw", "", with_soft_labels),
+    "jpeg-labeller": ("jpeg", "", with_labeller),
+}
+
+
 def digest(data: bytes) -> str:
     return blake2b(data, digest_size=16).hexdigest()
 
@@ -104,14 +141,21 @@ def golden_names() -> Iterator[tuple[str, str, str]]:
 def main() -> None:
     path = FOLDER / "golden.json"
     digests: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}
-    for name, kind, number_format in golden_names():
+    plain = ((*names, as_it_is) for names in golden_names())
+    both = [*plain, *((name, *made) for name, made in LABELLED.items())]
+    for name, kind, number_format, add_labels in both:
         file = FOLDER / f"{name}.hmn"
         if file.exists():
             continue
-        memory = learned(kind, number_format) if number_format else real(kind)
+        memory = add_labels(learned(kind, number_format) if number_format else real(kind))
         memory.save(file)
         pixels, labels = memory.decode(dtype=torch.uint8)
-        np.savez_compressed(FOLDER / f"{name}.npz", pixels=pixels.numpy(), labels=labels.numpy())
+        arrays: dict[str, Any] = {"pixels": pixels.numpy(), "labels": labels.numpy()}
+        if memory.has_soft_labels:
+            arrays["soft"] = memory.soft_labels().numpy()
+        if memory.labeller is not None:
+            arrays["logits"] = memory.labeller(pixels.float() / 255).numpy()
+        np.savez_compressed(FOLDER / f"{name}.npz", **arrays)
         digests[name] = {"file": digest(file.read_bytes())}
         loaded = hmn_replay.load(file)
         if isinstance(loaded, LearnedMemory):
