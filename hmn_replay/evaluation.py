@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
-from hmn_replay.errors import DataError
+from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
+from hmn_replay.memory.labels import LABELS
 from hmn_replay.runtime import resolve_device, without_autocast
 from hmn_replay.training.networks import Network, NetworkFactory
-from hmn_replay.training.train import TrainingConfig, train_network
+from hmn_replay.training.train import Targets, TrainingConfig, train_network
 
-__all__ = ["Decodable", "evaluate", "score"]
+__all__ = ["Decodable", "evaluate", "labeller_accuracy", "score"]
 
 
 @runtime_checkable
@@ -32,6 +33,7 @@ def evaluate(
     test_set: Decodable | ImageSource,
     *,
     network: str | NetworkFactory | None = None,
+    labels: str | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     config: TrainingConfig | None = None,
@@ -50,6 +52,9 @@ def evaluate(
         test_set: The same. A label that the source does not have counts as an error.
         network: Architecture: a name in :data:`hmn_replay.NETWORKS`, or a function from image shape
             and number of classes to a module. Default: that of ``config``, else ConvNet.
+        labels: What of a memory to learn from: ``"hard"``, its classes; ``"soft"``, the soft labels
+            in its file too; ``"labeller"``, the classes and what the labeller in its file says of
+            each augmented image. Default: the last of these that it has.
         seed: The same seed gives the same accuracy, on the same machine and number of threads.
         device: Where to train. Default: CUDA where present, else the CPU.
         config: The training. Default: ``TrainingConfig()``.
@@ -62,21 +67,22 @@ def evaluate(
 
     Raises:
         UnknownOptionError: An option that :class:`TrainingConfig` does not have.
-        ConfigError: An option out of range.
+        ConfigError: An option out of range, or labels that the source does not have.
         DataError: Images or labels that cannot be used, or of different shapes.
         TrainingError: The training diverged.
     """
     if network is not None:
         options["network"] = network
     config = (config or TrainingConfig()).replace(**options)
-    images, labels = _images_and_labels(source)
+    images, own_labels = _images_and_labels(source)
     test_images, test_labels = _images_and_labels(test_set)
     if images.shape[1:] != test_images.shape[1:]:
         raise DataError(
             f"the source has images of {tuple(images.shape[1:])} and the test set of "
             f"{tuple(test_images.shape[1:])}; both must have the same (C, H, W)"
         )
-    classes, class_indices = torch.unique(labels, return_inverse=True)
+    classes, class_indices = torch.unique(own_labels, return_inverse=True)
+    targets = _targets(source, labels, classes)
     positions = torch.searchsorted(classes, test_labels).clamp(max=len(classes) - 1)
     known = classes[positions] == test_labels
     target = resolve_device(device)
@@ -85,6 +91,7 @@ def evaluate(
             images,
             class_indices,
             len(classes),
+            targets=targets,
             config=config,
             seed=seed,
             device=target,
@@ -137,6 +144,61 @@ def score(
         for module, mode in modes.items():
             module.training = mode
     return float(num_right) / len(images)
+
+
+def labeller_accuracy(memory: Memory, test_set: Decodable | ImageSource) -> float:
+    """Return the accuracy of a memory's labeller on real images, in [0, 1].
+
+    Args:
+        memory: A memory with a labeller in its file.
+        test_set: As in :func:`evaluate`.
+
+    Raises:
+        ConfigError: The memory has no labeller.
+    """
+    labeller = memory.labeller
+    if labeller is None:
+        raise ConfigError("the memory has no labeller; make it with labels='labeller'")
+    images, labels = _images_and_labels(test_set)
+    classes = memory.classes.cpu()
+    ascending, order = classes.sort()
+    positions = torch.searchsorted(ascending, labels).clamp(max=len(classes) - 1)
+    known = ascending[positions] == labels
+    return score(
+        labeller, images, torch.where(known, order[positions], -1), device=memory.classes.device
+    )
+
+
+def _targets(
+    source: Decodable | ImageSource, labels: str | None, classes: Tensor
+) -> Targets | None:
+    """Return the soft targets of a source over some of its classes, or None for hard labels."""
+    if labels is not None and labels not in LABELS:
+        raise ConfigError(f"labels is one of {', '.join(LABELS)}; got {labels!r}")
+    if not isinstance(source, Memory):
+        if labels not in (None, "hard"):
+            raise ConfigError(f"labels={labels!r} is for a memory; got a {type(source).__name__}")
+        return None
+    wanted = source.richest_labels if labels is None else labels
+    ascending, order = source.classes.cpu().sort()
+    columns = order[torch.searchsorted(ascending, classes)]
+    if wanted == "soft":
+        if not source.has_soft_labels:
+            raise ConfigError("the memory has no soft labels; make it with labels='soft'")
+        # A class without images may have a part of the others' labels.
+        rows = source.soft_labels()[:, columns.to(source.classes.device)]
+        return rows / rows.sum(dim=1, keepdim=True)
+    if wanted == "labeller":
+        labeller = source.labeller
+        if labeller is None:
+            raise ConfigError("the memory has no labeller; make it with labels='labeller'")
+
+        def label(images: Tensor) -> Tensor:
+            logits: Tensor = labeller.to(images.device)(images)
+            return logits[:, columns.to(images.device)]
+
+        return label
+    return None
 
 
 def _images_and_labels(source: Decodable | ImageSource) -> tuple[Images, Tensor]:

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "Compile",
     "CompiledFunction",
     "CompiledLoss",
+    "SoftTargets",
     "can_compile",
     "compiling_pays",
     "mixes_images",
@@ -71,6 +73,32 @@ def mixes_images(network: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in network.modules())
 
 
+@dataclass(frozen=True, eq=False)
+class SoftTargets:
+    """What the images of a batch are said to be, beside their labels (Hinton et al. 2015).
+
+    The loss is ``(1 - weight)`` times that of the labels, and ``weight * temperature ** 2`` times
+    the cross-entropy of the logits over the temperature with the targets.
+
+    Attributes:
+        targets: float ``(N, K)``, probabilities at the temperature; rows sum to one.
+        weight: Share of the loss, in [0, 1].
+        temperature: What logits are divided by, above 0.
+    """
+
+    targets: Tensor
+    weight: float
+    temperature: float
+
+    def scaled(self, scale: float) -> Tensor:
+        """Return the targets times their weight in the loss, times a number."""
+        return self.targets * (scale * self.weight * self.temperature**2)
+
+    def of(self, rows: Tensor) -> SoftTargets:
+        """Return others, of the same weight and temperature."""
+        return SoftTargets(rows, self.weight, self.temperature)
+
+
 class CompiledLoss:
     """The gradient of :func:`hmn_replay.training.train.mixed_loss`, compiled at the first batch.
 
@@ -96,6 +124,7 @@ class CompiledLoss:
         labels_b: Tensor,
         lam: float,
         share: float,
+        soft: SoftTargets | None = None,
     ) -> Tensor | None:
         """Add the gradient of ``share`` times the mean loss to the network's parameters.
 
@@ -106,6 +135,7 @@ class CompiledLoss:
             labels_b: int64 ``(N,)``, class indices.
             lam: Share of the loss that ``labels_a`` have, in [0, 1].
             share: What the mean is multiplied by.
+            soft: Soft targets beside the labels, or None.
 
         Returns:
             The loss, a scalar without a graph; or None where nothing was done: the batch is half
@@ -116,8 +146,12 @@ class CompiledLoss:
         if self._has_failed or 2 * count <= self._num_rows:
             return None
         rows = (images, labels_a, labels_b)
-        weights = torch.tensor([[lam], [1.0 - lam]], dtype=torch.float32) * (share / count)
+        scale = share / count
+        weights = torch.tensor([[lam], [1.0 - lam]], dtype=torch.float32)
+        weights = weights * (scale * (1.0 - soft.weight if soft else 1.0))
         weights = weights.repeat(1, count)
+        targets = soft.scaled(scale) if soft else None
+        temperature = soft.temperature if soft else None
         is_dynamic = mixes_images(network)
         if not is_dynamic and (missing := self._num_rows - count):
             images, labels_a, labels_b = (
@@ -125,15 +159,21 @@ class CompiledLoss:
                 for values in rows
             )
             weights = F.pad(weights, (0, missing))
+            targets = None if targets is None else F.pad(targets, (0, 0, 0, missing))
         weights = weights.to(images.device, non_blocking=True)
         parameters = [p for p in network.parameters() if p.requires_grad]
         try:
             if is_dynamic:
-                for values, dim in ((images, 0), (labels_a, 0), (labels_b, 0), (weights, 1)):
+                for values, dim in (
+                    *((images, 0), (labels_a, 0), (labels_b, 0), (weights, 1)),
+                    *([] if targets is None else [(targets, 0)]),
+                ):
                     torch._dynamo.maybe_mark_dynamic(values, dim)
             precision = resolve_precision(self.precision, images.device)
-            compiled = self._function(network, images, precision)
-            loss = compiled(network, images, labels_a, labels_b, weights, precision)
+            compiled = self._function(network, images, precision, temperature)
+            loss = compiled(
+                network, images, labels_a, labels_b, weights, targets, temperature, precision
+            )
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         except Exception as error:
             # Whatever it was, the same batch is computed without compiling, and raises if it must.
@@ -150,9 +190,11 @@ class CompiledLoss:
         return loss.detach()
 
     def _function(
-        self, network: nn.Module, images: Tensor, precision: str
+        self, network: nn.Module, images: Tensor, precision: str, temperature: float | None
     ) -> Callable[..., Tensor]:
-        return _compiled(_weighted_loss, self.backend, (*_key(network, images), precision))
+        return _compiled(
+            _weighted_loss, self.backend, (*_key(network, images), precision, temperature)
+        )
 
 
 class CompiledFunction:
@@ -226,11 +268,20 @@ def _weighted_loss(
     labels_a: Tensor,
     labels_b: Tensor,
     weights: Tensor,
+    targets: Tensor | None,
+    temperature: float | None,
     precision: str,
 ) -> Tensor:
-    """Return the weighted sum of the cross-entropies with two labels; weights are ``(2, N)``."""
+    """Return the weighted sum of the cross-entropies with two labels, and with soft targets.
+
+    Weights are ``(2, N)``; targets ``(N, K)`` have theirs in them.
+    """
     with autocast(images.device, precision):
         logits = network(images)
     logits = logits.float()
     losses = [F.cross_entropy(logits, labels, reduction="none") for labels in (labels_a, labels_b)]
-    return (weights * torch.stack(losses)).sum()
+    loss: Tensor = (weights * torch.stack(losses)).sum()
+    if targets is None or temperature is None:
+        return loss
+    distance: Tensor = (targets * (logits / temperature).log_softmax(1)).sum()
+    return loss - distance

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, TypeAlias, cast
 
@@ -244,6 +245,24 @@ def default_depth(height: int, width: int) -> int:
     side = min(height, width)
     usual = 2 if side < 16 else 3 if side <= 48 else 4 if side <= 96 else 5 if side <= 160 else 6
     return max(1, min(usual, _max_depth(side)))
+
+
+@contextlib.contextmanager
+def evaluating(network: object) -> Iterator[None]:
+    """Let a network be in evaluation mode inside the block, every module as it was afterwards.
+
+    Args:
+        network: Nothing happens unless it is a module.
+    """
+    modules = list(network.modules()) if isinstance(network, nn.Module) else []
+    modes = {module: module.training for module in modules}
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def penultimate_features(network: nn.Module, images: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from hmn_replay.training._compiled import (
     Compile,
     CompiledFunction,
     CompiledLoss,
+    SoftTargets,
     can_compile,
     compiling_pays,
     mixes_images,
@@ -43,6 +44,8 @@ __all__ = [
     "Compile",
     "CompiledFunction",
     "CompiledLoss",
+    "SoftTargets",
+    "Targets",
     "TrainingConfig",
     "add_gradients",
     "compiled_loss",
@@ -57,6 +60,10 @@ __all__ = [
 ]
 
 SCHEDULES = ("cosine", "constant")
+
+Targets: TypeAlias = "Tensor | Callable[[Tensor], Tensor]"
+"""Soft labels: the classes' probabilities for each image, float ``(N, K)`` with rows that sum to
+one; or a labeller, a function from float images ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)``."""
 
 # Of these, IDC's code applies one a batch.
 MAX_LEARNING_RATE = 1e30
@@ -119,6 +126,13 @@ class TrainingConfig(Settings):
     """Augmentations, drawn for every image. Of crop, scale and rotate, each batch gets one, as in
     IDC's code."""
 
+    label_weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Weight of soft labels in the loss, where there are any; hard ones have the rest."""
+
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """What the logits of the network, and those that soft labels stand for, are divided by where
+    the two are compared."""
+
     precision: Annotated[str, one_of("precision", PRECISIONS)] = "float32"
     """Precision of the network's computations: float32; bfloat16 for autocast, which is less exact;
     or auto, for bfloat16 where the processor multiplies it natively."""
@@ -142,6 +156,7 @@ def train_network(
     class_indices: Tensor,
     num_classes: int,
     *,
+    targets: Targets | None = None,
     config: TrainingConfig | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -159,6 +174,8 @@ def train_network(
         images: float in [0, 1] or uint8, ``(N, C, H, W)``, N 1 or more.
         class_indices: int64 ``(N,)`` in [0, num_classes).
         num_classes: Number of logits.
+        targets: Soft labels to learn beside the hard ones, or a labeller, which is shown the
+            augmented images; see :data:`Targets`. Default: None, hard labels alone.
         config: How to train. Default: ``TrainingConfig()``.
         seed: Seed of weights, order and augmentation; the global random state is left as it was.
         device: Where to train. Default: CUDA where present, else the CPU.
@@ -183,10 +200,17 @@ def train_network(
             f"expected class indices in [0, {num_classes}), got {int(class_indices.min())} to "
             f"{int(class_indices.max())}; give positions among the sorted labels, not labels"
         )
+    if isinstance(targets, Tensor) and targets.shape != (len(images), num_classes):
+        raise DataError(
+            f"expected soft labels of shape ({len(images)}, {num_classes}), got "
+            f"{tuple(targets.shape)}"
+        )
     device = resolve_device(device)
     network = make_network(images, num_classes, config, seed).to(device)
     mean, std = network.mean.cpu(), network.std.cpu()
     images, class_indices = images.to(device), class_indices.to(device)
+    if isinstance(targets, Tensor):
+        targets = (targets.to(device, torch.float32).log() / config.temperature).softmax(1)
     optimizer = torch.optim.SGD(
         network.parameters(),
         lr=config.learning_rate,
@@ -219,9 +243,9 @@ def train_network(
                     step, num_steps = epoch * len(batches) + number, num_epochs * len(batches)
                     for group in optimizer.param_groups:
                         group["lr"] = cosine_rate(step, num_steps, config.learning_rate)
-                batch, labels_a, labels_b, lam = draw_batch(
+                batch, first, second, lam = draw_batch(
                     as_floats(images[indices].to(device)),
-                    class_indices[indices],
+                    indices,
                     mean,
                     std,
                     generator,
@@ -232,9 +256,10 @@ def train_network(
                 total_loss += add_gradients(
                     network,
                     batch,
-                    labels_a,
-                    labels_b,
+                    class_indices[first],
+                    class_indices[second],
                     lam,
+                    soft=_soft_targets(targets, batch, first, second, lam, config),
                     precision=config.precision,
                     team=team,
                     compiled=compiled,
@@ -386,6 +411,7 @@ def add_gradients(
     labels_b: Tensor,
     lam: float,
     *,
+    soft: SoftTargets | None = None,
     precision: str = "float32",
     team: Team = ALONE,
     part_size: int | None = None,
@@ -404,6 +430,7 @@ def add_gradients(
         labels_a: int64 ``(N,)``, class indices.
         labels_b: int64 ``(N,)``, class indices.
         lam: Share of the loss that ``labels_a`` have, in [0, 1].
+        soft: Soft targets beside the labels, the same in every process. Default: None.
         precision: Precision of the network; see :func:`hmn_replay.runtime.autocast`.
         team: The processes that share the batch.
         part_size: Images that go through the network at once, at most. Default: 512 of 32 x 32, and
@@ -420,24 +447,32 @@ def add_gradients(
         compiled = compiled if team.size == 1 else None
         part_size, team = len(images), ALONE
     total = torch.zeros((), dtype=torch.float32, device=images.device)
-    shares = (team.share(rows).split(part_size) for rows in (images, labels_a, labels_b))
-    for own, own_a, own_b in zip(*shares, strict=True):
+    rows = (images, labels_a, labels_b, labels_a if soft is None else soft.targets)
+    shares = (team.share(values).split(part_size) for values in rows)
+    for own, own_a, own_b, own_targets in zip(*shares, strict=True):
         if not len(own):
             continue
         share, loss = len(own) / len(images), None
+        own_soft = None if soft is None else soft.of(own_targets)
         if compiled is not None:
-            loss = compiled.add_gradients(network, own, own_a, own_b, lam, share)
+            loss = compiled.add_gradients(network, own, own_a, own_b, lam, share, own_soft)
         if loss is None:
             with autocast(own.device, precision):
                 logits = network(own)
-            loss = mixed_loss(logits.float(), own_a, own_b, lam) * share
+            loss = mixed_loss(logits.float(), own_a, own_b, lam, own_soft) * share
             torch.autograd.backward(loss)
         total += loss.detach()
     team.sum_gradients((p, ...) for p in network.parameters() if p.requires_grad)
     return total
 
 
-def mixed_loss(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float) -> Tensor:
+def mixed_loss(
+    logits: Tensor,
+    labels_a: Tensor,
+    labels_b: Tensor,
+    lam: float,
+    soft: SoftTargets | None = None,
+) -> Tensor:
     """Return the mean cross-entropy of a batch that CutMix mixed, as a scalar.
 
     Args:
@@ -445,8 +480,40 @@ def mixed_loss(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float) -
         labels_a: int64 ``(N,)``, class indices.
         labels_b: int64 ``(N,)``, class indices.
         lam: Share of the loss that ``labels_a`` have, in [0, 1]; ``labels_b`` have the rest.
+        soft: Soft targets, mixed as the images are, beside the labels. Default: None.
     """
     loss = F.cross_entropy(logits, labels_a)
-    if lam == 1.0:
+    if lam != 1.0:
+        loss = lam * loss + (1.0 - lam) * F.cross_entropy(logits, labels_b)
+    if soft is None:
         return loss
-    return lam * loss + (1.0 - lam) * F.cross_entropy(logits, labels_b)
+    distance = -(soft.scaled(1 / len(logits)) * (logits / soft.temperature).log_softmax(1)).sum()
+    return (1.0 - soft.weight) * loss + distance
+
+
+def _soft_targets(
+    targets: Targets | None,
+    batch: Tensor,
+    first: Tensor,
+    second: Tensor,
+    lam: float,
+    config: TrainingConfig,
+) -> SoftTargets | None:
+    """Return the soft targets of a mixed batch, from those at the temperature or a labeller.
+
+    Args:
+        targets: As in :func:`train_network`, probabilities at the temperature.
+        batch: The augmented, mixed images.
+        first: int64 ``(N,)``, the positions of the images.
+        second: int64 ``(N,)``, the positions of those pasted into them.
+        lam: The share that the first ones have.
+        config: Weight and temperature are read.
+    """
+    if targets is None:
+        return None
+    if isinstance(targets, Tensor):
+        rows = targets[first] if lam == 1.0 else targets[first].lerp(targets[second], 1.0 - lam)
+    else:
+        with torch.no_grad():
+            rows = (targets(batch).float() / config.temperature).softmax(1)
+    return SoftTargets(rows, config.label_weight, config.temperature)
