@@ -14,6 +14,7 @@ from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig
+from hmn_replay.condensation.labelling import LabelConfig, label_images, train_teacher
 from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
 from hmn_replay.data.images import LabelledImages, as_labelled_images
 from hmn_replay.data.sources import DATASETS, load_dataset
@@ -31,7 +32,7 @@ from hmn_replay.errors import (
     TrainingError,
     UnknownOptionError,
 )
-from hmn_replay.evaluation import evaluate
+from hmn_replay.evaluation import evaluate, labeller_accuracy
 from hmn_replay.memory import (
     MEMORIES,
     NUMBER_FORMATS,
@@ -56,6 +57,7 @@ from hmn_replay.memory.export import (
     export_npz,
 )
 from hmn_replay.memory.gallery import Gallery
+from hmn_replay.memory.labels import LABELS
 from hmn_replay.objectives import (
     OBJECTIVES,
     Objective,
@@ -95,6 +97,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DATASETS",
     "EFFORTS",
+    "LABELS",
     "LOSSES",
     "MEMORIES",
     "NETWORKS",
@@ -119,6 +122,7 @@ __all__ = [
     "JPEGMemory",
     "JPEGReplay",
     "Keeper",
+    "LabelConfig",
     "LabelledImages",
     "LearnedKeeper",
     "LearnedMemory",
@@ -157,6 +161,8 @@ __all__ = [
     "export_npz",
     "gradient_matching",
     "jpeg_images",
+    "label_images",
+    "labeller_accuracy",
     "last_block_matching",
     "load",
     "load_dataset",
@@ -170,6 +176,7 @@ __all__ = [
     "select_images",
     "shortcut_report",
     "train_network",
+    "train_teacher",
     "trajectory_matching",
 ]
 

@@ -210,20 +210,22 @@ def evaluate(args: argparse.Namespace) -> Result:
     memory = hmn_replay.load(args.file, device=args.device)
     if args.scores:
         return _all_scores(args, memory)
-    scores = _score(args, lambda seed: memory, _load_data(args, "test"))
+    test = _load_data(args, "test")
+    scores = _score(args, lambda seed: memory, test)
     result = {
         "file": str(args.file),
         "kind": memory.kind,
         "num_images": memory.num_images,
         "file_bytes": memory.file_bytes,
+        "labels": args.labels or memory.richest_labels,
         **scores,
     }
-    lines = [
-        *_lines(args.file, memory.summary()),
-        ("network", args.network),
-        ("accuracy", _percent(result)),
-    ]
-    return result, _table(lines)
+    lines = [*_lines(args.file, memory.summary()), ("network", args.network)]
+    lines.append(("learned from", f"{result['labels']} labels"))
+    if memory.labeller is not None:
+        result["labeller_accuracy"] = hmn_replay.labeller_accuracy(memory, test)
+        lines.append(("labeller itself", f"{result['labeller_accuracy']:.2%}"))
+    return result, _table([*lines, ("accuracy", _percent(result))])
 
 
 def _all_scores(args: argparse.Namespace, memory: hmn_replay.Memory) -> Result:
@@ -362,6 +364,7 @@ def baseline(args: argparse.Namespace) -> Result:
     budget = hmn_replay.Budget.parse(args.budget)
     if args.out:
         _check_out(args)
+    labels = hmn_replay.LabelConfig(**{**dict(args.set), "labels": args.labels})
     train, test = _load_data(args, "train"), _load_data(args, "test")
     # Of compressed images, it is not known before how many fit.
     most = max(1, budget.num_bytes // train.images[0].numel()) if args.kind == "raw" else None
@@ -379,9 +382,26 @@ def baseline(args: argparse.Namespace) -> Result:
         )
 
     @cache
+    def teacher(seed: int) -> Any:
+        if args.labels == "hard":
+            return None
+        return hmn_replay.train_teacher(
+            train, labels, seed=seed, device=args.device, progress=not args.quiet
+        )
+
+    @cache
     def fill(seed: int, **codec: int) -> hmn_replay.RealMemory:
         make: Any = getattr(hmn_replay, f"{args.kind}_images")  # such as hmn_replay.jpeg_images
-        memory: hmn_replay.RealMemory = make(train, budget, selection=order(seed), **codec)
+        memory: hmn_replay.RealMemory = make(
+            train,
+            budget,
+            selection=order(seed),
+            labels=labels,
+            teacher=teacher(seed),
+            seed=seed,
+            device=args.device,
+            **codec,
+        )
         return memory
 
     waiting: list[dict[str, int]] = [{}]
@@ -407,9 +427,12 @@ def baseline(args: argparse.Namespace) -> Result:
     scored.sort(key=lambda one: one.get("quality", 0))
     best = max(scored, key=lambda one: one["accuracy_mean"])
     common = {"kind": args.kind, "selection": args.selection, "budget_bytes": budget.num_bytes}
-    result = {**common, **best, "tried": scored}
+    result = {**common, "labels": args.labels, **best, "tried": scored}
+    memory = fill(args.seed, **{name: best[name] for name in codec_names})
+    if memory.labeller is not None:
+        result["labeller_accuracy"] = hmn_replay.labeller_accuracy(memory, test)
     if args.out:
-        fill(args.seed, **{name: best[name] for name in codec_names}).save(args.out)
+        memory.save(args.out)
         result["file"] = str(args.out)
     rows = [(*codec_names, "images", "bytes", "accuracy", "")]
     for one in scored:
@@ -417,7 +440,9 @@ def baseline(args: argparse.Namespace) -> Result:
         mark = "best" if one is best and len(scored) > 1 else ""
         rows.append((*(f"{number:,}" for number in shown), _percent(one), mark))
     lines = [("kind", args.kind), ("selection", args.selection), ("budget", str(budget))]
-    lines.append(("network", args.network))
+    lines += [("network", args.network), ("labels", args.labels)]
+    if "labeller_accuracy" in result:
+        lines.append(("labeller itself", f"{result['labeller_accuracy']:.2%}"))
     return result, f"{_table(lines)}\n\n{_table(rows, '>>>><'[-len(rows[0]) :])}"
 
 
@@ -566,7 +591,13 @@ def _add_evaluate(parser: _Parser) -> None:
     parser.add_argument(
         "--scores",
         action="store_true",
-        help="compare with real images: all, as many, as many bytes",
+        help="compare with real images: all, as many, as many bytes, by hard labels",
+    )
+    parser.add_argument(
+        "--labels",
+        choices=hmn_replay.LABELS,
+        help="what to learn from: classes, soft labels in the file, or a labeller in the file "
+        "(default: the last of these that the file has)",
     )
     _add_data(parser)
     _add_training(parser)
@@ -620,6 +651,22 @@ def _add_baseline(parser: _Parser) -> None:
         default="random",
         help="which images are kept, as many of each class; all but random train a network on all "
         "images first, for one epoch at least",
+    )
+    add(
+        "--labels",
+        choices=hmn_replay.LABELS,
+        default="hard",
+        help="what is kept of images beside their classes, in the same bytes, and learned from: "
+        "soft labels, or a labeller; of a network that is trained on all images first",
+    )
+    add(
+        "--set",
+        type=_assignment,
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help=f"how labels are made: {', '.join(hmn_replay.LabelConfig.model_fields)}, as "
+        "hmn-replay options explains them; may be given several times",
     )
     add(
         "--qualities",
@@ -784,6 +831,7 @@ def _score(
         _, accuracy = hmn_replay.evaluate(
             source(seed),
             test,
+            labels=args.labels,
             seed=seed,
             device=args.device,
             config=_training(args),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,35 @@ def test_the_whole_way_on_the_digits(run: Console, tmp_path: Path) -> None:
     run("condense", "--out", again, *common, *TINY_CONDENSATION, "--quiet")
     assert run.err == ""
     assert again.read_bytes() == path.read_bytes(), "digits are the default, and the seed decides"
+
+
+@pytest.mark.parametrize("labels", ["soft", "labeller"])
+def test_labels_are_made_shown_and_learned_from(run: Console, tmp_path: Path, labels: str) -> None:
+    path, other = tmp_path / "digits.hmn", tmp_path / "jpeg.hmn"
+    settings = [f"labels={labels}", "teacher_passes=50", "teacher_width=2", "labeller_width=2"]
+    common = ["--budget", BUDGET, "--device", "cpu"]
+    given = [word for setting in settings for word in ("--set", setting)]
+    made = run.json("condense", "--out", path, *common, *TINY_CONDENSATION, *given)
+    assert made["labels"] == labels
+    assert path.stat().st_size == made["file_bytes"] <= 8 * 1024
+    told = run.json("inspect", path)
+    stored = {"soft": "label_code", "labeller": "labeller_code"}[labels]
+    assert 0 < told["stored"][stored]["bytes"] <= told["label_bytes"]
+    assert told["bits"][{"soft": "soft_labels"}.get(labels, labels)] == 8 * told["label_bytes"]
+    assert re.search(rf"^labels +{labels}$", run("inspect", path), re.M)
+    training = [*TINY_TRAINING, "--device", "cpu"]
+    scored = run.json("evaluate", path, *training)
+    assert scored["labels"] == labels
+    assert ("labeller_accuracy" in scored) == (labels == "labeller")
+    assert run.json("evaluate", path, *training, "--labels", "hard")["labels"] == "hard"
+    assert (
+        run("evaluate", path, *training, "--labels", "soft", code=2 * (labels != "soft"))
+        or labels != "soft"
+    )
+    baseline = ["--kind", "jpeg", "--qualities", "30", "--labels", labels, "--out", other]
+    real = run.json("baseline", *baseline, *common, *TINY_TRAINING, *given[2:])
+    assert real["labels"] == run.json("inspect", other)["labels"] == labels
+    assert real["file_bytes"] <= 8 * 1024
 
 
 def test_inspect_prints_all_that_is_in_the_file(run: Console, memory_file: Path) -> None:

@@ -13,8 +13,14 @@ from torch import Tensor
 
 from hmn_replay.baselines.selection import select_images
 from hmn_replay.budget import Budget
+from hmn_replay.condensation.labelling import (
+    LabelConfig,
+    add_labels,
+    as_label_config,
+    train_teacher,
+)
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import BudgetError
+from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.evaluation import evaluate
 from hmn_replay.memory.jpeg import SUBSAMPLINGS
 from hmn_replay.memory.real import (
@@ -24,6 +30,7 @@ from hmn_replay.memory.real import (
     RawMemory,
     check_order,
 )
+from hmn_replay.training.networks import Network
 from hmn_replay.training.train import TrainingConfig
 
 __all__ = [
@@ -48,7 +55,10 @@ def raw_images(
     budget: Budget | int | str,
     *,
     selection: str | Tensor = "random",
+    labels: LabelConfig | str = "hard",
+    teacher: Network | None = None,
     seed: int = 0,
+    device: str | torch.device = "auto",
 ) -> RawMemory:
     """Take real images, as many as fit a budget as uint8 pixels.
 
@@ -61,14 +71,22 @@ def raw_images(
             the images of a class are taken, int64 positions in ``data``, such as those that
             :func:`hmn_replay.baselines.selection.select_images` gives with options of your own:
             the first image of every class, then the second, while they fit.
-        seed: Of a selection by name. A larger budget adds images to those of a smaller one.
+        labels: What is kept of images beside their classes, in the same bytes: ``"hard"`` for
+            nothing, ``"soft"`` or ``"labeller"``; or settings of these.
+        teacher: The network that labels are made from, such as :func:`train_teacher` returns for
+            the same labels. Default: one that is trained here on all images.
+        seed: Of a selection by name, and of a teacher. A larger budget adds images to those of a
+            smaller one.
+        device: Where a teacher is trained and labels.
 
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
-        ConfigError: The selection is not as said above.
+        ConfigError: The selection is not as said above, or the teacher has other classes.
     """
     most = max(1, Budget.parse(budget).num_bytes // data.images[0].numel())
-    return _fill(RawMemory, data, budget, _order(data, selection, most, seed))
+    order = _order(data, selection, most, seed)
+    memory = _fill(RawMemory, data, budget, order)
+    return _labelled(memory, data, order, labels, teacher, seed, device)
 
 
 def jpeg_images(
@@ -78,7 +96,10 @@ def jpeg_images(
     quality: int,
     subsampling: str | None = None,
     selection: str | Tensor = "random",
+    labels: LabelConfig | str = "hard",
+    teacher: Network | None = None,
     seed: int = 0,
+    device: str | torch.device = "auto",
 ) -> JPEGMemory:
     """Take real images, as many as fit a budget as JPEG under one header.
 
@@ -89,7 +110,10 @@ def jpeg_images(
         subsampling: One of :data:`hmn_replay.memory.jpeg.SUBSAMPLINGS`; not used for grey images.
             Default: the one with which more images fit.
         selection: As in :func:`raw_images`; one by name puts all images of ``data`` in order.
-        seed: Of a selection by name.
+        labels: As in :func:`raw_images`.
+        teacher: As in :func:`raw_images`.
+        seed: As in :func:`raw_images`.
+        device: As in :func:`raw_images`.
 
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
@@ -103,7 +127,7 @@ def jpeg_images(
         _fill(JPEGMemory, data, budget, order, quality=quality, subsampling=name)
         for name in subsamplings
     ]
-    return max(candidates, key=len)
+    return _labelled(max(candidates, key=len), data, order, labels, teacher, seed, device)
 
 
 def lossless_images(
@@ -111,7 +135,10 @@ def lossless_images(
     budget: Budget | int | str,
     *,
     selection: str | Tensor = "random",
+    labels: LabelConfig | str = "hard",
+    teacher: Network | None = None,
     seed: int = 0,
+    device: str | torch.device = "auto",
 ) -> LosslessMemory:
     """Take real images, as many as fit a budget as lossless WebP.
 
@@ -119,13 +146,18 @@ def lossless_images(
         data: As in :func:`raw_images`, which takes the same images in the same order.
         budget: Bytes of the file, header and labels counted.
         selection: As in :func:`raw_images`; one by name puts all images of ``data`` in order.
-        seed: Of a selection by name.
+        labels: As in :func:`raw_images`.
+        teacher: As in :func:`raw_images`.
+        seed: As in :func:`raw_images`.
+        device: As in :func:`raw_images`.
 
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
         ConfigError: ``selection`` is not as said above.
     """
-    return _fill(LosslessMemory, data, budget, _order(data, selection, None, seed))
+    order = _order(data, selection, None, seed)
+    memory = _fill(LosslessMemory, data, budget, order)
+    return _labelled(memory, data, order, labels, teacher, seed, device)
 
 
 def choose_quality(
@@ -215,6 +247,37 @@ def _fill(
 ) -> AnyReal:
     memory = memory_type(data.image_shape, budget=budget, **options)
     memory.extend(data, order=order)
+    return memory
+
+
+def _labelled(
+    memory: AnyReal,
+    data: LabelledImages,
+    order: Tensor,
+    labels: LabelConfig | str,
+    teacher: Network | None,
+    seed: int,
+    device: str | torch.device,
+) -> AnyReal:
+    """Give a memory labels, and drop the images that these leave no room for."""
+    config = as_label_config(labels)
+    if config.labels == "hard":
+        return memory
+    if teacher is None:
+        teacher = train_teacher(data, config, seed=seed, device=device)
+    if not teacher.classes.cpu().equal(memory.classes.cpu()):
+        raise ConfigError(
+            f"the teacher has the classes {teacher.classes.tolist()[:5]} ..., the memory "
+            f"{memory.classes.tolist()[:5]} ...: train it on the same data, and give a budget that "
+            "holds an image of each class"
+        )
+    own = data.labels[order]
+    sources = [
+        order[own == label][:count]
+        for label, count in zip(memory.classes.tolist(), memory.images_per_class, strict=True)
+    ]
+    add_labels(memory, teacher, config, sources=data.images[torch.cat(sources)], seed=seed)
+    memory.shrink()
     return memory
 
 

@@ -99,7 +99,9 @@ def scores(
     accuracies: dict[str, list[float]] = {}
 
     def score(name: str, source: Any, own: int, training: TrainingConfig) -> None:
-        _, accuracy = evaluate(source, test, seed=own, device=device, config=training)
+        _, accuracy = evaluate(
+            source, test, labels="hard", seed=own, device=device, config=training
+        )
         accuracies.setdefault(name, []).append(accuracy)
         if progress is not None:
             progress(f"seed {own}, {name.replace('_', ' ')}: {accuracy:.2%}")

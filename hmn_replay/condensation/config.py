@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_serializer
 
+from hmn_replay.condensation.labelling import LabelConfig
 from hmn_replay.data.augment import STRATEGIES
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction
 from hmn_replay.objectives.trajectories import EXPERT_TRAINING
 from hmn_replay.registry import UnknownNameError, name_of
 from hmn_replay.runtime import PRECISIONS
-from hmn_replay.settings import Settings, check_options, one_of
+from hmn_replay.settings import check_options, one_of
 from hmn_replay.training.networks import NETWORKS, NetworkFactory
 from hmn_replay.training.train import MAX_LEARNING_RATE, Compile, TrainingConfig
 
@@ -30,7 +31,7 @@ _WORTH_COMPILING_SECONDS = 300.0
 _Augmentation = Annotated[str, one_of("augmentation", STRATEGIES)]
 
 
-class CondenseConfig(Settings):
+class CondenseConfig(LabelConfig):
     """How a memory is condensed; the defaults are those of ``effort="quick"``.
 
     A *step* draws some classes, matches a batch of each, and moves the memory once. With ``"mtt"``,

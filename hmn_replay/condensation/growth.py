@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from hmn_replay.budget import Budget
+from hmn_replay.condensation.labelling import LabelConfig
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import Images, LabelledView, join_images
 from hmn_replay.memory.base import affordable_names, stored_names_bytes
+from hmn_replay.memory.file import TensorSpec
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
 
 __all__ = ["Growth", "make_room"]
@@ -45,6 +47,8 @@ class Growth:
         old_labels: int64 ``(M,)``, their labels.
         old_repeats: int64 ``(M,)``, how often each stands beside the new ones: images of a class
             that is renewed, until they are about as many as its new ones.
+        label_bytes: About how many bytes soft labels or a labeller take, in any case and for each
+            image.
     """
 
     memory: LearnedMemory
@@ -55,6 +59,12 @@ class Growth:
     old_images: Images
     old_labels: Tensor
     old_repeats: Tensor
+    label_bytes: tuple[int, float] = (0, 0.0)
+
+    def planned_labels(self, num_images: int) -> dict[str, TensorSpec]:
+        """Return about what the file will have of the labels of so many images."""
+        count = math.ceil(self.label_bytes[0] + self.label_bytes[1] * num_images)
+        return {"label_code": TensorSpec(torch.uint8, (count,))} if count else {}
 
     def drops(self, num_images: int | None = None) -> list[int]:
         """Return how many images each class that has any drops, in the memory's order.
@@ -111,6 +121,7 @@ def make_room(
     memory_type: type[LearnedMemory],
     layout: MemoryLayout,
     old: LearnedMemory | None = None,
+    labels: LabelConfig | None = None,
     seed: int = 0,
     device: torch.device,
 ) -> Growth:
@@ -127,6 +138,7 @@ def make_room(
         memory_type: The memory kind; that of ``old``, where there is one.
         layout: Of the memory; that of ``old``, where there is one.
         old: The memory to add to; it is left as it is.
+        labels: What labels the memory will have. Default: hard ones, and those of old images.
         seed: Of initial values.
         device: Where the memory goes.
 
@@ -143,7 +155,11 @@ def make_room(
     names = {**({} if old is None else old.class_names), **(data.class_names or {})}
     names = affordable_names(names, classes, limit)
     names_bytes = stored_names_bytes(names, classes)
-    num_planned = memory_type.max_images(layout, limit, classes, names_bytes)
+    labels = labels or LabelConfig()
+    if old is not None and old.has_soft_labels and labels.labels == "hard":
+        labels = LabelConfig(labels="soft")
+    label_bytes = labels.planned_bytes(layout.image_shape, len(classes))
+    num_planned = memory_type.max_images(layout, limit, classes, names_bytes, label_bytes)
     held = {} if old is None else dict(zip(old_labels, old.images_per_class, strict=True))
     # A class that is renewed is fitted to its old images too.
     real = {label: len(data.of_class(label)) + held.get(label, 0) for label in new_labels}
@@ -172,13 +188,13 @@ def make_room(
         memory.freeze_shared()
     memory.class_names = names
     old_images: Images = data.images[:0]
-    labels = data.labels[:0]
+    old_labels_of = data.labels[:0]
     if old is not None:
         old_images = old.decoded(torch.uint8).to(torch.device("cpu"))
-        labels = old.labels.cpu()
-    repeats = torch.ones_like(labels)
+        old_labels_of = old.labels.cpu()
+    repeats = torch.ones_like(old_labels_of)
     for label in again:
-        ours = labels == label
+        ours = old_labels_of == label
         repeats[ours] = max(1, len(data.of_class(label)) // max(1, int(ours.sum())))
     return Growth(
         memory,
@@ -187,8 +203,9 @@ def make_room(
         num_planned,
         tuple(costs),
         old_images,
-        labels,
+        old_labels_of,
         repeats,
+        label_bytes,
     )
 
 

@@ -38,12 +38,19 @@ from hmn_replay.condensation.checkpoint import (
 )
 from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.growth import make_room
+from hmn_replay.condensation.labelling import add_labels, train_on
 from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_images, take_images
 from hmn_replay.distributed import ALONE, Team
-from hmn_replay.errors import CheckpointError, DistributedError, TrainingError
+from hmn_replay.errors import (
+    CheckpointError,
+    ConfigError,
+    DistributedError,
+    MemoryFileError,
+    TrainingError,
+)
 from hmn_replay.evaluation import score
 from hmn_replay.files import clear_stale, digest_tensors
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
@@ -138,6 +145,11 @@ class Run:
                 raise CheckpointError(f"the checkpoint is of a memory with other {name}")
         self.state, self.resumed = found.state, found
         load_state(self.memory, tensors)
+        labels = found.group("labels")
+        try:
+            self.memory.restore_labels(labels, sum(len(part) for part in labels.values()))
+        except (MemoryFileError, ConfigError) as error:
+            raise CheckpointError(f"the checkpoint's labels cannot be read: {error}") from error
         log.info("going on from %s at %s %d", checkpoint, self.state["phase"], self.state["step"])
 
     def work(self, phases: Mapping[str, Callable[[], None]]) -> None:
@@ -285,6 +297,7 @@ class Run:
         if self.checkpoint is None or not self.team.first:
             return
         tensors = flatten_state("memory", self.memory)
+        tensors |= {f"labels/{k}": part for k, part in self.memory.stored_labels().items()}
         for name, owner in (owners or {}).items():
             tensors |= {name: owner} if isinstance(owner, Tensor) else flatten_state(name, owner)
         write_checkpoint(self.checkpoint, self.identity, self.state, tensors)
@@ -319,6 +332,7 @@ class Condensation(Run):
             memory_type=memory_type,
             layout=layout,
             old=old,
+            labels=config,
             seed=seed,
             device=device,
         )
@@ -343,7 +357,8 @@ class Condensation(Run):
         objective = get_objective(config.objective)
         pooled = objective.learns_from == "real" and config.trained_networks > 0
         trains = config.num_steps > 0 and (objective.compares_trainings or pooled)
-        phases = ["warm_start", *(["experts"] if trains else []), "matching", "pruning"]
+        phases = ["warm_start", *(["experts"] if trains else []), "matching"]
+        phases += [*([] if config.labels == "hard" else ["labels"]), "pruning"]
         super().__init__(
             self.growth.memory,
             _identity(data, budget, layout, config, seed, old),
@@ -363,6 +378,7 @@ class Condensation(Run):
                     "warm_start": self._warm_start,
                     "experts": self._record_experts,
                     "matching": self._match,
+                    "labels": self._label,
                     "pruning": self._prune,
                 }
             )
@@ -459,11 +475,13 @@ class Condensation(Run):
         if not memory.layout.is_coded:
             return None
         budget_bytes = self.budget.num_bytes
-        file_bytes = memory.file_bytes_with(memory.num_images, 0, budget_bytes)
+        kept_images = memory.num_images - sum(growth.drops())
+        labels = growth.planned_labels(kept_images)
+        file_bytes = memory.file_bytes_with(memory.num_images, 0, budget_bytes, labels)
         return RateControl(
             memory,
             budget_bytes - file_bytes,
-            memory.num_images - sum(growth.drops()),
+            kept_images,
             growth.num_old,
             growth.num_old - growth.old_drops,
         )
@@ -521,6 +539,32 @@ class Condensation(Run):
                 self._stepped(size, {}, save=True)
         self._next_phase()
 
+    # Labels.
+
+    def _label(self) -> None:
+        config, memory, num_old = self.config, self.memory, self.growth.num_old
+        self.team.copy_first(memory.state_dict().values())
+        training = config.teacher_training(config.precision, config.compile)
+        with self._bar("teacher", 1, training.num_passes) as bar:
+            teacher = train_on(
+                self.real.data.images,
+                self.real.class_indices,
+                memory.num_classes,
+                training,
+                seed=self.seed,
+                device=self.device,
+                progress=self._follow(bar),
+                team=self.team,
+            )
+        new, sources = torch.arange(num_old, memory.num_images), None
+        if config.warm_start_steps:
+            targets = steps.warm_start_targets(memory, self.real, self.seed, self.first_class)
+            sources = self.real.data.images.take(targets)
+        seed = derive_seed(self.seed, "labels")
+        add_labels(memory, teacher, config, sources=sources, indices=new, seed=seed, team=self.team)
+        self._count(training.num_passes)
+        self._next_phase()
+
     # Pruning.
 
     def _prune(self) -> None:
@@ -538,6 +582,8 @@ class Condensation(Run):
         if self.memory.layout.is_coded:
             num_old = sum(self.memory.images_per_class[: self.first_class])
             fit_code(self.memory, self.budget.num_bytes, num_old)
+        else:
+            self.memory.shrink(self.budget.num_bytes)
         self.memory.budget_bytes = self.budget.num_bytes
         self.memory.requires_grad_(True)
         self._end_phase()
@@ -603,7 +649,7 @@ class Condensation(Run):
             positions: Tensor = groups.view(-1, 1) * size + torch.arange(size)
             return positions.view(-1)
 
-        if memory.layout.is_coded:
+        if memory.layout.is_coded or memory.has_soft_labels:
             numbers = growth.num_planned, growth.num_most
             return most_that_fit(memory, self.budget.num_bytes, stays, *numbers)
         return stays(growth.num_planned)

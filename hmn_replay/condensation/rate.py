@@ -111,9 +111,10 @@ def most_that_fit(
     fewest: int,
     most: int,
 ) -> Tensor:
-    """Return the images of an entropy-coded memory that stay, pruned in bytes.
+    """Return the images of a memory that stay, pruned in bytes.
 
-    Those that are pruned may take more than others, and all may take less than was planned.
+    Those that are pruned may take more than others, and all may take less than was planned, where
+    they are entropy-coded or have soft labels.
 
     Args:
         memory: The memory.
@@ -130,9 +131,13 @@ def most_that_fit(
 
     def fits(num_images: int) -> bool:
         chosen = choose(num_images)
-        image_bits, shared_bits = memory.rate(chosen.to(device))
-        code_bytes = math.ceil((float(image_bits) * len(chosen) + float(shared_bits)) / 8)
-        return memory.file_bytes_with(len(chosen), code_bytes, budget_bytes) <= budget_bytes
+        code_bytes = None
+        if memory.layout.is_coded:
+            image_bits, shared_bits = memory.rate(chosen.to(device))
+            code_bytes = math.ceil((float(image_bits) * len(chosen) + float(shared_bits)) / 8)
+        labels = memory.label_specs(chosen)
+        needed = memory.file_bytes_with(len(chosen), code_bytes, budget_bytes, labels)
+        return needed <= budget_bytes
 
     low, high = fewest, most
     while low < high:

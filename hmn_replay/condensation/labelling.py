@@ -1,0 +1,265 @@
+"""Making labels: a teacher trained on real images, and what it says of a memory's images.
+
+Soft labels are the teacher's probabilities, as a mean over augmentations, of an image as the memory
+gives it back and, where that is known, of the real image that it comes from. A labeller is a
+narrower teacher, which goes into the file itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from hmn_replay.data.augment import draw_augmentation
+from hmn_replay.data.images import ImageSource, as_labelled_images, channel_stats
+from hmn_replay.data.lookup import Images, as_floats, images_at_once
+from hmn_replay.distributed import ALONE, Team
+from hmn_replay.errors import ConfigError
+from hmn_replay.memory.base import Memory
+from hmn_replay.memory.labels import LABELS, Labeller, expected_bytes
+from hmn_replay.runtime import derive_seed, make_generator, resolve_device
+from hmn_replay.settings import Settings, one_of
+from hmn_replay.training.networks import Network, default_depth
+from hmn_replay.training.train import Compile, TrainingConfig, train_network
+
+__all__ = [
+    "LabelConfig",
+    "add_labels",
+    "as_label_config",
+    "label_images",
+    "train_on",
+    "train_teacher",
+]
+
+_AUGMENTATIONS = ("flip", "crop")
+# To plan with: bits of a labeller's weight, and bytes of a tensor's name and place in the header.
+_WEIGHT_BITS, _HEADER_BYTES = 4.2, 80
+
+
+class LabelConfig(Settings):
+    """What is kept of images beside their classes, and how it is made.
+
+    Raises:
+        UnknownOptionError: A keyword that is no field.
+        ConfigError: A value of another type, or outside its range.
+    """
+
+    labels: Annotated[str, one_of("labels", LABELS)] = "hard"
+    """What networks that learn from the memory are told of an image, in the same bytes: hard, its
+    class; soft, what a teacher said of it; labeller, what a small network in the file says of it
+    each time that it is augmented."""
+
+    teacher_width: Annotated[int, Field(ge=1)] = 64
+    """Channels of the blocks of the ConvNet that makes soft labels."""
+
+    teacher_passes: Annotated[int, Field(ge=1)] = 160_000
+    """Real images that the teacher or the labeller is shown in all."""
+
+    labeller_width: Annotated[int, Field(ge=1, le=512)] = 24
+    """Channels of the blocks of the ConvNet in the file."""
+
+    label_views: Annotated[int, Field(ge=1)] = 8
+    """Augmentations of an image that its soft label is a mean over."""
+
+    @property
+    def makes_soft(self) -> bool:
+        """Whether soft labels are made."""
+        return self.labels == "soft"
+
+    def teacher_training(self, precision: str, compile: Compile) -> TrainingConfig:
+        """Return the training of the teacher, or of the labeller.
+
+        Args:
+            precision: As in :class:`TrainingConfig`.
+            compile: As in :class:`TrainingConfig`.
+        """
+        return TrainingConfig(
+            width=self.labeller_width if self.labels == "labeller" else self.teacher_width,
+            num_passes=self.teacher_passes,
+            precision=precision,
+            compile=compile,
+        )
+
+    def planned_bytes(self, image_shape: Sequence[int], num_classes: int) -> tuple[int, float]:
+        """Return about how many bytes labels take: in any case, and for each image.
+
+        Args:
+            image_shape: ``(C, H, W)``.
+            num_classes: Of the memory.
+        """
+        if self.makes_soft:
+            return _HEADER_BYTES, expected_bytes(num_classes)
+        if self.labels == "hard":
+            return 0, 0.0
+        channels, height, wide = image_shape
+        depth, width = default_depth(height, wide), self.labeller_width
+        weights = width * (9 * (channels + (depth - 1) * width))
+        weights += num_classes * width * (height >> depth) * (wide >> depth)
+        plain = 2 * (depth * width + channels + depth + 2) + num_classes
+        return 2 * (_HEADER_BYTES + plain) + math.ceil(weights * _WEIGHT_BITS / 8), 0.0
+
+
+def as_label_config(labels: LabelConfig | str) -> LabelConfig:
+    """Return settings of labels, or those that a word stands for."""
+    return labels if isinstance(labels, LabelConfig) else LabelConfig(labels=labels)
+
+
+def train_teacher(
+    source: ImageSource,
+    labels: LabelConfig | str = "soft",
+    *,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    progress: bool = False,
+) -> Network:
+    """Train the network that makes soft labels, or that becomes a labeller.
+
+    Args:
+        source: Real images; see :func:`hmn_replay.as_labelled_images`.
+        labels: ``"soft"`` or ``"labeller"``, or their settings.
+        seed: Seed of weights, order and augmentation.
+        device: Where to train.
+        precision: As in :class:`TrainingConfig`.
+        progress: Whether to show a bar on standard error.
+
+    Returns:
+        The network, whose buffer ``classes`` holds the label of each logit.
+
+    Raises:
+        ConfigError: ``labels`` is "hard", which needs no teacher, or a value out of range.
+        TrainingError: The training diverged.
+    """
+    config, data = as_label_config(labels), as_labelled_images(source)
+    if config.labels == "hard":
+        raise ConfigError("hard labels need no teacher; pass labels='soft' or 'labeller'")
+    network = train_on(
+        data.images,
+        data.class_indices,
+        data.num_classes,
+        config.teacher_training(precision, "auto"),
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    network.classes.copy_(data.classes)
+    return network
+
+
+def train_on(
+    images: Images,
+    class_indices: Tensor,
+    num_classes: int,
+    training: TrainingConfig,
+    *,
+    seed: int,
+    device: str | torch.device,
+    progress: bool | Callable[[int, int], None] = False,
+    team: Team = ALONE,
+) -> Network:
+    """Train a teacher; arguments as for :func:`hmn_replay.train_network`."""
+    return train_network(
+        images,
+        class_indices,
+        num_classes,
+        config=training,
+        seed=derive_seed(seed, "teacher"),
+        device=device,
+        progress=progress,
+        team=team,
+    )
+
+
+@torch.no_grad()
+def label_images(
+    network: Callable[[Tensor], Tensor],
+    parts: Sequence[Images],
+    *,
+    views: int = 8,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> Tensor:
+    """Return what a network says of images: the mean of its probabilities over augmentations.
+
+    Args:
+        network: From float images ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)``, used as it is: a
+            module is best in evaluation mode.
+        parts: Images, float in [0, 1] or uint8, ``(N, C, H, W)`` each: several ones of every image,
+            such as it is decoded and as it was, whose labels are averaged.
+        views: How many augmentations, which the parts share among them; one each at least.
+        seed: Seed of the augmentations.
+        device: Where the network is. Default: that of its parameters, or that of the images.
+
+    Returns:
+        float32 ``(N, K)`` on the CPU, rows that sum to one.
+    """
+    first = parts[0]
+    shape, size = first.shape[1:], images_at_once(first.shape[1:])
+    mean, std = channel_stats(first)
+    parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+    home = next(parameters, None)
+    target = None if device is None else resolve_device(device)
+    if target is None and home is not None:
+        target = home.device
+    rows = []
+    for chunk in torch.arange(len(first)).split(size):
+        total = torch.zeros((), dtype=torch.float32)
+        each = max(1, views // len(parts))
+        for images in parts:
+            floats = as_floats(images[chunk])
+            floats = floats if target is None else floats.to(target)
+            for view in range(each):
+                augment = draw_augmentation(
+                    _AUGMENTATIONS,
+                    (shape[1], shape[2]),
+                    make_generator(seed, "label views", view, int(chunk[0])),
+                    batch=len(chunk),
+                    fill=mean,
+                    std=std,
+                )
+                total = total + network(augment(floats)).float().softmax(dim=1).cpu()
+        rows.append(total / (each * len(parts)))
+    return torch.cat(rows) if rows else torch.empty((0, 0), dtype=torch.float32)
+
+
+def add_labels(
+    memory: Memory,
+    network: Network,
+    config: LabelConfig,
+    *,
+    sources: Images | None = None,
+    indices: Tensor | None = None,
+    seed: int = 0,
+    team: Team = ALONE,
+) -> None:
+    """Give a memory soft labels, or a labeller, made from a trained network.
+
+    Its file may then be over the budget; see :meth:`Memory.shrink`.
+
+    Args:
+        memory: The memory.
+        network: The teacher, with a logit for each of the memory's classes, in their order.
+        config: What to make.
+        sources: uint8 ``(B, C, H, W)``: the real images that the memory's come from, where that is
+            known.
+        indices: int64 ``(B,)``, positions of the images that get labels. Default: all.
+        seed: Seed of augmentations.
+        team: The processes that make the memory together.
+    """
+    # Processes may differ in last bits.
+    team.copy_first(network.state_dict().values())
+    if config.labels == "labeller":
+        memory.set_labeller(Labeller.of(network, memory.image_shape))
+    elif config.makes_soft:
+        positions = torch.arange(memory.num_images) if indices is None else indices
+        decoded = memory.decoded(torch.uint8)
+        own = decoded[positions] if isinstance(decoded, Tensor) else decoded.take(positions)
+        parts = [own] if sources is None else [own, sources]
+        rows = label_images(network, parts, views=config.label_views, seed=seed)
+        team.copy_first([rows])
+        memory.set_soft_labels(rows, positions)

@@ -1,0 +1,228 @@
+"""Memories with labels: made by a teacher, within the budget, kept while the memory grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hmn_replay
+from hmn_replay import LabelConfig, Memory, TrainingConfig, condense, evaluate, train_teacher
+from hmn_replay.condensation.labelling import label_images
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.errors import ConfigError
+from hmn_replay.memory import LearnedMemory, loads
+from tests.stripes import stripes
+from tests.support import TINY, Observer, at_call, hmn_layout, real_set, tiny
+
+MakeSet = Callable[..., LabelledImages]
+SMALL: dict[str, Any] = {"teacher_passes": 60, "teacher_width": 4, "labeller_width": 4}
+SOFT, LABELLER = LabelConfig(labels="soft", **SMALL), LabelConfig(labels="labeller", **SMALL)
+MAKERS: dict[str, Callable[..., Memory]] = {
+    "raw": hmn_replay.raw_images,
+    "jpeg": partial(hmn_replay.jpeg_images, quality=30),
+    "lossless": hmn_replay.lossless_images,
+}
+
+pytestmark = pytest.mark.usefixtures("untouched_random_state")
+
+
+def condensed(data: LabelledImages, budget: int, labels: str, **options: Any) -> LearnedMemory:
+    layout = hmn_layout(number_format=options.pop("number_format", "entropy"))
+    options = {**TINY, **SMALL, "beta_grid": (), "labels": labels, **options}
+    return condense(data, budget, layout=layout, **options)
+
+
+@pytest.mark.parametrize("number_format", ["entropy", "int8"])
+@pytest.mark.parametrize("labels", ["soft", "labeller"])
+def test_a_budget_is_filled_with_images_and_labels(
+    make_set: MakeSet, number_format: str, labels: str
+) -> None:
+    data = make_set(600)
+    plain, memory = (
+        condensed(data, 4_000, kind, number_format=number_format) for kind in ("hard", labels)
+    )
+    assert (plain.richest_labels, memory.richest_labels) == ("hard", labels)
+    assert memory.file_bytes == len(memory.to_bytes()) <= 4_000
+    if number_format == "int8":
+        assert len(memory) < len(plain)
+        assert memory.file_bytes > 0.97 * 4_000
+    assert loads(memory.to_bytes()).soft_labels().equal(memory.soft_labels())
+    assert memory.report["labels"] == labels
+    assert memory.report["phases"]["labels"]["images"] == 60
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("config", [SOFT, LABELLER])
+def test_real_images_get_the_same_labels_at_the_same_bytes(kind: str, config: LabelConfig) -> None:
+    data = real_set(classes=(-3, 7), counts=(150, 150))
+    budget = {"raw": 20_000, "lossless": 12_000, "jpeg": 5_000}[kind]
+    plain = MAKERS[kind](data, budget)
+    memory = MAKERS[kind](data, budget, labels=config, device="cpu")
+    assert memory.richest_labels == config.labels
+    assert len(memory) <= len(plain)
+    assert len(memory) < len(plain) or plain.file_bytes + 80 <= budget
+    assert 0.97 * budget < memory.file_bytes <= budget
+    # The images that stay are the first of those that would be there without labels.
+    counts = memory.images_per_class
+    images = plain.decode()[0]
+    start = plain.images_per_class[0]
+    assert memory.decode()[0].equal(
+        torch.cat([images[: counts[0]], images[start : start + counts[1]]])
+    )
+
+
+def test_a_teacher_may_be_given() -> None:
+    data = real_set(classes=(-3, 7), counts=(20, 20))
+    teacher = train_teacher(data, SOFT, device="cpu")
+    assert teacher.classes.tolist() == [-3, 7]
+    one, two = (
+        hmn_replay.raw_images(data, 4_000, labels=SOFT, teacher=given, device="cpu")
+        for given in (teacher, None)
+    )
+    assert one.soft_labels().equal(two.soft_labels())
+    with pytest.raises(ConfigError, match=r"the teacher has the classes \[-3, 7\]"):
+        others = real_set(classes=(1, 2), counts=(20, 20))
+        hmn_replay.raw_images(others, 4_000, labels="soft", teacher=teacher)
+    with pytest.raises(ConfigError, match="hard labels need no teacher"):
+        train_teacher(data, "hard")
+    with pytest.raises(ConfigError, match="one of hard, soft, labeller; got 'sort'"):
+        hmn_replay.raw_images(data, 4_000, labels="sort")
+
+
+def test_labels_are_means_over_augmentations_of_all_that_an_image_is() -> None:
+    seen: list[Tensor] = []
+
+    class Teacher(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return 4 * images.mean(dim=(2, 3))
+
+    images = stripes(10)[0] // 2
+    others = 128 + images
+    rows = label_images(Teacher(), [images, others], views=6, seed=3)
+    assert rows.shape == (10, 3)
+    assert len(seen) == 6
+    by_hand = sum((4 * batch.mean(dim=(2, 3))).softmax(dim=1) for batch in seen) / 6
+    torch.testing.assert_close(rows, by_hand)
+    bright = [float(batch.mean()) for batch in seen]
+    assert max(bright[:3]) < min(bright[3:]) or max(bright[3:]) < min(bright[:3])
+
+
+def test_added_classes_get_labels_and_old_ones_keep_theirs(make_set: MakeSet) -> None:
+    first = condensed(make_set(60, labels=(0, 1)), 3_000, "soft")
+    before = first.soft_labels()
+    added = make_set(60, labels=(4, 5), seed=1)
+    settings = {**TINY, **SMALL, "beta_grid": (), "over_budget": 0.0}
+    memory = condense(added, 6_000, memory=first, labels="soft", **settings)
+    after = memory.soft_labels()
+    old = memory.class_index < 2
+    assert first.soft_labels().equal(before), "the given memory stays as it is"
+    assert after[old][:, :2].equal(before)
+    assert not after[old][:, 2:].any()
+    assert bool(memory.is_soft.all())
+    assert memory.file_bytes <= 6_000
+    plain = condense(added, 6_000, memory=first, **settings)
+    is_old = plain.class_index < 2
+    assert plain.soft_labels()[is_old][:, :2].equal(before)
+    assert plain.is_soft.equal(is_old)
+
+
+def test_a_run_goes_on_to_the_same_labels(make_set: MakeSet, tmp_path: Path) -> None:
+    data, checkpoint = make_set(), tmp_path / "run"
+    options = {"labels": "soft", **SMALL, "checkpoint_seconds": 0, "budget": 1_720}
+    straight = tiny(data, hmn_layout(), **options)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    calls = 0
+    for _ in range(40):
+        # Once in the labels, once in the pruning, wherever these are among the calls.
+        calls += 9
+        try:
+            again = tiny(
+                data,
+                hmn_layout(),
+                **options,
+                checkpoint=checkpoint,
+                team=Observer(sum=at_call(calls, stop)),
+            )
+        except KeyboardInterrupt:
+            continue
+        break
+    assert again.to_bytes() == straight.to_bytes()
+
+
+def test_evaluation_learns_from_what_is_asked_for() -> None:
+    images, labels = stripes(60, labels=(5, -3, 7))
+    data = LabelledImages(images, labels)
+    memory = hmn_replay.raw_images(data, 20_000)
+    config = TrainingConfig(width=8, num_passes=3_200, batch_size=16)
+    with pytest.raises(ConfigError, match="no soft labels; make it with labels='soft'"):
+        evaluate(memory, data, labels="soft", config=config, device="cpu")
+    with pytest.raises(ConfigError, match="no labeller; make it with labels='labeller'"):
+        evaluate(memory, data, labels="labeller", config=config, device="cpu")
+    with pytest.raises(ConfigError, match="labels is one of hard, soft, labeller; got 'both'"):
+        evaluate(memory, data, labels="both", device="cpu")
+    with pytest.raises(ConfigError, match="labels='soft' is for a memory; got a LabelledImages"):
+        evaluate(data, data, labels="soft", device="cpu")
+    # Each class is said to be the next one: whoever believes the soft labels is always wrong.
+    index = memory.class_index
+    memory.set_soft_labels(torch.eye(3)[(index + 1) % 3] * 0.98 + 0.01)
+    scores = {
+        labels: evaluate(memory, data, labels=labels, config=config, device="cpu")[1]
+        for labels in ("hard", "soft", None)
+    }
+    assert scores["hard"] > 0.9
+    assert scores["soft"] < 0.2
+    assert scores[None] == scores["soft"], "the most that the memory has, by default"
+
+
+def test_columns_follow_the_classes_of_a_memory_in_any_order() -> None:
+    """The classes of a learned memory stand as they came, those of a network ascending."""
+    images, labels = stripes(90, labels=(9, 2, 5))
+    order = torch.tensor([9, 2, 5])
+    made = condense(
+        (images, labels),
+        60_000,
+        kind="pixels",
+        number_format="float32",
+        outer_steps=0,
+        over_budget=0,
+        device="cpu",
+    )
+    assert made.classes.tolist() == [2, 5, 9]
+    made.classes = made.classes[[2, 0, 1]]  # as if 9 had come first: its images are those of 2
+    said = (order[(torch.arange(3) + 1) % 3] == made.classes[:, None]).float()
+    rows = torch.stack([said[:, list(order).index(label)] for label in made.labels])
+    made.set_soft_labels(rows * 0.98 + 0.01)
+    config = TrainingConfig(width=8, num_passes=3_200, batch_size=16)
+    network, _ = evaluate(made, (images, labels), labels="soft", config=config, device="cpu")
+    assert network.classes.tolist() == [2, 5, 9]
+    answers = network.classes[network(made.decode()[0]).argmax(dim=1)]
+    nexts = {9: 2, 2: 5, 5: 9}
+    wanted = torch.tensor([nexts[label] for label in made.labels.tolist()])
+    assert float((answers == wanted).float().mean()) > 0.9
+
+
+def test_a_labeller_teaches_and_is_scored() -> None:
+    images, labels = stripes(240)
+    data = LabelledImages(images, labels)
+    config = LabelConfig(labels="labeller", teacher_passes=6_400, labeller_width=8)
+    memory = hmn_replay.raw_images(data, 16_000, labels=config, device="cpu")
+    test = stripes(90, seed=1)
+    assert hmn_replay.labeller_accuracy(memory, test) > 0.9
+    assert hmn_replay.labeller_accuracy(memory, (test[0], torch.full((90,), 55))) == 0
+    training = TrainingConfig(width=8, num_passes=3_200, batch_size=16, label_weight=1.0)
+    memory.class_index = (memory.class_index + 1) % 3  # now the classes are wrong
+    _, accuracy = evaluate(memory, test, config=training, device="cpu")
+    assert accuracy > 0.9, "and the labeller is right"
+    memory.set_labeller(None)
+    with pytest.raises(ConfigError, match="has no labeller"):
+        hmn_replay.labeller_accuracy(memory, test)
