@@ -37,6 +37,7 @@ __all__ = [
     "balanced",
     "distillation",
     "find_loss",
+    "label_distillation",
     "plain",
     "separated",
 ]
@@ -199,6 +200,29 @@ def distillation(logits: Tensor, teacher: Tensor, old_classes: Tensor) -> Tensor
     target = teacher[:, old_classes].float().div(_TEMPERATURE).log_softmax(1)
     loss = F.kl_div(student, target, reduction="batchmean", log_target=True)
     return loss * _TEMPERATURE**2
+
+
+def label_distillation(logits: Tensor, probabilities: Tensor, classes: Tensor) -> Tensor:
+    """Return how far a network is from soft labels, over the classes that each label knows.
+
+    Args:
+        logits: float ``(R, K')`` of replayed images, with a graph.
+        probabilities: float ``(R, K)``, rows that sum to one; a class of probability 0 is unknown
+            to the label. A label of one class alone, a hard one, adds nothing.
+        classes: int64 ``(K,)``, the logit of each of the K classes.
+
+    Returns:
+        The sum over the images of the Kullback-Leibler divergence between the two softmaxes at
+        temperature 2, times the temperature's square: a scalar.
+    """
+    unknown = probabilities <= 0
+    student = logits[:, classes].float().div(_TEMPERATURE)
+    target = probabilities.clamp_min(torch.finfo(torch.float32).tiny).log().div(_TEMPERATURE)
+    lowest = torch.finfo(torch.float32).min
+    student = student.masked_fill(unknown, lowest).log_softmax(1)
+    target = target.masked_fill(unknown, lowest).log_softmax(1)
+    distances = (target.exp() * (target - student)).masked_fill(unknown, 0.0)
+    return distances.sum() * _TEMPERATURE**2
 
 
 def find_loss(loss: Loss) -> tuple[str, ReplayLoss]:

@@ -39,6 +39,7 @@ from hmn_replay.avalanche.losses import (
     ReplayStep,
     distillation,
     find_loss,
+    label_distillation,
     plain,
 )
 from hmn_replay.avalanche.streams import (
@@ -65,6 +66,7 @@ from hmn_replay.replay import (
     Selection,
 )
 from hmn_replay.runtime import isolated, make_generator, resolve_device
+from hmn_replay.training.networks import evaluating
 from hmn_replay.training.train import TrainingConfig
 
 __all__ = [
@@ -154,6 +156,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             memory would give it back, encoded and decoded, so that a network cannot tell age by
             what a codec does to images (Wang et al. 2023, CIM-CIL). Default: 0, none. For memories
             with a codec, such as JPEG; not for learned ones or ``"memory_only"``.
+        labels: ``"hard"``, or ``"soft"``: when an experience has been trained on, the network says
+            of the memory's images of its classes what else they resemble, which is kept in the file
+            and counts towards its bytes. From the next experience on it is learned beside the
+            classes wherever these images are replayed, over the classes that were known then. Not
+            for task labels above 0 or ``"memory_only"``.
+        label_weight: Weight, 0 or more, of that term, which is a mean over the mini-batch; see
+            :func:`hmn_replay.avalanche.losses.label_distillation`. Default: 1.
         normalization: ``(mean, std)`` that the benchmark's transforms apply. Default: ``None``,
             that of torchvision's ``Normalize`` in the eval transforms, or none.
         max_raw_images: Bound on the raw images gathered of an online experience. They do not count
@@ -194,6 +203,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         renew: Renewal = "auto",
         distill: float = 0.0,
         recode_share: float = 0.0,
+        labels: Literal["hard", "soft"] = "hard",
+        label_weight: float = 1.0,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -203,6 +214,15 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         super().__init__()  # type: ignore[no-untyped-call]
         _check_settings(mode, batch_size_mem, replay_weight, loss, renew, distill, recode_share)
         self.distill, self.recode_share = distill, recode_share
+        if labels not in ("hard", "soft") or not label_weight >= 0:
+            raise ConfigError(
+                f"labels must be hard or soft, and label_weight 0 or more; got {labels!r} and "
+                f"{label_weight!r}"
+            )
+        if mode == "memory_only" and labels != "hard":
+            raise ConfigError('labels are for mode="replay"; leave them out')
+        self.labels, self.label_weight = labels, label_weight
+        self._soft: Tensor | None = None
         self.batch_size_mem, self.mode = batch_size_mem, mode
         self.replay_transform = replay_transform
         self.replay_weight, self.loss, self.renew = replay_weight, loss, renew
@@ -298,7 +318,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def finish(self) -> bool:
         """Make what an online stream has left into the memory; True where there was something."""
-        return self.store.finish(model=self._model, note=self._note())
+        is_new = self.store.finish(model=self._model, note=self._note())
+        if is_new:
+            self._label()
+        return is_new
 
     def learn(self, strategy: Strategy, experience: Any) -> None:
         """Make an experience into the memory, outside of a training.
@@ -382,13 +405,17 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         experiences = _experiences_of(strategy, experience)
         self._settle(strategy, experiences)
         self._drop_teacher()
-        if self.distill and len(self._old_classes):
-            if self._has_tasks(experiences):
-                raise ConfigError("distill is for one head, without task labels above 0")
-            if not _has_plain_criterion(strategy):
+        for name, is_wanted in (
+            ("distill", self.distill and len(self._old_classes)),
+            ('labels="soft"', self.labels == "soft"),
+        ):
+            if is_wanted and self._has_tasks(experiences):
+                raise ConfigError(f"{name} is for one head, without task labels above 0")
+            if is_wanted and not _has_plain_criterion(strategy):
                 raise ConfigError(
-                    f"distill is not for {type(strategy).__name__}, which has a loss of its own"
+                    f"{name} is not for {type(strategy).__name__}, which has a loss of its own"
                 )
+        if self.distill and len(self._old_classes):
             self._teacher = _Teacher(strategy.model, self._old_classes.to(self._device))
 
     def before_training_iteration(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -414,7 +441,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if self.recode_share:
             mbatch[0] = self._recoded(mbatch[0])
         count = self.batch_size_mem or strategy.train_mb_size
-        images, keys = self.store.sample(count, dtype=mbatch[0].dtype, device=self._device)
+        images, keys, self._soft = self.store.sample_soft(
+            count, dtype=mbatch[0].dtype, device=self._device
+        )
         self._note_replayed(len(mbatch[0]), len(images))
         images = finish_images(images, self.replay_transform, self._found)
         add_to_minibatch(mbatch, images, *split_class_keys(keys))
@@ -438,6 +467,14 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         num_replayed = self._num_replayed
         if self.mode == "memory_only" or not num_replayed:
             return
+        if self._soft is not None and self.label_weight and self.labels == "soft":
+            assert self.memory is not None
+            term = label_distillation(
+                strategy.mb_output[-num_replayed:],
+                self._soft,
+                self.memory.classes.to(self._device),
+            )
+            strategy.loss = strategy.loss + self.label_weight / len(strategy.mb_y) * term
         if self._loss_now is plain and self.replay_weight is None:
             return
         decoded = self._decode()
@@ -462,8 +499,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         experience = strategy.experience
         if _is_piece(strategy, experience):
             self._end_piece(experience)
-        elif not self._is_renewed:
-            self._learn(strategy, experience)
+        else:
+            if not self._is_renewed:
+                self._learn(strategy, experience)
+            self._label()
 
     def after_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Where several pieces were given at once, they have come to their end."""
@@ -522,6 +561,22 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         images = self._read(experiences)
         self.store.update(images, model=self._model, note=self._note())
         return images
+
+    @torch.no_grad()
+    def _label(self) -> None:
+        """Let the network say what else the images resemble that have no soft label yet."""
+        memory, model, found = self.memory, self._model, self._found
+        if self.labels != "soft" or memory is None or model is None:
+            return
+        labels = memory.classes.to(self._device)
+
+        def network(images: Tensor) -> Tensor:
+            images = images if found is None else found.apply(images)
+            logits: Tensor = model(images)
+            return logits[:, labels]
+
+        with evaluating(model):
+            self.store.label(network)
 
     def _read(self, experiences: Sequence[Any]) -> LabelledImages:
         with isolated(self._device, self.seed, "read", self.store.num_updates):
@@ -688,6 +743,8 @@ class ReplayOptions(TypedDict, total=False):
     renew: Renewal
     distill: float
     recode_share: float
+    labels: Literal["hard", "soft"]
+    label_weight: float
     normalization: tuple[Sequence[float], Sequence[float]] | None
     max_raw_images: int
     seed: int
@@ -719,6 +776,8 @@ class HMNReplay(MemoryReplay):
         loss: Replay loss: ``"auto"``, a name in ``LOSSES`` or a callable.
         renew: ``"before"``, ``"after"`` or ``"auto"``: when to condense an experience.
         distill: Weight of the distillation from the previous network.
+        labels: ``"hard"`` or ``"soft"``: whether the network's answers are kept beside the images.
+        label_weight: Weight of these in the loss of replayed images.
         normalization: ``(mean, std)`` that the benchmark's transforms apply.
         max_raw_images: Bound on the raw images gathered of an online experience.
         seed: Seed of every draw.
@@ -749,6 +808,8 @@ class HMNReplay(MemoryReplay):
         loss: Loss = "auto",
         renew: Renewal = "auto",
         distill: float = 0.0,
+        labels: Literal["hard", "soft"] = "hard",
+        label_weight: float = 1.0,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -773,6 +834,8 @@ class HMNReplay(MemoryReplay):
             loss=loss,
             renew=renew,
             distill=distill,
+            labels=labels,
+            label_weight=label_weight,
             normalization=normalization,
             max_raw_images=max_raw_images,
             seed=seed,

@@ -9,11 +9,12 @@ for images, labels in experiences:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.budget import Budget, as_int
+from hmn_replay.condensation.labelling import label_images
 from hmn_replay.data.images import ImageSource, LabelledImages, as_labelled_images
 from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayError
 from hmn_replay.memory import Memory, loads
 from hmn_replay.replay.gatherer import Gatherer, first_in_turn
 from hmn_replay.replay.keepers import Keeper, make_keeper
-from hmn_replay.runtime import isolated, make_generator, resolve_device, without_autocast
+from hmn_replay.runtime import (
+    derive_seed,
+    isolated,
+    make_generator,
+    resolve_device,
+    without_autocast,
+)
+from hmn_replay.training.networks import evaluating
 
 __all__ = ["DecodedImages", "ReplayMemory"]
 
@@ -263,6 +272,31 @@ class ReplayMemory:
         Raises:
             ConfigError: The memory is empty, or a value is outside its range.
         """
+        images, labels, _ = self.sample_soft(count, dtype=dtype, device=device)
+        return images, labels
+
+    def sample_soft(
+        self,
+        count: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draw images as :meth:`sample` does, with their soft labels.
+
+        Args:
+            count: As in :meth:`sample`.
+            dtype: As in :meth:`sample`.
+            device: As in :meth:`sample`.
+
+        Returns:
+            Images, labels, and what a network said of them: float32 ``(n, K)`` in the order of the
+            memory's classes, as :meth:`hmn_replay.Memory.soft_labels` gives it; None where the
+            memory has no soft labels.
+
+        Raises:
+            ConfigError: As :meth:`sample`.
+        """
         decoded = self.decoded(device)
         if decoded is None or not len(decoded):
             raise ConfigError("there is nothing to draw: the memory is empty; call update() first")
@@ -272,6 +306,39 @@ class ReplayMemory:
         generator = make_generator(self.seed, "replay", self._num_draws)
         self._num_draws += 1
         return decoded.draw(count, dtype, generator)
+
+    def label(self, network: Callable[[Tensor], Tensor], *, views: int = 4) -> int:
+        """Give images that have hard labels soft ones, by what a network says of them.
+
+        To be called when the network has learned what the memory was last renewed with. The file
+        stays within the budget: images of the fullest classes make room.
+
+        Args:
+            network: From float images ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)``, in the order
+                of the memory's classes; shown without gradients, and in evaluation mode if it is a
+                module.
+            views: Augmentations (crop and flip) that a label is a mean over.
+
+        Returns:
+            How many images got a label.
+        """
+        if self.memory is None:
+            return 0
+        memory = copy.deepcopy(self.memory)
+        chosen = (~memory.is_soft).nonzero().flatten()
+        if not len(chosen):
+            return 0
+        with evaluating(network), without_autocast(self.device):
+            images = memory.decode(chosen, dtype=torch.uint8)[0].to(self.device)
+            seed = derive_seed(self.seed, "labels", self._num_updates)
+            rows = label_images(network, [images], views=views, seed=seed)
+        memory.set_soft_labels(rows, chosen)
+        memory.shrink()
+        self.memory = memory
+        if self.report:
+            sizes = {"num_images": memory.num_images, "file_bytes": memory.file_bytes}
+            self.report[-1] |= {**sizes, "images_per_class": list(memory.images_per_class)}
+        return len(chosen)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned, as tensors, numbers and texts, with a digest of all.
@@ -349,19 +416,22 @@ class DecodedImages:
         device: Where they are.
         images: uint8 ``(N, C, H, W)``: a quarter of the bytes that floats would take.
         labels: int64 ``(N,)``.
+        soft: float32 ``(N, K)``, soft labels; None where the memory has none.
     """
 
     memory: Memory
     device: torch.device
     images: Tensor
     labels: Tensor
+    soft: Tensor | None = None
 
     @classmethod
     def of(cls, memory: Memory, device: torch.device) -> DecodedImages:
         """Decode a memory where it is, and bring its images to a device."""
         with without_autocast(device):
             images, labels = memory.decode(dtype=torch.uint8)
-        return cls(memory, device, images.to(device), labels.to(device))
+        soft = memory.soft_labels().to(device) if memory.has_soft_labels else None
+        return cls(memory, device, images.to(device), labels.to(device), soft)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -372,11 +442,13 @@ class DecodedImages:
             return self
         turns = first_in_turn(self.labels, torch.arange(len(self), device=self.device))
         chosen = turns[:count].sort().values
-        return DecodedImages(self.memory, self.device, self.images[chosen], self.labels[chosen])
+        soft = None if self.soft is None else self.soft[chosen]
+        parts = self.images[chosen], self.labels[chosen], soft
+        return DecodedImages(self.memory, self.device, *parts)
 
     def draw(
         self, count: int, dtype: torch.dtype, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draw images at random, none twice.
 
         Args:
@@ -385,7 +457,7 @@ class DecodedImages:
             generator: On the CPU.
 
         Returns:
-            Images ``(n, C, H, W)``, and labels.
+            Images ``(n, C, H, W)``, labels, and soft labels or None.
 
         Raises:
             ConfigError: ``dtype`` is another.
@@ -397,7 +469,8 @@ class DecodedImages:
         images = self.images[indices]
         if dtype != torch.uint8:
             images = images.to(dtype).div_(255)
-        return images, self.labels[indices]
+        soft = None if self.soft is None else self.soft[indices]
+        return images, self.labels[indices], soft
 
 
 def _labelled(images: ImageSource, labels: Any) -> LabelledImages:

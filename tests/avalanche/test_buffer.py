@@ -240,7 +240,8 @@ def test_images_are_drawn_uniformly_and_none_twice(
     generator = torch.Generator().manual_seed(0)
     drawn = torch.zeros(7)
     for _ in range(700):
-        images, labels = decoded.draw(3, torch.float32, generator)
+        images, labels, soft = decoded.draw(3, torch.float32, generator)
+        assert soft is None
         indices = images[:, 0, 0, 0].mul(255).round().long() // 12
         assert len(set(indices.tolist())) == 3
         assert torch.equal(labels, decoded.labels[indices])
