@@ -16,6 +16,10 @@ FORMAT-warm        HMN, the warm start alone, for --seconds
 an effort          (quick, standard, paper) HMN with all of the effort's settings, however long it
                    takes
 
+--labels hard,soft,labeller makes a memory of each row and budget for each of these, in the same
+bytes, and trains on it by these labels alone: a column each, never mixed. Beside a labeller stands
+its own accuracy on the test set. Settings such as --set teacher_passes=50000 are those of all rows.
+
 Written to OUT: results.json, after every memory and every training; table.md; a figure of accuracy
 against bytes; and memory files. Stop it at any time: the same command goes on. More rows, budgets
 and seeds may be added by later runs; other settings need another --out.
@@ -40,6 +44,7 @@ from experiments.arguments import (
     add_settings,
     load,
     make_parser,
+    parse_names,
     parse_numbers,
     parse_settings,
 )
@@ -55,12 +60,14 @@ from hmn_replay.errors import ConfigError, HMNReplayError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.formats import NUMBER_FORMATS
+from hmn_replay.memory.labels import LABELS
 from hmn_replay.runtime import resolve_device
 from hmn_replay.training.train import TrainingConfig
 
 Data: TypeAlias = "tuple[LabelledImages, LabelledImages]"
 
 REAL, WARM = ("raw", "jpeg", "lossless"), "-warm"
+TEACHERS: dict[Any, Any] = {}  # the last one
 ROWS = (*REAL, *NUMBER_FORMATS, *(f"{name}{WARM}" for name in NUMBER_FORMATS), *EFFORTS)
 
 
@@ -74,6 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--seconds", type=float, default=300, help="of condensing a memory of a number format")
     add("--qualities", default="5,10,20,30", help="of JPEG")
+    add("--labels", default="hard", help=f"columns: some of {', '.join(LABELS)}")
     add("--seeds", default="0", help="a memory and a training each")
     add("--network", default="convnet", help="what is trained on a memory")
     add("--width", type=int, default=64, help="channels of ConvNet's blocks")
@@ -95,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_config(**condensation(row, args))
     budgets = [Budget.parse(text).num_bytes for text in args.budgets.split(",")]
     seeds = parse_numbers("--seeds", args.seeds)
+    columns = parse_names("--labels", args.labels, LABELS)
     parse_numbers("--qualities", args.qualities)
     TrainingConfig(network=args.network, width=args.width, num_passes=args.passes)
     train, test = load(args, "train"), load(args, "test")
@@ -107,8 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for budget in budgets:
             for row in rows:
-                for seed in seeds:
-                    measure(row, budget, seed, (train, test), args, store)
+                for labels in columns:
+                    for seed in seeds:
+                        measure(row, labels, budget, seed, (train, test), args, store)
     except KeyboardInterrupt:
         stopped = True
     store.report["rows"] = found = make_rows(store)
@@ -135,16 +145,23 @@ def condensation(row: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    row: str, budget: int, seed: int, data: Data, args: argparse.Namespace, store: Store
+    row: str,
+    labels: str,
+    budget: int,
+    seed: int,
+    data: Data,
+    args: argparse.Namespace,
+    store: Store,
 ) -> None:
     """Make the memory of a row and learn from it, as far as that was not done."""
     qualities = parse_numbers("--qualities", args.qualities) if row == "jpeg" else (None,)
     for quality in qualities:
-        measure_one(row, quality, budget, seed, data, args, store)
+        measure_one(row, labels, quality, budget, seed, data, args, store)
 
 
 def measure_one(
     row: str,
+    labels: str,
     quality: int | None,
     budget: int,
     seed: int,
@@ -153,20 +170,34 @@ def measure_one(
     store: Store,
 ) -> None:
     train, test = data
-    identity = {"row": row, "quality": quality, "budget": budget, "seed": seed}
+    identity = {
+        "row": row,
+        "labels": labels,
+        "quality": quality,
+        "budget": budget,
+        "seed": seed,
+    }
     label = row if quality is None else f"{row}{quality}"
-    path = args.out / f"{label}-{budget}-{seed}.hmn"
+    path = args.out / f"{label}-{labels}-{budget}-{seed}.hmn"
 
     def make() -> dict[str, Any]:
         started = time.monotonic()
         report: dict[str, Any] = {}
         memory: Memory
-        if row == "raw":
-            memory = hmn_replay.raw_images(train, budget, seed=seed)
-        elif row == "lossless":
-            memory = hmn_replay.lossless_images(train, budget, seed=seed)
-        elif quality is not None:
-            memory = hmn_replay.jpeg_images(train, budget, quality=quality, seed=seed)
+        if row in REAL:
+            config = label_config(labels, args)
+            teacher = None if labels == "hard" else teacher_of(train, config, seed, args.device)
+            codec: dict[str, Any] = {} if quality is None else {"quality": quality}
+            fill: Any = getattr(hmn_replay, f"{row}_images")  # such as hmn_replay.jpeg_images
+            memory = fill(
+                train,
+                budget,
+                labels=config,
+                teacher=teacher,
+                seed=seed,
+                device=args.device,
+                **codec,
+            )
         else:
             memory = hmn_replay.condense(
                 train,
@@ -175,6 +206,7 @@ def measure_one(
                 device=args.device,
                 checkpoint=path.with_suffix(".checkpoint"),
                 progress=sys.stderr.isatty(),
+                labels=labels,
                 **condensation(row, args),
             )
             report = memory.report
@@ -185,29 +217,53 @@ def measure_one(
             "bytes": memory.file_bytes,
             # Of a memory that was stopped on the way, the seconds before count too.
             "seconds": report.get("seconds", time.monotonic() - started),
+            "label_bytes": memory.summary()["label_bytes"],
             "report": report,
         }
 
     def score() -> dict[str, Any]:
+        memory = hmn_replay.load(path)
         _, accuracy = hmn_replay.evaluate(
-            hmn_replay.load(path),
+            memory,
             test,
+            labels=labels,
             network=args.network,
             width=args.width,
             num_passes=args.passes,
             seed=seed,
             device=args.device,
         )
-        return {"accuracy": accuracy}
+        if labels != "labeller":
+            return {"accuracy": accuracy}
+        own = hmn_replay.labeller_accuracy(memory, test)
+        return {"accuracy": accuracy, "labeller_accuracy": own}
 
     if "error" not in store.once("memory", identity, make):
         store.once("training", identity, score)
 
 
-def best_quality(store: Store, budget: int) -> int | None:
+def label_config(labels: str, args: argparse.Namespace) -> hmn_replay.LabelConfig:
+    """Return how labels of real images are made: by the settings of all rows."""
+    settings = parse_settings(args.set)
+    own = {name: settings[name] for name in hmn_replay.LabelConfig.model_fields if name in settings}
+    return hmn_replay.LabelConfig(**{**own, "labels": labels})
+
+
+def teacher_of(
+    train: LabelledImages, config: hmn_replay.LabelConfig, seed: int, device: str
+) -> Any:
+    """Return the teacher of a seed, trained once for all real images that learn from it."""
+    key = (id(train), config, seed)
+    if key not in TEACHERS:
+        TEACHERS.clear()
+        TEACHERS[key] = hmn_replay.train_teacher(train, config, seed=seed, device=device)
+    return TEACHERS[key]
+
+
+def best_quality(store: Store, budget: int, labels: str = "hard") -> int | None:
     """Return the quality of JPEG with the best test accuracy so far; None where there is none."""
     scores = {
-        quality: accuracies(store, row="jpeg", quality=quality, budget=budget)
+        quality: accuracies(store, row="jpeg", labels=labels, quality=quality, budget=budget)
         for row, quality in store.seen("training", "row", "quality")
         if row == "jpeg"
     }
@@ -221,12 +277,14 @@ def make_rows(store: Store) -> list[dict[str, Any]]:
     Of JPEG there is the best quality alone.
     """
     found = []
-    for row, budget in store.seen("memory", "row", "budget"):
-        identity: dict[str, Any] = {"row": row, "budget": budget}
+    for row, labels, budget in store.seen("memory", "row", "labels", "budget"):
+        identity: dict[str, Any] = {"row": row, "labels": labels, "budget": budget}
         if row == "jpeg":
-            identity["quality"] = best_quality(store, budget)
+            identity["quality"] = best_quality(store, budget, labels)
         made, scores = store.find("memory", **identity), accuracies(store, **identity)
         if made and scores:
+            trained = store.find("training", **identity)
+            own = [t["labeller_accuracy"] for t in trained if "labeller_accuracy" in t]
             psnr = [m["report"].get("warm_start_psnr") for m in made]
             found.append(
                 {
@@ -235,33 +293,46 @@ def make_rows(store: Store) -> list[dict[str, Any]]:
                     "bytes": statistics.fmean(m["bytes"] for m in made),
                     "seconds": statistics.fmean(m["seconds"] for m in made),
                     "psnr": statistics.fmean(psnr) if all(psnr) else None,
+                    "label_bytes": statistics.fmean(m["label_bytes"] for m in made),
                     "accuracies": scores,
+                    "labeller_accuracies": own,
                 }
             )
     return found
 
 
 def markdown(rows: list[dict[str, Any]], store: Store) -> str:
-    """Return a table for each budget, the best memory first."""
-    head = ["memory", "images", "bytes", "accuracy %", "seeds", "seconds to make"]
+    """Return a table for each budget, a column for each kind of labels, the best memory first."""
+    columns = [labels for labels in LABELS if any(row["labels"] == labels for row in rows)]
     parts = []
     for budget in dict.fromkeys(row["budget"] for row in rows):
         group = [row for row in rows if row["budget"] == budget]
-        group.sort(key=lambda row: -statistics.fmean(row["accuracies"]))
-        lines = [
-            [
-                f"JPEG, quality {row['quality']}" if row["row"] == "jpeg" else row["row"],
-                f"{row['images']:,.0f}",
-                f"{row['bytes']:,.0f}",
-                percent(row["accuracies"]),
-                str(len(row["accuracies"])),
-                f"{row['seconds']:,.0f}",
-            ]
-            for row in group
-        ]
+        by_name: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in sorted(group, key=lambda row: -statistics.fmean(row["accuracies"])):
+            by_name.setdefault(row["row"], {})[row["labels"]] = row
+        head, lines = ["memory"], [[name] for name in by_name]
+        for labels in columns:
+            # Each column has its own memories: images, bytes and the quality of JPEG are theirs.
+            head += [f"{labels} labels: accuracy %", "images", "bytes"]
+            head += ["labeller itself %"] * (labels == "labeller")
+            for line, made in zip(lines, by_name.values(), strict=True):
+                line += cells(made.get(labels), labels)
+        first = [next(iter(made.values())) for made in by_name.values()]
+        head += ["seeds", "seconds to make"]
+        for line, row in zip(lines, first, strict=True):
+            line += [str(len(row["accuracies"])), f"{row['seconds']:,.0f}"]
         parts += [f"## {budget:,} bytes", markdown_table([head, *lines])]
     found = [f"{label} {error}" for label, error in failures(store)]
     return "\n\n".join([*parts, *found]) + "\n"
+
+
+def cells(row: dict[str, Any] | None, labels: str) -> list[str]:
+    """Return what a table says of a memory in the column of its labels."""
+    if row is None:
+        return ["-"] * (4 if labels == "labeller" else 3)
+    quality = f" (quality {row['quality']})" if row["row"] == "jpeg" else ""
+    shown = [percent(row["accuracies"]) + quality, f"{row['images']:,.0f}", f"{row['bytes']:,.0f}"]
+    return shown + [percent(row["labeller_accuracies"])] * (labels == "labeller")
 
 
 def failures(store: Store) -> list[tuple[str, str]]:
@@ -280,14 +351,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     budgets = sorted({row["budget"] for row in rows})
-    for name in dict.fromkeys(row["row"] for row in rows):
-        group = sorted((r for r in rows if r["row"] == name), key=lambda r: int(r["budget"]))
+    for name, labels in dict.fromkeys((row["row"], row["labels"]) for row in rows):
+        group = [row for row in rows if (row["row"], row["labels"]) == (name, labels)]
+        group.sort(key=lambda row: int(row["budget"]))
         scores = [[100 * share for share in row["accuracies"]] for row in group]
         axes.errorbar(
             [row["budget"] / 1024 for row in group],
             [statistics.fmean(values) for values in scores],
             yerr=[deviation(values) for values in scores],
-            label="JPEG, best quality" if name == "jpeg" else name,
+            label=("JPEG, best quality" if name == "jpeg" else name)
+            + ("" if labels == "hard" else f", {labels}"),
             marker="o",
             markersize=4,
             linestyle="--" if name in REAL else "-",

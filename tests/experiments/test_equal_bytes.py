@@ -54,7 +54,7 @@ def test_all_kinds_of_rows_are_within_their_budgets(
     assert (tmp_path / "rate-accuracy.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.count("| JPEG, quality ") == table.count("## ") == 2
+    assert table.count("(quality ") == table.count("## ") == 2
 
     # Everything is there: nothing is computed again.
     def never(*_: Any, **__: Any) -> Any:
@@ -64,6 +64,29 @@ def test_all_kinds_of_rows_are_within_their_budgets(
     monkeypatch.setattr(hmn_replay, "evaluate", never)
     assert run(cifar10, tmp_path, rows) == 0
     assert (tmp_path / "table.md").read_text() == table
+
+
+def test_kinds_of_labels_are_columns_of_their_own(cifar10: Path, tmp_path: Path) -> None:
+    settings = ["teacher_passes=20", "teacher_width=2", "labeller_width=2"]
+    arguments = [f"--set={setting}" for setting in settings]
+    arguments += ["--labels", "hard,soft,labeller", "--budgets", "4000", "--seeds", "0"]
+    assert run(cifar10, tmp_path, "raw,jpeg,int8", *arguments) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    found = {(row["row"], row["labels"]): row for row in report["rows"]}
+    assert len(found) == 9
+    for (_, labels), row in found.items():
+        assert row["bytes"] <= 4_000
+        assert (row["label_bytes"] > 0) == (labels != "hard")
+        assert len(row["labeller_accuracies"]) == (labels == "labeller")
+    for path in tmp_path.glob("*.hmn"):
+        assert hmn_replay.load(path).richest_labels == path.stem.split("-")[1]
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    (head,) = (line for line in lines if line.startswith("| memory"))
+    columns = [cell.strip() for cell in head.split("|")]
+    for labels in ("hard", "soft", "labeller"):
+        assert f"{labels} labels: accuracy %" in columns
+    assert columns.count("labeller itself %") == 1
+    assert columns.count("images") == 3
 
 
 def test_jpeg_is_shown_at_its_best_quality(
