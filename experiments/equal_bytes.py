@@ -13,8 +13,8 @@ raw, jpeg, lossless  real images. JPEG is tried at all --qualities, and shown at
 a number format    (float32, float16, int8, entropy) HMN, condensed for --seconds, half of them a
                    warm start
 FORMAT-warm        HMN, the warm start alone, for --seconds
-an effort          (quick, standard, paper) HMN with all of the effort's settings, however long it
-                   takes
+an effort          (draft, quick, standard, paper) HMN with all of the effort's settings, however
+                   long it takes
 
 --labels hard,soft,labeller makes a memory of each row and budget for each of these, in the same
 bytes, and trains on it by these labels alone: a column each, never mixed. Beside a labeller stands

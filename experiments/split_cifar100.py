@@ -130,12 +130,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--distill", type=float, default=0.0,
         help="weight of our memories' distillation from the previous network, which is working "
         "memory and not counted in the budget")  # fmt: skip
+    add("--replay-weight", type=float,
+        help="share of the replayed images in our memories' loss (default: by their number)")  # fmt: skip
     add("--recode", type=float, default=0.0,
         help="probability with which JPEG shows current images through its codec")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
     add("--expected-classes", type=int, help="tell HMN and JPEG how many classes will come in all")
     add("--kind", default="hmn", help="memory kind of the strategy hmn: hmn, pixels, idc, ...")
-    add("--effort", default="quick", help="of HMN's condensation: quick, standard, paper")
+    add("--effort", default="draft", help="of HMN's condensation: draft, quick, standard, paper")
     add("--set", action="append", default=[], metavar="FIELD=VALUE",
         help="any setting of hmn_replay.CondenseConfig, for HMN; several times")  # fmt: skip
     add("--device", default="auto", help="cpu, cuda, ... (default: CUDA where present, else cpu)")
@@ -297,6 +299,7 @@ def run(
         loss=args.loss,
         renew=args.renew,
         distill=args.distill,
+        replay_weight=args.replay_weight,
         effort=args.effort,
         expected_classes=args.expected_classes,
         progress=sys.stderr.isatty(),

@@ -87,7 +87,8 @@ def build(
     loss: Loss = "auto",
     renew: Renewal = "auto",
     distill: float = 0.0,
-    effort: str = "quick",
+    replay_weight: float | None = None,
+    effort: str = "draft",
     expected_classes: int | None = None,
     evaluator: EvaluationPlugin | None = None,
     plugins: Sequence[SupervisedPlugin[Any]] = (),
@@ -130,7 +131,10 @@ def build(
             :class:`hmn_replay.MemoryReplay` says.
         distill: Weight of the distillation from the previous network, for hmn, jpeg, lossless, raw
             and herding; that network is not part of the budget.
-        effort: Effort of HMN's condensation: ``"quick"``, ``"standard"`` or ``"paper"``.
+        replay_weight: Share in [0, 1] that replayed images have in the loss of hmn, jpeg, lossless,
+            raw and herding. Default: None, the share that they have by their number.
+        effort: Effort of HMN's condensation: ``"draft"``, ``"quick"``, ``"standard"`` or
+            ``"paper"``.
         expected_classes: How many classes will come in all, if that is known; for HMN and JPEG.
         evaluator: Avalanche's metrics and loggers. Default: none.
         plugins: More plugins, called after the strategy's own.
@@ -163,6 +167,7 @@ def build(
         loss=loss,
         renew=renew,
         distill=distill,
+        replay_weight=replay_weight,
         effort=effort,
         expected_classes=expected_classes,
         evaluator=evaluator,

@@ -50,6 +50,7 @@ class Settings:
     loss: Loss
     renew: Renewal
     distill: float
+    replay_weight: float | None
     effort: str
     expected_classes: int | None
     evaluator: EvaluationPlugin | None
@@ -95,7 +96,12 @@ class Settings:
         }
 
     def _protocol(self) -> dict[str, Any]:
-        return {"loss": self.loss, "renew": self.renew, "distill": self.distill}
+        return {
+            "loss": self.loss,
+            "renew": self.renew,
+            "distill": self.distill,
+            "replay_weight": self.replay_weight,
+        }
 
     def num_images(self, extra_bytes: int = 0) -> int:
         """Return how many images of uint8 pixels the budget holds.

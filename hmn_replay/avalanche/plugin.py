@@ -767,7 +767,8 @@ class HMNReplay(MemoryReplay):
             experience, or as many of them as the budget can be shaped for.
         config: Settings of the condensation, in place of ``effort`` and ``options``. Default: None,
             those of ``effort``.
-        effort: ``"quick"``, ``"standard"`` or ``"paper"``.
+        effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``. The default is made for
+            streams, where training waits for every update.
         batch_size_mem: Images replayed in a step; this and the options below are explained in
             :class:`MemoryReplay`.
         mode: ``"replay"`` or ``"memory_only"``.
@@ -784,9 +785,7 @@ class HMNReplay(MemoryReplay):
         device: Where to condense. Default: None, the strategy's device.
         progress: Whether to print a line on standard error after each update; in a terminal bars
             are shown too.
-        **options: Fields of :class:`~hmn_replay.condensation.config.CondenseConfig`. Without
-            ``config``, ``trained_networks`` is 0 by default: to train several networks at every
-            experience would take longer than the experience itself.
+        **options: Fields of :class:`~hmn_replay.condensation.config.CondenseConfig`.
 
     Raises:
         BudgetError: The budget cannot be read.
@@ -800,7 +799,7 @@ class HMNReplay(MemoryReplay):
         kind: str = "hmn",
         expected_classes: int | None = None,
         config: CondenseConfig | None = None,
-        effort: str = "quick",
+        effort: str = "draft",
         batch_size_mem: int | None = None,
         mode: Literal["replay", "memory_only"] = "replay",
         replay_transform: Callable[[Tensor], Tensor] | None = None,

@@ -69,7 +69,7 @@ def condense(
             ``"120 KiB"``, or a :class:`Budget`. A memory has no more images of a class than there
             are real ones: where the budget is for more, a :class:`HMNReplayWarning` says so.
         config: The settings, in place of ``effort`` and ``options``. Default: those of ``effort``.
-        effort: ``"quick"``, ``"standard"`` or ``"paper"``: a set of
+        effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``: a set of
             :class:`~hmn_replay.CondenseConfig` fields.
         seed: The same seed gives the same memory, bit for bit, on the same machine with the same
             number of threads.

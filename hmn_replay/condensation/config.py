@@ -1,4 +1,4 @@
-"""The settings of a condensation, and the three efforts that name a whole set of them."""
+"""The settings of a condensation, and the efforts that name a whole set of them."""
 
 from __future__ import annotations
 
@@ -266,6 +266,16 @@ class CondenseConfig(LabelConfig):
 
 
 EFFORTS: dict[str, dict[str, Any]] = {
+    "draft": {
+        "objective": "distribution",
+        "warm_start_steps": 400,
+        "outer_steps": 5,
+        "decoded_batch": 64,
+        "memory_learning_rate": 0.003,
+        "trained_networks": 2,
+        "trained_passes": 10_000,
+        "pruning_passes": 5000,
+    },
     "quick": {},
     "standard": {
         "warm_start_steps": 3000,
@@ -303,7 +313,7 @@ def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
     """Return the settings of an effort, with some of them replaced.
 
     Args:
-        effort: ``"quick"``, ``"standard"`` or ``"paper"``.
+        effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``.
         **options: Fields of :class:`CondenseConfig` by name.
 
     Raises:

@@ -116,10 +116,9 @@ class LearnedKeeper(Keeper):
             many of them as the budget can be shaped for.
         config: Settings of the condensation, in place of ``effort`` and ``options``. Default: None,
             those of ``effort``.
-        effort: ``"quick"``, ``"standard"`` or ``"paper"``.
-        **options: Fields of :class:`~hmn_replay.CondenseConfig`. Without ``config``,
-            ``trained_networks`` is 0 by default: to train several networks at every update would
-            take longer than the update itself.
+        effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``. The default is made for
+            streams, where training waits for every update.
+        **options: Fields of :class:`~hmn_replay.CondenseConfig`.
 
     Raises:
         BudgetError: The budget cannot be read.
@@ -133,10 +132,10 @@ class LearnedKeeper(Keeper):
         kind: str = "hmn",
         expected_classes: int | None = None,
         config: CondenseConfig | None = None,
-        effort: str = "quick",
+        effort: str = "draft",
         **options: Any,
     ) -> None:
-        if config is not None and (options or effort != "quick"):
+        if config is not None and (options or effort != "draft"):
             given = sorted(options) or ["effort"]
             raise ConfigError(f"config= has all settings; give it alone, without {given[0]}=")
         memory_type = MEMORIES[kind]
@@ -146,7 +145,7 @@ class LearnedKeeper(Keeper):
                 "JPEGReplay or LosslessReplay, or without Avalanche ReplayMemory or a RealKeeper"
             )
         self.budget, self.kind = Budget.parse(budget), kind
-        self.config = config or make_config(effort, **{"trained_networks": 0, **options})
+        self.config = config or make_config(effort, **options)
         self.expected_classes = expected_classes
 
     @property

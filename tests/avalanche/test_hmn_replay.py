@@ -164,14 +164,14 @@ def test_settings_are_checked_at_once() -> None:
     with pytest.raises(ConfigError):
         HMNReplay(BUDGET, device="abacus")
     with pytest.raises(ConfigError, match="without outer_steps="):
-        HMNReplay(BUDGET, config=make_config("quick"), outer_steps=3)
+        HMNReplay(BUDGET, config=make_config("draft"), outer_steps=3)
 
 
 def test_settings_may_be_given_as_a_whole() -> None:
     settings = {**TINY, "beta_grid": (0.5,)}
     del settings["device"]
     by_name = HMNReplay(BUDGET, **settings)
-    as_a_whole = HMNReplay(BUDGET, config=make_config("quick", **settings))
+    as_a_whole = HMNReplay(BUDGET, config=make_config("draft", **settings))
     for replay in (by_name, as_a_whole):
         train(make_strategy([replay]), streams().train_stream[:1])
     assert _memory(by_name).to_bytes() == _memory(as_a_whole).to_bytes()

@@ -136,7 +136,7 @@ def test_the_training_of_the_pruning_has_its_own_size() -> None:
 
 
 def test_another_effort_or_option_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="one of quick, standard, paper; got 'slow'"):
+    with pytest.raises(ConfigError, match="one of draft, quick, standard, paper; got 'slow'"):
         make_config("slow")
     with pytest.raises(TypeError, match="no option 'outer_step'; did you mean 'outer_steps'"):
         make_config(outer_step=3)
@@ -241,5 +241,5 @@ def test_any_text_is_read_or_refused(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("effort", [["quick"], None, 1])
 def test_an_effort_that_is_no_name_is_refused(effort: Any) -> None:
-    with pytest.raises(ConfigError, match="effort must be one of quick, standard, paper"):
+    with pytest.raises(ConfigError, match="effort must be one of draft, quick, standard, paper"):
         make_config(effort)
