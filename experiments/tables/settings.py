@@ -47,6 +47,7 @@ class Settings:
     def condensation(self, kind: str) -> dict[str, Any]:
         """Return the options of :func:`hmn_replay.condense` for a memory kind."""
         options: dict[str, Any] = {"effort": self.effort, "over_budget": 0.0}
+        options["objective"] = "gradient"  # the paper's, for every memory kind
         if kind == "hmn":
             options["over_budget"] = self.over_budget
         if self.seconds is not None:

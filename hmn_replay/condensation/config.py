@@ -48,11 +48,11 @@ class CondenseConfig(LabelConfig):
     number_format: Annotated[str, one_of("number format", NUMBER_FORMATS)] | None = None
     """How values are stored, by name. Default: the memory kind's own, entropy-coded for hmn."""
 
-    objective: Annotated[str | ObjectiveFunction, one_of("objective", OBJECTIVES)] = "gradient"
+    objective: Annotated[str | ObjectiveFunction, one_of("objective", OBJECTIVES)] = "distribution"
     """What is matched: a registered name, or a function like those of `hmn_replay.objectives`; see
     hmn_replay.objectives.Objective for what it decides beside."""
 
-    warm_start_steps: _AtLeast0 = 1500
+    warm_start_steps: _AtLeast0 = 1000
     """Steps of fitting the memory to real images before matching; 0 for none."""
 
     warm_start_batch: _AtLeast1 = 256
@@ -65,8 +65,8 @@ class CondenseConfig(LabelConfig):
     """Seconds after which the warm start ends, its learning rate brought down to 0;
     warm_start_steps still bounds it. None for no bound."""
 
-    outer_steps: _AtLeast0 = 10
-    """How many random networks are drawn one after another to match with; 0 for no matching."""
+    outer_steps: _AtLeast0 = 40
+    """How many networks are drawn one after another to match with; 0 for no matching."""
 
     inner_steps: _AtLeast0 = 10
     """Steps of matching with each network."""
@@ -77,10 +77,10 @@ class CondenseConfig(LabelConfig):
     real_batch: _AtLeast1 = 64
     """Real images of each drawn class."""
 
-    decoded_batch: _AtLeast1 = 96
+    decoded_batch: _AtLeast1 = 64
     """Decoded images of each drawn class, at most."""
 
-    memory_learning_rate: _Rate = 0.001
+    memory_learning_rate: _Rate = 0.003
     """Learning rate of matching's Adam, at first; it falls to 0 along half a cosine."""
 
     augmentations: tuple[_Augmentation, ...] = ("color", "crop", "cutout")
@@ -267,11 +267,8 @@ class CondenseConfig(LabelConfig):
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "draft": {
-        "objective": "distribution",
         "warm_start_steps": 400,
         "outer_steps": 5,
-        "decoded_batch": 64,
-        "memory_learning_rate": 0.003,
         "trained_networks": 2,
         "trained_passes": 10_000,
         "pruning_passes": 5000,
@@ -279,17 +276,19 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "quick": {},
     "standard": {
         "warm_start_steps": 3000,
-        "outer_steps": 60,
-        "inner_steps": 20,
+        "outer_steps": 300,
         "pruning_passes": 20_000,
         "pruning_width": 64,
     },
     "paper": {
         "number_format": "float32",
+        "objective": "gradient",
+        "warm_start_steps": 1500,
         "outer_steps": 2000,
         "inner_steps": 100,
         "classes_per_step": None,
         "decoded_batch": 128,
+        "memory_learning_rate": 0.001,
         "network_width": 128,
         "trained_networks": 0,
         "network_images": 2000,

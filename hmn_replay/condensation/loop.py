@@ -393,7 +393,7 @@ class Condensation(Run):
         num_steps = math.ceil(config.warm_start_steps * num_images / max(1, memory.num_images))
         batch_size = max(1, min(config.warm_start_batch, num_images))
         steps_per_epoch = math.ceil(num_images / batch_size)
-        rate = config.warm_start_learning_rate * (memory.added_rate if self.first_class else 1.0)
+        rate = config.warm_start_learning_rate
         targets = steps.warm_start_targets(memory, self.real, self.seed, self.first_class)
         warm = num_steps > 0
 

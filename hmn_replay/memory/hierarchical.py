@@ -47,6 +47,12 @@ _SHRINKS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 # Components are computed from about so many cells of images: those of 512 images of 4 x 4.
 _FITTED_FROM = 8192
 
+# An encoder of added images is computed from so many cells of old ones. It sees, beside a cell, so
+# many pixels on each side; its weights are kept small by this share of their features' variance.
+_ENCODER_FITTED_FROM = 32_768
+_AROUND = 4
+_RIDGE = 1e-2
+
 # Steps of entropy-coded integers: a decoder's in units of its weights' first deviation. The first
 # principal component begins with the deviation below: 8 steps.
 _INSTANCE_STEP, _SHARED_STEP, _DECODER_STEP = 0.25, 0.0625, 0.35
@@ -180,7 +186,6 @@ class HierarchicalMemory(LearnedMemory):
     Layout = HMNLayout
     default_number_format = "entropy"
     codes_entropy = True
-    added_rate = 3.0
     layout: HMNLayout
     dataset_memory: Tensor
     class_memory: Tensor
@@ -348,14 +353,22 @@ class HierarchicalMemory(LearnedMemory):
 
     @torch.no_grad()
     def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
-        """Begin instance memories with the principal components of what their cells cover.
+        """Begin instance memories with what the pixels around their cells say of them.
 
-        The decoder, which does not know them yet, is for the steps of the warm start to fit. Where
-        older images have a decoder already (``first_image`` above 0), new instance memories stay as
-        they are.
+        The first images of a memory begin with the principal components of what their cells cover;
+        the decoder, which does not know them yet, is for the steps of the warm start to fit. Where
+        older images have a decoder (``first_image`` above 0), the linear map that comes nearest to
+        undoing it, by least squares over these images, encodes the new ones; new classes begin with
+        the mean of the older ones' class memories and extractors.
         """
         if first_image:
-            return False
+            self._encode(first_image, real_images)
+        else:
+            self._begin(real_images)
+        return False
+
+    def _begin(self, real_images: Callable[[Tensor], Tensor]) -> None:
+        """Set instance memories to the principal components of what their cells cover."""
         positions = torch.arange(self.num_images)
         height, width = self.layout.grid
         num_sampled = max(1, _FITTED_FROM // (height * width))
@@ -370,7 +383,39 @@ class HierarchicalMemory(LearnedMemory):
             codes = self._cells(real_images(chunk)) @ components.T / scale
             codes = rearrange(codes, "(n h w) c -> n c h w", h=height, w=width)
             self.instance_memory[chunk, : codes.shape[1]] = codes.to(self.instance_memory.device)
-        return False
+
+    def _encode(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> None:
+        """Set new instance memories to what a linear map makes of windows around their cells."""
+        first_class = int(self.class_index[first_image])
+        for rows in (self.class_memory, self.extractor_weight, self.extractor_bias):
+            rows[first_class:] = rows[:first_class].mean(dim=0)
+        device, (height, width) = self.instance_memory.device, self.layout.grid
+        num_sampled = max(1, _ENCODER_FITTED_FROM // (height * width))
+        old = torch.arange(0, first_image, max(1, first_image // num_sampled))
+        products: list[Tensor | float] = [0.0, 0.0]
+        for chunk in old.split(self.chunk_size):
+            windows = self._windows(self.decode(chunk)[0].cpu())
+            codes = rearrange(self.instance_memory[chunk.to(device)], "n c h w -> (n h w) c")
+            products[0] += windows.T @ windows
+            products[1] += windows.T @ codes.cpu().double()
+        squares, crosses = map(torch.as_tensor, products)
+        squares.diagonal().add_(_RIDGE * float(squares.diagonal().mean()))
+        encoder = torch.linalg.solve(squares, crosses)
+        for chunk in torch.arange(first_image, self.num_images).split(self.chunk_size):
+            codes = self._windows(real_images(chunk)) @ encoder
+            codes = rearrange(codes, "(n h w) c -> n c h w", h=height, w=width)
+            self.instance_memory[chunk.to(device)] = codes.to(self.instance_memory)
+
+    def _windows(self, images: Tensor) -> Tensor:
+        """Return the pixels in and around each cell, and a one: float64 ``(B h w, F + 1)``."""
+        stride, (height, width) = self.layout.stride, self.layout.grid
+        around = min(stride, _AROUND)
+        beyond = width * stride - images.shape[3], height * stride - images.shape[2]
+        padding = (around, around + beyond[0], around, around + beyond[1])
+        padded = F.pad(images - 0.5, padding)
+        windows = F.unfold(padded, stride + 2 * around, stride=stride)
+        rows = rearrange(windows, "n f l -> (n l) f").double()
+        return F.pad(rows, (0, 1), value=1.0)
 
     def _cells(self, images: Tensor) -> Tensor:
         """Return the pixels that each cell of the grid covers, ``(B h w, C stride stride)``."""

@@ -246,8 +246,6 @@ class LearnedMemory(Memory, nn.Module):
     default_number_format: ClassVar[str] = "int8"
     codes_entropy: ClassVar[bool] = False
     """Whether the kind can be entropy-coded."""
-    added_rate: ClassVar[float] = 1.0
-    """How many times faster a warm start of classes that are added to others learns."""
     layout: Any
     to = nn.Module.to
 
