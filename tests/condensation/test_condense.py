@@ -492,7 +492,7 @@ def test_a_budget_too_small_is_refused_with_one_that_does(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"effort": "slow"}, ConfigError, "effort must be one of quick"),
+        ({"effort": "slow"}, ConfigError, "effort must be one of draft, quick"),
         ({"outer_step": 3}, UnknownOptionError, "no option 'outer_step'; did you mean"),
         ({"outer_steps": -1}, ConfigError, "outer_steps must be greater than or equal to 0"),
         ({"config": CondenseConfig()}, ConfigError, "without beta_grid="),

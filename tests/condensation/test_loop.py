@@ -381,7 +381,7 @@ def test_an_error_while_writing_leaves_the_checkpoint_before(
         ({"beta_grid": ()}, r"with beta_grid \(0.0, 1.0\) in place of \(\); delete"),
         ({"precision": "bfloat16"}, "with precision 'float32' in place of 'bfloat16'; delete"),
         ({"compile": True}, "with compile False in place of True; delete"),
-        ({"objective": gradient_matching}, "with objective 'gradient' in place of '.*matching'"),
+        ({"objective": gradient_matching}, "with objective 'distribution' in place of '.*matching'"),
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(

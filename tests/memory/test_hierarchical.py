@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hmn_replay import condense, load_dataset
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory import NUMBER_FORMATS, HierarchicalMemory, HMNLayout
-from tests.support import PLAIN_FORMATS, rounded_by_hand, same_bits, trained
+from tests.support import PLAIN_FORMATS, TINY, rounded_by_hand, same_bits, trained
 
 MakeLayout = Callable[..., HMNLayout]
 
@@ -296,8 +297,61 @@ def test_instance_memories_begin_with_the_principal_components(
         assert deviation[1] == pytest.approx(1.0, rel=1e-3)
 
 
-def test_images_added_to_others_are_not_fitted(make_layout: MakeLayout) -> None:
-    memory = HierarchicalMemory(make_layout(), [0, 1], [3, 2])
+@pytest.mark.parametrize("number_format", ["float32", "entropy"])
+def test_images_added_to_others_are_encoded_by_what_undoes_the_decoder(
+    make_layout: MakeLayout, number_format: str
+) -> None:
+    """The encoder is that of a ridge regression from windows to instance memories, cell by cell."""
+    side, stride, around = (9, 14), 4, 4
+    memory = HierarchicalMemory(make_layout(number_format, (3, *side)), [0, 1], [30, 20])
+    with torch.no_grad():
+        memory.instance_memory.normal_(generator=torch.Generator().manual_seed(1))
+    memory.update_scales()
+    memory.extend([5], [4], seed=0)
+    memory.update_scales(2)
+    generator = torch.Generator().manual_seed(3)
+    real = torch.rand(4, 3, *side, generator=generator)
     before = memory.instance_memory.detach().clone()
-    assert not memory.fit(3, lambda positions: torch.zeros(len(positions), 3, 8, 8))
-    assert memory.instance_memory.detach().equal(before)
+
+    def windows(images: Tensor) -> np.ndarray[Any, Any]:
+        """Gather what each cell and its surroundings cover, grey beyond the border, and a one."""
+        pixels = images.double().numpy() - 0.5
+        rows = []
+        for image in pixels:
+            for top in range(-around, 12 - around, stride):
+                for left in range(-around, 16 - around, stride):
+                    row = [1.0]
+                    for c, i, j in itertools.product(range(3), range(12), range(12)):
+                        inside = 0 <= top + i < side[0] and 0 <= left + j < side[1]
+                        row.append(image[c, top + i, left + j] if inside else 0.0)
+                    rows.append(row)
+        return np.array(rows)
+
+    inputs = windows(memory.decode(torch.arange(50))[0])
+    codes = before[:50].permute(0, 2, 3, 1).reshape(-1, before.shape[1]).double().numpy()
+    squares = inputs.T @ inputs
+    squares += 0.01 * np.trace(squares) / len(squares) * np.eye(len(squares))
+    encoder = np.linalg.solve(squares, inputs.T @ codes)
+    wanted = (windows(real) @ encoder).reshape(4, 3, 4, -1).transpose(0, 3, 1, 2)
+    assert not memory.fit(50, lambda positions: real[positions - 50])
+    found = memory.instance_memory.detach()
+    np.testing.assert_allclose(found[50:].numpy(), wanted, atol=1e-4)
+    assert found[:50].equal(before[:50])
+    for rows in (memory.class_memory, memory.extractor_weight, memory.extractor_bias):
+        torch.testing.assert_close(rows[2], rows[:2].mean(dim=0))
+
+
+def test_an_encoded_image_is_near_before_any_step() -> None:
+    """What a decoder learned of some classes serves the next: one step is nearly enough."""
+    digits = load_dataset("digits", "train")
+    first, second = (digits.take(digits.labels // 3 == part) for part in (0, 1))
+    options = {**TINY, "outer_steps": 0, "over_budget": 0.0, "warm_start_batch": 64}
+    memory = condense(first, 12_000, **{**options, "warm_start_steps": 150})
+    few, many = (
+        condense(second, 12_000, memory=memory, **{**options, "warm_start_steps": number})
+        for number in (1, 150)
+    )
+    psnr = few.report["warm_start_psnr"]
+    assert psnr > many.report["warm_start_psnr"] - 4
+    # A mean image would be as far off as images differ.
+    assert psnr > 1 - 10 * math.log10(float((second.images.float() / 255).var(dim=0).mean()))
