@@ -131,7 +131,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="weight of our memories' distillation from the previous network, which is working "
         "memory and not counted in the budget")  # fmt: skip
     add("--replay-weight", type=float,
-        help="share of the replayed images in our memories' loss (default: by their number)")  # fmt: skip
+        help="replayed images' share of our memories' loss (default: by their number)")  # fmt: skip
     add("--recode", type=float, default=0.0,
         help="probability with which JPEG shows current images through its codec")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")

@@ -387,15 +387,18 @@ class HierarchicalMemory(LearnedMemory):
     def _encode(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> None:
         """Set new instance memories to what a linear map makes of windows around their cells."""
         first_class = int(self.class_index[first_image])
-        for rows in (self.class_memory, self.extractor_weight, self.extractor_bias):
-            rows[first_class:] = rows[:first_class].mean(dim=0)
+        old_index = self.class_index[:first_image]
+        one_each = torch.searchsorted(old_index, old_index.unique())
+        for name in ("class_memory", "extractor_weight", "extractor_bias"):
+            self.get_parameter(name)[first_class:] = self.value(name, one_each).mean(dim=0)
         device, (height, width) = self.instance_memory.device, self.layout.grid
         num_sampled = max(1, _ENCODER_FITTED_FROM // (height * width))
         old = torch.arange(0, first_image, max(1, first_image // num_sampled))
         products: list[Tensor | float] = [0.0, 0.0]
         for chunk in old.split(self.chunk_size):
             windows = self._windows(self.decode(chunk)[0].cpu())
-            codes = rearrange(self.instance_memory[chunk.to(device)], "n c h w -> (n h w) c")
+            codes = self.value("instance_memory", chunk.to(device))
+            codes = rearrange(codes, "n c h w -> (n h w) c")
             products[0] += windows.T @ windows
             products[1] += windows.T @ codes.cpu().double()
         squares, crosses = map(torch.as_tensor, products)

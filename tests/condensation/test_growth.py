@@ -265,6 +265,7 @@ def test_a_renewed_class_looks_like_its_old_and_its_new_images(make_layout: Make
     assert sorted(grown.classes.tolist()) == [0, 9]
 
 
+@pytest.mark.filterwarnings("ignore:the budget of .* is planned for")
 def test_expected_classes_choose_the_layout(make_set: MakeSet) -> None:
     data = make_set(image_shape=(3, 32, 32))
     options = {**TINY, "warm_start_steps": 1, "outer_steps": 0}

@@ -113,24 +113,6 @@ class Movements:
         self._before = now
 
 
-@pytest.mark.parametrize(("kind", "times"), [("hmn", 3.0), ("haba", 1.0)])
-def test_added_classes_are_warmed_up_at_a_rate_of_their_own(
-    kind: str, times: float, make_set: MakeSet
-) -> None:
-    layout = LAYOUTS[kind]((3, 8, 8), "float32")
-    budget = room_for(layout, 4, 4 * 3 * layout.group_size)
-    options: dict[str, Any] = {"budget": budget, "warm_start_steps": 4, "outer_steps": 0}
-    options |= {"warm_start_learning_rate": 1e-3, "over_budget": 0}
-    first, second = Movements(), Movements()
-    memory = tiny(
-        make_set(100, labels=(0, 1)), layout, team=Observer(sum_gradients=first), **options
-    )
-    team = Observer(sum_gradients=second)
-    tiny(make_set(100, labels=(2, 3)), layout, memory=memory, team=team, **options)
-    # Adam's first step is the learning rate, whatever the gradient's size.
-    assert second.of_steps[0] == pytest.approx(times * first.of_steps[0], rel=0.05)
-
-
 def test_seconds_end_a_phase_and_bring_its_rate_down(
     make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,7 +363,10 @@ def test_an_error_while_writing_leaves_the_checkpoint_before(
         ({"beta_grid": ()}, r"with beta_grid \(0.0, 1.0\) in place of \(\); delete"),
         ({"precision": "bfloat16"}, "with precision 'float32' in place of 'bfloat16'; delete"),
         ({"compile": True}, "with compile False in place of True; delete"),
-        ({"objective": gradient_matching}, "with objective 'distribution' in place of '.*matching'"),
+        (
+            {"objective": gradient_matching},
+            "with objective 'distribution' in place of '.*matching'",
+        ),
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(

@@ -328,7 +328,14 @@ def test_images_added_to_others_are_encoded_by_what_undoes_the_decoder(
         return np.array(rows)
 
     inputs = windows(memory.decode(torch.arange(50))[0])
-    codes = before[:50].permute(0, 2, 3, 1).reshape(-1, before.shape[1]).double().numpy()
+    codes = (
+        memory.value("instance_memory", torch.arange(50))
+        .detach()
+        .permute(0, 2, 3, 1)
+        .reshape(-1, before.shape[1])
+        .double()
+        .numpy()
+    )
     squares = inputs.T @ inputs
     squares += 0.01 * np.trace(squares) / len(squares) * np.eye(len(squares))
     encoder = np.linalg.solve(squares, inputs.T @ codes)
@@ -337,8 +344,9 @@ def test_images_added_to_others_are_encoded_by_what_undoes_the_decoder(
     found = memory.instance_memory.detach()
     np.testing.assert_allclose(found[50:].numpy(), wanted, atol=1e-4)
     assert found[:50].equal(before[:50])
-    for rows in (memory.class_memory, memory.extractor_weight, memory.extractor_bias):
-        torch.testing.assert_close(rows[2], rows[:2].mean(dim=0))
+    for name in ("class_memory", "extractor_weight", "extractor_bias"):
+        mean = memory.value(name, torch.tensor([0, 30])).mean(dim=0)
+        torch.testing.assert_close(memory.get_parameter(name)[2], mean)
 
 
 def test_an_encoded_image_is_near_before_any_step() -> None:
