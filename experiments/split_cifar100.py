@@ -130,6 +130,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--distill", type=float, default=0.0,
         help="weight of our memories' distillation from the previous network, which is working "
         "memory and not counted in the budget")  # fmt: skip
+    add("--labels", choices=("hard", "soft"), default="hard",
+        help="whether our memories keep what the network says of their images, in the same bytes, "
+        "and learn it again")  # fmt: skip
     add("--replay-weight", type=float,
         help="replayed images' share of our memories' loss (default: by their number)")  # fmt: skip
     add("--recode", type=float, default=0.0,
@@ -299,6 +302,7 @@ def run(
         loss=args.loss,
         renew=args.renew,
         distill=args.distill,
+        labels=args.labels,
         replay_weight=args.replay_weight,
         effort=args.effort,
         expected_classes=args.expected_classes,

@@ -87,6 +87,7 @@ def build(
     loss: Loss = "auto",
     renew: Renewal = "auto",
     distill: float = 0.0,
+    labels: Literal["hard", "soft"] = "hard",
     replay_weight: float | None = None,
     effort: str = "draft",
     expected_classes: int | None = None,
@@ -131,6 +132,8 @@ def build(
             :class:`hmn_replay.MemoryReplay` says.
         distill: Weight of the distillation from the previous network, for hmn, jpeg, lossless, raw
             and herding; that network is not part of the budget.
+        labels: Whether hmn, jpeg, lossless, raw and herding keep what the network says of their
+            images, in the same bytes, and learn it again: ``"hard"`` or ``"soft"``.
         replay_weight: Share in [0, 1] that replayed images have in the loss of hmn, jpeg, lossless,
             raw and herding. Default: None, the share that they have by their number.
         effort: Effort of HMN's condensation: ``"draft"``, ``"quick"``, ``"standard"`` or
@@ -167,6 +170,7 @@ def build(
         loss=loss,
         renew=renew,
         distill=distill,
+        labels=labels,
         replay_weight=replay_weight,
         effort=effort,
         expected_classes=expected_classes,

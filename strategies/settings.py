@@ -50,6 +50,7 @@ class Settings:
     loss: Loss
     renew: Renewal
     distill: float
+    labels: Literal["hard", "soft"]
     replay_weight: float | None
     effort: str
     expected_classes: int | None
@@ -100,6 +101,7 @@ class Settings:
             "loss": self.loss,
             "renew": self.renew,
             "distill": self.distill,
+            "labels": self.labels,
             "replay_weight": self.replay_weight,
         }
 
