@@ -143,6 +143,7 @@ def condense(
         layout = memory.layout
     if layout is not None:
         memory_type.check_layout(layout)
+    named_effort = effort if config is None else None
     if config is None:
         layouts_own = {} if layout is None else {"number_format": layout.number_format}
         config = make_config(effort, **{**layouts_own, **options})
@@ -194,7 +195,7 @@ def condense(
             run.resume(Path(checkpoint))
         condensed = run.finish()
     release_memory()
-    settings = {"kind": memory_type.kind, "effort": effort, "seed": seed}
+    settings = {"kind": memory_type.kind, "effort": named_effort, "seed": seed}
     condensed.report = {
         **settings,
         **config.model_dump(),

@@ -146,6 +146,7 @@ class LearnedKeeper(Keeper):
             )
         self.budget, self.kind = Budget.parse(budget), kind
         self.config = config or make_config(effort, **options)
+        self.effort = effort if config is None else None
         self.expected_classes = expected_classes
 
     @property
@@ -196,7 +197,7 @@ class LearnedKeeper(Keeper):
             device=device,
             progress=progress and sys.stderr.isatty(),
         )
-        return condensed, condensed.report
+        return condensed, {**condensed.report, "effort": self.effort}
 
     def _expected(self, images: LabelledImages) -> int | None:
         if self.expected_classes is not None:

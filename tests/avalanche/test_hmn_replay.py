@@ -175,6 +175,7 @@ def test_settings_may_be_given_as_a_whole() -> None:
     for replay in (by_name, as_a_whole):
         train(make_strategy([replay]), streams().train_stream[:1])
     assert _memory(by_name).to_bytes() == _memory(as_a_whole).to_bytes()
+    assert (by_name.report[0]["effort"], as_a_whole.report[0]["effort"]) == ("draft", None)
 
 
 @pytest.mark.parametrize("renew", ["before", "after"])
