@@ -60,7 +60,7 @@ class LabelConfig(Settings):
     teacher_passes: Annotated[int, Field(ge=1)] = 160_000
     """Real images that the teacher or the labeller is shown in all."""
 
-    labeller_width: Annotated[int, Field(ge=1, le=512)] = 24
+    labeller_width: Annotated[int, Field(ge=1, le=512)] = 16
     """Channels of the blocks of the ConvNet in the file."""
 
     label_views: Annotated[int, Field(ge=1)] = 8
