@@ -61,7 +61,7 @@ from hmn_replay.files import write_atomically
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.labels import LABELS
-from hmn_replay.runtime import resolve_device
+from hmn_replay.runtime import PRECISIONS, resolve_device
 from hmn_replay.training.train import TrainingConfig
 
 Data: TypeAlias = "tuple[LabelledImages, LabelledImages]"
@@ -86,6 +86,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--network", default="convnet", help="what is trained on a memory")
     add("--width", type=int, default=64, help="channels of ConvNet's blocks")
     add("--passes", type=int, default=40_000, help="images that it is shown")
+    add("--precision", choices=PRECISIONS, default="float32", help="of its training")
     add_settings(parser)
     add("--device", default="auto")
     add("--out", type=Path, default=Path("equal_bytes"))
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parse_numbers("--qualities", args.qualities)
     TrainingConfig(network=args.network, width=args.width, num_passes=args.passes)
     train, test = load(args, "train"), load(args, "test")
-    names = ("data", "size", "seconds", "network", "width", "passes", "set", "device")
+    names = ("data", "size", "seconds", "network", "width", "passes", "precision", "set", "device")
     configuration = {name: getattr(args, name) for name in names}
     machine = {"machine": platform.machine(), "threads": torch.get_num_threads()}
     store = Store(args.out, configuration | machine)
@@ -230,6 +231,7 @@ def measure_one(
             network=args.network,
             width=args.width,
             num_passes=args.passes,
+            precision=args.precision,
             seed=seed,
             device=args.device,
         )
