@@ -213,6 +213,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         _check_settings(mode, batch_size_mem, replay_weight, loss, renew, distill, recode_share)
+        if recode_share and isinstance(keeper, LearnedKeeper):
+            raise ConfigError(
+                "recode_share is for memories with a codec, such as JPEG; a learned one has none"
+            )
         self.distill, self.recode_share = distill, recode_share
         if labels not in ("hard", "soft") or not label_weight >= 0:
             raise ConfigError(

@@ -10,7 +10,15 @@ import torch
 from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
-from hmn_replay import HMNReplay, JPEGReplay, LabelledImages, LosslessReplay, RawReplay
+from hmn_replay import (
+    HMNReplay,
+    JPEGReplay,
+    LabelledImages,
+    LearnedKeeper,
+    LosslessReplay,
+    MemoryReplay,
+    RawReplay,
+)
 from hmn_replay.errors import BudgetError, ConfigError, UnknownOptionError
 from hmn_replay.memory import JPEGMemory, LosslessMemory, RawMemory, RealMemory
 from hmn_replay.training.train import TrainingConfig
@@ -256,5 +264,7 @@ def test_only_a_codec_can_recode_and_a_share_is_a_share() -> None:
             JPEGReplay(BUDGET, recode_share=share)
     with pytest.raises(ConfigError, match="recode_share are for a memory beside raw images"):
         JPEGReplay(BUDGET, recode_share=0.5, mode="memory_only")
+    with pytest.raises(ConfigError, match="a learned one has none"):
+        MemoryReplay(LearnedKeeper(BUDGET), recode_share=0.5)
     with pytest.raises(UnknownOptionError, match="recode_share"):
         HMNReplay(BUDGET, recode_share=0.5)
