@@ -394,14 +394,13 @@ class HierarchicalMemory(LearnedMemory):
         device, (height, width) = self.instance_memory.device, self.layout.grid
         num_sampled = max(1, _ENCODER_FITTED_FROM // (height * width))
         old = torch.arange(0, first_image, max(1, first_image // num_sampled))
-        products: list[Tensor | float] = [0.0, 0.0]
+        squares = crosses = torch.zeros((), dtype=torch.float64)
         for chunk in old.split(self.chunk_size):
             windows = self._windows(self.decode(chunk)[0].cpu())
             codes = self.value("instance_memory", chunk.to(device))
             codes = rearrange(codes, "n c h w -> (n h w) c")
-            products[0] += windows.T @ windows
-            products[1] += windows.T @ codes.cpu().double()
-        squares, crosses = map(torch.as_tensor, products)
+            squares = squares + windows.T @ windows
+            crosses = crosses + windows.T @ codes.cpu().double()
         squares.diagonal().add_(_RIDGE * float(squares.diagonal().mean()))
         encoder = torch.linalg.solve(squares, crosses)
         for chunk in torch.arange(first_image, self.num_images).split(self.chunk_size):
