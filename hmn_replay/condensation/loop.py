@@ -413,7 +413,9 @@ class Condensation(Run):
                     order, order_epoch = torch.randperm(num_images, generator=generator), epoch
                 indices = order[position * batch_size : (position + 1) * batch_size] + num_old
                 steps.set_rate(context.optimizer, cosine_rate(done, 1, rate))
-                steps.warm_start_step(context, indices, wanted_images(indices))
+                steps.warm_start_step(
+                    context, indices, context.real_images(targets[indices - num_old])
+                )
                 bar.update(batch_size)
                 self._stepped(len(indices), _kept(context))
         if warm:

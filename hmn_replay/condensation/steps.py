@@ -6,7 +6,7 @@ What a step draws comes from its generator alone, so a step taken again is the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.rate import RateControl
 from hmn_replay.data.augment import Augmentation, draw_augmentation
 from hmn_replay.data.images import LabelledImages, channel_stats
-from hmn_replay.data.lookup import LabelledView, images_at_once
+from hmn_replay.data.lookup import Images, LabelledView, as_floats, images_at_once
 from hmn_replay.distributed import ALONE, GradientPart, Team
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.learned import LearnedMemory
@@ -48,8 +48,9 @@ __all__ = [
     "warm_start_targets",
 ]
 
-# Decoded at once while matching: 512 images of 32 x 32, 10 of 224 x 224, and one class at least.
-_PIXELS_PER_GROUP = 2**19
+# Decoded at once while matching: 512 images of 32 x 32, 10 of 224 x 224, and one class at least. A
+# GPU takes four times as many, and waits less between them.
+_PIXELS_PER_GROUP, _PIXELS_PER_GPU_GROUP = 2**19, 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +113,7 @@ class StepContext:
     team: Team = ALONE
     objective: Objective = field(init=False)
     compiled: CompiledLoss | None = field(init=False)
+    _images: Images = field(init=False)
 
     def __post_init__(self) -> None:
         objective, config = get_objective(self.config.objective), self.config
@@ -129,6 +131,8 @@ class StepContext:
                 objective = replace(objective, loss=objective.compiled())
         object.__setattr__(self, "objective", objective)
         object.__setattr__(self, "compiled", compiled)
+        # A GPU holds them all, as uint8; on the CPU they are no copy.
+        object.__setattr__(self, "_images", self.real.data.images.to(self.device))
 
     @property
     def device(self) -> torch.device:
@@ -140,6 +144,14 @@ class StepContext:
         with autocast(self.device, self.config.precision):
             images: Tensor = self.memory(indices.to(self.device))
         return images.float()
+
+    def real_images(self, indices: Tensor) -> Tensor:
+        """Return real images, float32 in [0, 1], on the memory's device.
+
+        Args:
+            indices: int64 ``(B,)``, on the CPU.
+        """
+        return as_floats(self._images[indices])
 
     def draw_augmentation(
         self, generator: torch.Generator, batch: int | None = None
@@ -229,10 +241,11 @@ def warm_start_step(context: StepContext, indices: Tensor, wanted: Tensor) -> No
 
 
 def match_step(context: StepContext, network: nn.Module, generator: torch.Generator) -> int:
-    """Match a batch of some classes, each apart, and move the memory once.
+    """Match batches of some classes, and move the memory once.
 
     Classes are decoded in groups, so that peak memory grows with the batch of a group and not with
-    the number of classes. A step that draws no class with images moves nothing.
+    the number of classes. A group is matched at once where the objective takes several classes,
+    else class by class. A step that draws no class with images moves nothing.
 
     Args:
         context: What the phase's steps share.
@@ -246,37 +259,36 @@ def match_step(context: StepContext, network: nn.Module, generator: torch.Genera
     Raises:
         ConfigError: The objective compares trainings, not batches.
     """
-    memory, real, config = context.memory, context.real, context.config
-    objective = context.objective
+    memory, config, objective = context.memory, context.config, context.objective
     if objective.compares_trainings:
         raise ConfigError(f"objective {config.objective!r} compares trainings, not batches")
-    pixels = config.decoded_batch * math.prod(memory.image_shape[1:])
-    group_size = max(1, _PIXELS_PER_GROUP // pixels)
+    device = context.device
     drawn = _draw_matches(context, generator)
     if not drawn:
         return 0
-    device = context.device
     context.optimizer.zero_grad()
     distance = torch.zeros((), dtype=torch.float32, device=device)
     shared = context.team.share(drawn)
+    pixels = config.decoded_batch * math.prod(memory.image_shape[1:])
+    group_size = max(1, _pixels_per_group(device) // pixels)
     for first in range(0, len(shared), group_size):
-        matches = shared[first : first + group_size]
-        images = context.decode(torch.cat([match.decoded for match in matches]))
+        group = shared[first : first + group_size]
+        images = context.decode(torch.cat([match.decoded for match in group]))
         gradients = []
-        sizes = [len(match.decoded) for match in matches]
-        for match, own in zip(matches, images.split(sizes), strict=True):
-            real_images = real.data.floats(match.real).to(device, non_blocking=True)
-            real_images = _not_alone(match.augment(real_images))
+        parts = [group] if objective.several_classes else [[match] for match in group]
+        sizes = [sum(len(match.decoded) for match in part) for part in parts]
+        for part, own in zip(parts, images.split(sizes), strict=True):
+            real_images = context.real_images(torch.cat([match.real for match in part]))
             decoded = own.detach().requires_grad_()
-            augmented = _not_alone(match.augment(decoded))
+            augmented, labels = _augmented(part, decoded, [len(match.decoded) for match in part])
+            real_batch, real_labels = _augmented(
+                part, real_images, [len(match.real) for match in part]
+            )
+            if not objective.several_classes:
+                labels = labels.to(device, non_blocking=True)
+                real_labels = real_labels.to(device, non_blocking=True)
             with autocast(device, config.precision):
-                loss = objective(
-                    network,
-                    real_images,
-                    torch.full((len(real_images),), match.label, device=device),
-                    augmented,
-                    torch.full((len(augmented),), match.label, device=device),
-                )
+                loss = objective(network, real_batch, real_labels, augmented, labels)
             distance += loss.detach()
             gradients.extend(torch.autograd.grad(loss, decoded))
         torch.autograd.backward(images, torch.cat(gradients))
@@ -326,7 +338,7 @@ def trajectory_step(
     augmentations = [context.draw_augmentation(generator, batch=size) for size in sizes]
     seen, positions = torch.cat(drawn).unique(return_inverse=True)
     seen = (first_image + seen).to(device)
-    groups = seen.split(max(1, _PIXELS_PER_GROUP // math.prod(memory.image_shape[1:])))
+    groups = seen.split(max(1, _pixels_per_group(device) // math.prod(memory.image_shape[1:])))
     with torch.no_grad():
         images = torch.cat([context.decode(group) for group in groups])
     images.requires_grad_()
@@ -403,7 +415,7 @@ def train_step(
     chosen = torch.randint(num_images, (config.network_images,), generator=generator)
     for indices in map(_not_alone, chosen.split(config.network_batch)):
         if learns_from == "real":
-            images = real.data.floats(indices).to(device, non_blocking=True)
+            images = context.real_images(indices)
             labels = real.class_indices[indices].to(device, non_blocking=True)
         else:
             with torch.no_grad():
@@ -458,6 +470,20 @@ def _draw_matches(context: StepContext, generator: torch.Generator) -> list[_Mat
             chosen = members[_draw(len(members), config.real_batch, generator)]
             drawn.append(_Match(label, decoded, chosen, context.draw_augmentation(generator)))
     return drawn
+
+
+def _augmented(
+    matches: Sequence[_Match], images: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Augment images of some classes, ``sizes`` of each, and return them and labels on the CPU."""
+    augment = Augmentation.join([match.augment for match in matches], sizes)
+    labels = torch.tensor([match.label for match in matches])
+    labels = labels.repeat_interleave(torch.tensor(sizes))
+    return _not_alone(augment(images)), _not_alone(labels)
+
+
+def _pixels_per_group(device: torch.device) -> int:
+    return _PIXELS_PER_GROUP if device.type == "cpu" else _PIXELS_PER_GPU_GROUP
 
 
 def _not_alone(batch: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +131,24 @@ class Augmentation:
     color: Tensor
     pixels: Tensor
     affine: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[Augmentation], sizes: Sequence[int]) -> Augmentation:
+        """Return an augmentation of several batches put together, of a draw for each image.
+
+        Args:
+            parts: For each batch, what its images share; all of the same names, image size, fill
+                and std. A single one comes back itself.
+            sizes: For each batch, the number of its images.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        counts = torch.tensor(sizes)
+        color, pixels, affine = (
+            torch.cat([getattr(part, name) for part in parts], dim=1).repeat_interleave(counts, 1)
+            for name in ("color", "pixels", "affine")
+        )
+        return replace(parts[0], batch=sum(sizes), color=color, pixels=pixels, affine=affine)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augment a batch.

@@ -60,6 +60,8 @@ class Objective:
             ``"decoded"`` images, or ``"nothing"``.
         network_augments: Whether that training augments its images.
         network_cutmix: Whether that training mixes images by CutMix.
+        several_classes: Whether a batch may be of several classes, whose losses the function sums
+            over; it is then given labels on the CPU. Default: each class has a batch of its own.
         compiled: Returns the loss with its passes through the network compiled, for one run that is
             long enough to gain by it. Default: None, there is no such thing.
     """
@@ -69,6 +71,7 @@ class Objective:
     learns_from: Literal["real", "decoded", "nothing"] = "real"
     network_augments: bool = True
     network_cutmix: bool = True
+    several_classes: bool = False
     compiled: Callable[[], ObjectiveFunction] | None = None
 
     def __post_init__(self) -> None:
@@ -140,13 +143,18 @@ def _with_compiled_means(loss: Callable[..., Tensor]) -> Callable[[], ObjectiveF
 
 OBJECTIVES.add(
     "distribution",
-    Objective(distribution_matching, compiled=_with_compiled_means(distribution_matching)),
+    Objective(
+        distribution_matching,
+        several_classes=True,
+        compiled=_with_compiled_means(distribution_matching),
+    ),
 )
 OBJECTIVES.add(
     "dm",
     Objective(
         last_block_matching,
         learns_from="nothing",
+        several_classes=True,
         compiled=_with_compiled_means(last_block_matching),
     ),
 )

@@ -198,14 +198,15 @@ class CompiledLoss:
 
 
 class CompiledFunction:
-    """A function of a network and a batch of images, compiled at the first batch.
+    """A function of a network, a batch of images and other tensors, compiled at the first batch.
 
     Networks of one architecture share a compiled function, as those of :class:`CompiledLoss` do; it
     takes any number of images. Where compiling fails, a warning is given once, and the function is
     called as it is.
 
     Args:
-        function: Takes a network and images ``(N, C, H, W)``, and calls torch alone.
+        function: Takes a network, images ``(N, C, H, W)`` and tensors of their device, and calls
+            torch alone.
         backend: What torch.compile compiles with.
     """
 
@@ -215,7 +216,7 @@ class CompiledFunction:
         self.function, self.backend = function, backend
         self._has_failed = False
 
-    def __call__(self, network: nn.Module, images: Tensor) -> Any:
+    def __call__(self, network: nn.Module, images: Tensor, *others: Tensor) -> Any:
         """Return what the function returns, but for rounding."""
         if not self._has_failed:
             device = images.device.type
@@ -223,11 +224,11 @@ class CompiledFunction:
             key = (*_key(network, images), cast, torch.is_grad_enabled())
             try:
                 torch._dynamo.maybe_mark_dynamic(images, 0)
-                return _compiled(self.function, self.backend, key)(network, images)
+                return _compiled(self.function, self.backend, key)(network, images, *others)
             except Exception as error:
                 self._has_failed = True
                 _warn_of(error)
-        return self.function(network, images)
+        return self.function(network, images, *others)
 
 
 def _key(network: nn.Module, images: Tensor) -> tuple[object, ...]:

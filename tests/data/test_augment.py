@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hmn_replay.data.augment import STRATEGIES, Augmentation, cutmix, draw_augmentation
+from hmn_replay.data.augment import (
+    STRATEGIES,
+    Augmentation,
+    cutmix,
+    draw_augmentation,
+)
 from hmn_replay.errors import ConfigError, DataError
 
 FILL = (0.2, 0.5, 0.7)
@@ -160,6 +165,17 @@ def test_a_draw_each_differs_between_images(names: tuple[str, ...]) -> None:
     out = draw(names, (16, 16), batch=40)(images)
     # Flips and crops of 16 pixels have 2 x 5 x 5 outcomes, of which 40 draws meet 28 on average.
     assert len({tuple(image.flatten().tolist()) for image in out}) > 18
+
+
+@pytest.mark.parametrize("names", [STRATEGIES, ("color", "crop", "cutout", "flip"), ()])
+def test_joined_draws_augment_batches_put_together(names: tuple[str, ...]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    draws = [draw_augmentation(names, (9, 12), generator, fill=0.3) for _ in range(3)]
+    batches = torch.rand(6, 3, 9, 12, generator=generator, dtype=torch.double).split([3, 1, 2])
+    joined = Augmentation.join(draws, [3, 1, 2])(torch.cat(batches))
+    apart = [draw(batch) for draw, batch in zip(draws, batches, strict=True)]
+    torch.testing.assert_close(joined, torch.cat(apart))
+    assert Augmentation.join(draws[:1], [3]) is draws[0]
 
 
 def test_the_seed_alone_decides_and_the_global_state_is_untouched() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import ConfigError
+from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.objectives import (
     OBJECTIVES,
     Objective,
@@ -57,8 +57,9 @@ def some_batches(num_real: int = 5, num_decoded: int = 4, seed: int = 1) -> Batc
     generator = torch.Generator().manual_seed(seed)
     real = torch.rand(num_real, 3, 8, 8, generator=generator, dtype=torch.double)
     decoded = torch.rand(num_decoded, 3, 8, 8, generator=generator, dtype=torch.double)
-    real_labels = torch.randint(3, (num_real,), generator=generator)
-    decoded_labels = torch.randint(3, (num_decoded,), generator=generator)
+    num_classes = min(3, num_real, num_decoded)  # of real and decoded images alike
+    real_labels = torch.randperm(num_real, generator=generator) % num_classes
+    decoded_labels = torch.randperm(num_decoded, generator=generator) % num_classes
     return real, real_labels, decoded, decoded_labels
 
 
@@ -145,29 +146,39 @@ def naive_cosine_matching(network: nn.Module, batches: Batches) -> tuple[Tensor,
     return loss.detach(), torch.autograd.grad(loss, decoded)[0]
 
 
+def mean_of(images: list[Tensor]) -> Tensor:
+    return torch.stack(images).sum(dim=0) / len(images)
+
+
 def naive_distribution_matching(network: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
-    real, _, decoded, _ = batches
+    real, real_labels, decoded, decoded_labels = batches
     weights = parameters_of(network)
     decoded = decoded.detach().clone().requires_grad_()
     loss = torch.zeros((), dtype=torch.double)
     for of_real, of_decoded in zip(
         written_out(weights, real)[0], written_out(weights, decoded)[0], strict=True
     ):
-        difference = sum(of_decoded) / len(of_decoded) - sum(of_real) / len(of_real)
-        assert isinstance(difference, Tensor)
-        loss = loss + (difference**2).sum() / difference.numel()
+        for label in set(real_labels.tolist()):
+            mean_real = mean_of(
+                [x for x, y in zip(of_real, real_labels, strict=True) if y == label]
+            )
+            mean = mean_of(
+                [x for x, y in zip(of_decoded, decoded_labels, strict=True) if y == label]
+            )
+            loss = loss + ((mean - mean_real) ** 2).sum() / mean.numel()
     return loss.detach(), torch.autograd.grad(loss, decoded)[0]
 
 
 def naive_last_block_matching(network: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
-    real, _, decoded, _ = batches
+    real, real_labels, decoded, decoded_labels = batches
     weights = parameters_of(network)
     decoded = decoded.detach().clone().requires_grad_()
-    embedded = [written_out(weights, images)[0][-1].flatten(1) for images in (decoded, real)]
-    means = [sum(rows) / len(rows) for rows in embedded]
+    ours, theirs = (written_out(weights, images)[0][-1] for images in (decoded, real))
     loss = torch.zeros((), dtype=torch.double)
-    for ours, theirs in zip(*means, strict=True):
-        loss = loss + (ours - theirs) ** 2
+    for label in set(real_labels.tolist()):
+        mean_real = mean_of([x for x, y in zip(theirs, real_labels, strict=True) if y == label])
+        mean = mean_of([x for x, y in zip(ours, decoded_labels, strict=True) if y == label])
+        loss = loss + ((mean - mean_real) ** 2).sum()
     return loss.detach(), torch.autograd.grad(loss, decoded)[0]
 
 
@@ -356,12 +367,27 @@ def test_flags_are_restored_when_a_network_fails(name: str) -> None:
 
 
 @pytest.mark.parametrize("objective", [distribution_matching, last_block_matching])
-def test_matching_means_reads_no_labels(objective: ObjectiveFunction) -> None:
-    network, (real, real_labels, decoded, labels) = some_network(), some_batches()
-    loss, gradient = differentiate(objective, network, real, real_labels, decoded, labels)
-    same = differentiate(objective, network, real, 0 * real_labels, decoded, 0 * labels)
-    assert loss.equal(same[0])
-    assert gradient.equal(same[1])
+def test_matching_means_sums_over_classes(objective: ObjectiveFunction) -> None:
+    network, (real, real_labels, decoded, labels) = some_network(), some_batches(9, 7)
+    together = differentiate(objective, network, real, real_labels, decoded, labels)
+    total, gradient = torch.zeros((), dtype=torch.double), torch.zeros_like(decoded)
+    for label in range(3):
+        of_real, own = real_labels == label, labels == label
+        loss, gradient[own] = differentiate(
+            objective, network, real[of_real], real_labels[of_real], decoded[own], labels[own]
+        )
+        total += loss
+    torch.testing.assert_close(together[0], total)
+    torch.testing.assert_close(together[1], gradient)
+
+
+@pytest.mark.parametrize("objective", [distribution_matching, last_block_matching])
+def test_decoded_images_of_other_classes_than_the_real_ones_are_refused(
+    objective: ObjectiveFunction,
+) -> None:
+    real, real_labels, decoded, labels = some_batches()
+    with pytest.raises(DataError, match=r"of the real ones, \[0, 1, 2\], got \[3, 4, 5\]"):
+        objective(some_network(), real, real_labels, decoded, labels + 3)
 
 
 @objectives
@@ -453,7 +479,8 @@ def test_another_name_is_refused_with_those_that_there_are() -> None:
 
 def test_a_function_is_an_objective_with_the_defaults() -> None:
     registered = get_objective("distribution")
-    assert get_objective(distribution_matching) == replace(registered, compiled=None)
+    defaults = replace(registered, several_classes=False, compiled=None)
+    assert get_objective(distribution_matching) == defaults
     plain = Objective(distribution_matching, augments=False)
     assert name_of(plain) == "hmn_replay.objectives.features.distribution_matching"
     assert get_objective(plain) is plain
