@@ -141,6 +141,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--expected-classes", type=int, help="tell HMN and JPEG how many classes will come in all")
     add("--kind", default="hmn", help="memory kind of the strategy hmn: hmn, pixels, idc, ...")
     add("--effort", default="draft", help="of HMN's condensation: draft, quick, standard, paper")
+    add("--matching-networks", choices=("trained", "own"), default="trained",
+        help="of HMN: own matches on the strategy's network once it has learned; its model must "
+        "have features, as convnet has")  # fmt: skip
     add("--set", action="append", default=[], metavar="FIELD=VALUE",
         help="any setting of hmn_replay.CondenseConfig, for HMN; several times")  # fmt: skip
     add("--device", default="auto", help="cpu, cuda, ... (default: CUDA where present, else cpu)")
@@ -280,7 +283,11 @@ def run(
         model = MixedPrecision(model, args.precision, args.device)
     augment_training(model, ("crop",) if args.data in DIGITS else ("crop", "flip"), seed)
     options: dict[str, dict[str, Any]] = {
-        "hmn": {"kind": args.kind, **args.options},
+        "hmn": {
+            "kind": args.kind,
+            "matching_networks": args.matching_networks,
+            **args.options,
+        },
         "jpeg": {
             "training": hmn_replay.TrainingConfig(**args.jpeg_training),
             "recode_share": args.recode,
@@ -413,6 +420,10 @@ class MixedPrecision(nn.Module):
         with autocast(self.device, self.precision):
             logits: Tensor = self.network(images)
         return logits.float()
+
+    def features(self, images: Tensor) -> Any:
+        """Return the network's features, where it has any, in the caller's precision."""
+        return self.network.features(images)  # type: ignore[operator]
 
 
 def augment_training(model: nn.Module, names: Sequence[str], seed: int) -> None:

@@ -13,8 +13,8 @@ __all__ = ["build"]
 def build(settings: Settings) -> Strategy:
     """Build it.
 
-    Options are those of :class:`hmn_replay.HMNReplay`: ``kind``, and the fields of
-    :class:`hmn_replay.CondenseConfig`.
+    Options are those of :class:`hmn_replay.HMNReplay`: ``kind``, ``matching_networks``, and the
+    fields of :class:`hmn_replay.CondenseConfig`.
 
     Raises:
         ConfigError: An unknown option, or a value outside its range.

@@ -53,9 +53,12 @@ from hmn_replay.avalanche.streams import (
 )
 from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.config import CondenseConfig
+from hmn_replay.condensation.loop import check_given_networks
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
+from hmn_replay.errors import CheckpointError, ConfigError, DataError, HMNReplayWarning
+from hmn_replay.files import digest_tensors
 from hmn_replay.memory import Memory, RealMemory
+from hmn_replay.objectives import get_objective
 from hmn_replay.replay import (
     DecodedImages,
     JPEGKeeper,
@@ -83,6 +86,8 @@ Strategy: TypeAlias = Any
 """An Avalanche strategy; its types promise less than it has."""
 
 MODES = ("replay", "memory_only")
+
+_FIRST = "first_weights"
 
 
 class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
@@ -322,7 +327,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def finish(self) -> bool:
         """Make what an online stream has left into the memory; True where there was something."""
-        is_new = self.store.finish(model=self._model, note=self._note())
+        is_new = self.store.finish(model=self._model, networks=self._networks(), note=self._note())
         if is_new:
             self._label()
         return is_new
@@ -563,8 +568,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if not any(len(each.dataset) for each in experiences):
             return None
         images = self._read(experiences)
-        self.store.update(images, model=self._model, note=self._note())
+        self.store.update(images, model=self._model, networks=self._networks(), note=self._note())
         return images
+
+    def _networks(self) -> Sequence[nn.Module]:
+        """Return states of the strategy's network to match on; none by default."""
+        return ()
 
     @torch.no_grad()
     def _label(self) -> None:
@@ -736,6 +745,23 @@ class _Teacher:
         return logits
 
 
+class _Normalising(nn.Module):
+    """A network of normalised images, for images in [0, 1]."""
+
+    def __init__(self, network: nn.Module, normalization: Normalization) -> None:
+        super().__init__()
+        self.network, self.normalization = network, normalization
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of float images in [0, 1]."""
+        logits: Tensor = self.network(self.normalization.apply(images))
+        return logits
+
+    def features(self, images: Tensor) -> Any:
+        """Return the features of float images in [0, 1]."""
+        return self.network.features(self.normalization.apply(images))  # type: ignore[operator]
+
+
 class ReplayOptions(TypedDict, total=False):
     """The options of :class:`MemoryReplay`, which its subclasses take too."""
 
@@ -789,6 +815,14 @@ class HMNReplay(MemoryReplay):
         device: Where to condense. Default: None, the strategy's device.
         progress: Whether to print a line on standard error after each update; in a terminal bars
             are shown too.
+        matching_networks: ``"trained"``: what matching needs is trained from scratch on the
+            experience, as ``trained_networks`` says. ``"own"``: once the strategy's network has
+            learned anything, points between its first weights and those it has take their place,
+            which costs no training. With ``renew="before"`` these know the old classes and not yet
+            the new ones, and the first experience has none. The first weights are a copy in working
+            memory, no part of the memory's file or budget. For networks with ``features(images)``,
+            such as those of :func:`hmn_replay.build_network`, where the objective matches features;
+            unless it does, not for task labels above 0.
         **options: Fields of :class:`~hmn_replay.condensation.config.CondenseConfig`.
 
     Raises:
@@ -818,8 +852,11 @@ class HMNReplay(MemoryReplay):
         seed: int = 0,
         device: str | torch.device | None = None,
         progress: bool = False,
+        matching_networks: Literal["trained", "own"] = "trained",
         **options: Any,
     ) -> None:
+        if matching_networks not in ("trained", "own"):
+            raise ConfigError(f"matching_networks is trained or own; got {matching_networks!r}")
         keeper = LearnedKeeper(
             budget,
             kind=kind,
@@ -845,12 +882,73 @@ class HMNReplay(MemoryReplay):
             device=device,
             progress=progress,
         )
+        self.matching_networks = matching_networks
+        self._config = keeper.config
+        # The network's first weights, by name and on the CPU.
+        self._first: dict[str, Tensor] | None = None
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
-        """Bring the memory to where it is condensed."""
+        """Bring the memory to where it is condensed; note the network's first weights."""
         super().before_training(strategy, *args, **kwargs)
         if self.memory is not None:
             self.memory.to(self.compute_device)
+        if self.matching_networks == "own":
+            check_given_networks(self._config.objective, [strategy.model])
+            if self._first is None:
+                self._first = _state_of(strategy.model)
+
+    def before_train_dataset_adaptation(
+        self, strategy: Strategy, *args: Any, **kwargs: Any
+    ) -> None:
+        """Check the experience's data; see :class:`MemoryReplay`."""
+        super().before_train_dataset_adaptation(strategy, *args, **kwargs)
+        needs_labels = not get_objective(self._config.objective).matches_features
+        experiences = _experiences_of(strategy, strategy.experience)
+        if self.matching_networks == "own" and needs_labels and self._has_tasks(experiences):
+            raise ConfigError(
+                'matching_networks="own" is for one head, without task labels above 0, unless the '
+                "objective matches features"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the plugin has learned; see :meth:`hmn_replay.ReplayMemory.state_dict`.
+
+        With ``matching_networks="own"`` the network's first weights are in it, too.
+        """
+        state = super().state_dict()
+        if self._first is not None:
+            state |= {_FIRST: self._first, f"{_FIRST}_digest": digest_tensors("", self._first)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; what follows is bit for bit what it would be.
+
+        Raises:
+            CheckpointError: The state is not one of this version, or is damaged; nothing changes.
+        """
+        own = {name: value for name, value in state.items() if not name.startswith(_FIRST)}
+        first = state.get(_FIRST)
+        if first is not None and digest_tensors("", first) != state.get(f"{_FIRST}_digest"):
+            raise CheckpointError("not a whole state of a replay memory: its network was altered")
+        super().load_state_dict(own)
+        self._first = first
+
+    def _networks(self) -> Sequence[nn.Module]:
+        """Return the network as it was at first and as it is, once it has learned anything."""
+        model, first = self._model, self._first
+        if self.matching_networks != "own" or model is None or first is None:
+            return ()
+        now, start = copy.deepcopy(model), copy.deepcopy(model)
+        changed = False
+        for name, value in start.state_dict().items():
+            # A head that has grown since has nothing to begin from.
+            if name in first and first[name].shape == value.shape:
+                changed = changed or not first[name].equal(value.cpu())
+                value.copy_(first[name])
+        if not changed:
+            return ()
+        found = self._found
+        return [each if found is None else _Normalising(each, found) for each in (start, now)]
 
 
 class RawReplay(MemoryReplay):
@@ -929,6 +1027,11 @@ class JPEGReplay(MemoryReplay):
             selection=selection,
         )
         super().__init__(keeper, **options)
+
+
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of a network's parameters and buffers, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
 def _check_settings(

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import CondenseConfig, make_config
-from hmn_replay.condensation.loop import Condensation
+from hmn_replay.condensation.loop import Condensation, check_given_networks
 from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.distributed import Team, join
 from hmn_replay.errors import ConfigError, HMNReplayWarning
@@ -55,6 +57,7 @@ def condense(
     checkpoint: str | Path | None = None,
     progress: bool = False,
     team: Team | None = None,
+    networks: Sequence[nn.Module] = (),
     **options: Any,
 ) -> LearnedMemory:
     """Condense a labelled image set into a memory (Zheng et al. 2024, Algorithm 1).
@@ -96,6 +99,12 @@ def condense(
             the team when it ends. Process 0 alone reads and writes the checkpoint. Default: all
             that ``torch.distributed`` was initialised for, or a single process;
             :data:`hmn_replay.distributed.ALONE` makes each process condense by itself.
+        networks: States that one network had while it was trained elsewhere, the earliest first, to
+            match on in place of ``trained_networks``: every ``inner_steps`` steps a point is drawn
+            between two of them that follow each other. Modules of one architecture, from float
+            images ``(N, C, H, W)`` in [0, 1] to logits whose positions are the labels, with
+            ``features(images)`` where the objective matches features. They are copied, and run in
+            evaluation mode. Default: none.
         **options: Fields of :class:`~hmn_replay.CondenseConfig`, to replace the effort's.
 
     Returns:
@@ -152,6 +161,7 @@ def condense(
         raise ConfigError(f"config= has all settings; give it alone, without {given[0]}=")
     limit, target = Budget.parse(budget), resolve_device(device)
     derive_seed(seed)
+    check_given_networks(config.objective, networks)
     data = as_labelled_images(source)
     if layout is None:
         num_classes = data.num_classes
@@ -189,6 +199,7 @@ def condense(
             device=target,
             progress=progress,
             team=team,
+            networks=networks,
         )
         _warn_of_unused_bytes(run, limit)
         if checkpoint is not None:

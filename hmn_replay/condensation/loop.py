@@ -9,6 +9,7 @@ very steps that it would have taken. :class:`Run` knows phases, clock, bars, Ctr
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -54,20 +55,23 @@ from hmn_replay.errors import (
 from hmn_replay.evaluation import score
 from hmn_replay.files import clear_stale, digest_tensors
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
-from hmn_replay.objectives import get_objective
+from hmn_replay.objectives import ObjectiveFunction, get_objective
 from hmn_replay.objectives.trajectories import Experts, experts_beside
+from hmn_replay.registry import name_of
 from hmn_replay.runtime import derive_seed, make_generator, peak_memory_bytes
 from hmn_replay.training.train import cosine_rate, train_network
 
 __all__ = [
     "BatchMatcher",
     "Condensation",
+    "GivenNetworks",
     "Matcher",
     "Networks",
     "RandomNetworks",
     "Run",
     "TrainedNetworks",
     "TrajectoryMatcher",
+    "check_given_networks",
     "mean_psnr",
 ]
 
@@ -319,6 +323,7 @@ class Condensation(Run):
         *,
         memory_type: type[LearnedMemory],
         old: LearnedMemory | None = None,
+        networks: Sequence[nn.Module] = (),
         seed: int,
         device: torch.device,
         progress: bool,
@@ -354,14 +359,15 @@ class Condensation(Run):
             "student_rate": None,
         }
         self.experts: Experts | None = None
+        self.networks = networks
         objective = get_objective(config.objective)
-        pooled = objective.learns_from == "real" and config.trained_networks > 0
+        pooled = objective.learns_from == "real" and config.trained_networks > 0 and not networks
         trains = config.num_steps > 0 and (objective.compares_trainings or pooled)
         phases = ["warm_start", *(["experts"] if trains else []), "matching"]
         phases += [*([] if config.labels == "hard" else ["labels"]), "pruning"]
         super().__init__(
             self.growth.memory,
-            _identity(data, budget, layout, config, seed, old),
+            _identity(data, budget, layout, config, seed, old, networks),
             phases,
             measured,
             device,
@@ -428,8 +434,11 @@ class Condensation(Run):
     def _match(self) -> None:
         config, num_steps = self.config, self.config.num_steps
         context = self._context((0.5, 0.99))
-        if self.experts is None:
-            matcher: Matcher = BatchMatcher(context, RandomNetworks(context, self.seed), self.seed)
+        if self.networks:
+            given = GivenNetworks(context, self.seed, self.networks)
+            matcher: Matcher = BatchMatcher(context, given, self.seed)
+        elif self.experts is None:
+            matcher = BatchMatcher(context, RandomNetworks(context, self.seed), self.seed)
         elif context.objective.compares_trainings:
             matcher = TrajectoryMatcher(context, self.seed, self.experts)
         else:
@@ -707,6 +716,8 @@ class Networks(Protocol):
 
     network: nn.Module
     steps_per_network: int
+    logits: Sequence[int] | None
+    """The network's logit for each of the memory's classes. None where it has these in order."""
 
     def draw(self, number: int) -> None:
         """Make the network of that number, from 0, the current one."""
@@ -728,6 +739,7 @@ class RandomNetworks:
 
     network: nn.Module
     learner: torch.optim.SGD
+    logits: Sequence[int] | None = None
 
     def __init__(self, context: steps.StepContext, seed: int) -> None:
         self.context, self.seed = context, seed
@@ -765,6 +777,7 @@ class TrainedNetworks:
     """
 
     network: nn.Module
+    logits: Sequence[int] | None = None
 
     def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
         self.context, self.seed, self.experts = context, seed, experts
@@ -782,6 +795,49 @@ class TrainedNetworks:
         with torch.no_grad():
             for name, parameter in self.network.named_parameters():
                 parameter.copy_(torch.lerp(initial[name], trained[name], share))
+
+    def learn(self, number: int) -> None:
+        """Leave the network as it is."""
+
+    def kept(self) -> dict[str, _Owner]:
+        """Return nothing: the network follows from its number."""
+        return {}
+
+
+class GivenNetworks:
+    """Networks between states that one had while it learned, each a point between two in a row.
+
+    They are copied, run in evaluation mode, and learn nothing.
+
+    Args:
+        context: What the steps share.
+        seed: Seed of all draws.
+        networks: Its states, the earliest first: modules of one architecture, whose logits stand
+            for the labels.
+    """
+
+    def __init__(
+        self, context: steps.StepContext, seed: int, networks: Sequence[nn.Module]
+    ) -> None:
+        self.seed, self.steps_per_network = seed, context.config.inner_steps
+        self.logits = context.memory.classes.tolist()
+        self.network = copy.deepcopy(networks[-1]).to(context.device).eval()
+        self.states = [
+            {name: value.detach().to(context.device) for name, value in each.state_dict().items()}
+            for each in networks
+        ]
+        self.network.requires_grad_(True)
+
+    @torch.no_grad()
+    def draw(self, number: int) -> None:
+        """Draw two states in a row, and a point between them."""
+        generator = make_generator(self.seed, "network", number)
+        first = int(torch.randint(max(1, len(self.states) - 1), (), generator=generator))
+        share = float(torch.rand((), dtype=torch.float32, generator=generator))
+        start, end = self.states[first], self.states[min(first + 1, len(self.states) - 1)]
+        for name, value in self.network.state_dict().items():
+            between = value.is_floating_point()
+            value.copy_(torch.lerp(start[name], end[name], share) if between else end[name])
 
     def learn(self, number: int) -> None:
         """Leave the network as it is."""
@@ -817,7 +873,8 @@ class BatchMatcher:
         if position == 0:
             self.networks.draw(drawn)
         generator = make_generator(self.seed, "match", number)
-        num_decoded = steps.match_step(self.context, self.networks.network, generator)
+        networks = self.networks
+        num_decoded = steps.match_step(self.context, networks.network, generator, networks.logits)
         self.networks.learn(number)
         return num_decoded
 
@@ -905,6 +962,28 @@ class TrajectoryMatcher:
         return {"student_rate": float(self.rate["logarithm"].detach().exp())}
 
 
+def check_given_networks(objective: str | ObjectiveFunction, networks: Sequence[nn.Module]) -> None:
+    """Raise a ConfigError for networks that an objective cannot match on."""
+    entry = get_objective(objective)
+    if networks and (entry.compares_trainings or entry.learns_from != "real"):
+        raise ConfigError(
+            f"networks are for objectives that match on trained ones, such as distribution and "
+            f"gradient; {name_of(objective)} does not"
+        )
+    for network in networks:
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"networks are modules; got {network!r:.60}")
+        if entry.matches_features and not callable(getattr(network, "features", None)):
+            raise ConfigError(
+                f"objective {name_of(objective)!r} matches features, and {type(network).__name__} "
+                "has no features(images) that returns those of its blocks; add that method, or "
+                'take objective="gradient"'
+            )
+        shapes = [{k: v.shape for k, v in n.state_dict().items()} for n in (networks[0], network)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError("networks are states of one network; these differ in their tensors")
+
+
 def _networks_of(experts: Experts, context: steps.StepContext) -> list[Any]:
     """Return a network of each architecture that experts have, after training any missing ones.
 
@@ -948,6 +1027,7 @@ def _identity(
     config: CondenseConfig,
     seed: int,
     old: LearnedMemory | None,
+    networks: Sequence[nn.Module],
 ) -> dict[str, str]:
     """Return what tells a run from every other one, by names that an error message can show."""
     settings = config.model_dump(exclude={"checkpoint_seconds"})
@@ -957,6 +1037,7 @@ def _identity(
     return {
         "data": digest_tensors("", {"images": data.images, "labels": data.labels}),
         "memory": digest_tensors("", old_tensors),
+        "networks": " ".join(digest_tensors("", {**each.state_dict()}) for each in networks),
         "layout": repr(layout),
         "budget": str(budget),
         "seed": repr(seed),

@@ -242,7 +242,12 @@ def warm_start_step(context: StepContext, indices: Tensor, wanted: Tensor) -> No
     context.move(indices, error)
 
 
-def match_step(context: StepContext, network: nn.Module, generator: torch.Generator) -> int:
+def match_step(
+    context: StepContext,
+    network: nn.Module,
+    generator: torch.Generator,
+    logits: Sequence[int] | None = None,
+) -> int:
     """Match batches of some classes, and move the memory once.
 
     Classes are decoded in groups, so that peak memory grows with the batch of a group and not with
@@ -251,9 +256,10 @@ def match_step(context: StepContext, network: nn.Module, generator: torch.Genera
 
     Args:
         context: What the phase's steps share.
-        network: The network to match on, with a logit for each of the memory's classes, in their
-            order.
+        network: The network to match on, with a logit for each of the memory's classes.
         generator: Generator of the draws of classes, images and augmentations.
+        logits: Which logit of the network each of the memory's classes has. Default: None, they
+            stand in the classes' order.
 
     Returns:
         How many images were decoded, by all processes together.
@@ -286,6 +292,8 @@ def match_step(context: StepContext, network: nn.Module, generator: torch.Genera
             real_batch, real_labels = _augmented(
                 part, real_images, [len(match.real) for match in part]
             )
+            if logits is not None:
+                labels, real_labels = (torch.tensor(logits)[x] for x in (labels, real_labels))
             if not objective.several_classes:
                 labels = labels.to(device, non_blocking=True)
                 real_labels = real_labels.to(device, non_blocking=True)

@@ -62,6 +62,7 @@ class Objective:
         network_cutmix: Whether that training mixes images by CutMix.
         several_classes: Whether a batch may be of several classes, whose losses the function sums
             over; it is then given labels on the CPU. Default: each class has a batch of its own.
+        matches_features: Whether the network needs ``features(images)``.
         compiled: Returns the loss with its passes through the network compiled, for one run that is
             long enough to gain by it. Default: None, there is no such thing.
     """
@@ -72,6 +73,7 @@ class Objective:
     network_augments: bool = True
     network_cutmix: bool = True
     several_classes: bool = False
+    matches_features: bool = False
     compiled: Callable[[], ObjectiveFunction] | None = None
 
     def __post_init__(self) -> None:
@@ -146,6 +148,7 @@ OBJECTIVES.add(
     Objective(
         distribution_matching,
         several_classes=True,
+        matches_features=True,
         compiled=_with_compiled_means(distribution_matching),
     ),
 )
@@ -155,6 +158,7 @@ OBJECTIVES.add(
         last_block_matching,
         learns_from="nothing",
         several_classes=True,
+        matches_features=True,
         compiled=_with_compiled_means(last_block_matching),
     ),
 )

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -68,6 +68,7 @@ class Keeper(ABC):
         seed: int,
         device: torch.device,
         model: nn.Module | None,
+        networks: Sequence[nn.Module],
         progress: bool,
     ) -> tuple[Memory, dict[str, Any]]:
         """Make the memory that follows ``memory``, and leave that one as it is.
@@ -79,6 +80,8 @@ class Keeper(ABC):
             seed: Seed of the whole run; draws should differ from one ``index`` to the next.
             device: Where to compute.
             model: A network that is being trained, to be left as it is; None where there is none.
+            networks: States of one that was trained, to match on, to be left as they are; see
+                :func:`hmn_replay.condense`. Empty where there are none.
             progress: Whether to show progress on standard error.
 
         Returns:
@@ -183,6 +186,7 @@ class LearnedKeeper(Keeper):
         seed: int,
         device: torch.device,
         model: nn.Module | None = None,
+        networks: Sequence[nn.Module] = (),
         progress: bool = False,
     ) -> tuple[LearnedMemory, dict[str, Any]]:
         """Condense images into the memory; see :meth:`Keeper.renew`."""
@@ -196,6 +200,7 @@ class LearnedKeeper(Keeper):
             seed=derive_seed(seed, "update", index),
             device=device,
             progress=progress and sys.stderr.isatty(),
+            networks=networks,
         )
         return condensed, {**condensed.report, "effort": self.effort}
 
@@ -308,6 +313,7 @@ class RealKeeper(Keeper):
         seed: int,
         device: torch.device,
         model: nn.Module | None = None,
+        networks: Sequence[nn.Module] = (),
         progress: bool = False,
     ) -> tuple[RealMemory, dict[str, Any]]:
         """Add images to the memory; see :meth:`Keeper.renew`."""

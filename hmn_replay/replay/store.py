@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,7 @@ class ReplayMemory:
         labels: Any = None,
         *,
         model: nn.Module | None = None,
+        networks: Sequence[nn.Module] = (),
         note: Mapping[str, Any] | None = None,
     ) -> Memory:
         """Renew the memory with images.
@@ -167,6 +168,8 @@ class ReplayMemory:
                 data set.
             labels: int64 ``(N,)``.
             model: The network that is being trained, for a selection by it; it is left as it is.
+            networks: States of that network, the earliest first, for learned kinds to match on in
+                place of networks that are trained for it; see :func:`hmn_replay.condense`.
             note: What to add to the entry of the report, of types that JSON has.
 
         Returns:
@@ -188,6 +191,7 @@ class ReplayMemory:
                 seed=self.seed,
                 device=self.device,
                 model=model,
+                networks=networks,
                 progress=self.progress,
             )
         entry = {
@@ -224,17 +228,22 @@ class ReplayMemory:
         self.gatherer.add(_labelled(images, labels))
 
     def finish(
-        self, *, model: nn.Module | None = None, note: Mapping[str, Any] | None = None
+        self,
+        *,
+        model: nn.Module | None = None,
+        networks: Sequence[nn.Module] = (),
+        note: Mapping[str, Any] | None = None,
     ) -> bool:
         """Renew the memory with what was gathered; True where there was something.
 
         Args:
             model: As in :meth:`update`.
+            networks: As in :meth:`update`.
             note: As in :meth:`update`.
         """
         images = self.gatherer.images()
         if images is not None:
-            self.update(images, model=model, note=note)
+            self.update(images, model=model, networks=networks, note=note)
             self.gatherer.clear()
         return images is not None
 

@@ -1,0 +1,134 @@
+"""Matching on networks that were trained elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hmn_replay import build_network
+from hmn_replay.condensation import steps
+from hmn_replay.condensation.config import make_config
+from hmn_replay.condensation.loop import GivenNetworks
+from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.errors import CheckpointError, ConfigError
+from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.runtime import make_generator
+from tests.support import TINY, same, tiny, values_of
+
+MakeLayout = Callable[..., Any]
+MakeSet = Callable[..., LabelledImages]
+
+SHAPE = (3, 8, 8)
+
+
+def network(seed: int = 0, num_classes: int = 3, **options: Any) -> nn.Module:
+    return build_network("convnet", SHAPE, num_classes, width=3, seed=seed, **options)
+
+
+def context(data: LabelledImages, layout: Any, **options: Any) -> StepContext:
+    settings = {name: value for name, value in TINY.items() if name != "device"}
+    memory = HierarchicalMemory(layout, data.classes, 3)
+    optimizer = make_optimizer(memory, (0.5, 0.99))
+    return StepContext(
+        memory, RealImages.of(data), make_config(**{**settings, **options}), optimizer
+    )
+
+
+def test_networks_are_points_between_two_states_in_a_row(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    states = [network(seed) for seed in range(3)]
+    given = GivenNetworks(context(make_set(), make_layout()), 0, states)
+    ends = [torch.cat([p.detach().flatten() for p in each.parameters()]) for each in states]
+    found: dict[int, list[float]] = {0: [], 1: []}
+    for number in range(12):
+        given.draw(number)
+        values = torch.cat([p.detach().flatten() for p in given.network.parameters()])
+        for first in range(2):
+            along = ends[first + 1] - ends[first]
+            share = float((values - ends[first]) @ along / (along @ along))
+            if values.allclose(torch.lerp(ends[first], ends[first + 1], share), atol=1e-5):
+                found[first].append(share)
+    assert sum(map(len, found.values())) == 12 and min(map(len, found.values())) >= 2
+    shares = sum(found.values(), [])
+    assert min(shares) >= 0 and max(shares) <= 1 and max(shares) - min(shares) > 0.5
+    given.draw(4)
+    before = values_of(given.network)
+    given.draw(5)
+    given.draw(4)
+    assert same(before, values_of(given.network))
+
+
+@pytest.mark.parametrize("objective", ["distribution", "gradient"])
+def test_they_are_matched_on_in_place_of_trained_ones_and_left_as_they_are(
+    make_set: MakeSet, make_layout: MakeLayout, objective: str
+) -> None:
+    data, layout = make_set(labels=(0, 1, 2)), make_layout()
+    states = [network(0).train(), network(1).train()]
+    before = [values_of(each) for each in states]
+    options: dict[str, Any] = {"objective": objective, "trained_networks": 2, "beta_grid": ()}
+    options |= {"trained_passes": 48}
+    own, again = (tiny(data, layout, networks=states, **options) for _ in range(2))
+    assert "experts" not in own.report["phases"]
+    assert own.to_bytes() == again.to_bytes()
+    assert all(same(a, values_of(b)) for a, b in zip(before, states, strict=True))
+    assert all(each.training for each in states)
+    others = [tiny(data, layout, **options), tiny(data, layout, networks=states[:1], **options)]
+    assert all(own.to_bytes() != other.to_bytes() for other in others)
+
+
+def test_a_class_has_the_logit_of_its_label(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    """A step on a network with its logits in another order is the same step."""
+    data, order = make_set(), [2, 0, 1]
+    in_order = network().eval()
+    shuffled = network().eval()
+    head = [module for module in shuffled.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        # Class i has logit order[i].
+        for values in (head.weight, head.bias):
+            values[order] = values.clone()
+    ends = []
+    for each, logits in ((in_order, None), (shuffled, order), (shuffled, None)):
+        own = context(data, make_layout(), objective="gradient", precision="float32")
+        steps.set_rate(own.optimizer, 0.1)
+        steps.match_step(own, each, make_generator(0), logits)
+        ends.append(own.memory.decode()[0])
+    assert ends[0].allclose(ends[1], atol=1e-5)
+    assert not ends[0].allclose(ends[2], atol=1e-3)
+
+
+def test_a_checkpoint_is_of_the_networks_it_was_begun_with(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
+) -> None:
+    data, layout = make_set(labels=(0, 1, 2)), make_layout()
+    path = str(tmp_path / "run.ckpt")
+    tiny(data, layout, networks=[network(0)], checkpoint=path)
+    with pytest.raises(CheckpointError, match="networks"):
+        tiny(data, layout, networks=[network(1)], checkpoint=path)
+
+
+class Plain(nn.Sequential):
+    """Has no features."""
+
+
+@pytest.mark.parametrize(
+    ("networks", "options", "message"),
+    [
+        ([Plain(nn.Flatten(), nn.Linear(192, 3))], {}, r"Plain has no features\(images\)"),
+        ([network(0), network(0, num_classes=4)], {}, "states of one network"),
+        (["convnet"], {}, "networks are modules; got 'convnet'"),
+        ([network(0)], {"objective": "dm"}, "'?dm'? does not"),
+        ([network(0)], {"objective": "mtt"}, "networks are for objectives that match"),
+    ],
+)
+def test_networks_that_cannot_serve_are_refused(
+    make_set: MakeSet, make_layout: MakeLayout, networks: Any, options: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(make_set(labels=(0, 1, 2)), make_layout(), networks=networks, **options)
