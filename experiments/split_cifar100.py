@@ -41,7 +41,7 @@ from torch import Tensor, nn
 import hmn_replay
 from experiments.arguments import add_data, make_parser, parse_names, parse_numbers
 from experiments.results import make_table, reset_peak_memory, resumed, summarise, versions
-from hmn_replay.avalanche.losses import LOSSES, RENEWALS
+from hmn_replay.avalanche.losses import LOSSES, RENEWALS, TUNED
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import make_config
 from hmn_replay.data.augment import draw_augmentation
@@ -133,6 +133,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--labels", choices=("hard", "soft"), default="hard",
         help="whether our memories keep what the network says of their images, in the same bytes, "
         "and learn it again")  # fmt: skip
+    add("--tune", choices=TUNED, default="none",
+        help="what of the network is tuned on our memories, class-balanced, after an experience")  # fmt: skip
+    add("--tune-steps", type=int, default=100, help="steps of that tuning")
+    add("--tune-rate", type=float, default=0.01, help="learning rate of that tuning")
     add("--replay-weight", type=float,
         help="replayed images' share of our memories' loss (default: by their number)")  # fmt: skip
     add("--recode", type=float, default=0.0,
@@ -310,6 +314,9 @@ def run(
         renew=args.renew,
         distill=args.distill,
         labels=args.labels,
+        tune=args.tune,
+        tune_steps=args.tune_steps,
+        tune_rate=args.tune_rate,
         replay_weight=args.replay_weight,
         effort=args.effort,
         expected_classes=args.expected_classes,

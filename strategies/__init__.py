@@ -88,6 +88,9 @@ def build(
     renew: Renewal = "auto",
     distill: float = 0.0,
     labels: Literal["hard", "soft"] = "hard",
+    tune: Literal["none", "head", "all"] = "none",
+    tune_steps: int = 100,
+    tune_rate: float = 0.01,
     replay_weight: float | None = None,
     effort: str = "draft",
     expected_classes: int | None = None,
@@ -134,6 +137,10 @@ def build(
             and herding; that network is not part of the budget.
         labels: Whether hmn, jpeg, lossless, raw and herding keep what the network says of their
             images, in the same bytes, and learn it again: ``"hard"`` or ``"soft"``.
+        tune: What of the network is tuned on the memory of hmn, jpeg, lossless, raw and herding
+            after each experience but the first: ``"none"``, ``"head"`` or ``"all"``.
+        tune_steps: Steps of that tuning.
+        tune_rate: Learning rate of that tuning.
         replay_weight: Share in [0, 1] that replayed images have in the loss of hmn, jpeg, lossless,
             raw and herding. Default: None, the share that they have by their number.
         effort: Effort of HMN's condensation: ``"draft"``, ``"quick"``, ``"standard"`` or
@@ -171,6 +178,9 @@ def build(
         renew=renew,
         distill=distill,
         labels=labels,
+        tune=tune,
+        tune_steps=tune_steps,
+        tune_rate=tune_rate,
         replay_weight=replay_weight,
         effort=effort,
         expected_classes=expected_classes,

@@ -51,6 +51,9 @@ class Settings:
     renew: Renewal
     distill: float
     labels: Literal["hard", "soft"]
+    tune: Literal["none", "head", "all"]
+    tune_steps: int
+    tune_rate: float
     replay_weight: float | None
     effort: str
     expected_classes: int | None
@@ -102,6 +105,9 @@ class Settings:
             "renew": self.renew,
             "distill": self.distill,
             "labels": self.labels,
+            "tune": self.tune,
+            "tune_steps": self.tune_steps,
+            "tune_rate": self.tune_rate,
             "replay_weight": self.replay_weight,
         }
 

@@ -29,6 +29,7 @@ from hmn_replay.registry import Registry, suggest
 __all__ = [
     "LOSSES",
     "RENEWALS",
+    "TUNED",
     "Loss",
     "Renewal",
     "ReplayLoss",
@@ -37,6 +38,7 @@ __all__ = [
     "balanced",
     "distillation",
     "find_loss",
+    "grouped",
     "label_distillation",
     "plain",
     "separated",
@@ -64,6 +66,9 @@ class ReplayStep:
             labels tell classes apart.
         strategy: The Avalanche strategy, for losses that need its network, images (``mb_x``) or
             task labels.
+        head_logits: float ``(N, K)``, what the network's head, its last ``nn.Linear``, makes of the
+            features without their graph, so that it alone learns; given to losses with
+            ``needs_head``, else None.
     """
 
     logits: Tensor
@@ -74,6 +79,7 @@ class ReplayStep:
     current_counts: Tensor
     memory_counts: Tensor
     strategy: Any
+    head_logits: Tensor | None = None
 
     @property
     def num_current(self) -> int:
@@ -107,10 +113,10 @@ class ReplayStep:
 
 
 ReplayLoss: TypeAlias = Callable[[ReplayStep], Tensor]
-"""A replay loss. Two attributes of it may be true: ``changes_logits`` of one that needs a
-cross-entropy as criterion (a strategy with another criterion is refused before training), and
+"""A replay loss. Three attributes of it may be true: ``changes_logits`` of one that needs a
+cross-entropy as criterion (a strategy with another criterion is refused before training),
 ``needs_all_classes`` of one that learns the current classes from replayed images too (the memory is
-renewed before training)."""
+renewed before training), and ``needs_head`` of one that takes ``head_logits``."""
 
 Loss: TypeAlias = "str | ReplayLoss"
 """What ``loss=`` of the plugins takes: a name in :data:`LOSSES`, ``"auto"``, or a callable."""
@@ -119,6 +125,10 @@ Renewal: TypeAlias = Literal["auto", "before", "after"]
 
 RENEWALS: tuple[Renewal, ...] = get_args(Renewal)
 """When an experience is made into the memory: what ``renew=`` of the plugins takes."""
+
+TUNED = ("none", "head", "all")
+"""What of a network is tuned on the memory after an experience: what ``tune=`` of the plugins
+takes."""
 
 LOSSES: Registry[ReplayLoss] = Registry("loss")
 """The replay losses by name; users may add theirs."""
@@ -165,6 +175,31 @@ def separated(step: ReplayStep) -> Tensor:
     return step.loss_of(torch.where(is_current[:, None], current, replayed))
 
 
+@LOSSES.register("grouped")
+def grouped(step: ReplayStep) -> Tensor:
+    """Return a loss that lets the head alone tell old classes from current ones.
+
+    As :func:`separated`, but decoded images have the old classes in their softmax, or the current
+    ones, whichever they are of. A second cross-entropy of theirs over all classes, added to it,
+    reaches the head and not the features (Smith et al. 2021, Always Be Dreaming, Section 4.2).
+    """
+    assert step.head_logits is not None, "for a loss with needs_head"
+    own = step.labels[: step.num_current]
+    is_own = (step.current_counts > 0).index_fill(0, own, True)
+    lowest = torch.finfo(step.logits.dtype).min  # as in separated()
+    is_other = is_own[None] != is_own[step.labels][:, None]
+    is_current = torch.arange(len(step.labels), device=own.device) < step.num_current
+    current = step.logits + _log_shares(step.current_counts)
+    memory_shares = _log_shares(step.memory_counts)
+    logits = torch.where(is_current[:, None], current, step.logits + memory_shares)
+    within = step.loss_of(logits.masked_fill(is_other, lowest))
+    replayed, labels = step.head_logits[step.num_current :], step.labels[step.num_current :]
+    share = step.replayed_share
+    if getattr(step.criterion, "reduction", "mean") == "sum":
+        share *= len(step.labels) / step.num_replayed
+    return within + share * step.criterion(replayed + memory_shares, labels)
+
+
 @LOSSES.register("asymmetric")
 def asymmetric(step: ReplayStep) -> Tensor:
     """Return the loss of ER-ACE (Caccia et al. 2022, equation 2).
@@ -179,9 +214,11 @@ def asymmetric(step: ReplayStep) -> Tensor:
     return step.loss_of(step.logits.masked_fill(is_current[:, None] & left_out, lowest))
 
 
-for _loss in (balanced, separated, asymmetric):
+for _loss in (balanced, separated, grouped, asymmetric):
     _loss.changes_logits = True  # type: ignore[attr-defined]
-separated.needs_all_classes = True  # type: ignore[attr-defined]
+for _loss in (separated, grouped):
+    _loss.needs_all_classes = True  # type: ignore[attr-defined]
+grouped.needs_head = True  # type: ignore[attr-defined]
 
 
 def distillation(logits: Tensor, teacher: Tensor, old_classes: Tensor) -> Tensor:

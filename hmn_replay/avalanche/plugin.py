@@ -22,6 +22,7 @@ from avalanche.core import BasePlugin, SupervisedPlugin
 from avalanche.training.supervised import JointTraining
 from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Unpack
 
 from hmn_replay.avalanche.buffer import (
@@ -33,6 +34,7 @@ from hmn_replay.avalanche.buffer import (
 from hmn_replay.avalanche.losses import (
     LOSSES,
     RENEWALS,
+    TUNED,
     Loss,
     Renewal,
     ReplayLoss,
@@ -70,7 +72,7 @@ from hmn_replay.replay import (
 )
 from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.training.networks import evaluating
-from hmn_replay.training.train import TrainingConfig
+from hmn_replay.training.train import TrainingConfig, cosine_rate
 
 __all__ = [
     "MODES",
@@ -139,7 +141,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             ``None``, the criterion of the whole mini-batch.
         loss: What the criterion's part of the loss becomes in steps that replay: a name in
             :data:`~hmn_replay.avalanche.losses.LOSSES` (``"plain"``, ``"balanced"``,
-            ``"separated"``, ``"asymmetric"``), or a callable that takes a
+            ``"separated"``, ``"grouped"``, ``"asymmetric"``), or a callable that takes a
             :class:`~hmn_replay.avalanche.losses.ReplayStep`. The default, ``"auto"``, is
             ``"separated"`` where the memory is renewed before training, else ``"balanced"``. Where
             neither can be it is ``"plain"``, with one warning: a criterion other than
@@ -168,6 +170,14 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             for task labels above 0 or ``"memory_only"``.
         label_weight: Weight, 0 or more, of that term, which is a mean over the mini-batch; see
             :func:`hmn_replay.avalanche.losses.label_distillation`. Default: 1.
+        tune: ``"head"``, the last ``nn.Linear``, or ``"all"``: what is tuned after each experience
+            but the first, on mini-batches of the memory's images alone that have as many of every
+            class (as in EEIL, Castro et al. 2018). By SGD of its own, under the strategy's
+            criterion; running statistics of batch normalisation stay as they are. Default:
+            ``"none"``. Not for online streams, task labels above 0 or ``"memory_only"``.
+        tune_steps: Steps of the tuning, 1 or more, each over as many images as a training step.
+        tune_rate: Learning rate of the tuning, above 0, at first; it falls to 0 along half a
+            cosine.
         normalization: ``(mean, std)`` that the benchmark's transforms apply. Default: ``None``,
             that of torchvision's ``Normalize`` in the eval transforms, or none.
         max_raw_images: Bound on the raw images gathered of an online experience. They do not count
@@ -210,6 +220,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         recode_share: float = 0.0,
         labels: Literal["hard", "soft"] = "hard",
         label_weight: float = 1.0,
+        tune: Literal["none", "head", "all"] = "none",
+        tune_steps: int = 100,
+        tune_rate: float = 0.01,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -230,6 +243,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             )
         if mode == "memory_only" and labels != "hard":
             raise ConfigError('labels are for mode="replay"; leave them out')
+        _check_tuning(mode, tune, tune_steps, tune_rate)
+        self.tune, self.tune_steps, self.tune_rate = tune, tune_steps, tune_rate
         self.labels, self.label_weight = labels, label_weight
         self._soft: Tensor | None = None
         self.batch_size_mem, self.mode = batch_size_mem, mode
@@ -260,6 +275,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._checked: set[int] = set()
         self._old_classes = torch.empty(0, dtype=torch.int64)
         self._teacher: _Teacher | None = None
+        self._head: _Head | None = None
         _reattach_optim_modules()
 
     @property
@@ -368,11 +384,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 'mode="memory_only" condenses an experience before training, but an online stream '
                 'gives it in pieces: use mode="replay"'
             )
-        if self.distill and _is_piece(strategy, strategy.experience):
-            raise ConfigError(
-                "distill keeps the network of the previous experience, but an online stream gives "
-                "experiences in pieces: leave distill out"
-            )
+        for name, is_wanted in (("distill", self.distill), ("tune", self.tune != "none")):
+            if is_wanted and _is_piece(strategy, strategy.experience):
+                raise ConfigError(
+                    f"{name} needs to know where an experience begins and ends, but an online "
+                    f"stream gives experiences in pieces: leave {name} out"
+                )
         experiences = _experiences_of(strategy, strategy.experience)
         self._check_data(experiences)
         if not _is_piece(strategy, strategy.experience):
@@ -413,9 +430,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._decode()
         experiences = _experiences_of(strategy, experience)
         self._settle(strategy, experiences)
-        self._drop_teacher()
+        self._drop_hooks()
         for name, is_wanted in (
             ("distill", self.distill and len(self._old_classes)),
+            ("tune", self.tune != "none"),
             ('labels="soft"', self.labels == "soft"),
         ):
             if is_wanted and self._has_tasks(experiences):
@@ -426,6 +444,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 )
         if self.distill and len(self._old_classes):
             self._teacher = _Teacher(strategy.model, self._old_classes.to(self._device))
+        if self.tune == "head":
+            _head_of(strategy.model)
+        if getattr(self._loss_now, "needs_head", False):
+            self._head = _Head(_head_of(strategy.model))
 
     def before_training_iteration(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Add decoded images to the mini-batch, or augment those that it consists of."""
@@ -498,19 +520,21 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             current_counts=self._count(labels[:-num_replayed], logits.shape[1]),
             memory_counts=count_labels(decoded, logits.shape[1]),
             strategy=strategy,
+            head_logits=None if self._head is None else self._head.logits(logits),
         )
         # Another plugin may have added a term of its own before: only the criterion's is replaced.
         strategy.loss = strategy.loss - strategy.criterion() + self._loss_now(step)
 
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Make the experience into the memory, if that was not done before."""
-        self._drop_teacher()
+        self._drop_hooks()
         experience = strategy.experience
         if _is_piece(strategy, experience):
             self._end_piece(experience)
         else:
             if not self._is_renewed:
                 self._learn(strategy, experience)
+            self._tune(strategy)
             self._label()
 
     def after_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -542,7 +566,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no network, and no decoded image."""
-        return {**self.__dict__, "_model": None, "_teacher": None}
+        return {**self.__dict__, "_model": None, "_teacher": None, "_head": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become what :meth:`__getstate__` described."""
@@ -590,6 +614,42 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
         with evaluating(model):
             self.store.label(network)
+
+    def _tune(self, strategy: Strategy) -> None:
+        """Tune the network, or its head, on class-balanced mini-batches of the memory's images."""
+        decoded = self._decode()
+        if self.tune == "none" or decoded is None or not len(self._old_classes):
+            return
+        model, number = strategy.model, self.store.num_updates
+        tuned = _head_of(model) if self.tune == "head" else model
+        parameters = [each for each in tuned.parameters() if each.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=self.tune_rate, momentum=0.9)
+        num_images = strategy.train_mb_size + (self.batch_size_mem or strategy.train_mb_size)
+        kept = [each.grad for each in parameters]
+        modes = {module: module.training for module in model.modules()}
+        model.train()
+        for module in model.modules():
+            module.training = module.training and not isinstance(module, _BatchNorm)
+        try:
+            with isolated(self._device, self.seed, "tune", number), torch.enable_grad():
+                for step in range(self.tune_steps):
+                    generator = make_generator(self.seed, "tune", number, step)
+                    chosen = _draw_balanced(decoded.labels, num_images, generator)
+                    images = decoded.images[chosen].float().div_(255)
+                    images = finish_images(images, self.replay_transform, self._found)
+                    labels, _ = split_class_keys(decoded.labels[chosen])
+                    loss = strategy._criterion(model(images), labels)
+                    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                    for parameter, gradient in zip(parameters, gradients, strict=True):
+                        parameter.grad = gradient
+                    rate = cosine_rate(step, self.tune_steps, self.tune_rate)
+                    optimizer.param_groups[0]["lr"] = rate
+                    optimizer.step()
+        finally:
+            for parameter, gradient in zip(parameters, kept, strict=True):
+                parameter.grad = gradient
+            for module, mode in modes.items():
+                module.training = mode
 
     def _read(self, experiences: Sequence[Any]) -> LabelledImages:
         with isolated(self._device, self.seed, "read", self.store.num_updates):
@@ -696,10 +756,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         coded = coded if self._found is None else self._found.apply(coded)
         return images.index_copy(0, chosen, coded)
 
-    def _drop_teacher(self) -> None:
-        if self._teacher is not None:
-            self._teacher.hook.remove()
-        self._teacher = None
+    def _drop_hooks(self) -> None:
+        for owner in (self._teacher, self._head):
+            if owner is not None:
+                owner.hook.remove()
+        self._teacher = self._head = None
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -745,6 +806,31 @@ class _Teacher:
         return logits
 
 
+class _Head:
+    """A network's head, and the features that it was last given in training."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head = head
+        self._features: Tensor | None = None
+        self.hook = head.register_forward_pre_hook(self._note)
+
+    def _note(self, head: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if head.training:
+            self._features = inputs[0]
+
+    def logits(self, like: Tensor) -> Tensor:
+        """Return the head's logits, without a graph to the features, of the shape of others."""
+        features = self._features
+        if features is not None:
+            logits = self.head.forward(features.detach().to(self.head.weight.dtype))
+            if logits.shape == like.shape:
+                return logits
+        raise ConfigError(
+            'loss="grouped" lets the head alone learn: the network\'s last nn.Linear must make its '
+            f'logits {tuple(like.shape)}, and here it does not; take loss="separated"'
+        )
+
+
 class _Normalising(nn.Module):
     """A network of normalised images, for images in [0, 1]."""
 
@@ -775,6 +861,9 @@ class ReplayOptions(TypedDict, total=False):
     recode_share: float
     labels: Literal["hard", "soft"]
     label_weight: float
+    tune: Literal["none", "head", "all"]
+    tune_steps: int
+    tune_rate: float
     normalization: tuple[Sequence[float], Sequence[float]] | None
     max_raw_images: int
     seed: int
@@ -809,6 +898,9 @@ class HMNReplay(MemoryReplay):
         distill: Weight of the distillation from the previous network.
         labels: ``"hard"`` or ``"soft"``: whether the network's answers are kept beside the images.
         label_weight: Weight of these in the loss of replayed images.
+        tune: ``"none"``, ``"head"`` or ``"all"``: what is tuned on the memory after an experience.
+        tune_steps: Steps of that tuning.
+        tune_rate: Learning rate of that tuning.
         normalization: ``(mean, std)`` that the benchmark's transforms apply.
         max_raw_images: Bound on the raw images gathered of an online experience.
         seed: Seed of every draw.
@@ -847,6 +939,9 @@ class HMNReplay(MemoryReplay):
         distill: float = 0.0,
         labels: Literal["hard", "soft"] = "hard",
         label_weight: float = 1.0,
+        tune: Literal["none", "head", "all"] = "none",
+        tune_steps: int = 100,
+        tune_rate: float = 0.01,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         max_raw_images: int = 10_000,
         seed: int = 0,
@@ -876,6 +971,9 @@ class HMNReplay(MemoryReplay):
             distill=distill,
             labels=labels,
             label_weight=label_weight,
+            tune=tune,
+            tune_steps=tune_steps,
+            tune_rate=tune_rate,
             normalization=normalization,
             max_raw_images=max_raw_images,
             seed=seed,
@@ -1027,6 +1125,37 @@ class JPEGReplay(MemoryReplay):
             selection=selection,
         )
         super().__init__(keeper, **options)
+
+
+def _check_tuning(mode: str, tune: str, tune_steps: int, tune_rate: float) -> None:
+    """Raise a ConfigError for settings of the tuning outside their ranges."""
+    if tune not in TUNED or (as_int(tune_steps) or 0) < 1 or not tune_rate > 0:
+        raise ConfigError(
+            f"tune is one of {', '.join(TUNED)}, tune_steps a whole number of 1 or more and "
+            f"tune_rate above 0; got {tune!r}, {tune_steps!r} and {tune_rate!r}"
+        )
+    if mode == "memory_only" and tune != "none":
+        raise ConfigError('tune is for mode="replay"; leave it out')
+
+
+def _head_of(model: nn.Module) -> nn.Linear:
+    """Return the last linear layer of a network, or raise a ConfigError."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ConfigError(f"{type(model).__name__} has no nn.Linear, which would be its head")
+    return linear[-1]
+
+
+def _draw_balanced(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw positions of images, of each class as many or one more, in random order: ``(n,)``."""
+    by_class = [(labels == label).nonzero().flatten() for label in labels.unique().tolist()]
+    order = torch.randperm(len(by_class), generator=generator).repeat(count // len(by_class) + 1)
+    drawn = torch.rand(count, generator=generator)
+    chosen = [
+        by_class[index][int(share * len(by_class[index]))]
+        for index, share in zip(order[:count].tolist(), drawn.tolist(), strict=True)
+    ]
+    return torch.stack(chosen)
 
 
 def _state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -820,7 +820,7 @@ class GivenNetworks:
         self, context: steps.StepContext, seed: int, networks: Sequence[nn.Module]
     ) -> None:
         self.seed, self.steps_per_network = seed, context.config.inner_steps
-        self.logits = context.memory.classes.tolist()
+        self.logits: Sequence[int] | None = context.memory.classes.tolist()
         self.network = copy.deepcopy(networks[-1]).to(context.device).eval()
         self.states = [
             {name: value.detach().to(context.device) for name, value in each.state_dict().items()}

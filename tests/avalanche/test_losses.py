@@ -26,9 +26,11 @@ def make_step(
     criterion: nn.Module | None = None, weight: float | None = None, **changes: Any
 ) -> ReplayStep:
     """Make a step of four current images of classes 2 and 3, and two of classes 0 and 1."""
-    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 5, generator=generator, requires_grad=True)
     step: dict[str, Any] = {
         "logits": logits,
+        "head_logits": torch.randn(6, 5, generator=generator, requires_grad=True),
         "labels": torch.cat([CURRENT, REPLAYED]),
         "num_replayed": 2,
         "criterion": criterion or nn.CrossEntropyLoss(),
@@ -51,7 +53,7 @@ def by_hand(step: ReplayStep, name: str) -> float:
     ):
         shares[label] = (1 - share) * own / 4 + share * old / 8
     least = min(value for value in shares if value)
-    losses, weighted = [], []
+    losses, weighted, of_head = [], [], [0.0]
     for position, label in enumerate(step.labels.tolist()):
         row = step.logits[position].tolist()
         left_out: set[int] = set()
@@ -59,21 +61,28 @@ def by_hand(step: ReplayStep, name: str) -> float:
             row = [z + math.log(max(p, least)) for z, p in zip(row, shares, strict=True)]
         elif name == "asymmetric" and position < 4:
             left_out = {0, 1}
-        elif name == "separated":
+        elif name in ("separated", "grouped"):
             counts = step.current_counts if position < 4 else step.memory_counts
             lowest = min(count for count in counts.tolist() if count)
             prior = [max(count, lowest) / float(counts.sum()) for count in counts.tolist()]
             row = [z + math.log(p) for z, p in zip(row, prior, strict=True)]
-            left_out = {0, 1, 4} if position < 4 else set()
+            left_out = {0, 1, 4} if position < 4 else {2, 3} if name == "grouped" else set()
         total = sum(math.exp(z) for label, z in enumerate(row) if label not in left_out)
         losses.append(class_weights[label] * (math.log(total) - row[label]))
         weighted.append(class_weights[label])
+        if name == "grouped" and position >= 4:
+            assert step.head_logits is not None
+            row = step.head_logits[position].tolist()
+            row = [z + math.log(p) for z, p in zip(row, prior, strict=True)]
+            total = sum(map(math.exp, row))
+            of_head.append(class_weights[label] * (math.log(total) - row[label]))
     is_sum = criterion.reduction == "sum"
+    head = sum(of_head) * (3 * share if is_sum else share / sum(weighted[4:]))
     if step.replay_weight is None:
-        return float(sum(losses) if is_sum else sum(losses) / sum(weighted))
+        return head + float(sum(losses) if is_sum else sum(losses) / sum(weighted))
     current = sum(losses[:4]) / (4 if is_sum else sum(weighted[:4]))
     replayed = sum(losses[4:]) / (2 if is_sum else sum(weighted[4:]))
-    return float((6 if is_sum else 1) * ((1 - share) * current + share * replayed))
+    return head + float((6 if is_sum else 1) * ((1 - share) * current + share * replayed))
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
@@ -85,7 +94,7 @@ def test_a_loss_is_that_of_its_formula(
 ) -> None:
     given = None if class_weights is None else torch.tensor(class_weights)
     changes: dict[str, Any] = {}
-    if name == "separated":
+    if name in ("separated", "grouped"):
         changes = {"memory_counts": torch.tensor([6.0, 2.0, 3.0, 5.0, 0.0])}
     step = make_step(nn.CrossEntropyLoss(weight=given, reduction=reduction), weight, **changes)
     loss = LOSSES[name](step)
@@ -117,6 +126,52 @@ def test_separated_current_images_leave_old_classes_alone() -> None:
     )
     (gradient,) = torch.autograd.grad(only_current, step.logits)
     assert not gradient[:, [0, 1, 4]].any() and gradient[:4, [2, 3]].all()
+
+
+def test_grouped_lets_the_head_alone_tell_old_classes_from_current_ones() -> None:
+    step = make_step(memory_counts=torch.tensor([6.0, 2.0, 3.0, 5.0, 0.0]))
+    of_logits, of_head = torch.autograd.grad(
+        LOSSES["grouped"](step), [step.logits, step.head_logits]
+    )
+    assert not of_logits[:4, [0, 1, 4]].any() and of_logits[:4, [2, 3]].all()
+    assert not of_logits[4:, [2, 3]].any() and of_logits[4:, [0, 1]].all()
+    assert not of_head[:4].any() and of_head[4:].all()
+
+
+def test_the_heads_logits_are_those_of_the_step_without_a_graph_to_features() -> None:
+    seen: list[bool] = []
+
+    def look(step: ReplayStep) -> Tensor:
+        assert step.head_logits is not None
+        head = step.strategy.model[-1]
+        features = step.strategy.model[:-1]
+        assert step.head_logits.allclose(step.logits)
+        own = torch.autograd.grad(step.head_logits.sum(), head.weight, retain_graph=True)
+        assert own[0].any()
+        rest = torch.autograd.grad(
+            step.head_logits.sum(), features[1].weight, retain_graph=True, allow_unused=True
+        )
+        seen.append(rest[0] is None)
+        return step.loss_of(step.logits)
+
+    look.needs_head = True  # type: ignore[attr-defined]
+    found, replay = trained(look)
+    assert seen and all(seen)
+    assert found.equal(trained("plain")[0])
+    assert not trained("grouped")[0].equal(trained("separated")[0])
+    assert not replay._head
+
+
+def test_a_network_without_a_head_is_refused_before_training() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Conv1d(1, 1, 1))
+    with pytest.raises(ConfigError, match=r"Sequential has no nn\.Linear"):
+        trained("grouped", model=model)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Unflatten(1, (6, 1)), nn.MaxPool1d(1))
+    model.append(nn.Flatten()).append(nn.Hardtanh())
+    model.append(nn.Unflatten(1, (1, 6))).append(nn.MaxPool1d(6)).append(nn.Flatten())
+    model.append(nn.ConstantPad1d((0, 3), 0.0))
+    with pytest.raises(ConfigError, match=r"last nn\.Linear must make its logits \(\d+, 4\)"):
+        trained("grouped", model=model)
 
 
 class Compare(SupervisedPlugin[Any]):
@@ -299,7 +354,7 @@ def test_auto_is_the_best_loss_that_can_be(renew: str, loss: str) -> None:
 
 
 def test_a_loss_that_was_asked_for_and_cannot_be_had_is_refused() -> None:
-    for loss in ("balanced", "separated", "asymmetric"):
+    for loss in ("balanced", "separated", "grouped", "asymmetric"):
         with pytest.raises(ConfigError, match="without label smoothing"):
             trained(loss, criterion=SMOOTH)
     for options in ({"loss": "balanced"}, {"replay_weight": 0.5}):

@@ -1,0 +1,153 @@
+"""The tuning of a network, or of its head, on the memory after an experience."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
+from avalanche.core import SupervisedPlugin
+from torch import Tensor, nn
+
+from hmn_replay.errors import ConfigError
+from tests.streams import (
+    KeepFirst,
+    labelled_streams,
+    in_pieces,
+    make_model,
+    make_strategy,
+    streams,
+    train,
+    weights,
+)
+
+
+def learn(stream: Any = None, model: nn.Module | None = None, **options: Any) -> Any:
+    strategy = make_strategy([KeepFirst(batch_size_mem=4, **options)], model=model)
+    train(strategy, streams().train_stream if stream is None else stream)
+    return strategy
+
+
+def parts(strategy: Any) -> tuple[Tensor, Tensor]:
+    """Return the values of the network but its head, and those of the head."""
+    *body, head = strategy.model
+    rows = [torch.cat([p.flatten() for m in own for p in m.parameters()]) for own in (body, [head])]
+    return rows[0].detach(), rows[1].detach()
+
+
+def test_the_head_or_all_of_it_is_tuned_from_the_second_experience_on() -> None:
+    stream = list(streams().train_stream)
+    none, head, everything = (learn(stream[:1], tune=tune) for tune in ("none", "head", "all"))
+    assert weights(none).equal(weights(head)) and weights(none).equal(weights(everything))
+    (body, own), (tuned_body, tuned_head), (all_body, all_head) = (
+        parts(learn(stream, tune=tune)) for tune in ("none", "head", "all")
+    )
+    assert tuned_body.equal(body) and not tuned_head.equal(own)
+    assert not all_body.equal(body) and not all_head.equal(own)
+
+
+def test_its_mini_batches_have_as_many_images_of_every_class() -> None:
+    shown: list[Tensor] = []
+    model = make_model()
+    replay = KeepFirst(
+        2, batch_size_mem=4, tune="all", tune_steps=5, replay_transform=lambda images: images
+    )
+    strategy = make_strategy([replay], model=model)
+    stream = labelled_streams((0, 1), (2,)).train_stream
+    train(strategy, stream[:1])
+    calls = 0
+
+    class Count(nn.CrossEntropyLoss):
+        def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            shown.append(labels.bincount(minlength=3))
+            return super().forward(logits, labels)
+
+    class Last(SupervisedPlugin[Any]):
+        def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            shown.clear()
+
+    strategy._criterion = Count()
+    strategy.plugins.insert(0, Last())  # type: ignore[no-untyped-call]
+    strategy.train(stream[1])
+    assert len(shown) == 5
+    for counts in shown:
+        assert int(counts.sum()) == 8 + 4
+        assert counts.tolist() == [4, 4, 4]
+
+
+def test_it_brings_the_loss_on_the_memory_down() -> None:
+    def loss(strategy: Any) -> float:
+        images, labels = strategy.plugins[0].memory.decode()
+        with torch.no_grad():
+            return float(nn.functional.cross_entropy(strategy.model.eval()(images), labels))
+
+    none = loss(learn())
+    for tune in ("head", "all"):
+        assert loss(learn(tune=tune, tune_steps=50, tune_rate=0.05)) < none
+
+
+def test_modes_gradients_statistics_and_the_random_state_stay() -> None:
+    model = nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(192), nn.Dropout(0.5), nn.Linear(192, 8), nn.Linear(8, 4)
+    )
+    torch.manual_seed(1)
+    for layer in model[3:]:
+        nn.init.normal_(layer.weight, std=0.1)  # type: ignore[arg-type]
+    noted: list[Any] = []
+
+    class Note(SupervisedPlugin[Any]):
+        def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+            gradients = [p.grad.clone() for p in strategy.model.parameters()]
+            modes = [module.training for module in strategy.model.modules()]
+            norm = strategy.model[1]
+            noted.append(
+                (gradients, modes, norm.running_mean.clone(), torch.get_rng_state())
+            )
+
+    replay = KeepFirst(batch_size_mem=4, tune="all")
+    strategy = make_strategy([Note(), replay, Note()], model=model)  # type: ignore[no-untyped-call]
+    train(strategy, streams().train_stream)
+    before, after = noted[2:]
+    assert all(a.equal(b) for a, b in zip(before[0], after[0], strict=True))
+    assert before[1] == after[1]
+    assert before[2].equal(after[2]) and before[3].equal(after[3])
+
+
+def test_soft_labels_are_those_of_the_tuned_network() -> None:
+    answers = []
+    for tune in ("none", "all"):
+        strategy = learn(tune=tune, tune_rate=0.5, labels="soft", renew="before")
+        answers.append(strategy.plugins[0].memory.soft_labels())
+    assert not answers[0].equal(answers[1])
+
+
+def test_a_run_that_goes_on_tunes_alike(tmp_path: Path) -> None:
+    stream = streams(num_experiences=4).train_stream
+    whole = make_strategy([KeepFirst(batch_size_mem=4, tune="all")])
+    for number in range(4):
+        train(whole, stream[number : number + 1], seed=number)
+        if number == 1:
+            save_checkpoint(whole, tmp_path / "stream.pt")
+    resumed, _ = maybe_load_checkpoint(make_strategy(), tmp_path / "stream.pt")
+    for number in (2, 3):
+        train(resumed, stream[number : number + 1], seed=number)
+    assert weights(resumed).equal(weights(whole))
+
+
+def test_what_cannot_be_tuned_is_refused() -> None:
+    pieces = in_pieces(streams().train_stream, 5, access_task_boundaries=True)
+    with pytest.raises(ConfigError, match="in pieces: leave tune out"):
+        learn(pieces, tune="all")
+    with pytest.raises(ConfigError, match="tune is for one head"):
+        learn(streams("nc_tasks").train_stream, tune="all", loss="plain")
+    with pytest.raises(ConfigError, match=r"Sequential has no nn\.Linear"):
+        learn(tune="head", model=nn.Sequential(nn.Flatten(), nn.Conv1d(1, 1, 1)))
+    for options in ({"tune": "tail"}, {"tune_steps": 0}, {"tune_rate": 0.0}):
+        with pytest.raises(ConfigError, match="tune is one of none, head, all"):
+            KeepFirst(**options)
+    with pytest.raises(ConfigError, match="tune is for mode="):
+        KeepFirst(tune="all", mode="memory_only")
