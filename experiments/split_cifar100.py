@@ -134,13 +134,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="whether our memories keep what the network says of their images, in the same bytes, "
         "and learn it again")  # fmt: skip
     add("--tune", choices=TUNED, default="none",
-        help="what of the network is tuned on our memories, class-balanced, after an experience")  # fmt: skip
+        help="what is tuned on our memories, class-balanced, after an experience")  # fmt: skip
     add("--tune-steps", type=int, default=100, help="steps of that tuning")
     add("--tune-rate", type=float, default=0.01, help="learning rate of that tuning")
     add("--replay-weight", type=float,
         help="replayed images' share of our memories' loss (default: by their number)")  # fmt: skip
     add("--recode", type=float, default=0.0,
-        help="probability with which JPEG shows current images through its codec")  # fmt: skip
+        help="probability with which HMN and JPEG show current images through a codec")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
     add("--expected-classes", type=int, help="tell HMN and JPEG how many classes will come in all")
     add("--kind", default="hmn", help="memory kind of the strategy hmn: hmn, pixels, idc, ...")
@@ -290,6 +290,7 @@ def run(
         "hmn": {
             "kind": args.kind,
             "matching_networks": args.matching_networks,
+            "recode_share": args.recode,
             **args.options,
         },
         "jpeg": {

@@ -18,7 +18,6 @@ from hmn_replay.data.images import ImageSource, LabelledImages, as_labelled_imag
 from hmn_replay.data.lookup import as_floats, images_at_once
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
-from hmn_replay.memory.real import RealMemory
 from hmn_replay.runtime import make_generator, without_autocast
 
 __all__ = ["shortcut_report"]
@@ -41,8 +40,8 @@ def shortcut_report(
     """Measure how far a network calls old classes new because their images are clean.
 
     Images of old classes are shown to it as they are, through the memory's codec (encoded and
-    decoded as the memory does with real images), and as the memory's own decoded images. A learned
-    memory has no codec: an image that is not in it has no code. Then a logistic regression on the
+    decoded by :meth:`hmn_replay.Memory.codec`, where the memory's kind has one), and as the
+    memory's own decoded images. Then a logistic regression on the
     network's features is asked which images are decoded and which are clean: one half of both is
     learned from, the other is scored, and 0.5 is as good as guessing.
 
@@ -93,8 +92,8 @@ def shortcut_report(
     if memory is not None and memory.num_images:
         images, labels = memory.decode(dtype=torch.uint8)
         decoded = _old(LabelledImages(images.cpu(), labels.cpu()), new)
-    if codec is None and isinstance(memory, RealMemory):
-        codec = memory.recode
+    if codec is None and memory is not None:
+        codec = memory.codec()
     coded = None if codec is None else LabelledImages(_coded(codec, test.images), test.labels)
 
     generator = make_generator(seed, "shortcut")

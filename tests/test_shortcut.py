@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hmn_replay import LabelledImages, jpeg_images, raw_images, shortcut_report
 from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.memory import HierarchicalMemory
+from hmn_replay.memory import HierarchicalMemory, PixelMemory
 from tests.support import hmn_layout
 
 NEW = [2, 3]
@@ -66,8 +66,20 @@ def test_lossless_images_are_no_different() -> None:
     assert all(abs(accuracy - 0.5) < 0.3 for accuracy in report["probe"].values())
 
 
-def test_a_learned_memory_has_no_codec_unless_one_is_given() -> None:
+def test_clean_images_go_through_hmns_codec_too() -> None:
     memory = HierarchicalMemory(hmn_layout((3, 16, 16)), [0, 1, 2, 3], [8] * 4)
+    report = shortcut_report(Bright(True), memory, noisy_set(), new_classes=NEW)
+    given = shortcut_report(
+        Bright(True), memory, noisy_set(), new_classes=NEW, codec=memory.codec()
+    )
+    assert report == given and report["codec"] is not None
+    assert report["probe"]["codec"] > 0.9, "an untrained decoder changes images very much"
+
+
+def test_a_memory_without_a_codec_shows_none_unless_one_is_given() -> None:
+    layout = PixelMemory.choose_layout("100 KiB", (3, 16, 16), 4)
+    memory = PixelMemory(layout, [0, 1, 2, 3], [8] * 4)
+    assert not memory.has_codec and memory.codec() is None
     report = shortcut_report(Bright(True), memory, noisy_set(), new_classes=NEW)
     assert report["codec"] is report["probe"]["codec"] is None
     assert report["decoded"] is not None and 0 <= report["probe"]["decoded"] <= 1

@@ -59,7 +59,8 @@ from hmn_replay.condensation.loop import check_given_networks
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError, DataError, HMNReplayWarning
 from hmn_replay.files import digest_tensors
-from hmn_replay.memory import Memory, RealMemory
+from hmn_replay.memory import Memory
+from hmn_replay.memory.base import Codec
 from hmn_replay.objectives import get_objective
 from hmn_replay.replay import (
     DecodedImages,
@@ -161,8 +162,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             ``"memory_only"``.
         recode_share: Probability in [0, 1] with which an image of the experience is shown as the
             memory would give it back, encoded and decoded, so that a network cannot tell age by
-            what a codec does to images (Wang et al. 2023, CIM-CIL). Default: 0, none. For memories
-            with a codec, such as JPEG; not for learned ones or ``"memory_only"``.
+            what a codec does to images (Wang et al. 2023, CIM-CIL). Default: 0, none. For kinds of
+            memory with a codec (:attr:`hmn_replay.Memory.has_codec`), which are hmn and all real
+            images; not for ``"memory_only"``.
         labels: ``"hard"``, or ``"soft"``: when an experience has been trained on, the network says
             of the memory's images of its classes what else they resemble, which is kept in the file
             and counts towards its bytes. From the next experience on it is learned beside the
@@ -231,10 +233,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         _check_settings(mode, batch_size_mem, replay_weight, loss, renew, distill, recode_share)
-        if recode_share and isinstance(keeper, LearnedKeeper):
-            raise ConfigError(
-                "recode_share is for memories with a codec, such as JPEG; a learned one has none"
-            )
+        if recode_share and not keeper.has_codec:
+            raise _no_codec(keeper)
         self.distill, self.recode_share = distill, recode_share
         if labels not in ("hard", "soft") or not label_weight >= 0:
             raise ConfigError(
@@ -276,6 +276,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._old_classes = torch.empty(0, dtype=torch.int64)
         self._teacher: _Teacher | None = None
         self._head: _Head | None = None
+        self._codec: tuple[Any, Codec] | None = None
         _reattach_optim_modules()
 
     @property
@@ -566,7 +567,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no network, and no decoded image."""
-        return {**self.__dict__, "_model": None, "_teacher": None, "_head": None}
+        return {**self.__dict__, "_model": None, "_teacher": None, "_head": None, "_codec": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become what :meth:`__getstate__` described."""
@@ -640,8 +641,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                     labels, _ = split_class_keys(decoded.labels[chosen])
                     loss = strategy._criterion(model(images), labels)
                     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                    for parameter, gradient in zip(parameters, gradients, strict=True):
-                        parameter.grad = gradient
+                    for parameter, own in zip(parameters, gradients, strict=True):
+                        parameter.grad = own
                     rate = cosine_rate(step, self.tune_steps, self.tune_rate)
                     optimizer.param_groups[0]["lr"] = rate
                     optimizer.step()
@@ -738,11 +739,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def _recoded(self, images: Tensor) -> Tensor:
         """Return a mini-batch, some of its images as the memory would give them back."""
         memory = self.memory
-        if not isinstance(memory, RealMemory):
-            raise ConfigError(
-                f"recode_share is for memories with a codec, such as JPEG; leave it out for "
-                f"{type(memory).__name__}"
-            )
+        if self._codec is None or self._codec[0] is not memory:
+            codec = None if memory is None else memory.codec()
+            if codec is None:
+                raise _no_codec(memory)
+            self._codec = (memory, codec)
         generator = make_generator(self.seed, "recode", self.store.num_draws)
         draws = torch.rand(len(images), generator=generator)
         chosen = (draws < self.recode_share).nonzero().flatten()
@@ -751,7 +752,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         chosen = chosen.to(images.device)
         shown = images[chosen]
         pixels = (shown if self._found is None else self._found.undo(shown)).clamp(0, 1)
-        coded = memory.recode(pixels.float().mul(255).round().to(torch.uint8).cpu())
+        coded = self._codec[1](pixels.float().mul(255).round().to(torch.uint8).cpu())
         coded = coded.to(images.device).to(images.dtype) / 255
         coded = coded if self._found is None else self._found.apply(coded)
         return images.index_copy(0, chosen, coded)
@@ -896,6 +897,8 @@ class HMNReplay(MemoryReplay):
         loss: Replay loss: ``"auto"``, a name in ``LOSSES`` or a callable.
         renew: ``"before"``, ``"after"`` or ``"auto"``: when to condense an experience.
         distill: Weight of the distillation from the previous network.
+        recode_share: Probability with which an image of the experience is shown through the
+            memory's codec; for ``kind="hmn"``.
         labels: ``"hard"`` or ``"soft"``: whether the network's answers are kept beside the images.
         label_weight: Weight of these in the loss of replayed images.
         tune: ``"none"``, ``"head"`` or ``"all"``: what is tuned on the memory after an experience.
@@ -937,6 +940,7 @@ class HMNReplay(MemoryReplay):
         loss: Loss = "auto",
         renew: Renewal = "auto",
         distill: float = 0.0,
+        recode_share: float = 0.0,
         labels: Literal["hard", "soft"] = "hard",
         label_weight: float = 1.0,
         tune: Literal["none", "head", "all"] = "none",
@@ -969,6 +973,7 @@ class HMNReplay(MemoryReplay):
             loss=loss,
             renew=renew,
             distill=distill,
+            recode_share=recode_share,
             labels=labels,
             label_weight=label_weight,
             tune=tune,
@@ -1125,6 +1130,14 @@ class JPEGReplay(MemoryReplay):
             selection=selection,
         )
         super().__init__(keeper, **options)
+
+
+def _no_codec(owner: object) -> ConfigError:
+    kind = getattr(owner, "kind", type(owner).__name__)
+    return ConfigError(
+        f"recode_share is for memories with a codec, such as hmn and jpeg; {kind!r} has none: "
+        "leave it out"
+    )
 
 
 def _check_tuning(mode: str, tune: str, tune_steps: int, tune_rate: float) -> None:

@@ -15,7 +15,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ __all__ = [
     "MAX_SIDE",
     "MEMORIES",
     "MIN_SIDE",
+    "Codec",
     "DecodedDataset",
     "Memory",
     "affordable_names",
@@ -68,6 +69,9 @@ _OPTIONAL = {"names", "label_code", "labeller_code", "labeller_values"}
 
 AnyMemory = TypeVar("AnyMemory", bound="type[Memory]")
 
+Codec: TypeAlias = Callable[[Tensor], Tensor]
+"""What :meth:`Memory.codec` returns."""
+
 
 class Memory(abc.ABC):
     """Labelled images under a budget of bytes, decoded on demand and kept in one file.
@@ -84,6 +88,8 @@ class Memory(abc.ABC):
     """
 
     kind: ClassVar[str]
+    has_codec: ClassVar[bool] = False
+    """Whether :meth:`codec` gives a function for a memory with images."""
     classes: Tensor
     class_index: Tensor
     class_names: dict[int, str]
@@ -225,6 +231,17 @@ class Memory(abc.ABC):
             indices = torch.arange(self.num_images)
         indices = check_indices(indices, self.num_images)
         return self._decode(indices, dtype), self.labels[indices.to(self.classes.device)]
+
+    def codec(self) -> Codec | None:
+        """Return a function that shows any images as the memory would give them back.
+
+        Until it has been used, the memory is to stay as it is.
+
+        Returns:
+            From uint8 images ``(N, C, H, W)`` on the CPU to as many of the same shape, encoded and
+            decoded. None where the memory has no code for images that are not in it, or no image.
+        """
+        return None
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Images:
         """Return all images: decoded now, or whenever they are asked for if that takes over 1 GiB.

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from hmn_replay.budget import Budget
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.base import check_image_shape, check_num_classes, register_memory
+from hmn_replay.memory.base import Codec, check_image_shape, check_num_classes, register_memory
 from hmn_replay.memory.file import FREE_VALUES, MAX_VALUES_PER_BYTE
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout, StoredTensor
+from hmn_replay.runtime import without_autocast
 
 __all__ = ["HMNLayout", "HierarchicalMemory"]
 
@@ -52,6 +53,9 @@ _FITTED_FROM = 8192
 _ENCODER_FITTED_FROM = 32_768
 _AROUND = 4
 _RIDGE = 1e-2
+
+# Of the encoder of any images, which goes after what is left of them so often, by such a share.
+_CODEC_RIDGE, _CODEC_STEPS, _CODEC_SHARE = 0.1, 2, 0.5
 
 # Steps of entropy-coded integers: a decoder's in units of its weights' first deviation. The first
 # principal component begins with the deviation below: 8 steps.
@@ -184,6 +188,7 @@ class HierarchicalMemory(LearnedMemory):
     """
 
     Layout = HMNLayout
+    has_codec = True
     default_number_format = "entropy"
     codes_entropy = True
     layout: HMNLayout
@@ -391,9 +396,20 @@ class HierarchicalMemory(LearnedMemory):
         one_each = torch.searchsorted(old_index, old_index.unique())
         for name in ("class_memory", "extractor_weight", "extractor_bias"):
             self.get_parameter(name)[first_class:] = self.value(name, one_each).mean(dim=0)
+        encoder = self._encoder(first_image, _RIDGE)
+        for chunk in torch.arange(first_image, self.num_images).split(self.chunk_size):
+            codes = self._codes(real_images(chunk), encoder)
+            self.instance_memory[chunk.to(self.instance_memory.device)] = codes
+
+    def _encoder(self, num_images: int, ridge: float) -> Tensor:
+        """Return the linear map that undoes the decoder best on the first images, ``(F + 1, C)``.
+
+        By ridge regression of their instance memories, as they are stored, on the pixels that they
+        decode to.
+        """
         device, (height, width) = self.instance_memory.device, self.layout.grid
         num_sampled = max(1, _ENCODER_FITTED_FROM // (height * width))
-        old = torch.arange(0, first_image, max(1, first_image // num_sampled))
+        old = torch.arange(0, num_images, max(1, num_images // num_sampled))
         squares = crosses = torch.zeros((), dtype=torch.float64)
         for chunk in old.split(self.chunk_size):
             windows = self._windows(self.decode(chunk)[0].cpu())
@@ -401,12 +417,72 @@ class HierarchicalMemory(LearnedMemory):
             codes = rearrange(codes, "n c h w -> (n h w) c")
             squares = squares + windows.T @ windows
             crosses = crosses + windows.T @ codes.cpu().double()
-        squares.diagonal().add_(_RIDGE * float(squares.diagonal().mean()))
-        encoder = torch.linalg.solve(squares, crosses)
-        for chunk in torch.arange(first_image, self.num_images).split(self.chunk_size):
-            codes = self._windows(real_images(chunk)) @ encoder
-            codes = rearrange(codes, "(n h w) c -> n c h w", h=height, w=width)
-            self.instance_memory[chunk.to(device)] = codes.to(self.instance_memory)
+        squares.diagonal().add_(ridge * float(squares.diagonal().mean()))
+        encoder: Tensor = torch.linalg.solve(squares, crosses)
+        return encoder
+
+    def _codes(self, images: Tensor, encoder: Tensor) -> Tensor:
+        """Return the instance memories that a linear map makes of images, ``(N, C_I, h, w)``."""
+        height, width = self.layout.grid
+        codes = self._windows(images) @ encoder
+        codes = rearrange(codes, "(n h w) c -> n c h w", h=height, w=width)
+        own: Tensor = codes.to(self.instance_memory)
+        return own
+
+    @torch.no_grad()
+    def codec(self) -> Codec | None:
+        """Return a function that encodes any images for the decoder, and decodes them.
+
+        The encoder is a linear map like that which the images of added classes begin with, fitted
+        to the images that are there. It is applied to the image, and then to what is left of it
+        once decoded. An image's class is not asked for: in place of its own class memory and
+        extractor, it has the mean of all, as of what a subclass stores beside. See
+        :meth:`Memory.codec`.
+        """
+        if not self.num_images:
+            return None
+        encoder = self._encoder(self.num_images, _CODEC_RIDGE)
+        one_each = torch.searchsorted(self.class_index, self.class_index.unique())
+        shown = type(self)(self.layout, [0], 0).to(self.classes.device)
+        for name, tensor in self.tensors.items():
+            if tensor.rows == "shared":
+                shown._replace(name, self.value(name))
+            elif tensor.rows == "class":
+                shown._replace(name, self.value(name, one_each).mean(dim=0, keepdim=True))
+        grey = shown._codes(torch.full((1, *self.image_shape), 0.5), encoder)
+
+        everything = torch.arange(self.num_images, device=self.classes.device)
+        rest = {
+            name: self.value(name, everything).mean(dim=0)
+            for name, tensor in self.tensors.items()
+            if tensor.rows == "image" and name != "instance_memory"
+        }
+
+        def decode(codes: Tensor) -> Tensor:
+            shown._replace("instance_memory", codes)
+            for name, value in rest.items():
+                shown._replace(name, value.expand(len(codes), *value.shape))
+            shown.class_index = torch.zeros(len(codes), dtype=torch.int64).to(codes.device)
+            shown._counts = [len(codes)]
+            shown.update_scales()
+            with without_autocast(codes.device):
+                decoded: Tensor = shown(torch.arange(len(codes), device=codes.device))
+            return decoded.cpu()
+
+        @torch.no_grad()
+        def recode(images: Tensor) -> Tensor:
+            recoded = [torch.empty((0, *self.image_shape), dtype=torch.uint8)]
+            for chunk in images.split(self.chunk_size):
+                wanted = chunk.float() / 255
+                codes = shown._codes(wanted, encoder)
+                for _ in range(_CODEC_STEPS):
+                    left = _CODEC_SHARE * (wanted - decode(codes))
+                    # Of grey, there is nothing in a window but the one at its end.
+                    codes = codes + shown._codes(0.5 + left, encoder) - grey
+                recoded.append(decode(codes).mul(255).round().to(torch.uint8))
+            return torch.cat(recoded)
+
+        return recode
 
     def _windows(self, images: Tensor) -> Tensor:
         """Return the pixels in and around each cell, and a one: float64 ``(B h w, F + 1)``."""

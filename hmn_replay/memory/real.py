@@ -18,6 +18,7 @@ from hmn_replay.budget import Budget, as_int
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
 from hmn_replay.memory.base import (
+    Codec,
     Memory,
     affordable_names,
     check_image_shape,
@@ -60,6 +61,7 @@ class RealMemory(Memory):
         payloads: The bytes of every image, in the order of the images.
     """
 
+    has_codec = True
     sizes_differ: ClassVar[bool] = True
     """Whether the payloads of images differ in length."""
 
@@ -100,6 +102,10 @@ class RealMemory(Memory):
     def recode(self, images: Tensor) -> Tensor:
         """Return images as the memory would give them back: encoded and decoded, uint8 both."""
         return self._read(self.encode(images))
+
+    def codec(self) -> Codec | None:
+        """Return :meth:`recode`; see :meth:`Memory.codec`."""
+        return self.recode
 
     def extend(self, data: LabelledImages, *, order: Tensor | None = None) -> None:
         """Add the classes of some images, as many of every class as fit the budget.

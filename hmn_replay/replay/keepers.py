@@ -58,6 +58,15 @@ class Keeper(ABC):
         """
         return True
 
+    @property
+    def has_codec(self) -> bool:
+        """Whether the memories that it makes have a codec; by default they may.
+
+        See :meth:`hmn_replay.Memory.codec`. Where they have none, what needs one is refused before
+        training.
+        """
+        return True
+
     @abstractmethod
     def renew(
         self,
@@ -157,6 +166,11 @@ class LearnedKeeper(Keeper):
         """Whether a network or an objective is a user's own; see :class:`Keeper`."""
         is_ours = all(map(is_built_in, self.config.network))
         return not is_ours or not isinstance(self.config.objective, str)
+
+    @property
+    def has_codec(self) -> bool:
+        """Whether the memory kind has a codec; see :class:`Keeper`."""
+        return self.memory_type.has_codec
 
     @property
     def memory_type(self) -> type[LearnedMemory]:

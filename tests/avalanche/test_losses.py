@@ -130,6 +130,7 @@ def test_separated_current_images_leave_old_classes_alone() -> None:
 
 def test_grouped_lets_the_head_alone_tell_old_classes_from_current_ones() -> None:
     step = make_step(memory_counts=torch.tensor([6.0, 2.0, 3.0, 5.0, 0.0]))
+    assert step.head_logits is not None
     of_logits, of_head = torch.autograd.grad(
         LOSSES["grouped"](step), [step.logits, step.head_logits]
     )

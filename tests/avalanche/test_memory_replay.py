@@ -672,8 +672,7 @@ def test_items_of_another_form_are_refused() -> None:
 def test_every_plugin_takes_the_same_options() -> None:
     options = set(ReplayOptions.__annotations__)
     assert options | {"keeper"} == set(inspect.signature(MemoryReplay).parameters)
-    # Learned memories have no codec to show current images through.
-    assert options - {"recode_share"} < set(inspect.signature(HMNReplay).parameters)
+    assert options < set(inspect.signature(HMNReplay).parameters)
     given: Any = dict.fromkeys(("batch_size_mem", "max_raw_images", "seed"), 7)
     for replay in (RawReplay("1 KiB", **given), JPEGReplay("1 KiB", **given)):
         assert (replay.batch_size_mem, replay.max_raw_images, replay.seed) == (7, 7, 7)

@@ -19,10 +19,11 @@ from hmn_replay import (
     MemoryReplay,
     RawReplay,
 )
-from hmn_replay.errors import BudgetError, ConfigError, UnknownOptionError
-from hmn_replay.memory import JPEGMemory, LosslessMemory, RawMemory, RealMemory
+from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.memory import JPEGMemory, LosslessMemory, Memory, RawMemory, RealMemory
 from hmn_replay.training.train import TrainingConfig
 from tests.streams import (
+    FirstKeeper,
     in_pieces,
     labelled_streams,
     make_model,
@@ -221,19 +222,17 @@ def test_a_memory_of_another_kind_is_not_extended() -> None:
 class Shown(SupervisedPlugin[Any]):
     """Notes the current images of each step, and their memory."""
 
-    def __init__(self, replay: JPEGReplay) -> None:
+    def __init__(self, replay: MemoryReplay) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.replay, self.shown = replay, list[tuple[Tensor, RealMemory | None]]()
+        self.replay, self.shown = replay, list[tuple[Tensor, Memory | None]]()
 
     def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Note them."""
         current = strategy.mb_x[~self.replay.replay_mask]
-        memory = self.replay.memory
-        assert memory is None or isinstance(memory, RealMemory)
-        self.shown.append((current.clone(), memory))
+        self.shown.append((current.clone(), self.replay.memory))
 
 
-def shown_images(share: float) -> list[tuple[Tensor, RealMemory | None]]:
+def shown_images(share: float) -> list[tuple[Tensor, Memory | None]]:
     replay = JPEGReplay(BUDGET, quality=30, renew="after", recode_share=share)
     shown = Shown(replay)
     train(make_strategy([replay, shown]), streams().train_stream)
@@ -247,6 +246,7 @@ def test_a_share_of_the_current_images_goes_through_the_codec() -> None:
         if memory is None:
             assert coded.equal(images) and mixed.equal(images)
             continue
+        assert isinstance(memory, RealMemory)
         pixels = images.mul(255).round().to(torch.uint8)
         expected = memory.recode(pixels).float() / 255
         assert coded.equal(expected) and not coded.equal(images)
@@ -264,7 +264,38 @@ def test_only_a_codec_can_recode_and_a_share_is_a_share() -> None:
             JPEGReplay(BUDGET, recode_share=share)
     with pytest.raises(ConfigError, match="recode_share are for a memory beside raw images"):
         JPEGReplay(BUDGET, recode_share=0.5, mode="memory_only")
-    with pytest.raises(ConfigError, match="a learned one has none"):
-        MemoryReplay(LearnedKeeper(BUDGET), recode_share=0.5)
-    with pytest.raises(UnknownOptionError, match="recode_share"):
-        HMNReplay(BUDGET, recode_share=0.5)
+    with pytest.raises(ConfigError, match=r"a codec, .*; 'pixels' has none"):
+        MemoryReplay(LearnedKeeper(BUDGET, kind="pixels"), recode_share=0.5)
+    with pytest.raises(ConfigError, match=r"a codec, .*; 'haba' has none"):
+        HMNReplay(BUDGET, kind="haba", recode_share=0.5)
+
+
+def test_a_memory_that_turns_out_to_have_no_codec_is_refused() -> None:
+    class Bare(RawMemory):
+        def codec(self) -> None:
+            return None
+
+    class BareKeeper(FirstKeeper):
+        def renew(self, images: Any, **context: Any) -> Any:
+            memory, report = super().renew(images, **context)
+            bare = Bare(memory.image_shape)
+            bare.extend(LabelledImages(*memory.decode(dtype=torch.uint8)))
+            return bare, report
+
+    replay = MemoryReplay(BareKeeper(), recode_share=0.5)
+    with pytest.raises(ConfigError, match="has none"):
+        train(make_strategy([replay]), streams().train_stream)
+
+
+def test_images_are_shown_through_hmns_codec() -> None:
+    options: dict[str, Any] = {**TINY, "beta_grid": ()}
+    replays = [HMNReplay(6000, recode_share=share, **options) for share in (0.0, 1.0)]
+    plain, coded = Shown(replays[0]), Shown(replays[1])
+    for replay, shown in zip(replays, (plain, coded), strict=True):
+        train(make_strategy([replay, shown]), streams().train_stream)
+    for (images, _), (through, memory) in zip(plain.shown, coded.shown, strict=True):
+        assert memory is not None
+        codec = memory.codec()
+        assert codec is not None
+        pixels = images.mul(255).round().to(torch.uint8)
+        assert through.equal(codec(pixels).float() / 255) and not through.equal(images)

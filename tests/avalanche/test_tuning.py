@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hmn_replay.errors import ConfigError
 from tests.streams import (
     KeepFirst,
-    labelled_streams,
     in_pieces,
+    labelled_streams,
     make_model,
     make_strategy,
     streams,
@@ -104,9 +104,7 @@ def test_modes_gradients_statistics_and_the_random_state_stay() -> None:
             gradients = [p.grad.clone() for p in strategy.model.parameters()]
             modes = [module.training for module in strategy.model.modules()]
             norm = strategy.model[1]
-            noted.append(
-                (gradients, modes, norm.running_mean.clone(), torch.get_rng_state())
-            )
+            noted.append((gradients, modes, norm.running_mean.clone(), torch.get_rng_state()))
 
     replay = KeepFirst(batch_size_mem=4, tune="all")
     strategy = make_strategy([Note(), replay, Note()], model=model)  # type: ignore[no-untyped-call]

@@ -297,48 +297,48 @@ def test_instance_memories_begin_with_the_principal_components(
         assert deviation[1] == pytest.approx(1.0, rel=1e-3)
 
 
+def windows(images: Tensor) -> np.ndarray[Any, Any]:
+    """Gather what each cell of 4 x 4 pixels and its surroundings cover, grey beyond, and a one."""
+    side, stride, around = (9, 14), 4, 4
+    pixels = images.double().numpy() - 0.5
+    rows = []
+    for image in pixels:
+        for top in range(-around, 12 - around, stride):
+            for left in range(-around, 16 - around, stride):
+                row = [1.0]
+                for c, i, j in itertools.product(range(3), range(12), range(12)):
+                    inside = 0 <= top + i < side[0] and 0 <= left + j < side[1]
+                    row.append(image[c, top + i, left + j] if inside else 0.0)
+                rows.append(row)
+    return np.array(rows)
+
+
+def ridge_encoder(memory: HierarchicalMemory, num_images: int, ridge: float) -> Any:
+    """Return the ridge regression from windows to instance memories, ``(F + 1, C)``."""
+    inputs = windows(memory.decode(torch.arange(num_images))[0])
+    codes = memory.value("instance_memory", torch.arange(num_images)).detach()
+    squares = inputs.T @ inputs
+    squares += ridge * np.trace(squares) / len(squares) * np.eye(len(squares))
+    rows = codes.permute(0, 2, 3, 1).reshape(-1, codes.shape[1]).double().numpy()
+    return np.linalg.solve(squares, inputs.T @ rows)
+
+
 @pytest.mark.parametrize("number_format", ["float32", "entropy"])
 def test_images_added_to_others_are_encoded_by_what_undoes_the_decoder(
     make_layout: MakeLayout, number_format: str
 ) -> None:
     """The encoder is that of a ridge regression from windows to instance memories, cell by cell."""
-    side, stride, around = (9, 14), 4, 4
-    memory = HierarchicalMemory(make_layout(number_format, (3, *side)), [0, 1], [30, 20])
+    memory = HierarchicalMemory(make_layout(number_format, (3, 9, 14)), [0, 1], [30, 20])
     with torch.no_grad():
         memory.instance_memory.normal_(generator=torch.Generator().manual_seed(1))
     memory.update_scales()
     memory.extend([5], [4], seed=0)
     memory.update_scales(2)
     generator = torch.Generator().manual_seed(3)
-    real = torch.rand(4, 3, *side, generator=generator)
+    real = torch.rand(4, 3, 9, 14, generator=generator)
     before = memory.instance_memory.detach().clone()
 
-    def windows(images: Tensor) -> np.ndarray[Any, Any]:
-        """Gather what each cell and its surroundings cover, grey beyond the border, and a one."""
-        pixels = images.double().numpy() - 0.5
-        rows = []
-        for image in pixels:
-            for top in range(-around, 12 - around, stride):
-                for left in range(-around, 16 - around, stride):
-                    row = [1.0]
-                    for c, i, j in itertools.product(range(3), range(12), range(12)):
-                        inside = 0 <= top + i < side[0] and 0 <= left + j < side[1]
-                        row.append(image[c, top + i, left + j] if inside else 0.0)
-                    rows.append(row)
-        return np.array(rows)
-
-    inputs = windows(memory.decode(torch.arange(50))[0])
-    codes = (
-        memory.value("instance_memory", torch.arange(50))
-        .detach()
-        .permute(0, 2, 3, 1)
-        .reshape(-1, before.shape[1])
-        .double()
-        .numpy()
-    )
-    squares = inputs.T @ inputs
-    squares += 0.01 * np.trace(squares) / len(squares) * np.eye(len(squares))
-    encoder = np.linalg.solve(squares, inputs.T @ codes)
+    encoder = ridge_encoder(memory, 50, 0.01)
     wanted = (windows(real) @ encoder).reshape(4, 3, 4, -1).transpose(0, 3, 1, 2)
     assert not memory.fit(50, lambda positions: real[positions - 50])
     found = memory.instance_memory.detach()
@@ -363,3 +363,59 @@ def test_an_encoded_image_is_near_before_any_step() -> None:
     assert psnr > many.report["warm_start_psnr"] - 4
     # A mean image would be as far off as images differ.
     assert psnr > 1 - 10 * math.log10(float((second.images.float() / 255).var(dim=0).mean()))
+
+
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+def test_the_codec_encodes_for_the_decoder_and_what_is_left_again(
+    make_layout: MakeLayout, number_format: str
+) -> None:
+    memory = HierarchicalMemory(make_layout(number_format, (3, 9, 14)), [0, 1], [30, 20])
+    with torch.no_grad():
+        memory.instance_memory.normal_(generator=torch.Generator().manual_seed(1))
+        memory.class_memory.normal_(generator=torch.Generator().manual_seed(2))
+    memory.update_scales()
+    before = memory.to_bytes()
+    generator = torch.Generator().manual_seed(3)
+    real = torch.randint(256, (6, 3, 9, 14), generator=generator).to(torch.uint8)
+    codec = memory.codec()
+    assert memory.has_codec and codec is not None
+    found = codec(real)
+    assert found.dtype == torch.uint8 and found.shape == real.shape
+
+    shown = HierarchicalMemory(memory.layout, [0], 6)
+    with torch.no_grad():
+        for name, tensor in memory.tensors.items():
+            if tensor.rows == "class":
+                mean = memory.value(name, torch.tensor([0, 30])).mean(dim=0, keepdim=True)
+                shown.get_parameter(name).copy_(mean)
+            elif tensor.rows == "shared":
+                shown.get_parameter(name).copy_(memory.value(name))
+    encoder, wanted = ridge_encoder(memory, 50, 0.1), real.float() / 255
+    codes = windows(wanted) @ encoder
+    for _ in range(3):
+        rows = torch.from_numpy(codes.reshape(6, 3, 4, -1).transpose(0, 3, 1, 2))
+        with torch.no_grad():
+            shown.instance_memory.copy_(rows)
+        shown.update_scales()
+        decoded = shown.decode()[0]
+        codes = codes + windows(0.5 + (wanted - decoded) / 2)[:, 1:] @ encoder[1:]
+    difference = (found.float() - decoded * 255).abs()
+    # A value right between two integers may fall to either side.
+    assert float(difference.median()) <= 0.51
+    assert float(difference.max()) <= (2 if number_format in ("float32", "float16") else 20)
+    assert memory.to_bytes() == before
+    again = torch.cat([codec(real[:2]), codec(real[2:])])
+    assert number_format == "int8" or (again.int() - found.int()).abs().max() <= 1
+
+
+def test_the_codec_of_a_trained_memory_gives_images_that_are_near() -> None:
+    digits = load_dataset("digits", "train")
+    options = {**TINY, "outer_steps": 0, "over_budget": 0.0, "warm_start_batch": 64}
+    memory = condense(digits, 12_000, **{**options, "warm_start_steps": 150})
+    codec = memory.codec()
+    assert codec is not None
+    test = load_dataset("digits", "test").images
+    wanted, shown = test.float() / 255, codec(test).float() / 255
+    error = float((shown - wanted).square().mean())
+    assert error < 0.6 * float(wanted.var(dim=0).mean())
+    assert HierarchicalMemory(memory.layout, [0], 0).codec() is None

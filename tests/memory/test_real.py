@@ -60,7 +60,10 @@ def test_images_are_recoded_as_they_would_be_stored(kind: str) -> None:
     data = real_set((3, 8, 8), (5, 9), (3, 4))
     memory = empty(kind)
     memory.extend(data)
-    assert memory.recode(data.images).equal(memory.decode(dtype=torch.uint8)[0])
+    decoded = memory.decode(dtype=torch.uint8)[0]
+    assert memory.recode(data.images).equal(decoded)
+    codec = memory.codec()
+    assert memory.has_codec and codec is not None and codec(data.images).equal(decoded)
 
 
 @pytest.mark.parametrize("subsampling", ["4:2:0", "4:4:4"])
