@@ -37,6 +37,8 @@ from hmn_replay.training.train import resolve_compile
 
 __all__ = ["condense"]
 
+# Of a budget: a file of less is said to be not full, and why.
+_FULL_SHARE = 0.97
 # Of the images that a budget is planned for, the share that makes no warning.
 _USED_SHARE, _USED_SHARE_CODED = 0.9, 1 / 16
 
@@ -115,8 +117,9 @@ def condense(
         without a warm start); ``beta`` (None where nothing was pruned) and ``beta_accuracies``, in
         [0, 1] on held-out real images (empty without a search); ``student_rate``, the learning rate
         that ``"mtt"`` ended with (None for other objectives), whose phases count the recording of
-        experts, ``experts``, by itself; ``images_per_class``, ``file_bytes`` and ``unused_bytes``
-        of the budget.
+        experts, ``experts``, by itself; ``images_per_class``, ``file_bytes``, ``unused_bytes`` of
+        the budget and ``fill``, the share that is used, with ``unused_reason``, why that is below
+        0.97, else None.
 
     Raises:
         BudgetError: The budget does not hold one image a class; the message says what would.
@@ -212,8 +215,37 @@ def condense(
         **config.model_dump(),
         **run.report(),
         "unused_bytes": limit.num_bytes - condensed.file_bytes,
+        "fill": condensed.file_bytes / limit.num_bytes,
+        "unused_reason": _why_unused(run, limit),
     }
     return condensed
+
+
+def _why_unused(run: Condensation, budget: Budget) -> str | None:
+    """Return why a file is less full than it should be, or None; warn where more could be had."""
+    memory, size = run.memory, run.memory.layout.group_size
+    share = memory.file_bytes / budget.num_bytes
+    if share >= _FULL_SHARE:
+        return None
+    counts = memory.images_per_class[run.first_class :]
+    members = run.real.members[run.first_class :]
+    if all(count + size > len(own) for count, own in zip(counts, members, strict=True)):
+        return "the memory has an image for every real one of its new classes"
+    image_bytes = memory.group_bytes(memory.layout)
+    if not memory.layout.is_coded and budget.num_bytes - memory.file_bytes <= 2 * image_bytes:
+        return "a further image does not fit"
+    if run.first_class and not memory.layout.is_coded:
+        return "old classes have no more images to share the budget with"
+    reason = (
+        "the images take fewer bytes than were planned for them; a longer warm start "
+        "(warm_start_steps), more images (over_budget) or a smaller budget would fill it"
+    )
+    warnings.warn(
+        f"the file fills {100 * share:.0f} % of the budget of {budget}: {reason}",
+        HMNReplayWarning,
+        stacklevel=4,
+    )
+    return reason
 
 
 def _warn_of_unused_bytes(run: Condensation, budget: Budget) -> None:

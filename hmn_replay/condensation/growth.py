@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +27,12 @@ from hmn_replay.memory.base import affordable_names, stored_names_bytes
 from hmn_replay.memory.file import TensorSpec
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
 
-__all__ = ["Growth", "make_room"]
+__all__ = ["Growth", "fill", "make_room"]
 
 # However small the images of an entropy-coded memory are: more of them would be of little use.
 _LEAST_COST = 0.25
+# Of a budget: less than that is not filled up.
+_LEAST_LEFT = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,6 +241,73 @@ def share_groups(num_groups: int, most: Sequence[int], costs: Sequence[float]) -
             counts[position] += 1
             left -= cost
     return counts
+
+
+@torch.no_grad()
+def fill(
+    memory: LearnedMemory,
+    budget_bytes: int,
+    first_class: int,
+    more: Sequence[Tensor],
+    real_images: Callable[[Tensor], Tensor],
+) -> LearnedMemory:
+    """Return a memory with further images for the bytes that a budget has left.
+
+    Images of an entropy-coded memory may have come to take fewer bytes than was planned for them.
+    Those that are added are encoded for the decoder as it is, and not trained.
+
+    Args:
+        memory: An entropy-coded memory within its budget; it is left as it is.
+        budget_bytes: Of the file.
+        first_class: The classes before it get no more images.
+        more: For each class from there on, which real images it may get, in their order: int64,
+            what ``real_images`` takes.
+        real_images: From these to the images, float32 ``(B, C, H, W)`` in [0, 1], on the CPU.
+
+    Returns:
+        The given memory where it is full, where there are no more real images, or where its kind
+        encodes none without training.
+    """
+    left = budget_bytes - _file_bytes(memory, budget_bytes)
+    new = (memory.class_index >= first_class).nonzero().flatten()
+    size = memory.layout.group_size
+    if left <= _LEAST_LEFT * budget_bytes or not len(new):
+        return memory
+    image_bytes = max(1 / 64, float(memory.rate(new)[0]) / 8)
+    # Twice as many as would take what is left, where images are as large as they were.
+    num_groups = math.ceil(2 * left / (image_bytes * size))
+    most = [len(own) // size for own in more]
+    # And one each, for those classes that have one less.
+    shares = share_groups(num_groups + len(most), most, [1.0] * len(most))
+    wanted = [0] * first_class + [size * share for share in shares]
+    tried = copy.deepcopy(memory)
+    added = tried.add_images(wanted)
+    sources = torch.full((tried.num_images,), -1)
+    parts = [own[:count] for own, count in zip(more, wanted[first_class:], strict=True)]
+    sources[added] = torch.cat(parts)
+    if not len(added) or not tried.encode(added, lambda chosen: real_images(sources[chosen])):
+        return memory
+    is_added = torch.zeros(tried.num_images, dtype=torch.bool).index_fill(0, added, True)
+    held = memory.images_per_class
+    places = torch.cat([have + torch.arange(n) for have, n in zip(held, wanted, strict=True)])
+    turns = added[(places // size).argsort(stable=True)]
+
+    def with_added(num_images: int) -> LearnedMemory:
+        kept = torch.cat([(~is_added).nonzero().flatten(), turns[:num_images]])
+        filled = copy.deepcopy(tried)
+        filled.keep(kept)
+        return filled
+
+    low, high = 0, len(added) // size
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = _file_bytes(with_added(size * middle), budget_bytes) <= budget_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return with_added(size * low) if low else memory
+
+
+def _file_bytes(memory: LearnedMemory, budget_bytes: int) -> int:
+    return memory.file_bytes_with(memory.num_images, memory.code_bytes, budget_bytes)
 
 
 @torch.no_grad()

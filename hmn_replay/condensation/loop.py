@@ -38,7 +38,7 @@ from hmn_replay.condensation.checkpoint import (
     write_checkpoint,
 )
 from hmn_replay.condensation.config import CondenseConfig
-from hmn_replay.condensation.growth import make_room
+from hmn_replay.condensation.growth import fill, make_room
 from hmn_replay.condensation.labelling import add_labels, train_on
 from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
@@ -342,6 +342,7 @@ class Condensation(Run):
             device=device,
         )
         self.first_class = self.growth.first_class
+        self.num_begun = self.growth.memory.images_per_class
         self.betas = config.beta_grid or (config.beta,)
         learned: Tensor | None = None
         self.held_out: LabelledView | None = None
@@ -593,11 +594,27 @@ class Condensation(Run):
         if self.memory.layout.is_coded:
             num_old = sum(self.memory.images_per_class[: self.first_class])
             fit_code(self.memory, self.budget.num_bytes, num_old)
+            if not self.memory.has_soft_labels and self.config.labels == "hard":
+                self._fill()
         else:
             self.memory.shrink(self.budget.num_bytes)
         self.memory.budget_bytes = self.budget.num_bytes
         self.memory.requires_grad_(True)
         self._end_phase()
+
+    def _fill(self) -> None:
+        """Add images for the bytes that are left, of real ones that the memory has not begun with.
+
+        There are some where images have come to take less than was planned, and none was pruned.
+        """
+        more = []
+        for index in range(self.first_class, self.memory.num_classes):
+            order = steps.warm_start_order(self.real, index, self.seed)
+            more.append(order[self.num_begun[index] :])
+        memory = fill(
+            self.memory, self.budget.num_bytes, self.first_class, more, self.real.data.floats
+        )
+        self.memory = memory
 
     def _check_kept(self, name: str, like: Tensor) -> None:
         """Check that a tensor of the checkpoint that the run goes on from is like another."""

@@ -44,6 +44,7 @@ __all__ = [
     "set_rate",
     "train_step",
     "trajectory_step",
+    "warm_start_order",
     "warm_start_step",
     "warm_start_targets",
 ]
@@ -210,11 +211,15 @@ def warm_start_targets(
     """
     targets = []
     for index in range(first_class, memory.num_classes):
-        members, count = real.members[index], memory.images_per_class[index]
-        generator = make_generator(seed, "targets", index)
-        chosen = members[torch.randperm(len(members), generator=generator)]
+        chosen, count = warm_start_order(real, index, seed), memory.images_per_class[index]
         targets.append(chosen[torch.arange(count) % len(chosen)])
     return torch.cat(targets)
+
+
+def warm_start_order(real: RealImages, index: int, seed: int) -> Tensor:
+    """Return the real images of a class in the order that memory images start from them."""
+    members, generator = real.members[index], make_generator(seed, "targets", index)
+    return members[torch.randperm(len(members), generator=generator)]
 
 
 def warm_start_step(context: StepContext, indices: Tensor, wanted: Tensor) -> None:

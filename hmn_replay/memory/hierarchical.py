@@ -396,20 +396,20 @@ class HierarchicalMemory(LearnedMemory):
         one_each = torch.searchsorted(old_index, old_index.unique())
         for name in ("class_memory", "extractor_weight", "extractor_bias"):
             self.get_parameter(name)[first_class:] = self.value(name, one_each).mean(dim=0)
-        encoder = self._encoder(first_image, _RIDGE)
+        encoder = self._encoder(torch.arange(first_image), _RIDGE)
         for chunk in torch.arange(first_image, self.num_images).split(self.chunk_size):
             codes = self._codes(real_images(chunk), encoder)
             self.instance_memory[chunk.to(self.instance_memory.device)] = codes
 
-    def _encoder(self, num_images: int, ridge: float) -> Tensor:
-        """Return the linear map that undoes the decoder best on the first images, ``(F + 1, C)``.
+    def _encoder(self, indices: Tensor, ridge: float) -> Tensor:
+        """Return the linear map that undoes the decoder best on some images, ``(F + 1, C)``.
 
         By ridge regression of their instance memories, as they are stored, on the pixels that they
         decode to.
         """
         device, (height, width) = self.instance_memory.device, self.layout.grid
         num_sampled = max(1, _ENCODER_FITTED_FROM // (height * width))
-        old = torch.arange(0, num_images, max(1, num_images // num_sampled))
+        old = indices[:: max(1, len(indices) // num_sampled)]
         squares = crosses = torch.zeros((), dtype=torch.float64)
         for chunk in old.split(self.chunk_size):
             windows = self._windows(self.decode(chunk)[0].cpu())
@@ -429,6 +429,44 @@ class HierarchicalMemory(LearnedMemory):
         own: Tensor = codes.to(self.instance_memory)
         return own
 
+    def _inverted(
+        self, wanted: Tensor, encoder: Tensor, decode: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return instance memories that decode to about some images, ``(N, C_I, h, w)``.
+
+        Args:
+            wanted: float32 ``(N, C, H, W)`` in [0, 1], on the CPU.
+            encoder: The linear map; see :meth:`_encoder`.
+            decode: From instance memories to images, on the CPU.
+        """
+        grey = self._codes(torch.full((1, *self.image_shape), 0.5), encoder)
+        codes = self._codes(wanted, encoder)
+        for _ in range(_CODEC_STEPS):
+            left = _CODEC_SHARE * (wanted - decode(codes))
+            # Of grey, there is nothing in a window but the one at its end.
+            codes = codes + self._codes(0.5 + left, encoder) - grey
+        return codes
+
+    @torch.no_grad()
+    def encode(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
+        """Set instance memories by a linear map, as :meth:`codec` does, but for known classes."""
+        others = torch.ones(self.num_images, dtype=torch.bool).index_fill(0, indices, False)
+        if not bool(others.any()):
+            return False
+        encoder = self._encoder(others.nonzero().flatten(), _CODEC_RIDGE)
+        for chunk in indices.split(self.chunk_size):
+            positions = chunk.to(self.classes.device)
+
+            def decode(codes: Tensor, positions: Tensor = positions) -> Tensor:
+                self.instance_memory[positions] = codes
+                with without_autocast(codes.device):
+                    decoded: Tensor = self(positions)
+                return decoded.cpu()
+
+            codes = self._inverted(real_images(chunk), encoder, decode)
+            self.instance_memory[positions] = codes
+        return True
+
     @torch.no_grad()
     def codec(self) -> Codec | None:
         """Return a function that encodes any images for the decoder, and decodes them.
@@ -441,7 +479,7 @@ class HierarchicalMemory(LearnedMemory):
         """
         if not self.num_images:
             return None
-        encoder = self._encoder(self.num_images, _CODEC_RIDGE)
+        encoder = self._encoder(torch.arange(self.num_images), _CODEC_RIDGE)
         one_each = torch.searchsorted(self.class_index, self.class_index.unique())
         shown = type(self)(self.layout, [0], 0).to(self.classes.device)
         for name, tensor in self.tensors.items():
@@ -449,8 +487,6 @@ class HierarchicalMemory(LearnedMemory):
                 shown._replace(name, self.value(name))
             elif tensor.rows == "class":
                 shown._replace(name, self.value(name, one_each).mean(dim=0, keepdim=True))
-        grey = shown._codes(torch.full((1, *self.image_shape), 0.5), encoder)
-
         everything = torch.arange(self.num_images, device=self.classes.device)
         rest = {
             name: self.value(name, everything).mean(dim=0)
@@ -473,12 +509,7 @@ class HierarchicalMemory(LearnedMemory):
         def recode(images: Tensor) -> Tensor:
             recoded = [torch.empty((0, *self.image_shape), dtype=torch.uint8)]
             for chunk in images.split(self.chunk_size):
-                wanted = chunk.float() / 255
-                codes = shown._codes(wanted, encoder)
-                for _ in range(_CODEC_STEPS):
-                    left = _CODEC_SHARE * (wanted - decode(codes))
-                    # Of grey, there is nothing in a window but the one at its end.
-                    codes = codes + shown._codes(0.5 + left, encoder) - grey
+                codes = shown._inverted(chunk.float() / 255, encoder, decode)
                 recoded.append(decode(codes).mul(255).round().to(torch.uint8))
             return torch.cat(recoded)
 

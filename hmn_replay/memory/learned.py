@@ -367,6 +367,21 @@ class LearnedMemory(Memory, nn.Module):
         del first_image, real_images
         return False
 
+    def encode(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
+        """Set images to what comes near to real ones, as far as the others' decoding allows.
+
+        Nothing changes that other images are decoded from, and nothing is trained.
+
+        Args:
+            indices: int64 ``(B,)``, positions of the images, on the CPU; there are others.
+            real_images: As in :meth:`fit`, for these positions.
+
+        Returns:
+            Whether the memory's kind can do so; where it cannot, nothing is changed.
+        """
+        del indices, real_images
+        return False
+
     # Sizes: what a memory of a layout would take.
 
     @classmethod
@@ -865,6 +880,42 @@ class LearnedMemory(Memory, nn.Module):
                 f"{num_images} images of {num_classes} classes take {needed:,} bytes, over the "
                 f"budget of {self.budget_bytes:,}; keep fewer images, or raise the budget"
             )
+
+    @torch.no_grad()
+    def add_images(self, images_per_class: Sequence[int], *, seed: int = 0) -> Tensor:
+        """Add images to classes that are there, each behind those that its class has.
+
+        Everything that the others are decoded from keeps its values.
+
+        Args:
+            images_per_class: How many further images each class gets, in the order of the classes.
+            seed: Seed of their initial values.
+
+        Returns:
+            int64 ``(B,)``, their positions, on the CPU.
+
+        Raises:
+            ConfigError: Values have int8 scales, which the others would share; or a count is below
+                0, or no multiple of ``layout.group_size``.
+        """
+        size = self.layout.group_size
+        counts = check_counts(images_per_class, self.num_classes, size)
+        if self._scale_names():
+            raise ConfigError("images are added where none share scales: not where values are int8")
+        num_old = self.num_images
+        owner = torch.arange(self.num_classes).repeat_interleave(torch.tensor(counts))
+        index = torch.cat([self.class_index.cpu(), owner])
+        order = index.argsort(stable=True)
+        groups = (order[::size] // size).to(self.classes.device)
+        generator = make_generator(seed, "images", num_old)
+        for name, tensor in self.tensors.items():
+            if tensor.rows == "image":
+                rows = tensor.draw(generator, sum(counts) // size).to(self.classes.device)
+                self._replace(name, torch.cat([getattr(self, name), rows])[groups])
+        self.class_index = index[order].to(self.class_index.device)
+        self._counts = [have + more for have, more in zip(self._counts, counts, strict=True)]
+        self._rearrange_labels(order.where(order < num_old, -1), range(self.num_classes))
+        return (order >= num_old).nonzero().flatten()
 
     def _keep(self, kept: Tensor) -> None:
         size = self.layout.group_size

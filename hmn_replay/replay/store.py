@@ -207,10 +207,11 @@ class ReplayMemory:
         self.report.append(json.loads(json.dumps(entry)))
         self.memory, self._num_updates = memory, index + 1
         if self.progress:
+            reason = entry.get("unused_reason")
             print(
                 f"hmn_replay, update {index}: {memory.num_images:,} images of "
                 f"{len(entry['images_per_class'])} classes in {memory.file_bytes:,} bytes, "
-                f"{entry['seconds']:.0f} s",
+                f"{entry['seconds']:.0f} s" + (f" ({reason})" if reason else ""),
                 file=sys.stderr,
                 flush=True,
             )
