@@ -479,7 +479,7 @@ def test_another_name_is_refused_with_those_that_there_are() -> None:
 
 def test_a_function_is_an_objective_with_the_defaults() -> None:
     registered = get_objective("distribution")
-    defaults = replace(registered, several_classes=False, compiled=None)
+    defaults = replace(registered, several_classes=False, matches_features=False, compiled=None)
     assert get_objective(distribution_matching) == defaults
     plain = Objective(distribution_matching, augments=False)
     assert name_of(plain) == "hmn_replay.objectives.features.distribution_matching"
