@@ -63,6 +63,7 @@ def test_the_whole_way_on_the_digits(run: Console, tmp_path: Path) -> None:
     assert again.read_bytes() == path.read_bytes(), "digits are the default, and the seed decides"
 
 
+@pytest.mark.filterwarnings("ignore:the file fills")
 @pytest.mark.parametrize("labels", ["soft", "labeller"])
 def test_labels_are_made_shown_and_learned_from(run: Console, tmp_path: Path, labels: str) -> None:
     path, other = tmp_path / "digits.hmn", tmp_path / "jpeg.hmn"

@@ -250,11 +250,12 @@ def fill(
     first_class: int,
     more: Sequence[Tensor],
     real_images: Callable[[Tensor], Tensor],
+    planned_labels: Callable[[int], dict[str, TensorSpec]] | None = None,
 ) -> LearnedMemory:
     """Return a memory with further images for the bytes that a budget has left.
 
     Images of an entropy-coded memory may have come to take fewer bytes than was planned for them.
-    Those that are added are encoded for the decoder as it is, and not trained.
+    Those that are added are encoded for the decoder as it is, and not matched.
 
     Args:
         memory: An entropy-coded memory within its budget; it is left as it is.
@@ -263,12 +264,19 @@ def fill(
         more: For each class from there on, which real images it may get, in their order: int64,
             what ``real_images`` takes.
         real_images: From these to the images, float32 ``(B, C, H, W)`` in [0, 1], on the CPU.
+        planned_labels: From a number of images to what the file will have of their labels; see
+            :meth:`Growth.planned_labels`. Default: None, what it has of them.
 
     Returns:
         The given memory where it is full, where there are no more real images, or where its kind
-        encodes none without training.
+        encodes none; see :meth:`hmn_replay.LearnedMemory.encode`.
     """
-    left = budget_bytes - _file_bytes(memory, budget_bytes)
+
+    def takes(tried: LearnedMemory) -> int:
+        labels = None if planned_labels is None else planned_labels(tried.num_images)
+        return tried.file_bytes_with(tried.num_images, tried.code_bytes, budget_bytes, labels)
+
+    left = budget_bytes - takes(memory)
     new = (memory.class_index >= first_class).nonzero().flatten()
     size = memory.layout.group_size
     if left <= _LEAST_LEFT * budget_bytes or not len(new):
@@ -301,13 +309,9 @@ def fill(
     low, high = 0, len(added) // size
     while low < high:
         middle = (low + high + 1) // 2
-        fits = _file_bytes(with_added(size * middle), budget_bytes) <= budget_bytes
+        fits = takes(with_added(size * middle)) <= budget_bytes
         low, high = (middle, high) if fits else (low, middle - 1)
     return with_added(size * low) if low else memory
-
-
-def _file_bytes(memory: LearnedMemory, budget_bytes: int) -> int:
-    return memory.file_bytes_with(memory.num_images, memory.code_bytes, budget_bytes)
 
 
 @torch.no_grad()

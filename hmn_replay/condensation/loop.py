@@ -594,7 +594,7 @@ class Condensation(Run):
         if self.memory.layout.is_coded:
             num_old = sum(self.memory.images_per_class[: self.first_class])
             fit_code(self.memory, self.budget.num_bytes, num_old)
-            if not self.memory.has_soft_labels and self.config.labels == "hard":
+            if self.config.labels != "soft":
                 self._fill()
         else:
             self.memory.shrink(self.budget.num_bytes)
@@ -611,10 +611,15 @@ class Condensation(Run):
         for index in range(self.first_class, self.memory.num_classes):
             order = steps.warm_start_order(self.real, index, self.seed)
             more.append(order[self.num_begun[index] :])
-        memory = fill(
-            self.memory, self.budget.num_bytes, self.first_class, more, self.real.data.floats
+        planned = self.growth.planned_labels if self.memory.has_soft_labels else None
+        self.memory = fill(
+            self.memory,
+            self.budget.num_bytes,
+            self.first_class,
+            more,
+            self.real.data.floats,
+            planned,
         )
-        self.memory = memory
 
     def _check_kept(self, name: str, like: Tensor) -> None:
         """Check that a tensor of the checkpoint that the run goes on from is like another."""

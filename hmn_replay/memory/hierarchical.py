@@ -56,6 +56,8 @@ _RIDGE = 1e-2
 
 # Of the encoder of any images, which goes after what is left of them so often, by such a share.
 _CODEC_RIDGE, _CODEC_STEPS, _CODEC_SHARE = 0.1, 2, 0.5
+# Steps of gradient descent for images that are encoded to stay, and its rate at first.
+_ENCODED_STEPS, _ENCODED_RATE = 30, 0.02
 
 # Steps of entropy-coded integers: a decoder's in units of its weights' first deviation. The first
 # principal component begins with the deviation below: 8 steps.
@@ -449,7 +451,11 @@ class HierarchicalMemory(LearnedMemory):
 
     @torch.no_grad()
     def encode(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
-        """Set instance memories by a linear map, as :meth:`codec` does, but for known classes."""
+        """Set instance memories by a linear map, as :meth:`codec` does, and improve them.
+
+        By some steps of gradient descent on the squared error, where classes are known and nothing
+        else moves.
+        """
         others = torch.ones(self.num_images, dtype=torch.bool).index_fill(0, indices, False)
         if not bool(others.any()):
             return False
@@ -463,7 +469,19 @@ class HierarchicalMemory(LearnedMemory):
                     decoded: Tensor = self(positions)
                 return decoded.cpu()
 
-            codes = self._inverted(real_images(chunk), encoder, decode)
+            wanted = real_images(chunk)
+            codes = self._inverted(wanted, encoder, decode).requires_grad_()
+            rate = _ENCODED_RATE * self.tensors["instance_memory"].rate
+            optimizer = torch.optim.Adam([codes], betas=(0.9, 0.99))
+            wanted = wanted.to(positions.device)
+            for step in range(_ENCODED_STEPS):
+                optimizer.param_groups[0]["lr"] = rate * (1 - step / _ENCODED_STEPS)
+                self.instance_memory[positions] = codes
+                with torch.enable_grad(), without_autocast(positions.device):
+                    error = (self(positions) - wanted).square().mean(dim=(1, 2, 3)).sum()
+                    (gradient,) = torch.autograd.grad(error, self.instance_memory)
+                codes.grad = gradient[positions]
+                optimizer.step()
             self.instance_memory[positions] = codes
         return True
 

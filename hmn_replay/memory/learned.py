@@ -370,7 +370,7 @@ class LearnedMemory(Memory, nn.Module):
     def encode(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
         """Set images to what comes near to real ones, as far as the others' decoding allows.
 
-        Nothing changes that other images are decoded from, and nothing is trained.
+        Nothing changes that other images are decoded from.
 
         Args:
             indices: int64 ``(B,)``, positions of the images, on the CPU; there are others.

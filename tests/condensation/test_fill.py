@@ -72,7 +72,7 @@ def test_added_classes_fill_it_and_leave_old_images_alone() -> None:
     assert max(second.images_per_class) <= 150
 
 
-def test_images_that_labels_would_be_wanting_for_are_not_added_and_it_is_said() -> None:
+def test_images_that_would_want_for_labels_are_not_added_and_it_is_said() -> None:
     with pytest.warns(HMNReplayWarning, match="fewer bytes than were planned"):
         memory = short(digits(0, 1), 2048, labels="soft", teacher_passes=20, teacher_width=4)
     assert memory.report["unused_reason"].startswith("the images take fewer bytes")
@@ -136,3 +136,18 @@ def test_a_kind_that_encodes_nothing_says_so() -> None:
     lone = HierarchicalMemory(hmn_layout((3, 8, 8)), [0], 1)
     assert not lone.encode(torch.tensor([0]), lambda positions: torch.zeros(1, 3, 8, 8))
     assert memory.to_bytes() == before
+
+
+def test_room_is_left_for_labels_that_come_later() -> None:
+    """Soft labels that are set afterwards push few images out."""
+    first = short(digits(0, 1), 2048, expected_classes=10)
+    first.set_soft_labels(torch.tensor([[0.6, 0.4]]).expand(first.num_images, 2))
+    first.shrink()
+    second = short(digits(2, 3), 2048, memory=first)
+    assert second.file_bytes <= 2048 and second.report["fill"] >= 0.9
+    bare = (~second.is_soft).nonzero().flatten()
+    count = second.num_images
+    rows = torch.tensor([0.3, 0.2, 0.3, 0.2]).expand(len(bare), 4)
+    second.set_soft_labels(rows, bare)
+    second.shrink()
+    assert second.num_images >= 0.9 * count

@@ -55,7 +55,8 @@ def test_each_rate_has_a_memory_and_what_others_make_of_as_many_bytes(
         path = tmp_path / f"{rate}.hmn"
         memory = hmn_replay.load(path)
         assert row["images"] == memory.num_images
-        assert abs(memory.num_images - BUDGET // rate) <= 2
+        # So short a training takes fewer bytes an image, and what is left is filled with more.
+        assert BUDGET // rate - 2 <= memory.num_images <= 3 * BUDGET // rate
         assert row["bytes"] == path.stat().st_size / memory.num_images
         # By hand: JPEG of the images that each class began with.
         cells = [cell for cell in report["cells"] if cell["rate"] == rate]
