@@ -8,7 +8,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from hmn_replay.baselines.fill import jpeg_images, lossless_images, raw_images
+from hmn_replay.baselines.fill import (
+    jpeg_images,
+    lossless_images,
+    pq_features,
+    raw_features,
+    raw_images,
+)
 from hmn_replay.baselines.scores import scores
 from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.budget import Budget
@@ -16,6 +22,7 @@ from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig
 from hmn_replay.condensation.labelling import LabelConfig, label_images, train_teacher
 from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
+from hmn_replay.data.features import LabelledFeatures, as_labelled_features
 from hmn_replay.data.images import LabelledImages, as_labelled_images
 from hmn_replay.data.sources import DATASETS, load_dataset
 from hmn_replay.errors import (
@@ -36,6 +43,8 @@ from hmn_replay.evaluation import evaluate, labeller_accuracy
 from hmn_replay.memory import (
     MEMORIES,
     NUMBER_FORMATS,
+    FeatureLayout,
+    FeatureMemory,
     HierarchicalMemory,
     HMNLayout,
     JPEGMemory,
@@ -44,6 +53,8 @@ from hmn_replay.memory import (
     Memory,
     MemoryLayout,
     NumberFormat,
+    PQMemory,
+    RawFeatureMemory,
     RawMemory,
     RealMemory,
     StoredTensor,
@@ -73,10 +84,18 @@ from hmn_replay.replay import (
     Keeper,
     LearnedKeeper,
     MammothBuffer,
+    PQKeeper,
     RealKeeper,
     ReplayMemory,
 )
 from hmn_replay.shortcut import shortcut_report
+from hmn_replay.training.backbones import (
+    FeatureClassifier,
+    FrozenBackbone,
+    extract_features,
+    linear_head,
+    load_backbone,
+)
 from hmn_replay.training.networks import NETWORKS, build_network
 from hmn_replay.training.train import TrainingConfig, train_network
 
@@ -112,6 +131,10 @@ __all__ = [
     "DataError",
     "DistributedError",
     "ExpertError",
+    "FeatureClassifier",
+    "FeatureLayout",
+    "FeatureMemory",
+    "FrozenBackbone",
     "Gallery",
     "HMNLayout",
     "HMNReplay",
@@ -123,6 +146,7 @@ __all__ = [
     "JPEGReplay",
     "Keeper",
     "LabelConfig",
+    "LabelledFeatures",
     "LabelledImages",
     "LearnedKeeper",
     "LearnedMemory",
@@ -137,6 +161,9 @@ __all__ = [
     "MissingExtraError",
     "NumberFormat",
     "Objective",
+    "PQKeeper",
+    "PQMemory",
+    "RawFeatureMemory",
     "RawMemory",
     "RawReplay",
     "RealKeeper",
@@ -147,6 +174,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingError",
     "UnknownOptionError",
+    "as_labelled_features",
     "as_labelled_images",
     "aum",
     "build_network",
@@ -159,16 +187,21 @@ __all__ = [
     "export_dd_ranking",
     "export_images",
     "export_npz",
+    "extract_features",
     "gradient_matching",
     "jpeg_images",
     "label_images",
     "labeller_accuracy",
     "last_block_matching",
+    "linear_head",
     "load",
+    "load_backbone",
     "load_dataset",
     "lossless_images",
     "margins",
     "memory_metrics",
+    "pq_features",
+    "raw_features",
     "raw_images",
     "record_experts",
     "register_memory",

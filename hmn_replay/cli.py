@@ -742,7 +742,7 @@ def _kinds(*, learned: bool) -> list[str]:
     return [
         name
         for name, kind in hmn_replay.MEMORIES.items()
-        if issubclass(kind, hmn_replay.LearnedMemory) == learned
+        if issubclass(kind, hmn_replay.LearnedMemory) == learned and not kind.holds_features
     ]
 
 
@@ -857,11 +857,12 @@ def _lines(file: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what a memory is, from its summary: names and values."""
     budget, counts = summary["budget_bytes"], summary["images_per_class"]
     each = f"{min(counts):,}" + (f" to {max(counts):,}" if max(counts) > min(counts) else "")
+    what = "features" if hmn_replay.MEMORIES[summary["kind"]].holds_features else "images"
     lines = [
         ("file", str(file)),
         ("size", f"{summary['file_bytes']:,} bytes" + (f" of {budget:,}" if budget else "")),
         ("kind", summary["kind"]),
-        ("images", f"{summary['num_images']:,} of {_by(summary['image_shape'])}"),
+        (what, f"{summary['num_images']:,} of {_by(summary['image_shape'])}"),
         ("classes", f"{summary['num_classes']:,}, {each} images each"),
     ]
     told = {"kind", "budget_bytes", "file_bytes", "num_images", "num_classes"}

@@ -7,16 +7,20 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import ImageSource, as_labelled_images
-from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
+from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once, join_images
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.labels import LABELS
 from hmn_replay.runtime import resolve_device, without_autocast
+from hmn_replay.training.backbones import linear_head
 from hmn_replay.training.networks import Network, NetworkFactory
 from hmn_replay.training.train import Targets, TrainingConfig, train_network
 
 __all__ = ["Decodable", "evaluate", "labeller_accuracy", "score"]
+
+_FEATURE_TRAINING = TrainingConfig(network=linear_head, augmentations=(), cutmix_probability=0.0)
 
 
 @runtime_checkable
@@ -43,7 +47,8 @@ def evaluate(
     """Train a fresh network on a memory or a set of images, and score it on a test set.
 
     The accuracy is that of the last epoch: no choice is made by the test set. Pixels are normalised
-    by the mean and deviation of the source's own images. A surrounding ``torch.autocast`` changes
+    by the mean and deviation of the source's own images. On features, the network is a linear layer
+    by default, and nothing is augmented or mixed. A surrounding ``torch.autocast`` changes
     nothing; ``precision`` says how the network computes.
 
     Args:
@@ -57,7 +62,8 @@ def evaluate(
             each augmented image. Default: the last of these that it has.
         seed: The same seed gives the same accuracy, on the same machine and number of threads.
         device: Where to train. Default: CUDA where present, else the CPU.
-        config: The training. Default: ``TrainingConfig()``.
+        config: The training. Default: ``TrainingConfig()``; for features, with
+            ``network=linear_head``, ``augmentations=()`` and ``cutmix_probability=0``.
         progress: Whether to show a bar on standard error.
         **options: Fields of :class:`TrainingConfig` that replace those of ``config``.
 
@@ -73,8 +79,10 @@ def evaluate(
     """
     if network is not None:
         options["network"] = network
-    config = (config or TrainingConfig()).replace(**options)
     images, own_labels = _images_and_labels(source)
+    holds_features = not isinstance(images, Tensor) and images.holds_features
+    usual = _FEATURE_TRAINING if holds_features else TrainingConfig()
+    config = (config or usual).replace(**options)
     test_images, test_labels = _images_and_labels(test_set)
     if images.shape[1:] != test_images.shape[1:]:
         raise DataError(
@@ -209,4 +217,6 @@ def _images_and_labels(source: Decodable | ImageSource) -> tuple[Images, Tensor]
             images, labels = source.decode()
         return images.detach().cpu(), labels.cpu()
     labelled = as_labelled_images(source)
+    if isinstance(labelled, LabelledFeatures):
+        return join_images([labelled.images]), labelled.labels
     return labelled.images, labelled.labels

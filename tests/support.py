@@ -37,10 +37,13 @@ def learned_type(kind: str) -> type[LearnedMemory]:
     return found
 
 
-LEARNED = [kind for kind, own in MEMORIES.items() if issubclass(own, LearnedMemory)]
+KINDS = [kind for kind, own in MEMORIES.items() if not own.holds_features]
+"""The memory kinds of images."""
+
+LEARNED = [kind for kind in KINDS if issubclass(MEMORIES[kind], LearnedMemory)]
 """The memory kinds whose images are learned."""
 
-REAL = [kind for kind, own in MEMORIES.items() if issubclass(own, RealMemory)]
+REAL = [kind for kind in KINDS if issubclass(MEMORIES[kind], RealMemory)]
 """The memory kinds of real images."""
 
 PLAIN_FORMATS = [name for name, own in NUMBER_FORMATS.items() if not own.is_coded]

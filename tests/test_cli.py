@@ -20,11 +20,8 @@ import hmn_replay
 from hmn_replay.cli import main
 from hmn_replay.errors import CheckpointError, DataError
 from tests.console import BUDGET, TINY_CONDENSATION, TINY_TRAINING, Console
-
-KINDS = list(hmn_replay.MEMORIES)
-REAL_KINDS = [
-    name for name, kind in hmn_replay.MEMORIES.items() if issubclass(kind, hmn_replay.RealMemory)
-]
+from tests.support import KINDS
+from tests.support import REAL as REAL_KINDS
 
 
 def test_the_whole_way_on_the_digits(run: Console, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hmn_replay.avalanche.streams import Normalization, class_counts, split_class_keys
+from hmn_replay.data.lookup import as_floats
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.replay import DecodedImages
 from hmn_replay.runtime import without_autocast
@@ -95,6 +96,11 @@ class MemoryBuffer(ExemplarsBuffer):
         super().__init__(limit)
         if limit < 1:
             raise ConfigError(f"max_size must be 1 or more, or None; got {max_size!r}")
+        if replay.holds_features:
+            raise ConfigError(
+                "a buffer stands beside images in a method's mini-batches, which a memory of "
+                "features cannot: use the plugin itself"
+            )
         self.replay, self.task_labels, self.needs_logits = replay, task_labels, logits
         self._logits: Tensor | None = None
         self._made_for: tuple[Any, ...] = ()
@@ -231,7 +237,7 @@ class _Items(Dataset[tuple[Tensor, int]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.images[index : index + 1].float().div_(255)
+        image = as_floats(self.images[index : index + 1])
         return finish_images(image, self.transform, self.normalization)[0], self.targets[index]
 
 

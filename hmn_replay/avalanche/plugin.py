@@ -57,6 +57,7 @@ from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.loop import check_given_networks
 from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.lookup import as_floats
 from hmn_replay.errors import CheckpointError, ConfigError, DataError, HMNReplayWarning
 from hmn_replay.files import digest_tensors
 from hmn_replay.memory import Memory
@@ -72,6 +73,7 @@ from hmn_replay.replay import (
     Selection,
 )
 from hmn_replay.runtime import isolated, make_generator, resolve_device
+from hmn_replay.training.backbones import FrozenBackbone, extract_features
 from hmn_replay.training.networks import evaluating
 from hmn_replay.training.train import TrainingConfig, cosine_rate
 
@@ -127,6 +129,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     memory, training is bit for bit what it is without the plugin. Avalanche's ``save_checkpoint``
     works with the plugin; ``maybe_load_checkpoint`` makes a new one: read it from
     ``strategy.plugins`` after it.
+
+    A memory of features (kinds ``"features"``, ``"raw-features"`` and ``"pq"``) is for a strategy
+    whose model is a :class:`~hmn_replay.FeatureClassifier`: its frozen backbone makes features of
+    an experience for the memory and of each mini-batch, and replayed features stand beside these.
+    ``replay_transform`` is then given features.
 
     Args:
         keeper: What says how the memory is renewed: a :class:`~hmn_replay.LearnedKeeper`, a
@@ -235,6 +242,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         _check_settings(mode, batch_size_mem, replay_weight, loss, renew, distill, recode_share)
         if recode_share and not keeper.has_codec:
             raise _no_codec(keeper)
+        if labels != "hard" and keeper.holds_features:
+            raise ConfigError(
+                "labels are what a network says of augmented images; leave them out for features"
+            )
         self.distill, self.recode_share = distill, recode_share
         if labels not in ("hard", "soft") or not label_weight >= 0:
             raise ConfigError(
@@ -334,8 +345,16 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     @property
     def found_normalization(self) -> Normalization | None:
-        """The normalisation of the current experience's images: the given one, or that found."""
-        return self._found
+        """The normalisation of what is replayed: the given one, or the current experience's.
+
+        None for features, which enter behind what is normalised.
+        """
+        return None if self.holds_features else self._found
+
+    @property
+    def holds_features(self) -> bool:
+        """Whether the memory is one of features."""
+        return self.store.keeper.holds_features
 
     @property
     def has_task_labels(self) -> bool:
@@ -398,7 +417,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         with isolated(self._device, self.seed, "room"):
             images = first_of_each_class(experiences, self._found, known=self._checked)
             if images is not None:
-                self.store.check_room(images)
+                self.store.check_room(self._embedded(images))
                 self._checked.update(images.labels.tolist())
         self._settle(strategy, experiences)
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
@@ -416,7 +435,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         decoded = self._decode()
         assert decoded is not None
         strategy.adapted_dataset = as_avalanche_dataset(
-            decoded, self._found, with_tasks=self.has_task_labels
+            decoded, self.found_normalization, with_tasks=self.has_task_labels
         )
 
     def before_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -458,9 +477,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             if self._is_renewed:
                 self._note_replayed(0, len(mbatch[0]))
                 if self.replay_transform is not None:
-                    images = mbatch[0] if self._found is None else self._found.undo(mbatch[0])
-                    images = images.clamp(0, 1)
-                    mbatch[0] = finish_images(images, self.replay_transform, self._found)
+                    found = self.found_normalization
+                    images = mbatch[0] if found is None else found.undo(mbatch[0])
+                    images = images if self.holds_features else images.clamp(0, 1)
+                    mbatch[0] = finish_images(images, self.replay_transform, found)
             return
         decoded = self._decode()
         if decoded is None or not len(decoded):
@@ -472,12 +492,14 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             )
         if self.recode_share:
             mbatch[0] = self._recoded(mbatch[0])
+        if decoded.memory.holds_features:
+            mbatch[0] = self._backbone()(mbatch[0])
         count = self.batch_size_mem or strategy.train_mb_size
         images, keys, self._soft = self.store.sample_soft(
             count, dtype=mbatch[0].dtype, device=self._device
         )
         self._note_replayed(len(mbatch[0]), len(images))
-        images = finish_images(images, self.replay_transform, self._found)
+        images = finish_images(images, self.replay_transform, self.found_normalization)
         add_to_minibatch(mbatch, images, *split_class_keys(keys))
 
     def after_forward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -636,8 +658,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 for step in range(self.tune_steps):
                     generator = make_generator(self.seed, "tune", number, step)
                     chosen = _draw_balanced(decoded.labels, num_images, generator)
-                    images = decoded.images[chosen].float().div_(255)
-                    images = finish_images(images, self.replay_transform, self._found)
+                    images = as_floats(decoded.images[chosen])
+                    images = finish_images(images, self.replay_transform, self.found_normalization)
                     labels, _ = split_class_keys(decoded.labels[chosen])
                     loss = strategy._criterion(model(images), labels)
                     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -654,7 +676,23 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def _read(self, experiences: Sequence[Any]) -> LabelledImages:
         with isolated(self._device, self.seed, "read", self.store.num_updates):
-            return read_experiences(experiences, self._found)
+            return self._embedded(read_experiences(experiences, self._found))
+
+    def _embedded(self, images: LabelledImages) -> LabelledImages:
+        """Return what the memory holds of images: these, or their features."""
+        if not self.holds_features:
+            return images
+        transform = None if self._found is None else self._found.apply
+        return extract_features(self._backbone(), images, transform=transform)
+
+    def _backbone(self) -> FrozenBackbone:
+        backbone = getattr(self._model, "backbone", None)
+        if not isinstance(backbone, FrozenBackbone):
+            raise ConfigError(
+                "a memory of features is for a FeatureClassifier, whose frozen backbone makes "
+                f"them; the model is a {type(self._model).__name__}"
+            )
+        return backbone
 
     def _gather(self, piece: Any) -> None:
         """Take the first piece of an experience for the end of the one before it, and add it."""
@@ -881,7 +919,8 @@ class HMNReplay(MemoryReplay):
 
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        kind: A learned memory kind: ``"hmn"``, or ``"pixels"``, ``"idc"``, ``"haba"``, ``"linba"``.
+        kind: A learned memory kind: ``"hmn"``, or ``"pixels"``, ``"idc"``, ``"haba"``, ``"linba"``;
+            ``"features"`` for a model with a frozen backbone.
         expected_classes: How many classes the stream will have in all, if that is known: the
             memory's tensors are shaped for so many. Default: None, ten times those of the first
             experience, or as many of them as the budget can be shaped for.
@@ -985,6 +1024,8 @@ class HMNReplay(MemoryReplay):
             device=device,
             progress=progress,
         )
+        if matching_networks == "own" and keeper.holds_features:
+            raise ConfigError("features are not matched: leave matching_networks out")
         self.matching_networks = matching_networks
         self._config = keeper.config
         # The network's first weights, by name and on the CPU.

@@ -19,6 +19,7 @@ from hmn_replay.condensation.labelling import (
     as_label_config,
     train_teacher,
 )
+from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.evaluation import evaluate
@@ -30,6 +31,7 @@ from hmn_replay.memory.real import (
     RawMemory,
     check_order,
 )
+from hmn_replay.memory.real_features import PQMemory, RawFeatureMemory
 from hmn_replay.training.networks import Network
 from hmn_replay.training.train import TrainingConfig
 
@@ -39,6 +41,8 @@ __all__ = [
     "jpeg_images",
     "lossless_images",
     "next_quality",
+    "pq_features",
+    "raw_features",
     "raw_images",
 ]
 
@@ -236,6 +240,61 @@ def next_quality(accuracies: Mapping[int, float]) -> int | None:
     if best is not None and best == max(accuracies) < 100:
         return (best + 101) // 2
     return None
+
+
+def raw_features(
+    data: LabelledFeatures,
+    budget: Budget | int | str,
+    *,
+    selection: str | Tensor = "random",
+    seed: int = 0,
+) -> RawFeatureMemory:
+    """Take real features, as many as fit a budget in float16.
+
+    Args:
+        data: Where to take them from, each once.
+        budget: Bytes of the file, header and labels counted.
+        selection: As in :func:`raw_images`; herding and k-centre are by the features themselves.
+        seed: Of a selection by name.
+
+    Raises:
+        BudgetError: Not those of one image fit; the message gives the smallest budget that does.
+        ConfigError: The selection is not as said above.
+    """
+    most = max(1, Budget.parse(budget).num_bytes // (2 * data.images[0].numel()))
+    return _fill(RawFeatureMemory, data, budget, _order(data, selection, most, seed))
+
+
+def pq_features(
+    data: LabelledFeatures,
+    budget: Budget | int | str,
+    *,
+    num_parts: int,
+    bits: int = 8,
+    selection: str | Tensor = "random",
+    seed: int = 0,
+) -> PQMemory:
+    """Take real features, as many as fit a budget by product quantisation.
+
+    The codebook is trained on all of them, and counts as all else does: ``2**bits`` times the
+    channels, in float16. Needs ``pip install 'hmn-replay[pq]'``.
+
+    Args:
+        data: Where to take them from, each once.
+        budget: Bytes of the file, header, labels and codebook counted.
+        num_parts: Parts that channels are cut into; C is a multiple of it.
+        bits: Of the number of a part's centroid, 1 to 8.
+        selection: As in :func:`raw_features`; one by name puts all of ``data`` in order.
+        seed: Of the codebook, and of a selection by name.
+
+    Raises:
+        BudgetError: Not those of one image fit; the message gives the smallest budget that does.
+        ConfigError: ``num_parts``, ``bits`` or ``selection`` is not as said above.
+        MissingExtraError: faiss is not installed.
+    """
+    memory = PQMemory.train(data, num_parts=num_parts, bits=bits, budget=budget, seed=seed)
+    memory.extend(data, order=_order(data, selection, None, seed))
+    return memory
 
 
 def _fill(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hmn_replay.budget import as_int
 from hmn_replay.condensation.pruning import aum, margins
+from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
 from hmn_replay.runtime import derive_seed, make_generator
@@ -62,7 +63,8 @@ def select_images(
         method: One of :data:`SELECTIONS`.
         num_images: How many to choose, 1 or more: the first ones of the order. Default: all.
         network: A trained network, for herding and k-centre; used where it is, and the mode of
-            every module is as it was afterwards. Default: one that is trained here on all images.
+            every module is as it was afterwards. Default: one that is trained here on all images;
+            for features none, as they are compared themselves.
         hard_share: For :func:`coverage_centric`, in [0, 1). Default: 0.3, with which its authors
             keep a tenth of CIFAR-10.
         config: The training here, where the method needs one. An AUM has as many margins as that
@@ -85,6 +87,8 @@ def select_images(
         raise ConfigError(f"a selection is one of {', '.join(SELECTIONS)}; got {method!r}")
     if num_images is not None and (as_int(num_images) is None or num_images < 1):
         raise ConfigError(f"num_images is None, or a whole number of 1 or more; got {num_images!r}")
+    if method == "ccs" and isinstance(data, LabelledFeatures):
+        raise ConfigError("ccs scores by trainings on images; features take random or herding")
     if method == "ccs" and network is not None:
         raise ConfigError("ccs scores by the epochs of a training: pass config=, and no network")
 
@@ -124,10 +128,13 @@ def select_images(
             for label, own in members.items()
         ]
     else:
-        trained = train() if network is None else network
+        holds_features = isinstance(data, LabelledFeatures)
+        trained = train() if network is None and not holds_features else network
         orders = []
         for own in members.values():
-            features = _penultimate(trained, data.images[own])
+            features = data.images[own].flatten(1)
+            if trained is not None:
+                features = _penultimate(trained, data.images[own])
             if method == "herding":
                 order = herding(F.normalize(features), count)
             else:

@@ -20,7 +20,8 @@ from torch import nn
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import CondenseConfig, make_config
 from hmn_replay.condensation.loop import Condensation, check_given_networks
-from hmn_replay.data.images import ImageSource, as_labelled_images
+from hmn_replay.data.features import LabelledFeatures, read_data
+from hmn_replay.data.images import ImageSource
 from hmn_replay.distributed import Team, join
 from hmn_replay.errors import ConfigError, HMNReplayWarning
 from hmn_replay.memory.base import MEMORIES, Memory, check_num_classes
@@ -35,7 +36,7 @@ from hmn_replay.runtime import (
 )
 from hmn_replay.training.train import resolve_compile
 
-__all__ = ["condense"]
+__all__ = ["check_config", "condense"]
 
 # Of a budget: a file of less is said to be not full, and why.
 _FULL_SHARE = 0.97
@@ -52,7 +53,7 @@ def condense(
     effort: str = "quick",
     seed: int = 0,
     device: str | torch.device = "auto",
-    kind: str = "hmn",
+    kind: str | None = None,
     layout: MemoryLayout | None = None,
     memory: LearnedMemory | None = None,
     expected_classes: int | None = None,
@@ -69,7 +70,8 @@ def condense(
 
     Args:
         source: A map-style data set of ``(image, label)``, a pair of arrays or tensors, or
-            :class:`LabelledImages`; see :func:`hmn_replay.as_labelled_images`.
+            :class:`LabelledImages`; see :func:`hmn_replay.as_labelled_images`. For a memory of
+            features :class:`LabelledFeatures`; see :func:`hmn_replay.extract_features`.
         budget: Bytes that the saved file may take, header and all: a number, a text such as
             ``"120 KiB"``, or a :class:`Budget`. A memory has no more images of a class than there
             are real ones: where the budget is for more, a :class:`HMNReplayWarning` says so.
@@ -80,7 +82,9 @@ def condense(
             number of threads.
         device: Where to compute; ``"auto"`` is CUDA where it is present, else the CPU.
         kind: The memory kind: ``"hmn"``, or one that it is compared with: ``"pixels"``, ``"idc"``,
-            ``"haba"`` or ``"linba"``. Not read with ``memory``, which has one.
+            ``"haba"`` or ``"linba"``; or ``"features"``, which is fitted by the warm start and not
+            matched. Not read with ``memory``, which has one. Default: ``"features"`` for features,
+            else ``"hmn"``.
         layout: The shapes of the memory's tensors, and the number format. Default: what the kind
             chooses for the budget, by ``choose_layout``.
         memory: A memory to add to. Its classes stay and make room: each gives up images by
@@ -144,6 +148,8 @@ def condense(
         is_path = isinstance(checkpoint, str | os.PathLike)
         if not is_path or "\0" in os.fspath(checkpoint):
             raise ConfigError(f"checkpoint is the path of a file; got {checkpoint!r:.60}")
+    if kind is None:
+        kind = "features" if isinstance(source, LabelledFeatures) else "hmn"
     memory_type = MEMORIES[kind] if memory is None else type(memory)
     if not issubclass(memory_type, LearnedMemory):
         raise ConfigError(
@@ -158,14 +164,17 @@ def condense(
     named_effort = effort if config is None else None
     if config is None:
         layouts_own = {} if layout is None else {"number_format": layout.number_format}
-        config = make_config(effort, **{**layouts_own, **options})
+        config = make_config(effort, **{**memory_type.settings, **layouts_own, **options})
     elif options or effort != "quick":
         given = sorted(options) or ["effort"]
         raise ConfigError(f"config= has all settings; give it alone, without {given[0]}=")
+    check_config(config, memory_type)
     limit, target = Budget.parse(budget), resolve_device(device)
     derive_seed(seed)
     check_given_networks(config.objective, networks)
-    data = as_labelled_images(source)
+    if networks and memory_type.holds_features:
+        raise ConfigError("networks match images; leave them out for features, which are fitted")
+    data = read_data(source, holds_features=memory_type.holds_features)
     if layout is None:
         num_classes = data.num_classes
         if expected_classes is not None:
@@ -246,6 +255,16 @@ def _why_unused(run: Condensation, budget: Budget) -> str | None:
         stacklevel=4,
     )
     return reason
+
+
+def check_config(config: CondenseConfig, memory_type: type[Memory]) -> None:
+    """Raise a :class:`ConfigError` for settings that a memory kind cannot be condensed with."""
+    if memory_type.holds_features and (config.num_steps or config.labels != "hard"):
+        raise ConfigError(
+            "features are fitted by the warm start, and neither matched nor labelled by networks "
+            f"for images: outer_steps=0 and labels='hard' are expected; got {config.outer_steps} "
+            f"and {config.labels!r}"
+        )
 
 
 def _warn_of_unused_bytes(run: Condensation, budget: Budget) -> None:

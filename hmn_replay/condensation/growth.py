@@ -45,7 +45,8 @@ class Growth:
         num_old: How many images the old classes have; they stand first.
         num_planned: How many images of planned size the budget holds, of all classes together.
         costs: For each class, how many images of planned size one of its images counts as.
-        old_images: uint8 ``(M, C, H, W)``, what the old memory decodes to, on the CPU.
+        old_images: uint8 ``(M, C, H, W)``, what the old memory decodes to, on the CPU; features are
+            float32.
         old_labels: int64 ``(M,)``, their labels.
         old_repeats: int64 ``(M,)``, how often each stands beside the new ones: images of a class
             that is renewed, until they are about as many as its new ones.
@@ -192,7 +193,7 @@ def make_room(
     old_images: Images = data.images[:0]
     old_labels_of = data.labels[:0]
     if old is not None:
-        old_images = old.decoded(torch.uint8).to(torch.device("cpu"))
+        old_images = old.decoded(old.value_dtype).to(torch.device("cpu"))
         old_labels_of = old.labels.cpu()
     repeats = torch.ones_like(old_labels_of)
     for label in again:

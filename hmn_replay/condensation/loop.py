@@ -347,7 +347,8 @@ class Condensation(Run):
         learned: Tensor | None = None
         self.held_out: LabelledView | None = None
         # Real images are kept back for the choice of beta only where there is a choice to make.
-        if len(self.betas) > 1 and any(self.growth.drops()) and len(data) > data.num_classes:
+        choosing = len(self.betas) > 1 and not memory_type.holds_features
+        if choosing and any(self.growth.drops()) and len(data) > data.num_classes:
             learned, kept_back = data.split_positions(config.holdout, derive_seed(seed, "holdout"))
             held_out = join_images([data.images]).take(kept_back)
             self.held_out = LabelledView(held_out, data.labels[kept_back])
@@ -628,8 +629,13 @@ class Condensation(Run):
         check_like(found, {name: like})
 
     def _score_images(self, images: Images) -> Tensor:
-        """Return the AUM of every decoded image, from one training on all of them."""
+        """Return the AUM of every decoded image, from one training on all of them.
+
+        Features, of which classes keep the first, have their place in its stead.
+        """
         class_index = self.memory.class_index
+        if self.memory.holds_features:
+            return torch.arange(len(images), dtype=torch.float32)
         recorded: list[Tensor] = []
 
         def record(_: int, network: nn.Module) -> None:
@@ -648,6 +654,8 @@ class Condensation(Run):
 
     def _choose(self, images: Images, scores: Tensor) -> Tensor:
         """Return the images that stay, for the beta that scores best on held-out real images."""
+        if self.memory.holds_features:
+            return self._stays(scores, beta=0.0)
         accuracies: dict[str, float] = self.state["beta_accuracies"]
         class_index = self.memory.class_index
         kept = {beta: self._stays(scores, beta) for beta in self.betas}
@@ -1024,14 +1032,17 @@ def mean_psnr(errors: Tensor) -> float:
 def _reconstruction_psnr(
     memory: LearnedMemory, positions: Tensor, wanted_images: Callable[[Tensor], Tensor]
 ) -> float:
-    """Return the mean PSNR in dB of some images of a memory to wanted ones, decoded in parts."""
+    """Return the mean PSNR in dB of some images of a memory to wanted ones, decoded in parts.
+
+    Of features, it is the ratio of their variance to the error.
+    """
     # Not a list of the parts' errors: each, kept where large tensors come and go, would keep the
     # hole before it from being used again, and the process would grow by a tensor each time.
     errors = torch.empty(len(positions), dtype=torch.float32)
     parts = images_at_once(memory.image_shape)
     for own, part in zip(errors.split(parts), positions.split(parts), strict=True):
         own[:] = (memory.decode(part)[0].cpu() - wanted_images(part)).square().mean(dim=(1, 2, 3))
-    return mean_psnr(errors)
+    return mean_psnr(errors / float(memory.unit) ** 2)
 
 
 def _kept(context: steps.StepContext) -> dict[str, _Stateful]:

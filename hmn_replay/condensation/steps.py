@@ -53,8 +53,8 @@ __all__ = [
 # GPU takes four times as many, and waits less between them.
 _PIXELS_PER_GROUP, _PIXELS_PER_GPU_GROUP = 2**19, 2**21
 
-# Values of real images that a GPU holds as uint8 at most: 1.4 million images of 32 x 32.
-_MOST_VALUES_HELD = 2**32
+# Bytes of real images that a GPU holds at most: 1.4 million images of 32 x 32.
+_MOST_BYTES_HELD = 2**32
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ class StepContext:
         return images.float()
 
     def real_images(self, indices: Tensor) -> Tensor:
-        """Return real images, float32 in [0, 1], on the memory's device.
+        """Return real images, float32 in [0, 1], or features, on the memory's device.
 
         Args:
             indices: int64 ``(B,)``, on the CPU.
@@ -230,7 +230,7 @@ def warm_start_step(context: StepContext, indices: Tensor, wanted: Tensor) -> No
     Args:
         context: What the phase's steps share.
         indices: int64 ``(B,)``, positions of images.
-        wanted: float32 ``(B, C, H, W)`` in [0, 1].
+        wanted: float32 ``(B, C, H, W)`` in [0, 1], or features.
     """
     device, parts = context.device, images_at_once(context.memory.image_shape)
     context.optimizer.zero_grad()
@@ -241,7 +241,7 @@ def warm_start_step(context: StepContext, indices: Tensor, wanted: Tensor) -> No
         if not len(some):
             continue
         loss = F.mse_loss(context.decode(some), targets.to(device, non_blocking=True))
-        loss = loss * (len(some) / len(indices))
+        loss = loss * (len(some) / len(indices) / context.memory.unit**2)
         torch.autograd.backward(loss)
         error += loss.detach()
     context.move(indices, error)
@@ -499,7 +499,8 @@ def _augmented(
 
 def _held_on(device: torch.device, images: Images) -> Images:
     """Return images that are fetched to a device; a GPU holds them all, where they are few."""
-    if device.type != "cpu" and math.prod(images.shape) <= _MOST_VALUES_HELD:
+    num_bytes = math.prod(images.shape) * images.dtype.itemsize
+    if device.type != "cpu" and num_bytes <= _MOST_BYTES_HELD:
         images = images[:]
     return images.to(device)
 

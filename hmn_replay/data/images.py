@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ __all__ = [
     "stack_images",
     "to_image",
     "to_label",
+    "to_labels",
 ]
 
 CHANNELS = (1, 3)
@@ -63,6 +65,8 @@ ImageSource: TypeAlias = Union[
 class LabelledImages(Dataset[tuple[Tensor, int]]):
     """Images and their labels, in memory; also a map-style torch data set.
 
+    :class:`~hmn_replay.LabelledFeatures` has what a network makes of images in their place.
+
     Args:
         images: uint8 ``(N, C, H, W)`` on the CPU, with N at least 1 and C of 1 or 3.
         labels: int64 ``(N,)`` on the CPU. Any integers, in any order.
@@ -79,7 +83,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     def __post_init__(self) -> None:
         """Check the tensors."""
-        check_tensor(self.images, "images", torch.uint8, ("N", "C", "H", "W"))
+        self._check_images()
         check_tensor(self.labels, "labels", torch.int64, ("N",))
         if len(self.images) != len(self.labels):
             raise DataError(
@@ -88,6 +92,12 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             )
         if len(self.images) < 1:
             raise DataError("expected at least 1 image, got an empty data set")
+        self._check_shape()
+
+    def _check_images(self) -> None:
+        check_tensor(self.images, "images", torch.uint8, ("N", "C", "H", "W"))
+
+    def _check_shape(self) -> None:
         if self.images.shape[1] not in CHANNELS or self.images.numel() == 0:
             raise DataError(
                 "expected images (N, C, H, W) of at least 1 pixel, with 1 or 3 channels, got "
@@ -151,7 +161,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         chosen = torch.as_tensor(indices)
         if chosen.numel() == 0:
             chosen = chosen.long()
-        return LabelledImages(self.images[chosen], self.labels[chosen], self.class_names)
+        return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def split(self, fraction: float, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
         """Split every class at random, in the same proportion.
@@ -232,9 +242,9 @@ def as_labelled_images(source: ImageSource, *, size: int | None = None) -> Label
 
     Returns:
         The images and labels, in the order of ``source``. A uint8 ``(N, C, H, W)`` tensor on the
-        CPU is not copied. Grey images among coloured ones are repeated over the 3 channels. Class
-        names are a data set's own ``class_to_idx``, ``classes`` or ``ClassLabel``, where it has
-        them.
+        CPU is not copied, and ``LabelledFeatures`` are returned as they are. Grey images among
+        coloured ones are repeated over the 3 channels. Class names are a data set's own
+        ``class_to_idx``, ``classes`` or ``ClassLabel``, where it has them.
 
     Raises:
         DataError: The images or the labels are not as said above, or there are none.
@@ -244,12 +254,12 @@ def as_labelled_images(source: ImageSource, *, size: int | None = None) -> Label
     if isinstance(source, LabelledImages):
         if size is None or source.image_shape[1:] == (size, size):
             return source
+        if source.images.dtype != torch.uint8:
+            raise DataError(f"features have no size in pixels, got size={size} for {source!r}")
         images = _to_pixels(source.images, "images", size)
         return LabelledImages(images, source.labels, source.class_names)
     if isinstance(source, (tuple, list)) and len(source) == 2 and _is_array(source[0]):
-        return LabelledImages(
-            _to_pixels(source[0], "images", size), _to_labels(source[1], "labels")
-        )
+        return LabelledImages(_to_pixels(source[0], "images", size), to_labels(source[1], "labels"))
     return _from_dataset(source, size)
 
 
@@ -345,7 +355,7 @@ def to_label(label: object, name: str) -> int:
     Raises:
         DataError: It is something else, or int64 does not hold it; ``name`` begins the message.
     """
-    return int(_to_labels(_as_array(label, name).reshape(1, -1), name))
+    return int(to_labels(_as_array(label, name).reshape(1, -1), name))
 
 
 def channel_stats(images: Images) -> tuple[Tensor, Tensor]:
@@ -353,7 +363,7 @@ def channel_stats(images: Images) -> tuple[Tensor, Tensor]:
 
     Args:
         images: ``(N, C, H, W)``, uint8, or floats in [0, 1]; on any device. Read in chunks: no
-            float copy of all of them is made.
+            float copy of all of them is made. A lookup of features has any floats.
 
     Returns:
         Mean and population standard deviation, each float32 ``(C,)`` on the CPU. The deviation is
@@ -369,10 +379,11 @@ def channel_stats(images: Images) -> tuple[Tensor, Tensor]:
             "expected images of shape (N, C, H, W), not empty, uint8 or floats in [0, 1], got "
             f"{_dtype_name(images)} {tuple(images.shape)}"
         )
+    in_unit_range = isinstance(images, Tensor) or not images.holds_features
     totals, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
     for start in range(0, len(images), _CHUNK):
         chunk = images[start : start + _CHUNK].detach()
-        if not is_bytes:
+        if not is_bytes and in_unit_range:
             _check_unit_range(chunk, "images")
         values = chunk.cpu().double()
         totals += values.sum(dim=(0, 2, 3))
@@ -521,7 +532,7 @@ def _floats_to_bytes(batch: Tensor, name: str) -> Tensor:
     return pixels
 
 
-def _to_labels(labels: object, name: str) -> Tensor:
+def to_labels(labels: object, name: str) -> Tensor:
     """Bring integers, ``(N,)`` or ``(N, 1)``, to int64 ``(N,)`` on the CPU."""
     targets = _to_tensor(_as_array(labels, name), name)
     if targets.ndim == 2 and targets.shape[1] == 1:

@@ -37,11 +37,18 @@ class ImageLookup:
         fetch: Function from positions, int64 ``(B,)`` on the CPU, to images ``(B, C, H, W)``.
         shape: ``(N, C, H, W)``.
         dtype: The dtype of the images.
+        holds_features: Whether they are a network's features, floats of any size, and no pixels.
     """
 
     def __init__(
-        self, fetch: Callable[[Tensor], Tensor], shape: Sequence[int], dtype: torch.dtype
+        self,
+        fetch: Callable[[Tensor], Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        holds_features: bool = False,
     ) -> None:
+        self.holds_features = holds_features
         self._fetch = fetch
         self._positions = torch.arange(shape[0])
         self._image_shape = tuple(shape[1:])
@@ -64,13 +71,16 @@ class ImageLookup:
 
     def take(self, positions: Tensor) -> ImageLookup:
         """Return a lookup of some positions, int64 ``(B,)``, repeats kept; nothing is fetched."""
-        taken = ImageLookup(self._fetch, self.shape, self.dtype)
+        taken = self._like(self._fetch)
         taken._positions = self._positions[positions.cpu()]
         return taken
 
     def to(self, device: torch.device) -> ImageLookup:
         """Return a lookup of the same images that fetches them to a device."""
-        return ImageLookup(lambda positions: self[positions].to(device), self.shape, self.dtype)
+        return self._like(lambda positions: self[positions].to(device))
+
+    def _like(self, fetch: Callable[[Tensor], Tensor]) -> ImageLookup:
+        return ImageLookup(fetch, self.shape, self.dtype, holds_features=self.holds_features)
 
 
 Images: TypeAlias = "Tensor | ImageLookup"
@@ -82,7 +92,7 @@ class LabelledView:
     """Labelled images that are fetched on demand: what ``LabelledImages`` is for tensors.
 
     Attributes:
-        images: uint8 ``(N, C, H, W)``.
+        images: uint8 ``(N, C, H, W)``, or features, float32.
         labels: int64 ``(N,)``.
     """
 
@@ -94,7 +104,7 @@ class LabelledView:
         return len(self.labels)
 
     def floats(self, indices: Tensor) -> Tensor:
-        """Return images as float32 ``(B, C, H, W)`` in [0, 1]."""
+        """Return images as float32 ``(B, C, H, W)`` in [0, 1], or features as they are."""
         return as_floats(self.images[indices])
 
 
@@ -104,7 +114,7 @@ def take_images(images: Images, positions: Tensor) -> Images:
 
 
 def join_images(parts: Sequence[Images]) -> ImageLookup:
-    """Concatenate images of one dtype and image shape, without a copy."""
+    """Concatenate uint8 images, or float features, of one image shape, without a copy."""
     parts = [part for part in parts if len(part)]
     starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
 
@@ -118,7 +128,8 @@ def join_images(parts: Sequence[Images]) -> ImageLookup:
                 images[own] = part[positions[own] - start].to(images.device)
         return images
 
-    return ImageLookup(fetch, (int(starts[-1]), *parts[0].shape[1:]), parts[0].dtype)
+    shape, dtype = (int(starts[-1]), *parts[0].shape[1:]), parts[0].dtype
+    return ImageLookup(fetch, shape, dtype, holds_features=dtype.is_floating_point)
 
 
 def images_at_once(image_shape: Sequence[int]) -> int:
@@ -127,7 +138,7 @@ def images_at_once(image_shape: Sequence[int]) -> int:
 
 
 def as_floats(images: Tensor) -> Tensor:
-    """Return images, float in [0, 1] or uint8, as float32 in [0, 1]."""
+    """Return uint8 images as float32 in [0, 1], and floats as float32."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 

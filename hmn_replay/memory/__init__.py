@@ -8,10 +8,12 @@ from hmn_replay.memory.base import (
     loads,
     register_memory,
 )
+from hmn_replay.memory.features import FeatureLayout, FeatureMemory
 from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.memory.hierarchical import HierarchicalMemory, HMNLayout
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout, StoredTensor
 from hmn_replay.memory.real import JPEGMemory, LosslessMemory, RawMemory, RealMemory
+from hmn_replay.memory.real_features import PQMemory, RawFeatureMemory
 from hmn_replay.memory.rivals import (
     HaBaLayout,
     HaBaMemory,
@@ -27,6 +29,8 @@ __all__ = [
     "MEMORIES",
     "NUMBER_FORMATS",
     "DecodedDataset",
+    "FeatureLayout",
+    "FeatureMemory",
     "HMNLayout",
     "HaBaLayout",
     "HaBaMemory",
@@ -41,8 +45,10 @@ __all__ = [
     "Memory",
     "MemoryLayout",
     "NumberFormat",
+    "PQMemory",
     "PixelLayout",
     "PixelMemory",
+    "RawFeatureMemory",
     "RawMemory",
     "RealMemory",
     "StoredTensor",

@@ -80,6 +80,8 @@ class Memory(abc.ABC):
 
     Attributes:
         kind: The memory kind's registered name, such as ``"hmn"`` or ``"jpeg"``.
+        holds_features: Whether a network's features stand in the place of images: float32 values of
+            any size, and no pixels. True of some kinds.
         classes: int64 ``(K,)``, the label of each class.
         class_index: int64 ``(N,)``, for each image the position of its class in ``classes``.
         class_names: Label to name, of the classes that have one. Kept in the file.
@@ -90,6 +92,7 @@ class Memory(abc.ABC):
     kind: ClassVar[str]
     has_codec: ClassVar[bool] = False
     """Whether :meth:`codec` gives a function for a memory with images."""
+    holds_features: ClassVar[bool] = False
     classes: Tensor
     class_index: Tensor
     class_names: dict[int, str]
@@ -118,7 +121,10 @@ class Memory(abc.ABC):
 
     @abc.abstractmethod
     def _decode(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """Decode images: of int64 ``(B,)`` on the CPU, float32 in [0, 1] or uint8."""
+        """Decode images: of int64 ``(B,)`` on the CPU, float32 in [0, 1] or uint8.
+
+        Features are float32 of any size, and ``dtype`` is float32.
+        """
 
     @abc.abstractmethod
     def _keep(self, kept: Tensor) -> None:
@@ -173,6 +179,11 @@ class Memory(abc.ABC):
         return self.classes[self.class_index]
 
     @property
+    def value_dtype(self) -> torch.dtype:
+        """What decoded images are kept in where it counts: uint8, and float32 for features."""
+        return torch.float32 if self.holds_features else torch.uint8
+
+    @property
     def images_per_class(self) -> list[int]:
         """How many images each class has, in the order of :attr:`classes`."""
         return list(self._counts)
@@ -216,17 +227,23 @@ class Memory(abc.ABC):
 
         Args:
             indices: Positions of the images wanted, ``(B,)``; repeats are allowed. Default: all.
-            dtype: ``torch.float32``, or ``torch.uint8`` for images rounded to 0 to 255.
+            dtype: ``torch.float32``, or ``torch.uint8`` for images rounded to 0 to 255, which
+                features cannot be.
 
         Returns:
-            Images ``(B, C, H, W)``, float32 in [0, 1] or uint8, and their labels, int64 ``(B,)``;
-            both on the memory's device.
+            Images ``(B, C, H, W)``, float32 in [0, 1] or uint8, or features, float32; and their
+            labels, int64 ``(B,)``; both on the memory's device.
 
         Raises:
             ConfigError: A position outside ``0 .. N - 1``, a mask, or another dtype.
         """
         if dtype not in (torch.float32, torch.uint8):
             raise ConfigError(f"dtype is torch.float32 or torch.uint8; got {dtype}")
+        if self.holds_features and dtype == torch.uint8:
+            raise ConfigError(
+                f"memory kind {self.kind!r} holds features, which are no pixels to show, to export "
+                "or to round to uint8; decode() gives them as float32"
+            )
         if indices is None:
             indices = torch.arange(self.num_images)
         indices = check_indices(indices, self.num_images)
@@ -256,9 +273,12 @@ class Memory(abc.ABC):
             return self.decode(positions, dtype=dtype)[0]
 
         shape = (self.num_images, *self.image_shape)
-        if math.prod(shape) * dtype.itemsize <= _KEPT_BYTES:
-            return fetch(None)
-        return ImageLookup(fetch, shape, dtype)
+        is_kept = math.prod(shape) * dtype.itemsize <= _KEPT_BYTES
+        kept = fetch(None) if is_kept else None
+        if kept is not None and not self.holds_features:
+            return kept
+        found = fetch if kept is None else kept.__getitem__
+        return ImageLookup(found, shape, dtype, holds_features=self.holds_features)
 
     def as_dataset(
         self,

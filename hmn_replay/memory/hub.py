@@ -44,7 +44,7 @@ def push(
     hub = import_extra("huggingface_hub", "hub")
     files = {
         FILE_NAME: memory.to_bytes(),
-        SHEET_NAME: contact_sheet_png(memory),
+        **({} if memory.holds_features else {SHEET_NAME: contact_sheet_png(memory)}),
         "README.md": make_card(
             memory, repo_id, source=source, accuracy=accuracy, license=license, tags=tags
         ).encode(),
@@ -120,9 +120,10 @@ def make_card(
     counts, summary = memory.images_per_class, memory.summary()
     names = [memory.class_names.get(label, str(label)) for label in memory.classes.tolist()]
     each = f"{min(counts):,}" + (f" to {max(counts):,}" if max(counts) > min(counts) else "")
+    what = "features" if memory.holds_features else "images"
     facts = {
         "source": source,
-        "images": f"{memory.num_images:,} of {' x '.join(map(str, memory.image_shape))}",
+        what: f"{memory.num_images:,} of {' x '.join(map(str, memory.image_shape))}",
         "classes": f"{memory.num_classes:,}, {each} images each",
         "file": f"{memory.file_bytes:,} bytes",
         "budget": None if memory.budget_bytes is None else f"{memory.budget_bytes:,} bytes",
@@ -139,9 +140,9 @@ def make_card(
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id}",
         f"A memory of hmn_replay: {memory.num_images:,} "
-        f"labelled images of {memory.num_classes:,} classes in {memory.file_bytes:,} bytes, to "
+        f"labelled {what} of {memory.num_classes:,} classes in {memory.file_bytes:,} bytes, to "
         "train on in place of a data set, or to replay.",
-        f"![{SHEET_NAME}]({SHEET_NAME})",
+        "" if memory.holds_features else f"![{SHEET_NAME}]({SHEET_NAME})",
         "\n".join(["| | |", "|---|---|", *rows]),
         "Classes: " + ", ".join(names) + ".",
         f"""```python
@@ -157,7 +158,7 @@ network, accuracy = hmn_replay.evaluate(memory, test_set)
         parts.append(
             f"<details><summary>How it was made</summary>\n\n```json\n{report}\n```\n\n</details>"
         )
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _text(value: Any) -> str:

@@ -66,8 +66,6 @@ _MAX_MAGNITUDE = 1e4
 # Near the end of float32; what is saved stays so far below that rounding cannot keep it from being
 # loaded.
 _MAX_SUM_LOADED, _MAX_SUM_SAVED = 1e37, 1e36
-# Planned for a value that all images share, or those of a class, where values are entropy-coded.
-_SHARED_BITS = 4
 
 Init = Callable[[torch.Generator, tuple[int, ...]], Tensor]
 AnyLearned = TypeVar("AnyLearned", bound="LearnedMemory")
@@ -156,7 +154,7 @@ class MemoryLayout:
 
     def __post_init__(self) -> None:
         NUMBER_FORMATS[self.number_format]
-        object.__setattr__(self, "image_shape", check_image_shape(self.image_shape))
+        object.__setattr__(self, "image_shape", self.check_shape(self.image_shape))
         for field in self._own_fields():
             value = getattr(self, field.name)
             is_tuple = str(field.type).startswith("tuple")
@@ -166,6 +164,11 @@ class MemoryLayout:
                 what = "a sequence of integers" if is_tuple else "an integer"
                 raise ConfigError(f"{field.name} is {what}; got {value!r}")
             object.__setattr__(self, field.name, tuple(whole) if is_tuple else whole[0])
+
+    @staticmethod
+    def check_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Return a shape that decoded images can have, or raise :class:`ConfigError`."""
+        return check_image_shape(image_shape)
 
     @classmethod
     def _own_fields(cls) -> list[dataclasses.Field[Any]]:
@@ -246,6 +249,10 @@ class LearnedMemory(Memory, nn.Module):
     default_number_format: ClassVar[str] = "int8"
     codes_entropy: ClassVar[bool] = False
     """Whether the kind can be entropy-coded."""
+    shared_bits: ClassVar[float] = 4.0
+    """Bits planned for a value that all images share, or those of a class, if entropy-coded."""
+    settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of a condensation that the kind has in place of an effort's."""
     layout: Any
     to = nn.Module.to
 
@@ -319,7 +326,7 @@ class LearnedMemory(Memory, nn.Module):
             ConfigError: A shape, a number of classes or a number format outside its range.
         """
         del real_images_per_class
-        shape, limit = check_image_shape(image_shape), Budget.parse(budget).num_bytes
+        shape, limit = cls.Layout.check_shape(image_shape), Budget.parse(budget).num_bytes
         *others, last = cls.layouts(limit, shape, number_format or cls.default_number_format)
         for layout in others:
             with contextlib.suppress(BudgetError):
@@ -382,6 +389,11 @@ class LearnedMemory(Memory, nn.Module):
         del indices, real_images
         return False
 
+    @property
+    def unit(self) -> Tensor | float:
+        """What errors of decoded images are measured in: 1, the range of pixels."""
+        return 1.0
+
     # Sizes: what a memory of a layout would take.
 
     @classmethod
@@ -435,7 +447,7 @@ class LearnedMemory(Memory, nn.Module):
         if num_format.is_coded:
             if code_bytes is None:
                 shared = sum(count for rows, count in values.items() if rows != "image")
-                code_bytes = math.ceil(shared * _SHARED_BITS / 8)
+                code_bytes = math.ceil(shared * cls.shared_bits / 8)
                 code_bytes += cls.planned_image_bytes(layout) * num_images
             specs["levels"] = TensorSpec(torch.uint8, (sizes["levels"],))
             specs["code"] = TensorSpec(torch.uint8, (code_bytes,))

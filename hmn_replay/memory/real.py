@@ -35,7 +35,17 @@ from hmn_replay.memory.jpeg import (
 )
 from hmn_replay.runtime import resolve_device
 
-__all__ = ["AnyReal", "JPEGMemory", "LosslessMemory", "RawMemory", "RealMemory", "check_order"]
+__all__ = [
+    "AnyReal",
+    "JPEGMemory",
+    "LosslessMemory",
+    "RawMemory",
+    "RealMemory",
+    "as_bytes",
+    "check_order",
+    "join_numbers",
+    "split_numbers",
+]
 
 _ENCODED_AT_ONCE = 256
 # "RIFF", a size, "WEBPVP8L", a size: the same for every lossless WebP, but for its sizes.
@@ -68,20 +78,25 @@ class RealMemory(Memory):
     def __init__(
         self, image_shape: Sequence[int], *, budget: Budget | int | str | None = None
     ) -> None:
-        self._image_shape = check_image_shape(image_shape)
+        self._image_shape = self.check_shape(image_shape)
         self.budget_bytes = None if budget is None else Budget.parse(budget).num_bytes
         self.classes = torch.empty(0, dtype=torch.int64)
         self.class_index = torch.empty(0, dtype=torch.int64)
         self.class_names, self.report, self._counts = {}, {}, []
         self.payloads: list[bytes] = []
 
+    @staticmethod
+    def check_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Return a shape that images of the kind can have, or raise :class:`ConfigError`."""
+        return check_image_shape(image_shape)
+
     @abc.abstractmethod
     def encode(self, images: Tensor) -> list[bytes]:
-        """Encode images: uint8 ``(N, C, H, W)`` on the CPU to the bytes of each."""
+        """Encode images: uint8 ``(N, C, H, W)``, or features, on the CPU to the bytes of each."""
 
     @abc.abstractmethod
     def _read(self, payloads: Sequence[bytes]) -> Tensor:
-        """Decode payloads to uint8 ``(N, C, H, W)`` on the CPU; DataError where one is damaged."""
+        """Decode payloads to what was encoded, on the CPU; DataError where one is damaged."""
 
     @classmethod
     @abc.abstractmethod
@@ -93,6 +108,11 @@ class RealMemory(Memory):
     def header(self) -> bytes:
         """Return the bytes that all images share."""
         return b""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of each payload, where they do not differ."""
+        return math.prod(self.image_shape)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -124,10 +144,9 @@ class RealMemory(Memory):
             ConfigError: ``order`` is not as said above.
             DataError: Images of another shape.
         """
-        if data.image_shape != self.image_shape:
-            raise DataError(
-                f"expected images of {self.image_shape}, as the memory has; got {data.image_shape}"
-            )
+        if (data.image_shape, data.images.dtype) != (self.image_shape, self.value_dtype):
+            what = "features" if self.holds_features else "images"
+            raise DataError(f"expected {what} of {self.image_shape}, as the memory has; got {data}")
         order = torch.arange(len(data)) if order is None else check_order(order, len(data))
         payloads = self._by_class()
         places: dict[int, Iterator[int]] = {}
@@ -236,11 +255,11 @@ class RealMemory(Memory):
         """Return what the file stores; see :meth:`Memory.stored`."""
         lengths = list(map(len, self.payloads))
         specs = self._specs(lengths)
-        stored = {"images": _bytes(b"".join(self.payloads))}
+        stored = {"images": as_bytes(b"".join(self.payloads))}
         if "lengths" in specs:
             stored["lengths"] = torch.tensor(lengths, dtype=specs["lengths"].dtype)
         if header := self.header():
-            stored["header"] = _bytes(header)
+            stored["header"] = as_bytes(header)
         return stored
 
     @classmethod
@@ -254,7 +273,7 @@ class RealMemory(Memory):
         if memory.sizes_differ:
             lengths = tensors["lengths"].long().tolist() if "lengths" in tensors else []
         else:
-            lengths = [math.prod(memory.image_shape)] * record.num_images
+            lengths = [memory.payload_bytes] * record.num_images
         if len(lengths) != record.num_images or min(lengths, default=1) < 1:
             raise MemoryFileError("its images and their lengths do not fit each other")
         specs = {**label_specs(classes, record.num_images), **memory._specs(lengths)}
@@ -283,7 +302,7 @@ class RealMemory(Memory):
 
     def _decode(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         images = self._read([self.payloads[i] for i in indices.tolist()]).to(self.classes.device)
-        return images if dtype == torch.uint8 else images.float().div_(255)
+        return images if dtype == images.dtype else images.float().div_(255)
 
     def _keep(self, kept: Tensor) -> None:
         self.payloads = [self.payloads[i] for i in kept.tolist()]
@@ -313,16 +332,16 @@ class RawMemory(RealMemory):
     def _read(self, payloads: Sequence[bytes]) -> Tensor:
         if not payloads:
             return torch.empty((0, *self.image_shape), dtype=torch.uint8)
-        return _bytes(b"".join(payloads)).view(-1, *self.image_shape)
+        return as_bytes(b"".join(payloads)).view(-1, *self.image_shape)
 
     def words(self) -> tuple[str, ...]:
         """Return the image shape, for the file's metadata."""
-        return (_join(self.image_shape),)
+        return (join_numbers(self.image_shape),)
 
     @classmethod
     def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> RawMemory:
         (shape,) = words
-        return cls(_split(shape))
+        return cls(split_numbers(shape))
 
 
 @register_memory("jpeg")
@@ -371,12 +390,12 @@ class JPEGMemory(RealMemory):
 
     def words(self) -> tuple[str, ...]:
         """Return image shape, quality and subsampling, for the file's metadata."""
-        return _join(self.image_shape), str(self.quality), self.subsampling
+        return join_numbers(self.image_shape), str(self.quality), self.subsampling
 
     @classmethod
     def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> JPEGMemory:
         shape, quality, subsampling = words
-        memory = cls(_split(shape), quality=int(quality), subsampling=subsampling)
+        memory = cls(split_numbers(shape), quality=int(quality), subsampling=subsampling)
         memory._header = tensors["header"].numpy().tobytes()
         if read_jpeg_shape(memory._header) != memory.image_shape:
             raise MemoryFileError("its JPEG header is that of images of another shape")
@@ -431,12 +450,12 @@ class LosslessMemory(RealMemory):
 
     def words(self) -> tuple[str, ...]:
         """Return the image shape, for the file's metadata."""
-        return (_join(self.image_shape),)
+        return (join_numbers(self.image_shape),)
 
     @classmethod
     def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> LosslessMemory:
         (shape,) = words
-        return cls(_split(shape))
+        return cls(split_numbers(shape))
 
 
 def check_order(order: Tensor, num_images: int) -> Tensor:
@@ -451,14 +470,17 @@ def check_order(order: Tensor, num_images: int) -> Tensor:
     return order.cpu()
 
 
-def _bytes(data: bytes) -> Tensor:
+def as_bytes(data: bytes) -> Tensor:
+    """Return bytes as a tensor, uint8 ``(n,)``."""
     # torch.frombuffer refuses a buffer of no bytes.
     return torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8)[:-1]
 
 
-def _join(shape: Sequence[int]) -> str:
+def join_numbers(shape: Sequence[int]) -> str:
+    """Return numbers as a word of a file's metadata."""
     return ",".join(map(str, shape))
 
 
-def _split(text: str) -> tuple[int, ...]:
+def split_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers that :func:`join_numbers` joined, or raise a ValueError."""
     return tuple(map(int, text.split(",")))

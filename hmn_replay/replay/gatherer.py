@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import CheckpointError
 from hmn_replay.runtime import make_generator
@@ -47,7 +48,7 @@ class Gatherer:
         self._priorities = torch.empty(0, dtype=torch.float32)
 
     def add(self, data: LabelledImages) -> None:
-        """Add images, uint8 ``(N, C, H, W)``, and drop what is beyond the capacity."""
+        """Add images or features, and drop what is beyond the capacity."""
         generator = make_generator(self.seed, "raw buffer", self.num_seen.total())
         drawn = torch.rand(len(data), dtype=torch.float32, generator=generator)
         priorities = torch.cat([self._priorities, drawn])
@@ -65,7 +66,7 @@ class Gatherer:
 
     def images(self) -> LabelledImages | None:
         """Return the images that are kept; None where there is none."""
-        return LabelledImages(torch.stack(self._images), self._labels) if self._images else None
+        return _labelled(torch.stack(self._images), self._labels) if self._images else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what was gathered, as tensors."""
@@ -95,12 +96,17 @@ class Gatherer:
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise CheckpointError(f"{name} are {tensor.dtype} {tuple(tensor.shape)}")
         if len(images):
-            LabelledImages(images, labels)  # which checks them
+            _labelled(images, labels)  # which checks them
         if int((seen[:, 1] < 0).sum()):
             raise CheckpointError("less than no images were seen")
         self.num_seen = Counter({label: count for label, count in state["seen"].tolist()})
         self._images = [image.clone() for image in state["images"]]
         self._labels, self._priorities = state["labels"].clone(), state["priorities"].clone()
+
+
+def _labelled(images: Tensor, labels: Tensor) -> LabelledImages:
+    kind = LabelledFeatures if images.is_floating_point() else LabelledImages
+    return kind(images, labels)
 
 
 def first_in_turn(labels: Tensor, priorities: Tensor) -> Tensor:

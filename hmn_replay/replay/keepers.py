@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from hmn_replay.baselines.fill import choose_quality, jpeg_images
 from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.budget import Budget, as_int
-from hmn_replay.condensation.condense import condense
+from hmn_replay.condensation.condense import check_config, condense
 from hmn_replay.condensation.config import CondenseConfig, make_config
+from hmn_replay.data.features import as_labelled_features
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.memory import (
@@ -29,6 +30,7 @@ from hmn_replay.memory import (
     JPEGMemory,
     LearnedMemory,
     Memory,
+    PQMemory,
     RealMemory,
     loads,
 )
@@ -39,7 +41,15 @@ from hmn_replay.settings import check_options
 from hmn_replay.training.networks import is_built_in
 from hmn_replay.training.train import TrainingConfig
 
-__all__ = ["JPEGKeeper", "Keeper", "LearnedKeeper", "RealKeeper", "Selection", "make_keeper"]
+__all__ = [
+    "JPEGKeeper",
+    "Keeper",
+    "LearnedKeeper",
+    "PQKeeper",
+    "RealKeeper",
+    "Selection",
+    "make_keeper",
+]
 
 Selection: TypeAlias = "str | Callable[[LabelledImages, nn.Module], Tensor]"
 
@@ -66,6 +76,11 @@ class Keeper(ABC):
         training.
         """
         return True
+
+    @property
+    def holds_features(self) -> bool:
+        """Whether the memory is one of features, which then come in the place of images."""
+        return False
 
     @abstractmethod
     def renew(
@@ -122,7 +137,8 @@ class LearnedKeeper(Keeper):
 
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        kind: A learned memory kind: ``"hmn"``, or ``"pixels"``, ``"idc"``, ``"haba"``, ``"linba"``.
+        kind: A learned memory kind: ``"hmn"``, or ``"pixels"``, ``"idc"``, ``"haba"``, ``"linba"``;
+            ``"features"`` for a frozen network's features.
         expected_classes: How many classes there will be in all, if that is known: the memory's
             tensors are shaped for so many. Default: None, ten times those that come first, or as
             many of them as the budget can be shaped for.
@@ -157,7 +173,8 @@ class LearnedKeeper(Keeper):
                 "JPEGReplay or LosslessReplay, or without Avalanche ReplayMemory or a RealKeeper"
             )
         self.budget, self.kind = Budget.parse(budget), kind
-        self.config = config or make_config(effort, **options)
+        self.config = config or make_config(effort, **{**memory_type.settings, **options})
+        check_config(self.config, memory_type)
         self.effort = effort if config is None else None
         self.expected_classes = expected_classes
 
@@ -171,6 +188,11 @@ class LearnedKeeper(Keeper):
     def has_codec(self) -> bool:
         """Whether the memory kind has a codec; see :class:`Keeper`."""
         return self.memory_type.has_codec
+
+    @property
+    def holds_features(self) -> bool:
+        """Whether the memory kind is one of features."""
+        return self.memory_type.holds_features
 
     @property
     def memory_type(self) -> type[LearnedMemory]:
@@ -239,8 +261,9 @@ class RealKeeper(Keeper):
 
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        kind: A kind of real images: ``"raw"``, ``"lossless"``, or one that was registered and is
-            made from image shape and budget alone. ``"jpeg"`` has :class:`JPEGKeeper`.
+        kind: A kind of real images: ``"raw"``, ``"lossless"``, ``"raw-features"`` for features, or
+            one that was registered and is made from image shape and budget alone. ``"jpeg"`` has
+            :class:`JPEGKeeper`, and ``"pq"`` :class:`PQKeeper`.
         selection: Which images of a class stay longest: one of
             :data:`~hmn_replay.baselines.selection.SELECTIONS`, or a callable that takes the images
             that come and the network that is being trained, and returns their order, int64
@@ -278,6 +301,16 @@ class RealKeeper(Keeper):
         """Whether the selection or its network is a user's own; see :class:`Keeper`."""
         is_ours = self.training is None or is_built_in(self.training.network)
         return callable(self.selection) or not is_ours
+
+    @property
+    def has_codec(self) -> bool:
+        """Whether the memory kind has a codec; see :class:`Keeper`."""
+        return self.memory_type.has_codec
+
+    @property
+    def holds_features(self) -> bool:
+        """Whether the memory kind is one of features."""
+        return self.memory_type.holds_features
 
     @property
     def memory_type(self) -> type[RealMemory]:
@@ -421,13 +454,63 @@ class JPEGKeeper(RealKeeper):
         return memory, {"quality": memory.summary()["quality"], **report}
 
 
+class PQKeeper(RealKeeper):
+    """Keeps features by product quantisation, with a codebook of those that come first.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        num_parts: As in :class:`PQMemory`.
+        bits: As in :class:`PQMemory`.
+        selection: Which images of a class stay longest; see :class:`RealKeeper`.
+        expected_classes: As in :class:`RealKeeper`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: A value outside its range.
+        MissingExtraError: With the first features, where faiss is not installed.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        num_parts: int = 16,
+        bits: int = 4,
+        selection: Selection = "random",
+        expected_classes: int | None = None,
+    ) -> None:
+        super().__init__(
+            budget, kind=PQMemory.kind, selection=selection, expected_classes=expected_classes
+        )
+        self.num_parts, self.bits = num_parts, bits
+
+    def empty(self, image_shape: tuple[int, int, int]) -> RealMemory:
+        """Return a memory without features."""
+        return PQMemory(image_shape, num_parts=self.num_parts, bits=self.bits)
+
+    def begin(
+        self, images: LabelledImages, order: Tensor, *, seed: int, device: torch.device
+    ) -> tuple[RealMemory, dict[str, Any]]:
+        """Return the first memory, filled, after the training of its codebook."""
+        memory = PQMemory.train(
+            as_labelled_features(images),
+            num_parts=self.num_parts,
+            bits=self.bits,
+            budget=self.budget,
+            seed=derive_seed(seed, "codebook") % 2**31,
+        )
+        memory.extend(images, order=order)
+        return memory, {"num_parts": self.num_parts, "code_bits": self.bits}
+
+
 def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -> Keeper:
     """Return the keeper of a memory kind.
 
     Args:
         budget: Bytes that the memory's file may take at any time.
         kind: A memory kind: learned or of real images.
-        **options: Those of :class:`LearnedKeeper`, :class:`JPEGKeeper` or :class:`RealKeeper`.
+        **options: Those of :class:`LearnedKeeper`, :class:`JPEGKeeper`, :class:`PQKeeper` or
+            :class:`RealKeeper`.
 
     Raises:
         UnknownOptionError: An option that the kind does not have; also a TypeError.
@@ -437,8 +520,9 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
     memory_type = MEMORIES[kind]
     if issubclass(memory_type, LearnedMemory):
         return LearnedKeeper(budget, kind=kind, **options)
-    is_jpeg = issubclass(memory_type, JPEGMemory)
-    keeper_type = JPEGKeeper if is_jpeg else partial(RealKeeper, kind=kind)
+    keeper_type: Callable[..., RealKeeper] = partial(RealKeeper, kind=kind)
+    if issubclass(memory_type, JPEGMemory | PQMemory):
+        keeper_type = JPEGKeeper if issubclass(memory_type, JPEGMemory) else PQKeeper
     known = set(inspect.signature(keeper_type).parameters) - {"budget", "kind"}
     check_options(f"the memory kind {kind!r}", options, sorted(known))
     return keeper_type(budget, **options)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.labelling import label_images
-from hmn_replay.data.images import ImageSource, LabelledImages, as_labelled_images
+from hmn_replay.data.features import read_data
+from hmn_replay.data.images import ImageSource, LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayError
 from hmn_replay.memory import Memory, loads
 from hmn_replay.replay.gatherer import Gatherer, first_in_turn
@@ -145,7 +146,7 @@ class ReplayMemory:
             BudgetError: The budget does not hold one image of each class that the memory has, of
                 each of these, and of each that is expected; the message says what would do.
         """
-        data = _labelled(images, labels)
+        data = self._read(images, labels)
         self.keeper.check_room(data, memory=self.memory, num_classes=self.count_classes(data))
 
     def update(
@@ -165,7 +166,8 @@ class ReplayMemory:
         Args:
             images: uint8, or floats in [0, 1], ``(N, C, H, W)`` or ``(N, H, W, C)``; or, without
                 ``labels``, anything that :func:`hmn_replay.as_labelled_images` takes, such as a
-                data set.
+                data set. For a memory of features these, as
+                :func:`hmn_replay.as_labelled_features` takes them.
             labels: int64 ``(N,)``.
             model: The network that is being trained, for a selection by it; it is left as it is.
             networks: States of that network, the earliest first, for learned kinds to match on in
@@ -179,7 +181,7 @@ class ReplayMemory:
             DataError: Images or labels that cannot be used.
             BudgetError: The budget does not hold one image of each class.
         """
-        data, index, started = _labelled(images, labels), self._num_updates, time.monotonic()
+        data, index, started = self._read(images, labels), self._num_updates, time.monotonic()
         surroundings = without_autocast(self.device)
         if self.keeper.draws_globally:
             surroundings = isolated(self.device, self.seed, "update", index)
@@ -226,7 +228,7 @@ class ReplayMemory:
             images: As in :meth:`update`.
             labels: As in :meth:`update`.
         """
-        self.gatherer.add(_labelled(images, labels))
+        self.gatherer.add(self._read(images, labels))
 
     def finish(
         self,
@@ -247,6 +249,10 @@ class ReplayMemory:
             self.update(images, model=model, networks=networks, note=note)
             self.gatherer.clear()
         return images is not None
+
+    def _read(self, images: ImageSource, labels: Any) -> LabelledImages:
+        source = images if labels is None else (images, labels)
+        return read_data(source, holds_features=self.keeper.holds_features)
 
     def decoded(self, device: str | torch.device | None = None) -> DecodedImages | None:
         """Return all images, decoded once until the memory is another one; None without a memory.
@@ -273,11 +279,11 @@ class ReplayMemory:
 
         Args:
             count: How many, 1 or more; all, where there are fewer.
-            dtype: A floating one for images in [0, 1], or ``torch.uint8``.
+            dtype: A floating one for images in [0, 1], or ``torch.uint8``; features are floats.
             device: Where they are wanted. Default: :attr:`device`.
 
         Returns:
-            Images ``(n, C, H, W)`` and labels, int64 ``(n,)``.
+            Images ``(n, C, H, W)``, or features, and labels, int64 ``(n,)``.
 
         Raises:
             ConfigError: The memory is empty, or a value is outside its range.
@@ -334,6 +340,10 @@ class ReplayMemory:
         """
         if self.memory is None:
             return 0
+        if self.memory.holds_features:
+            raise ConfigError(
+                "soft labels are what a network says of augmented images; features have none"
+            )
         memory = copy.deepcopy(self.memory)
         chosen = (~memory.is_soft).nonzero().flatten()
         if not len(chosen):
@@ -424,7 +434,8 @@ class DecodedImages:
     Attributes:
         memory: What they were decoded from.
         device: Where they are.
-        images: uint8 ``(N, C, H, W)``: a quarter of the bytes that floats would take.
+        images: uint8 ``(N, C, H, W)``: a quarter of the bytes that floats would take. Features are
+            float32.
         labels: int64 ``(N,)``.
         soft: float32 ``(N, K)``, soft labels; None where the memory has none.
     """
@@ -439,7 +450,7 @@ class DecodedImages:
     def of(cls, memory: Memory, device: torch.device) -> DecodedImages:
         """Decode a memory where it is, and bring its images to a device."""
         with without_autocast(device):
-            images, labels = memory.decode(dtype=torch.uint8)
+            images, labels = memory.decode(dtype=memory.value_dtype)
         soft = memory.soft_labels().to(device) if memory.has_soft_labels else None
         return cls(memory, device, images.to(device), labels.to(device), soft)
 
@@ -472,19 +483,20 @@ class DecodedImages:
         Raises:
             ConfigError: ``dtype`` is another.
         """
-        if not (dtype.is_floating_point or dtype == torch.uint8):
-            raise ConfigError(f"dtype must be a floating one or torch.uint8; got {dtype}")
+        is_fitting = dtype == torch.uint8 and not self.memory.holds_features
+        if not (dtype.is_floating_point or is_fitting):
+            raise ConfigError(
+                f"dtype must be a floating one or torch.uint8; got {dtype}"
+                + (" for features" if dtype == torch.uint8 else "")
+            )
         indices = torch.randperm(len(self), generator=generator)[:count]
         indices = indices.to(self.device, non_blocking=True)
         images = self.images[indices]
         if dtype != torch.uint8:
-            images = images.to(dtype).div_(255)
+            is_bytes = images.dtype == torch.uint8
+            images = images.to(dtype).div_(255) if is_bytes else images.to(dtype)
         soft = None if self.soft is None else self.soft[indices]
         return images, self.labels[indices], soft
-
-
-def _labelled(images: ImageSource, labels: Any) -> LabelledImages:
-    return as_labelled_images(images if labels is None else (images, labels))
 
 
 def _digest(state: dict[str, Any]) -> str:

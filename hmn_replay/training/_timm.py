@@ -68,6 +68,19 @@ class _Timm(nn.Module):
         logits: Tensor = self.model(images)
         return logits
 
+    @property
+    def normalization(self) -> tuple[Any, Any]:
+        """Mean and deviation of pixels in [0, 1] that the weights were trained with, or None."""
+        config = getattr(self.model, "pretrained_cfg", None) or {}
+        return config.get("mean"), config.get("std")
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return what the last layer sees, ``(N, C')``."""
+        vectors: Tensor = self.model.forward_head(
+            self.model.forward_features(images), pre_logits=True
+        )
+        return vectors
+
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the output of every stage, ``(N, C', H', W')``, first stage first."""
         if not hasattr(self.model, "forward_intermediates"):

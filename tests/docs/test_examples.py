@@ -15,26 +15,34 @@ from PIL import Image
 
 import hmn_replay
 from tests.hub import Hub
+from tests.streams import streams
 
 DOCS = Path(__file__).parents[2] / "docs"
-HOSTS = ("models.er", "avalanche")
+HOSTS = ("models.er", "avalanche", "timm-pretrained")
 
 
-def run_page(name: str, host: str = "", replace: Mapping[str, str] | None = None) -> dict[str, Any]:
+def run_page(
+    name: str,
+    host: str = "",
+    replace: Mapping[str, str] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Run the blocks of a page in one namespace: those that name a host, or none of them.
 
     Args:
         name: The page.
         host: One of ``HOSTS``, or none.
-        replace: Words of the blocks and what stands in their place, to make sizes smaller.
+        replace: Words of the page and what stands in their place, to make sizes smaller.
+        given: Names that the blocks begin with.
     """
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = dict(given or {})
+    page, changes = (DOCS / name).read_text(), dict(replace or {})
+    assert all(word in page for word in changes)
     with torch.random.fork_rng():
-        for block in re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.S | re.M):
+        for block in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M):
             if any(other in block for other in HOSTS if other != host) or host not in block:
                 continue
-            for word, smaller in (replace or {}).items():
-                assert word in block
+            for word, smaller in changes.items():
                 block = block.replace(word, smaller)
             exec(compile(block, name, "exec"), names)
     return names
@@ -104,6 +112,48 @@ def test_folders_of_large_pictures_become_a_file_and_a_stream() -> None:
     assert names["memory"].class_names == {0: "church", 1: "tench", 2: "truck"}
     assert Path("imagenette.hmn").stat().st_size <= 12_000
     assert names["images"].shape[1:] == (3, 48, 48) and names["stream"].memory.num_classes == 3
+
+
+def test_features_become_a_file_and_a_stream() -> None:
+    monkey = {"num_passes=4000": "num_passes=2000", "range(200)": "range(60)"}
+    names = run_page("features.md", replace=monkey)
+    assert Path("digits-features.hmn").stat().st_size <= 4096
+    assert hmn_replay.load("digits-features.hmn").holds_features
+    assert names["accuracy"] > 0.7 and names["accuracy_of_stream"] > 0.5
+    assert names["replay"].memory.num_classes == 10 and names["replay"].memory_bytes <= 4096
+
+
+@pytest.mark.filterwarnings("ignore")  # Avalanche's own
+def test_features_are_replayed_inside_avalanche() -> None:
+    names = run_page("features.md", "avalanche", given=backbone_and_benchmark())
+    assert names["replay"].memory.holds_features and names["replay"].memory.num_classes == 4
+
+
+def test_features_are_made_by_a_network_of_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    data = hmn_replay.LabelledImages(
+        torch.randint(256, (30, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte(),
+        torch.arange(30) % 3,
+    )
+    monkeypatch.setattr(hmn_replay, "load_dataset", lambda *_, **__: data)
+    names = run_page(
+        "features.md",
+        "timm-pretrained",
+        replace={"timm-pretrained:resnet18": "timm:test_resnet", '"100 KB"': '"8 KB"'},
+    )
+    assert names["memory"].num_classes == 3 and Path("imagenette-features.hmn").exists()
+
+
+def backbone_and_benchmark() -> dict[str, Any]:
+    """Return what the page has before: a frozen backbone, and a stream of experiences."""
+    network = torch.nn.Conv2d(3, 6, 4, 4)
+    backbone = hmn_replay.FrozenBackbone(network, (3, 8, 8))
+    return {
+        "hmn_replay": hmn_replay,
+        "torch": torch,
+        "backbone": backbone,
+        "benchmark": streams(),
+    }
 
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own

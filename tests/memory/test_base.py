@@ -19,10 +19,10 @@ from hmn_replay.data.lookup import ImageLookup
 from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError
 from hmn_replay.memory import MEMORIES, LearnedMemory, Memory, load, loads
 from hmn_replay.memory.base import check_classes, check_counts, check_image_shape, check_indices
-from tests.support import CODECS, REAL, any_memory, made, real, same_bits
+from tests.support import CODECS, KINDS, REAL, any_memory, made, real, same_bits
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
-every_kind = pytest.mark.parametrize("kind", MEMORIES)
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 NAMES = {-3: "Straßenbahn", 7: "cat"}
 

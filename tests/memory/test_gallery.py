@@ -16,9 +16,8 @@ from PIL import Image
 
 from hmn_replay import Gallery, LabelledImages
 from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.memory import MEMORIES
 from tests.console import Console
-from tests.support import any_memory, real, real_set
+from tests.support import KINDS, any_memory, real, real_set
 
 
 class Page(HTMLParser):
@@ -46,7 +45,7 @@ class Page(HTMLParser):
         return [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in datas]
 
 
-@pytest.mark.parametrize("kind", MEMORIES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_shown(kind: str) -> None:
     memory = any_memory(kind)
     gallery = Gallery()

@@ -13,6 +13,7 @@ import torch
 
 from hmn_replay.memory import LearnedMemory, load
 from hmn_replay.memory.file import unpack
+from hmn_replay.memory.formats import NUMBER_FORMATS
 from tests.support import LEARNED_FORMATS, REAL
 
 FOLDER = Path(__file__).parents[1] / "data" / "golden"
@@ -20,6 +21,8 @@ NAMES = {
     **{f"{kind}-{number_format}": (kind, number_format) for kind, number_format in LEARNED_FORMATS},
     **{kind: (kind, "") for kind in REAL},
 }
+FEATURES = {f"features-{number_format}": number_format for number_format in NUMBER_FORMATS}
+REAL_FEATURES = ("raw-features", "pq")
 LABELLED = {
     "hmn-entropy-soft": ("hmn", "entropy"),
     "raw-soft": ("raw", ""),
@@ -28,6 +31,7 @@ LABELLED = {
 DIGESTS = json.loads((FOLDER / "golden.json").read_text())
 
 EVERY = {**NAMES, **LABELLED}
+EVERY_FEATURE = (*FEATURES, *REAL_FEATURES)
 every_file = pytest.mark.parametrize("name", NAMES)
 every_file_or_labelled = pytest.mark.parametrize("name", EVERY)
 
@@ -41,7 +45,7 @@ def decoded(name: str) -> dict[str, Any]:
         return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
-@every_file_or_labelled
+@pytest.mark.parametrize("name", [*EVERY, *EVERY_FEATURE])
 def test_every_kind_and_number_format_has_a_file_that_nobody_has_touched(name: str) -> None:
     assert digest((FOLDER / f"{name}.hmn").read_bytes()) == DIGESTS[name]["file"]
 
@@ -78,7 +82,20 @@ def test_a_golden_file_decodes_to_the_images_that_it_did(name: str) -> None:
         assert int(wanted.max()) - int(wanted.min()) > 100
 
 
-@every_file_or_labelled
+@pytest.mark.parametrize("name", EVERY_FEATURE)
+def test_a_golden_file_decodes_to_the_features_that_it_did(name: str) -> None:
+    memory, wanted = load(FOLDER / f"{name}.hmn"), decoded(name)
+    features, labels = memory.decode()
+    assert memory.image_shape == (6, 2, 3) and labels.equal(wanted["labels"])
+    assert memory.class_names == {-3: "Straßenbahn", 7: "cat"}
+    if name in REAL_FEATURES:
+        assert features.equal(wanted["pixels"])
+    else:
+        torch.testing.assert_close(features, wanted["pixels"], rtol=1e-5, atol=1e-5)
+    assert float(wanted["pixels"].std()) > 0.1
+
+
+@pytest.mark.parametrize("name", [*EVERY, *EVERY_FEATURE])
 def test_a_golden_file_is_written_again_as_it_is(name: str) -> None:
     """Integers, steps, scales and the entropy code: names alone depend on the version of zlib."""
     memory = load(FOLDER / f"{name}.hmn")
@@ -105,7 +122,7 @@ def test_labels_of_a_golden_file_are_read_to_what_they_were(name: str) -> None:
         assert float(wanted["logits"].std()) > 0.1
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in REAL])
+@pytest.mark.parametrize("name", [*(name for name in NAMES if name not in REAL), *FEATURES])
 def test_a_golden_file_is_read_to_the_same_values_on_every_machine(name: str) -> None:
     memory = load(FOLDER / f"{name}.hmn")
     assert isinstance(memory, LearnedMemory)

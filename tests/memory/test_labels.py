@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError
-from hmn_replay.memory import MEMORIES, LearnedMemory, Memory, RealMemory, load, loads
+from hmn_replay.memory import LearnedMemory, Memory, RealMemory, load, loads
 from hmn_replay.memory.file import Record, pack, unpack
 from hmn_replay.memory.labels import Labeller, SoftLabels, expected_bytes
 from hmn_replay.training.networks import Network, build_network
-from tests.support import any_memory, made, real, real_set, same_bits
+from tests.support import KINDS, any_memory, made, real, real_set, same_bits
 
 LABEL_TENSORS = {"label_code", "labeller_code", "labeller_values"}
 
-every_kind = pytest.mark.parametrize("kind", MEMORIES)
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def probabilities(num_images: int, num_classes: int, seed: int = 0, spread: float = 3.0) -> Tensor:

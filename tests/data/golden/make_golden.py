@@ -9,9 +9,9 @@ its own beside the old ones.
 
 * ``KIND-FORMAT.hmn``, or ``KIND.hmn`` for real images: the file.
 * ``KIND-soft.hmn`` and ``KIND-labeller.hmn``: a file with soft labels, or with a labeller.
-* ``KIND-FORMAT.npz``: ``pixels``, uint8 ``(N, C, H, W)``, what it decodes to, and ``labels``; of
-  files with soft labels, ``soft``, float32 ``(N, K)``, too; of those with a labeller, ``logits``,
-  float32 ``(N, K)``, what it says of the images.
+* ``KIND-FORMAT.npz``: ``pixels``, uint8 ``(N, C, H, W)``, what it decodes to (of features,
+  float32), and ``labels``; of files with soft labels, ``soft``, float32 ``(N, K)``, too; of those
+  with a labeller, ``logits``, float32 ``(N, K)``, what it says of the images.
 * ``golden.json``: the BLAKE2b of each file and, for learned kinds, of the values that it is loaded
   with: float32, in the order of the table, which no machine may round in another way.
 """
@@ -28,12 +28,26 @@ import numpy as np
 import torch
 
 import hmn_replay
-from hmn_replay import MEMORIES, NUMBER_FORMATS, LabelledImages, LearnedMemory, Memory
-from hmn_replay.memory import HaBaLayout, HMNLayout, IDCLayout, LinBaLayout, PixelLayout
+from hmn_replay import (
+    MEMORIES,
+    NUMBER_FORMATS,
+    LabelledFeatures,
+    LabelledImages,
+    LearnedMemory,
+    Memory,
+)
+from hmn_replay.memory import (
+    FeatureLayout,
+    HaBaLayout,
+    HMNLayout,
+    IDCLayout,
+    LinBaLayout,
+    PixelLayout,
+)
 from hmn_replay.memory.labels import Labeller
 
 FOLDER = Path(__file__).parent
-SHAPE = (3, 9, 13)
+SHAPE, FEATURE_SHAPE = (3, 9, 13), (6, 2, 3)
 NAMES = {-3: "Straßenbahn", 7: "cat"}
 
 
@@ -42,14 +56,24 @@ def hmn_layout(number_format: str) -> HMNLayout:
     return HMNLayout(SHAPE, number_format, 4, 3, 2, 2, 2, (5, 4), image_bytes)
 
 
+def feature_layout(number_format: str) -> FeatureLayout:
+    image_bytes = 5 if NUMBER_FORMATS[number_format].is_coded else 0
+    return FeatureLayout(FEATURE_SHAPE, number_format, 3, image_bytes)
+
+
 LAYOUTS: dict[str, Callable[[str], Any]] = {
     "hmn": hmn_layout,
+    "features": feature_layout,
     "pixels": lambda number_format: PixelLayout(SHAPE, number_format),
     "idc": lambda number_format: IDCLayout(SHAPE, number_format),
     "haba": lambda number_format: HaBaLayout(SHAPE, number_format, 2),
     "linba": lambda number_format: LinBaLayout(SHAPE, number_format, 5),
 }
-CODECS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 40}}
+CODEBOOK = torch.linspace(-2, 2, 2 * 8 * 3).view(2, 8, 3)
+CODECS: dict[str, dict[str, Any]] = {
+    "jpeg": {"quality": 40},
+    "pq": {"num_parts": 2, "bits": 3, "codebook": CODEBOOK},
+}
 
 
 def learned(kind: str, number_format: str) -> Memory:
@@ -72,12 +96,17 @@ def learned(kind: str, number_format: str) -> Memory:
 def real(kind: str) -> Memory:
     """Return a memory of real images, of which one has been dropped."""
     memory_type: Any = MEMORIES[kind]
-    memory = memory_type(SHAPE, budget=20_000, **CODECS.get(kind, {}))
+    shape = FEATURE_SHAPE if memory_type.holds_features else SHAPE
+    memory = memory_type(shape, budget=20_000, **CODECS.get(kind, {}))
     rng = np.random.default_rng(2)
     coarse = rng.integers(0, 230, (5, 3, 3, 5)).repeat(3, axis=2).repeat(3, axis=3)[..., :13]
     pixels = (coarse + rng.integers(0, 25, (5, *SHAPE))).astype(np.uint8)
     labels = torch.tensor([-3, 7, 7, 2**40, 2**40])
-    memory.extend(LabelledImages(torch.from_numpy(pixels), labels))
+    data = LabelledImages(torch.from_numpy(pixels), labels)
+    if memory.holds_features:
+        values = rng.normal(0, 1, (5, *shape)).astype(np.float32)
+        data = LabelledFeatures(torch.from_numpy(values), labels)
+    memory.extend(data)
     memory.keep([0, 1, 2, 4])
     memory.class_names = dict(NAMES)
     return memory  # type: ignore[no-any-return]
@@ -149,7 +178,7 @@ def main() -> None:
             continue
         memory = add_labels(learned(kind, number_format) if number_format else real(kind))
         memory.save(file)
-        pixels, labels = memory.decode(dtype=torch.uint8)
+        pixels, labels = memory.decode(dtype=memory.value_dtype)
         arrays: dict[str, Any] = {"pixels": pixels.numpy(), "labels": labels.numpy()}
         if memory.has_soft_labels:
             arrays["soft"] = memory.soft_labels().numpy()
