@@ -8,8 +8,10 @@ Every memory is of the same data and under a budget of bytes of a file, header a
 network is trained on it and scored on the test set, for every seed, which also draws the memory;
 the last epoch counts. Rows are
 
-raw, jpeg, lossless  real images. JPEG is tried at all --qualities, and shown at the one with the
-                   highest test accuracy, which favours it
+raw, jpeg, lossless, subsampled
+                   real images; subsampled has one pixel for 2 x 2. JPEG is tried at all
+                   --qualities, and shown at the one with the highest test accuracy, which favours
+                   it
 a number format    (float32, float16, int8, entropy) HMN, condensed for --seconds, half of them a
                    warm start
 FORMAT-warm        HMN, the warm start alone, for --seconds
@@ -66,7 +68,7 @@ from hmn_replay.training.train import TrainingConfig
 
 Data: TypeAlias = "tuple[LabelledImages, LabelledImages]"
 
-REAL, WARM = ("raw", "jpeg", "lossless"), "-warm"
+REAL, WARM = ("raw", "jpeg", "lossless", "subsampled"), "-warm"
 TEACHERS: dict[Any, Any] = {}  # the last one
 ROWS = (*REAL, *NUMBER_FORMATS, *(f"{name}{WARM}" for name in NUMBER_FORMATS), *EFFORTS)
 

@@ -22,6 +22,7 @@ COLOURS = {
     "hmn": "tab:red",
     "jpeg": "tab:orange",
     "lossless": "tab:brown",
+    "subsampled": "gold",
     "raw": "tab:blue",
     "herding": "tab:cyan",
     "gdumb": "tab:green",

@@ -16,6 +16,8 @@ is --renew after --loss balanced.
 After the last experience it is measured whether a network takes artefacts of the memory for age:
 how many clean test images of old classes it calls one of the newest, and how many of them once they
 have been through the memory's codec (hmn_replay.shortcut_report; shortcut in results.json).
+psnr_by_experience is how near the memory's images of each experience's classes are then to real
+ones, in dB (hmn_replay.psnr_by_class).
 
 Written to OUT: results.json, after every finished run; accuracy.png, memory.png and shortcut.png
 (or other --formats); and the memory file of each run that has one, memory-hmn-seed0.hmn. With
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 import traceback
@@ -140,7 +143,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--replay-weight", type=float,
         help="replayed images' share of our memories' loss (default: by their number)")  # fmt: skip
     add("--recode", type=float, default=0.0,
-        help="probability with which HMN and JPEG show current images through a codec")  # fmt: skip
+        help="share of current images that hmn, jpeg and subsampled code")  # fmt: skip
+    add("--factor", type=int, default=2,
+        help="pixels that one of subsampled's stands for, along each side")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
     add("--expected-classes", type=int, help="tell HMN and JPEG how many classes will come in all")
     add("--kind", default="hmn", help="memory kind of the strategy hmn: hmn, pixels, idc, ...")
@@ -279,7 +284,8 @@ def run(
         task_labels=False,
         fixed_class_order=order,
     )
-    tests = [test.take(torch.isin(test.labels, own)) for own in torch.tensor(order).split(sizes)]
+    parts = [part.tolist() for part in torch.tensor(order).split(sizes)]
+    tests = [test.take(torch.isin(test.labels, torch.tensor(part))) for part in parts]
     model: nn.Module = build_model(args, train, seed=seed)
     if args.compile:
         model.compile(dynamic=True)
@@ -297,6 +303,7 @@ def run(
             "training": hmn_replay.TrainingConfig(**args.jpeg_training),
             "recode_share": args.recode,
         },
+        "subsampled": {"factor": args.factor, "recode_share": args.recode},
     }
     strategy = strategies.build(
         name,
@@ -355,6 +362,11 @@ def run(
         shortcut = hmn_replay.shortcut_report(
             strategy, memory, test, new_classes=order[-sizes[-1] :], real_set=train, seed=seed
         )
+    psnr: list[float | None] | None = None
+    if memory is not None:
+        by_class = hmn_replay.psnr_by_class(memory, train)
+        own = [[by_class[label] for label in part if label in by_class] for part in parts]
+        psnr = [statistics.fmean(part) if part else None for part in own]
     images, labels = strategies.memory_images(strategy)
     if len(images):
         save_samples(images, labels, args.out / f"memory-{name}-seed{seed}.png")
@@ -368,6 +380,7 @@ def run(
         "accuracy_matrix": matrix,
         **summary,
         "shortcut": shortcut,
+        "psnr_by_experience": psnr,
         "train_seconds": seconds - use.seconds,
         "memory_seconds": use.seconds,
         "peak_rss_bytes": peak_memory_bytes(torch.device("cpu")),

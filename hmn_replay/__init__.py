@@ -14,6 +14,7 @@ from hmn_replay.baselines.fill import (
     pq_features,
     raw_features,
     raw_images,
+    subsampled_images,
 )
 from hmn_replay.baselines.scores import scores
 from hmn_replay.baselines.selection import SELECTIONS, select_images
@@ -58,6 +59,7 @@ from hmn_replay.memory import (
     RawMemory,
     RealMemory,
     StoredTensor,
+    SubsampledMemory,
     load,
     register_memory,
 )
@@ -67,7 +69,7 @@ from hmn_replay.memory.export import (
     export_images,
     export_npz,
 )
-from hmn_replay.memory.gallery import Gallery
+from hmn_replay.memory.gallery import Gallery, psnr_by_class
 from hmn_replay.memory.labels import LABELS
 from hmn_replay.objectives import (
     OBJECTIVES,
@@ -87,6 +89,7 @@ from hmn_replay.replay import (
     PQKeeper,
     RealKeeper,
     ReplayMemory,
+    SubsampledKeeper,
 )
 from hmn_replay.shortcut import shortcut_report
 from hmn_replay.training.backbones import (
@@ -109,6 +112,7 @@ if TYPE_CHECKING:
         LosslessReplay,
         MemoryReplay,
         RawReplay,
+        SubsampledReplay,
     )
 
 __version__ = "0.1.0"
@@ -171,6 +175,9 @@ __all__ = [
     "ReplayMemory",
     "ReplayStep",
     "StoredTensor",
+    "SubsampledKeeper",
+    "SubsampledMemory",
+    "SubsampledReplay",
     "TrainingConfig",
     "TrainingError",
     "UnknownOptionError",
@@ -201,6 +208,7 @@ __all__ = [
     "margins",
     "memory_metrics",
     "pq_features",
+    "psnr_by_class",
     "raw_features",
     "raw_images",
     "record_experts",
@@ -208,6 +216,7 @@ __all__ = [
     "scores",
     "select_images",
     "shortcut_report",
+    "subsampled_images",
     "train_network",
     "train_teacher",
     "trajectory_matching",
@@ -223,6 +232,7 @@ _LAZY = {
     "MemoryReplay": "plugin",
     "RawReplay": "plugin",
     "ReplayStep": "losses",
+    "SubsampledReplay": "plugin",
     "memory_metrics": "metrics",
 }
 

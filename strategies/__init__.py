@@ -29,6 +29,7 @@ from strategies import (
     lossless,
     naive,
     raw,
+    subsampled,
 )
 from strategies.measures import MemoryUse, loss_used, memory_images, memory_use, renew_used
 from strategies.settings import Settings, Strategy
@@ -56,6 +57,7 @@ _BUILDERS: dict[str, Callable[[Settings], Strategy]] = {
     "hmn": hmn.build,
     "jpeg": jpeg.build,
     "lossless": lossless.build,
+    "subsampled": subsampled.build,
     "raw": raw.build,
     "herding": herding.build,
     "gdumb": gdumb.build,
@@ -101,11 +103,12 @@ def build(
 ) -> Strategy:
     """Build an Avalanche strategy whose memory never takes more than a budget.
 
-    All train by SGD and cross-entropy; the memories of this package (hmn, jpeg, lossless, raw,
-    herding) under the same replay loss. :func:`loss_used` names it for every strategy, and
-    :func:`renew_used` says when the memory was renewed. Experiences give float images in [0, 1] and
-    labels, and task labels too where DER++ is to learn from them. Avalanche shuffles and draws from
-    the global generators: seed these (``RNGManager.set_random_seeds``) for the same results again.
+    All train by SGD and cross-entropy; the memories of this package (hmn, jpeg, lossless,
+    subsampled, raw, herding) under the same replay loss. :func:`loss_used` names it for every
+    strategy, and :func:`renew_used` says when the memory was renewed. Experiences give float images
+    in [0, 1] and labels, and task labels too where DER++ is to learn from them. Avalanche shuffles
+    and draws from the global generators: seed these (``RNGManager.set_random_seeds``) for the same
+    results again.
 
     Args:
         name: One of :data:`NAMES`.

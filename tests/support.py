@@ -84,7 +84,7 @@ LAYOUTS: dict[str, Callable[..., MemoryLayout]] = {
 }
 """From an image shape and a number format to a small layout, by the memory kind."""
 
-CODECS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 30}}
+CODECS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 30}, "subsampled": {"factor": 3}}
 """What memories of real images are made with, by the memory kind, beside shape and budget."""
 
 

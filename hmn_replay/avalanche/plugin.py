@@ -71,6 +71,7 @@ from hmn_replay.replay import (
     RealKeeper,
     ReplayMemory,
     Selection,
+    SubsampledKeeper,
 )
 from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
@@ -85,6 +86,7 @@ __all__ = [
     "MemoryReplay",
     "RawReplay",
     "Strategy",
+    "SubsampledReplay",
 ]
 
 Strategy: TypeAlias = Any
@@ -1131,6 +1133,34 @@ class LosslessReplay(RawReplay):
     """
 
     kind = "lossless"
+
+
+class SubsampledReplay(MemoryReplay):
+    """Replays real images that are stored as pixels of a coarser grid.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        factor: Pixels of an image for one of the grid, along each side: 2 to 8.
+        selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`.
+        training: Training of the network that a selection by name needs.
+        **options: Those of :class:`MemoryReplay`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: An unknown option, or a value outside its range.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        factor: int = 2,
+        selection: Selection = "random",
+        training: TrainingConfig | None = None,
+        **options: Unpack[ReplayOptions],
+    ) -> None:
+        keeper = SubsampledKeeper(budget, factor=factor, selection=selection, training=training)
+        super().__init__(keeper, **options)
 
 
 class JPEGReplay(MemoryReplay):

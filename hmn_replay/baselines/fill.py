@@ -29,6 +29,7 @@ from hmn_replay.memory.real import (
     JPEGMemory,
     LosslessMemory,
     RawMemory,
+    SubsampledMemory,
     check_order,
 )
 from hmn_replay.memory.real_features import PQMemory, RawFeatureMemory
@@ -44,6 +45,7 @@ __all__ = [
     "pq_features",
     "raw_features",
     "raw_images",
+    "subsampled_images",
 ]
 
 QUALITIES = (5, 10, 20, 35, 50, 75, 95)
@@ -161,6 +163,38 @@ def lossless_images(
     """
     order = _order(data, selection, None, seed)
     memory = _fill(LosslessMemory, data, budget, order)
+    return _labelled(memory, data, order, labels, teacher, seed, device)
+
+
+def subsampled_images(
+    data: LabelledImages,
+    budget: Budget | int | str,
+    *,
+    factor: int = 2,
+    selection: str | Tensor = "random",
+    labels: LabelConfig | str = "hard",
+    teacher: Network | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+) -> SubsampledMemory:
+    """Take real images, as many as fit a budget as pixels of a coarser grid.
+
+    Args:
+        data: As in :func:`raw_images`, which takes the same images in the same order.
+        budget: Bytes of the file, header and labels counted.
+        factor: Pixels of an image for one of the grid, along each side: 2 to 8.
+        selection: As in :func:`raw_images`; one by name puts all images of ``data`` in order.
+        labels: As in :func:`raw_images`.
+        teacher: As in :func:`raw_images`.
+        seed: As in :func:`raw_images`.
+        device: As in :func:`raw_images`.
+
+    Raises:
+        BudgetError: Not one image fits; the message gives the smallest budget that does.
+        ConfigError: ``factor`` or ``selection`` is not as said above.
+    """
+    order = _order(data, selection, None, seed)
+    memory = _fill(SubsampledMemory, data, budget, order, factor=factor)
     return _labelled(memory, data, order, labels, teacher, seed, device)
 
 

@@ -12,7 +12,13 @@ from hmn_replay.memory.features import FeatureLayout, FeatureMemory
 from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.memory.hierarchical import HierarchicalMemory, HMNLayout
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout, StoredTensor
-from hmn_replay.memory.real import JPEGMemory, LosslessMemory, RawMemory, RealMemory
+from hmn_replay.memory.real import (
+    JPEGMemory,
+    LosslessMemory,
+    RawMemory,
+    RealMemory,
+    SubsampledMemory,
+)
 from hmn_replay.memory.real_features import PQMemory, RawFeatureMemory
 from hmn_replay.memory.rivals import (
     HaBaLayout,
@@ -52,6 +58,7 @@ __all__ = [
     "RawMemory",
     "RealMemory",
     "StoredTensor",
+    "SubsampledMemory",
     "load",
     "loads",
     "register_memory",

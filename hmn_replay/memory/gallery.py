@@ -22,7 +22,7 @@ from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.base import Memory
 
-__all__ = ["Gallery"]
+__all__ = ["Gallery", "psnr_by_class"]
 
 _SIDE = 48  # smaller images are enlarged to it, by a whole factor
 _WIDTH = 1150  # of a line of images
@@ -47,6 +47,38 @@ margin-right: .4rem; vertical-align: -1px; } figure { margin: .3rem 0 .8rem; }
 figure, .scroll { overflow-x: auto; }
 figcaption { font-size: .85rem; opacity: .7; } img { image-rendering: pixelated; display: block; }
 """
+
+
+def psnr_by_class(memory: Memory, sources: LabelledImages) -> dict[int, float]:
+    """Return how near each class's images are to real ones.
+
+    Args:
+        memory: Of any kind.
+        sources: Real images, such as those that the memory was made from.
+
+    Returns:
+        For the label of each class that has images in both, the mean over the memory's images of
+        the PSNR in dB to the real image of the class that is nearest in pixels; 100 at most, of an
+        image that is the real one.
+
+    Raises:
+        DataError: Images of another shape.
+    """
+    if sources.image_shape != memory.image_shape:
+        raise DataError(
+            f"expected images of {memory.image_shape}, as the memory has; got {sources.image_shape}"
+        )
+    known, found = set(sources.classes.tolist()), {}
+    labels = memory.labels.cpu()
+    for label in memory.classes.tolist():
+        positions = (labels == label).nonzero().flatten()
+        if label not in known or not len(positions):
+            continue
+        images = memory.decode(positions, dtype=torch.uint8)[0].cpu()
+        nearest = _nearest(images, sources.images[sources.of_class(label)])
+        errors = (images.float() - nearest.float()).div(255).square().mean(dim=(1, 2, 3))
+        found[label] = float(-10 * errors.clamp_min(1e-10).log10().mean())
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Real images as memories: pixels as they are, JPEG scans under one header, or lossless WebP."""
+"""Real images as memories: pixels, fewer pixels, JPEG scans under one header, or lossless WebP."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hmn_replay.budget import Budget, as_int
@@ -41,6 +42,7 @@ __all__ = [
     "LosslessMemory",
     "RawMemory",
     "RealMemory",
+    "SubsampledMemory",
     "as_bytes",
     "check_order",
     "join_numbers",
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 _ENCODED_AT_ONCE = 256
+_MAX_FACTOR = 8
 # "RIFF", a size, "WEBPVP8L", a size: the same for every lossless WebP, but for its sizes.
 _WEBP_HEADER_BYTES = 20
 
@@ -55,7 +58,7 @@ AnyReal = TypeVar("AnyReal", bound="RealMemory")
 
 
 class RealMemory(Memory):
-    """Real images under a budget, each encoded by itself; the base of raw, JPEG and lossless.
+    """Real images under a budget, each encoded by itself; the base of the kinds below.
 
     A memory begins without images; :meth:`extend` adds them. An image once encoded stays as it is,
     byte for byte: it is never encoded a second time.
@@ -342,6 +345,84 @@ class RawMemory(RealMemory):
     def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> RawMemory:
         (shape,) = words
         return cls(split_numbers(shape))
+
+
+@register_memory("subsampled")
+class SubsampledMemory(RealMemory):
+    """Real images as uint8 pixels of a coarser grid: means over ``factor`` x ``factor`` pixels.
+
+    They are decoded by bilinear interpolation. The simplest of lossy codes, and what a learned or
+    transform code has to be better than.
+
+    Args:
+        image_shape: As in :class:`RealMemory`.
+        factor: How many pixels of an image one of the grid has, along each side: 2 to 8.
+        budget: As in :class:`RealMemory`.
+
+    Raises:
+        ConfigError: A value outside these ranges.
+    """
+
+    sizes_differ = False
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        *,
+        factor: int = 2,
+        budget: Budget | int | str | None = None,
+    ) -> None:
+        super().__init__(image_shape, budget=budget)
+        self.factor = as_int(factor) or 0
+        if not 2 <= self.factor <= _MAX_FACTOR:
+            raise ConfigError(f"factor is a whole number from 2 to {_MAX_FACTOR}; got {factor!r}")
+
+    @property
+    def grid_shape(self) -> tuple[int, int, int]:
+        """``(C, h, w)`` of what is stored of an image; a border of less than a cell counts as one.
+
+        The cells are then a little smaller than ``factor``, and overlap.
+        """
+        channels, height, width = self.image_shape
+        return channels, math.ceil(height / self.factor), math.ceil(width / self.factor)
+
+    @property
+    def payload_bytes(self) -> int:
+        """The bytes of every image."""
+        return math.prod(self.grid_shape)
+
+    def encode(self, images: Tensor) -> list[bytes]:
+        """Return the pixels of each image's grid."""
+        # In float64, so that no image's rounding depends on the others in the batch.
+        grids = F.adaptive_avg_pool2d(images.double(), self.grid_shape[1:])
+        return [grid.numpy().tobytes() for grid in grids.round().to(torch.uint8)]
+
+    def _read(self, payloads: Sequence[bytes]) -> Tensor:
+        if not payloads:
+            return torch.empty((0, *self.image_shape), dtype=torch.uint8)
+        grids = as_bytes(b"".join(payloads)).view(-1, *self.grid_shape)
+        images = torch.empty((len(grids), *self.image_shape), dtype=torch.uint8)
+        for own, part in zip(
+            images.split(_ENCODED_AT_ONCE), grids.split(_ENCODED_AT_ONCE), strict=True
+        ):
+            wide = F.interpolate(
+                part.double(), size=self.image_shape[1:], mode="bilinear", align_corners=False
+            )
+            own[:] = wide.round().to(torch.uint8)
+        return images
+
+    def words(self) -> tuple[str, ...]:
+        """Return image shape and factor, for the file's metadata."""
+        return join_numbers(self.image_shape), str(self.factor)
+
+    @classmethod
+    def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> SubsampledMemory:
+        shape, factor = words
+        return cls(split_numbers(shape), factor=int(factor))
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the memory is, as JSON types; see :meth:`Memory.summary`."""
+        return {**super().summary(), "factor": self.factor}
 
 
 @register_memory("jpeg")

@@ -7,6 +7,7 @@ from hmn_replay.replay.keepers import (
     PQKeeper,
     RealKeeper,
     Selection,
+    SubsampledKeeper,
     make_keeper,
 )
 from hmn_replay.replay.mammoth import MammothBuffer
@@ -22,5 +23,6 @@ __all__ = [
     "RealKeeper",
     "ReplayMemory",
     "Selection",
+    "SubsampledKeeper",
     "make_keeper",
 ]

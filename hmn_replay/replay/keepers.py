@@ -32,6 +32,7 @@ from hmn_replay.memory import (
     Memory,
     PQMemory,
     RealMemory,
+    SubsampledMemory,
     loads,
 )
 from hmn_replay.memory.base import MAX_CLASSES
@@ -48,6 +49,7 @@ __all__ = [
     "PQKeeper",
     "RealKeeper",
     "Selection",
+    "SubsampledKeeper",
     "make_keeper",
 ]
 
@@ -263,7 +265,8 @@ class RealKeeper(Keeper):
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
         kind: A kind of real images: ``"raw"``, ``"lossless"``, ``"raw-features"`` for features, or
             one that was registered and is made from image shape and budget alone. ``"jpeg"`` has
-            :class:`JPEGKeeper`, and ``"pq"`` :class:`PQKeeper`.
+            :class:`JPEGKeeper`, ``"subsampled"`` :class:`SubsampledKeeper`, and ``"pq"``
+            :class:`PQKeeper`.
         selection: Which images of a class stay longest: one of
             :data:`~hmn_replay.baselines.selection.SELECTIONS`, or a callable that takes the images
             that come and the network that is being trained, and returns their order, int64
@@ -327,7 +330,8 @@ class RealKeeper(Keeper):
         self, images: LabelledImages, order: Tensor, *, seed: int, device: torch.device
     ) -> tuple[RealMemory, dict[str, Any]]:
         """Return the first memory, filled, and what to add to its report."""
-        memory = self.memory_type(images.image_shape, budget=self.budget)
+        memory = self.empty(images.image_shape)
+        memory.budget_bytes = self.budget.num_bytes
         memory.extend(images, order=order)
         return memory, {}
 
@@ -384,6 +388,44 @@ class RealKeeper(Keeper):
         extended.budget_bytes = self.budget.num_bytes
         extended.extend(images, order=order)
         return extended, {}
+
+
+class SubsampledKeeper(RealKeeper):
+    """Keeps real images as pixels of a coarser grid.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        factor: Pixels of an image for one of the grid, along each side: 2 to 8.
+        selection: Which images of a class stay longest; see :class:`RealKeeper`.
+        training: Training of a selection's network; see :class:`RealKeeper`.
+        expected_classes: As in :class:`RealKeeper`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: A value outside its range.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        factor: int = 2,
+        selection: Selection = "random",
+        training: TrainingConfig | None = None,
+        expected_classes: int | None = None,
+    ) -> None:
+        super().__init__(
+            budget,
+            kind=SubsampledMemory.kind,
+            selection=selection,
+            training=training,
+            expected_classes=expected_classes,
+        )
+        self.factor = SubsampledMemory((1, 8, 8), factor=factor).factor
+
+    def empty(self, image_shape: tuple[int, int, int]) -> RealMemory:
+        """Return a memory without images, of this factor."""
+        return SubsampledMemory(image_shape, factor=self.factor)
 
 
 class JPEGKeeper(RealKeeper):
@@ -509,8 +551,8 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
     Args:
         budget: Bytes that the memory's file may take at any time.
         kind: A memory kind: learned or of real images.
-        **options: Those of :class:`LearnedKeeper`, :class:`JPEGKeeper`, :class:`PQKeeper` or
-            :class:`RealKeeper`.
+        **options: Those of :class:`LearnedKeeper`, :class:`JPEGKeeper`, :class:`SubsampledKeeper`,
+            :class:`PQKeeper` or :class:`RealKeeper`.
 
     Raises:
         UnknownOptionError: An option that the kind does not have; also a TypeError.
@@ -521,8 +563,10 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
     if issubclass(memory_type, LearnedMemory):
         return LearnedKeeper(budget, kind=kind, **options)
     keeper_type: Callable[..., RealKeeper] = partial(RealKeeper, kind=kind)
-    if issubclass(memory_type, JPEGMemory | PQMemory):
-        keeper_type = JPEGKeeper if issubclass(memory_type, JPEGMemory) else PQKeeper
+    keepers = {JPEGMemory: JPEGKeeper, SubsampledMemory: SubsampledKeeper, PQMemory: PQKeeper}
+    for own_type, own_keeper in keepers.items():
+        if issubclass(memory_type, own_type):
+            keeper_type = own_keeper
     known = set(inspect.signature(keeper_type).parameters) - {"budget", "kind"}
     check_options(f"the memory kind {kind!r}", options, sorted(known))
     return keeper_type(budget, **options)

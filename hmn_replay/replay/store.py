@@ -52,8 +52,8 @@ class ReplayMemory:
     Args:
         budget: Bytes that the memory's file may take at any time, such as ``"300 KiB"``; or a
             :class:`Keeper`, for a memory of your own.
-        kind: A memory kind: ``"hmn"`` or another learned one, ``"jpeg"``, ``"raw"`` or
-            ``"lossless"``. Not used with a keeper.
+        kind: A memory kind: ``"hmn"`` or another learned one, ``"jpeg"``, ``"raw"``,
+            ``"subsampled"`` or ``"lossless"``. Not used with a keeper.
         max_raw_images: Bound on the images that :meth:`gather` holds. They do not count towards the
             memory's bytes.
         seed: Seed of every draw.
@@ -63,8 +63,9 @@ class ReplayMemory:
             are shown too.
         **options: Those of the kind's keeper: ``expected_classes``, ``effort`` and any field of
             :class:`~hmn_replay.CondenseConfig` for learned kinds, see :class:`LearnedKeeper`;
-            ``selection``, ``training``, ``expected_classes`` for real images, and ``quality`` for
-            JPEG, see :class:`RealKeeper` and :class:`JPEGKeeper`.
+            ``selection``, ``training``, ``expected_classes`` for real images, ``factor`` for
+            subsampled ones, and ``quality`` for JPEG, see :class:`RealKeeper` and
+            :class:`JPEGKeeper`.
 
     Raises:
         BudgetError: The budget cannot be read.

@@ -18,9 +18,17 @@ from hmn_replay import (
     LosslessReplay,
     MemoryReplay,
     RawReplay,
+    SubsampledReplay,
 )
 from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.memory import JPEGMemory, LosslessMemory, Memory, RawMemory, RealMemory
+from hmn_replay.memory import (
+    JPEGMemory,
+    LosslessMemory,
+    Memory,
+    RawMemory,
+    RealMemory,
+    SubsampledMemory,
+)
 from hmn_replay.training.train import TrainingConfig
 from tests.streams import (
     FirstKeeper,
@@ -39,8 +47,14 @@ KINDS: list[tuple[Any, dict[str, Any]]] = [
     (RawReplay, {}),
     (JPEGReplay, {"quality": 30}),
     (LosslessReplay, {}),
+    (SubsampledReplay, {"factor": 3}),
 ]
-MEMORIES = {RawReplay: RawMemory, JPEGReplay: JPEGMemory, LosslessReplay: LosslessMemory}
+MEMORIES = {
+    RawReplay: RawMemory,
+    JPEGReplay: JPEGMemory,
+    LosslessReplay: LosslessMemory,
+    SubsampledReplay: SubsampledMemory,
+}
 
 
 def memory_of(replay: Any) -> RealMemory:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmn_replay.baselines.fill import jpeg_images, lossless_images, raw_images
+from hmn_replay.baselines.fill import jpeg_images, lossless_images, raw_images, subsampled_images
 from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError
@@ -27,6 +27,7 @@ FILL: dict[str, Callable[..., RealMemory]] = {
     "raw": raw_images,
     "jpeg": partial(jpeg_images, quality=20),
     "lossless": lossless_images,
+    "subsampled": subsampled_images,
 }
 every_kind = pytest.mark.parametrize("kind", FILL)
 every_selection = pytest.mark.parametrize("selection", SELECTIONS)

@@ -27,6 +27,7 @@ MAKERS: dict[str, Callable[..., Memory]] = {
     "raw": hmn_replay.raw_images,
     "jpeg": partial(hmn_replay.jpeg_images, quality=30),
     "lossless": hmn_replay.lossless_images,
+    "subsampled": hmn_replay.subsampled_images,
 }
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
@@ -61,7 +62,7 @@ def test_a_budget_is_filled_with_images_and_labels(
 @pytest.mark.parametrize("config", [SOFT, LABELLER])
 def test_real_images_get_the_same_labels_at_the_same_bytes(kind: str, config: LabelConfig) -> None:
     data = real_set(classes=(-3, 7), counts=(150, 150))
-    budget = {"raw": 20_000, "lossless": 12_000, "jpeg": 5_000}[kind]
+    budget = {"raw": 20_000, "lossless": 12_000, "subsampled": 8_000, "jpeg": 5_000}[kind]
     plain = MAKERS[kind](data, budget)
     memory = MAKERS[kind](data, budget, labels=config, device="cpu")
     assert memory.richest_labels == config.labels

@@ -37,7 +37,7 @@ def test_all_kinds_of_rows_are_within_their_budgets(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rows = "raw,jpeg,lossless,int8,entropy,entropy-warm"
+    rows = "raw,jpeg,lossless,subsampled,int8,entropy,entropy-warm"
     assert run(cifar10, tmp_path, rows) == 0
     report = json.loads((tmp_path / "results.json").read_text())
     assert [(row["budget"], row["row"]) for row in report["rows"]] == [
@@ -46,7 +46,7 @@ def test_all_kinds_of_rows_are_within_their_budgets(
     for row in report["rows"]:
         assert 0 < row["bytes"] <= row["budget"]
         assert len(row["accuracies"]) == 2
-        assert (row["psnr"] is None) == (row["row"] in ("raw", "jpeg", "lossless"))
+        assert (row["psnr"] is None) == (row["row"] in ("raw", "jpeg", "lossless", "subsampled"))
     for path in tmp_path.glob("*.hmn"):
         _, budget, _ = path.stem.rsplit("-", 2)
         assert path.stat().st_size <= int(budget)

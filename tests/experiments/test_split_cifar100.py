@@ -219,7 +219,7 @@ def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
         assert run["renew_used"] in ("before", None)
         assert run["peak_rss_bytes"] > 2**20 and math.isfinite(run["peak_rss_bytes"])
     # Every memory of this package is replayed under the same loss, and is in a file.
-    for name in ("hmn", "jpeg", "lossless", "raw", "herding"):
+    for name in ("hmn", "jpeg", "lossless", "subsampled", "raw", "herding"):
         run, path = report["results"][name]["0"], tmp_path / f"memory-{name}-seed0.hmn"
         assert (run["loss_used"], run["renew_used"]) == ("separated", "before")
         assert path.stat().st_size == run["memory_bytes"]
@@ -227,4 +227,8 @@ def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
         assert 0 <= shortcut["decoded"]["called_new"] <= 1
         assert 0 <= shortcut["codec"]["called_new"] <= 1
         assert hmn_replay.load(path).num_images == run["memory_images"]
+        psnr = run["psnr_by_experience"]
+        assert len(psnr) == 2 and all(5 < value <= 100 for value in psnr), name
+        assert (psnr == [100.0, 100.0]) == (name in ("lossless", "raw", "herding")), name
+    assert report["results"]["gdumb"]["0"]["psnr_by_experience"] is None
     assert (tmp_path / "accuracy.png").exists() and (tmp_path / "memory.png").exists()

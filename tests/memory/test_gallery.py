@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hmn_replay import Gallery, LabelledImages
+from hmn_replay import Gallery, LabelledImages, jpeg_images, psnr_by_class, raw_images
 from hmn_replay.errors import ConfigError, DataError
 from tests.console import Console
 from tests.support import KINDS, any_memory, real, real_set
@@ -132,3 +133,22 @@ def test_the_command_writes_the_page(run: Console, tmp_path: Path) -> None:
     assert "one · 2 images" in page and "two · 3 images" in page and "dB from the real" in page
     run("gallery", *files, code=2)
     assert "must be an .html file" in run.err
+
+
+def test_the_psnr_of_a_class_is_that_to_its_nearest_real_images(make_set: Any) -> None:
+    data = make_set(image_shape=(3, 16, 16))
+    memory = jpeg_images(data, "100 KiB", quality=20)
+    found = psnr_by_class(memory, data)
+    assert list(found) == memory.classes.tolist()
+    for label, value in found.items():
+        positions = (memory.labels == label).nonzero().flatten()
+        own = memory.decode(positions)[0]
+        real = data.floats(data.of_class(label))
+        errors = [min(float((image - one).square().mean()) for one in real) for image in own]
+        wanted = sum(-10 * math.log10(error) for error in errors) / len(errors)
+        assert value == pytest.approx(wanted, abs=1e-3)
+    assert set(psnr_by_class(raw_images(data, "100 KiB"), data).values()) == {100.0}
+    one = data.take(data.of_class(int(data.classes[0])))
+    assert list(psnr_by_class(memory, one)) == one.classes.tolist()
+    with pytest.raises(DataError, match="expected images of"):
+        psnr_by_class(memory, make_set(image_shape=(3, 8, 8)))

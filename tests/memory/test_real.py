@@ -15,7 +15,15 @@ from torch import Tensor
 
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
-from hmn_replay.memory import MEMORIES, JPEGMemory, LosslessMemory, RawMemory, RealMemory, loads
+from hmn_replay.memory import (
+    MEMORIES,
+    JPEGMemory,
+    LosslessMemory,
+    RawMemory,
+    RealMemory,
+    SubsampledMemory,
+    loads,
+)
 from hmn_replay.memory.file import Record, pack, unpack
 from hmn_replay.memory.jpeg import decode_jpeg_scans, encode_jpeg_scans
 from tests.support import CODECS, REAL, real, real_set, same_bits
@@ -64,6 +72,40 @@ def test_images_are_recoded_as_they_would_be_stored(kind: str) -> None:
     assert memory.recode(data.images).equal(decoded)
     codec = memory.codec()
     assert memory.has_codec and codec is not None and codec(data.images).equal(decoded)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_subsampled_images_are_interpolated_means(factor: int) -> None:
+    """Against means and bilinear interpolation pixel by pixel."""
+    data = real_set((3, 8, 16), (5, 9), (3, 4))
+    memory = SubsampledMemory((3, 8, 16), factor=factor)
+    memory.extend(data)
+    found = memory.decode(dtype=torch.uint8)[0].numpy()
+    assert [len(payload) for payload in memory.payloads] == [3 * 8 * 16 // factor**2] * 7
+    images = data.images.double().numpy().reshape(7, 3, 8 // factor, factor, 16 // factor, factor)
+    grid = np.rint(images.mean(axis=(3, 5)))
+
+    def between(position: int, length: int) -> tuple[int, int, float]:
+        place = min(max((position + 0.5) / factor - 0.5, 0), length - 1)
+        low = min(int(place), length - 1)
+        return low, min(low + 1, length - 1), place - low
+
+    for y in range(8):
+        top, bottom, down = between(y, 8 // factor)
+        for x in range(16):
+            left, right, along = between(x, 16 // factor)
+            rows = [
+                grid[:, :, row, left] * (1 - along) + grid[:, :, row, right] * along
+                for row in (top, bottom)
+            ]
+            wanted = rows[0] * (1 - down) + rows[1] * down
+            np.testing.assert_array_equal(found[:, :, y, x], np.rint(wanted))
+
+
+def test_a_factor_is_2_to_8() -> None:
+    for factor in (1, 9, 2.5):
+        with pytest.raises(ConfigError, match="factor is a whole number from 2 to 8"):
+            SubsampledMemory((3, 8, 8), factor=factor)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("subsampling", ["4:2:0", "4:4:4"])
@@ -357,6 +399,9 @@ def uint8(*values: int) -> Tensor:
         ("jpeg", ("3,8,8", "30"), {}, "not enough values"),
         ("lossless", None, {"lengths": None}, "images and their lengths do not fit"),
         ("lossless", ("3,8,8", "30"), {}, "too many values"),
+        ("subsampled", ("3,8,8", "9"), {}, "factor is a whole number"),
+        ("subsampled", ("3,8,8", "02"), {}, "written in another way"),
+        ("subsampled", ("3,8,8", "4"), {}, "tensor 'images' is"),
     ],
 )
 def test_a_forged_file_is_refused_with_the_reason(

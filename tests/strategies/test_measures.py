@@ -9,6 +9,8 @@ from hmn_replay.errors import ConfigError
 from strategies.buffers import ReservoirBuffer
 from tests.strategies.support import IMAGE_BYTES, build, make_stream
 
+OURS = ("hmn", "jpeg", "lossless", "subsampled", "raw", "herding")
+
 
 def test_a_buffer_that_holds_more_than_promised_is_found_out() -> None:
     strategy = build("avalanche-replay")
@@ -36,14 +38,14 @@ def test_loss_and_renewal_are_named(name: str) -> None:
     for step in [stream] if name == "joint" else stream:
         strategy.train(step)
     expected = {"derpp": "DER", "er_ace": "ER_ACE"}
-    expected |= dict.fromkeys(("hmn", "jpeg", "lossless", "raw", "herding"), "separated")
+    expected |= dict.fromkeys(OURS, "separated")
     assert strategies.loss_used(strategy) == expected.get(name, "plain")
-    renewed = "before" if name in ("hmn", "jpeg", "lossless", "raw", "herding") else None
+    renewed = "before" if name in OURS else None
     assert strategies.renew_used(strategy) == renewed
 
 
 def test_all_memories_of_this_package_are_replayed_with_the_loss_that_is_asked_for() -> None:
-    for name in ("hmn", "jpeg", "lossless", "raw", "herding"):
+    for name in OURS:
         strategy = build(name, loss="asymmetric")
         strategy.train(make_stream(num_per_class=4, num_experiences=1)[0])
         assert strategies.loss_used(strategy) == "asymmetric"

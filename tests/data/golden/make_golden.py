@@ -72,6 +72,7 @@ LAYOUTS: dict[str, Callable[[str], Any]] = {
 CODEBOOK = torch.linspace(-2, 2, 2 * 8 * 3).view(2, 8, 3)
 CODECS: dict[str, dict[str, Any]] = {
     "jpeg": {"quality": 40},
+    "subsampled": {"factor": 3},
     "pq": {"num_parts": 2, "bits": 3, "codebook": CODEBOOK},
 }
 
