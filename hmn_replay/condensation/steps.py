@@ -49,9 +49,9 @@ __all__ = [
     "warm_start_targets",
 ]
 
-# Decoded at once while matching: 512 images of 32 x 32, 10 of 224 x 224, and one class at least. A
-# GPU takes four times as many, and waits less between them.
-_PIXELS_PER_GROUP, _PIXELS_PER_GPU_GROUP = 2**19, 2**21
+# Decoded at once while matching: 256 images of 32 x 32, 5 of 224 x 224, and one class at least. A
+# GPU takes eight times as many, and waits less between them.
+_PIXELS_PER_GROUP, _PIXELS_PER_GPU_GROUP = 2**18, 2**21
 
 # Bytes of real images that a GPU holds at most: 1.4 million images of 32 x 32.
 _MOST_BYTES_HELD = 2**32
