@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from tests.hub import Hub
 from tests.streams import streams
 
 DOCS = Path(__file__).parents[2] / "docs"
-HOSTS = ("models.er", "avalanche", "timm-pretrained")
+HOSTS = ("models.er", "avalanche", "timm-pretrained", "torchrl")
 
 
 def run_page(
@@ -86,6 +87,60 @@ def test_mammoths_model_gets_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None
     other = run_page("replay.md", "models.er")["ErHmn"](None, None, None, None)
     other.load_buffer(model.buffer.serialize())
     assert len(other.buffer) == len(model.buffer) > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torchrl's own
+def test_torchrls_buffer_has_what_the_memory_decodes_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torchrl's own buffer where it is installed, else in one of as many methods."""
+    if find_spec("torchrl") is None:
+        for name, content in torchrl_stand_ins().items():
+            module: Any = ModuleType(name)
+            module.__dict__.update(content)
+            monkeypatch.setitem(sys.modules, name, module)
+    names = run_page("replay.md", "torchrl")
+    memory, batch = names["memory"].memory, names["batch"]
+    assert memory.num_classes == 10 and len(names["buffer"]) == memory.num_images
+    pairs = {
+        (image.numpy().tobytes(), int(label))
+        for image, label in zip(*memory.decode(dtype=torch.uint8), strict=True)
+    }
+    assert batch["image"].shape == (32, 1, 8, 8)
+    drawn = zip(batch["image"], batch["label"].tolist(), strict=True)
+    assert all((image.numpy().tobytes(), label) in pairs for image, label in drawn)
+
+
+def torchrl_stand_ins() -> dict[str, dict[str, Any]]:
+    """Return what the page imports of torchrl and tensordict, by module."""
+
+    class TensorDict(dict[str, torch.Tensor]):
+        def __init__(self, values: Mapping[str, torch.Tensor], batch_size: int) -> None:
+            super().__init__(values)
+            assert all(len(value) == batch_size for value in values.values())
+
+    class Buffer:
+        def __init__(self, *, storage: int, sampler: object, batch_size: int) -> None:
+            self.most, self.batch_size, self.held = storage, batch_size, TensorDict({}, 0)
+
+        def empty(self) -> None:
+            self.held = TensorDict({}, 0)
+
+        def extend(self, values: TensorDict) -> None:
+            assert not self.held and len(next(iter(values.values()))) <= self.most
+            self.held = values
+
+        def sample(self) -> TensorDict:
+            chosen = torch.randperm(len(self))[: self.batch_size]
+            return TensorDict({k: v[chosen] for k, v in self.held.items()}, self.batch_size)
+
+        def __len__(self) -> int:
+            return len(self.held["label"])
+
+    return {
+        "tensordict": {"TensorDict": TensorDict},
+        "torchrl": {},
+        "torchrl.data": {"LazyTensorStorage": int, "TensorDictReplayBuffer": Buffer},
+        "torchrl.data.replay_buffers": {"SamplerWithoutReplacement": object},
+    }
 
 
 def test_memories_are_shared_and_shown(hub: Hub) -> None:
