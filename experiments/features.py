@@ -49,7 +49,7 @@ from hmn_replay.files import write_atomically
 from hmn_replay.memory.base import Memory
 from hmn_replay.runtime import derive_seed, make_generator, resolve_device
 from hmn_replay.training.networks import StagedNetwork
-from hmn_replay.training.train import TrainingConfig, train_network
+from hmn_replay.training.train import TrainingConfig, make_network, train_network
 
 MODES = ("once", "stream")
 WIDTHS = (24, 48, 96, 96, 192)
@@ -68,8 +68,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--mode", default="once,stream", help="once, stream or both")
     add("--seeds", default="0", help="an order of classes, a memory and a head each")
-    add("--backbone-passes", type=int, default=100_000, help="images that the backbone is shown")
-    add("--head-passes", type=int, default=40_000, help="features that a head is shown")
+    add("--backbone-passes", type=int, default=200_000, help="images that the backbone is shown")
+    add("--head-passes", type=int, default=100_000, help="features that a head is shown")
     add("--device", default="auto")
     add("--out", type=Path, default=Path("features"))
     return parser.parse_args(argv)
@@ -145,23 +145,25 @@ def get_backbone(train: LabelledImages, args: argparse.Namespace) -> hmn_replay.
         network=small_network,
         num_passes=args.backbone_passes,
         batch_size=128,
-        learning_rate=0.05,
+        learning_rate=0.1,
         augmentations=("crop", "flip"),
         cutmix_probability=0.0,
+        precision="auto",
     )
     path = args.out / "backbone.pt"
-    passes = args.backbone_passes if not path.exists() else 1
-    network = train_network(
-        data.images,
-        data.class_indices,
-        data.num_classes,
-        config=config.replace(num_passes=passes, epoch_images=min(len(data), passes + 1)),
-        device=args.device,
-        progress=sys.stderr.isatty(),
-    )
     if path.exists():
-        network.load_state_dict(torch.load(path, map_location=args.device))
-    write_atomically(path, partial(torch.save, network.state_dict()))
+        network = make_network(data.images, data.num_classes, config).to(args.device)
+        network.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
+    else:
+        network = train_network(
+            data.images,
+            data.class_indices,
+            data.num_classes,
+            config=config,
+            device=args.device,
+            progress=sys.stderr.isatty(),
+        )
+        write_atomically(path, partial(torch.save, network.state_dict()))
     return hmn_replay.FrozenBackbone(network, train.image_shape)
 
 

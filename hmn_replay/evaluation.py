@@ -88,6 +88,7 @@ def evaluate(
         raise DataError(
             f"the source has images of {tuple(images.shape[1:])} and the test set of "
             f"{tuple(test_images.shape[1:])}; both must have the same (C, H, W)"
+            + ("; extract_features() makes features of images" if holds_features else "")
         )
     classes, class_indices = torch.unique(own_labels, return_inverse=True)
     targets = _targets(source, labels, classes)

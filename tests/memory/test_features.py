@@ -410,6 +410,8 @@ def test_saved_features_are_loaded_and_inspected(tmp_path: Path, run: Any) -> No
     path = tmp_path / "features.hmn"
     memory.save(path)
     assert load(path).decode()[0].equal(memory.decode()[0])
+    failed = run("evaluate", path, "--data", "digits", code=1)
+    assert "extract_features() makes features of images" in failed + run.err
     told = run.json("inspect", path)
     assert told["kind"] == "features" and told["image_shape"] == [24, 1, 1]
     assert "features" in run("inspect", path)
