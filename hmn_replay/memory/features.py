@@ -49,8 +49,8 @@ _IMAGE_BYTES = 0.5
 _LARGEST_IMAGE = 8
 # Planned for a value of an instance memory: more are worth less than another code channel.
 _MAX_CODE_BITS = 1.5
-# Principal components are computed from about so many positions.
-_FITTED_FROM = 65_536
+# Principal components are computed from about so many values.
+_FITTED_FROM = 2**24
 _RIDGE = 1e-3
 # Widths of the steps of entropy-coded integers: the decoder's in units of its weights' deviation,
 # the others' in that of the features.
@@ -207,15 +207,19 @@ class FeatureMemory(LearnedMemory):
         """Return the layout for a budget; see :meth:`LearnedMemory.choose_layout`.
 
         It is the first of which all images share half of the budget at most, and that leaves room
-        for 5 images a class. Where more images than there are real ones would fit, entropy-coded
-        ones take up to eight times the bytes.
+        for 5 images a class; or the first that has room for all real ones. Where more images than
+        there are real ones would fit, entropy-coded ones take up to eight times the bytes.
         """
         shape, num_classes = check_feature_shape(image_shape), check_num_classes(num_classes)
         limit = Budget.parse(budget).num_bytes
         for layout in cls.layouts(limit, shape, number_format or cls.default_number_format):
             shared_bytes = cls.file_bytes_of(layout, num_classes, 0, limit)
-            images_bytes = _MIN_IMAGES_PER_CLASS * num_classes * cls.group_bytes(layout)
-            if shared_bytes <= min(_SHARED_SHARE * limit, limit - images_bytes):
+            image_bytes = num_classes * cls.group_bytes(layout)
+            most = min(_SHARED_SHARE * limit, limit - _MIN_IMAGES_PER_CLASS * image_bytes)
+            if real_images_per_class is not None:
+                # What real images leave free goes to more code channels.
+                most = max(most, limit - real_images_per_class * image_bytes)
+            if shared_bytes <= most:
                 break
         if layout.is_coded:
             room = max(1, (limit - shared_bytes) // (_MIN_IMAGES_PER_CLASS * num_classes))
@@ -331,22 +335,28 @@ class FeatureMemory(LearnedMemory):
     def _fit_decoder(self, positions: Tensor, real_images: Callable[[Tensor], Tensor]) -> None:
         """Set the decoder to principal components, times the width of a code's steps."""
         height, width = self.image_shape[1:]
-        some = positions[:: max(1, len(positions) * height * width // _FITTED_FROM)]
+        num_values = len(positions) * math.prod(self.image_shape)
+        some = positions[:: max(1, num_values // _FITTED_FROM)]
         rows = torch.cat(
             [
                 rearrange(self._rest(chunk, real_images), "n c h w -> (n h w) c").double()
                 for chunk in some.split(self.chunk_size)
             ]
         )
-        variances, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
         count = self.layout.code_channels
-        components = vectors.flip(1)[:, :count]
-        if self.layout.is_coded:
-            step = self._step(rows @ components, 8 * self.layout.image_bytes / (height * width))
-            components = components * (step / _CODE_STEP)
+        if len(rows) < rows.shape[1]:
+            _, deviations, transposed = torch.linalg.svd(rows, full_matrices=False)
+            variances, vectors = deviations[:count].square() / len(rows), transposed[:count].T
         else:
-            components = components * variances.flip(0)[:count].clamp_min(1e-12).sqrt()
-        self.decoder.copy_(components)
+            variances, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+            variances, vectors = variances.flip(0)[:count], vectors.flip(1)[:, :count]
+        if self.layout.is_coded:
+            step = self._step(rows @ vectors, 8 * self.layout.image_bytes / (height * width))
+            components = vectors * (step / _CODE_STEP)
+        else:
+            components = vectors * variances.clamp_min(1e-12).sqrt()
+        self.decoder.zero_()
+        self.decoder[:, : components.shape[1]] = components.to(self.decoder)
 
     def _step(self, coordinates: Tensor, target: float) -> float:
         """Return the width of the steps with which coordinates take so many bits a position."""

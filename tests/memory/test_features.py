@@ -199,6 +199,13 @@ def test_every_number_format_is_fitted(number_format: str) -> None:
     assert float(memory.decode()[0].min()) < 0
 
 
+def test_vectors_of_more_channels_than_there_are_of_them_are_fitted() -> None:
+    data = features((500, 1, 1), each=8)
+    memory = quick(data, 6000)
+    assert memory.num_images == 24 and memory.layout.code_channels > 4
+    assert relative_error(memory, data) < 0.05
+
+
 def test_it_does_not_depend_on_the_scale_of_features() -> None:
     data = features()
     for factor in (1e-3, 1e3):
