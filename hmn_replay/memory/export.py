@@ -68,14 +68,14 @@ model_name: ConvNet-3
 use_torchvision: false
 data_aug_func: dsa
 aug_params:
-  prob_flip: 0.5
-  ratio_rotate: 15.0
+  flip: 0.5
+  rotate: 15.0
   saturation: 2.0
   brightness: 1.0
   contrast: 0.5
-  ratio_scale: 1.2
-  ratio_crop_pad: 0.125
-  ratio_cutout: 0.5
+  scale: 1.2
+  crop: 0.125
+  cutout: 0.5
 use_zca: false
 custom_train_trans: null
 custom_val_trans: null
@@ -91,7 +91,7 @@ real_batch_size: 256
 num_workers: 4
 device: cuda
 dist: false
-eval_full_data: false
+eval_full_data: true
 random_data_format: tensor
 random_data_path: ./random_data
 save_path: ./hard_label_scores.csv

@@ -251,6 +251,12 @@ def test_dd_ranking_gets_normalised_images_class_by_class(tmp_path: Path) -> Non
         *("custom_val_trans", "num_workers", "device", "dist", "random_data_format"),
         *("random_data_path", "eval_full_data"),
     }
+    assert settings["eval_full_data"] == "true"  # its table of accuracies has none of CIFAR
+    # And what its DSA reads.
+    augmentation = {line.split(":")[0].strip() for line in lines if line.startswith(" ")}
+    assert augmentation == {
+        *("flip", "rotate", "saturation", "brightness", "contrast", "scale", "crop", "cutout")
+    }
 
 
 def test_dd_ranking_knows_few_data_sets(tmp_path: Path) -> None:
