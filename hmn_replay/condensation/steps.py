@@ -291,19 +291,8 @@ def match_step(
         parts = [group] if objective.several_classes else [[match] for match in group]
         sizes = [sum(len(match.decoded) for match in part) for part in parts]
         for part, own in zip(parts, images.split(sizes), strict=True):
-            real_images = context.real_images(torch.cat([match.real for match in part]))
             decoded = own.detach().requires_grad_()
-            augmented, labels = _augmented(part, decoded, [len(match.decoded) for match in part])
-            real_batch, real_labels = _augmented(
-                part, real_images, [len(match.real) for match in part]
-            )
-            if logits is not None:
-                labels, real_labels = (torch.tensor(logits)[x] for x in (labels, real_labels))
-            if not objective.several_classes:
-                labels = labels.to(device, non_blocking=True)
-                real_labels = real_labels.to(device, non_blocking=True)
-            with autocast(device, config.precision):
-                loss = objective(network, real_batch, real_labels, augmented, labels)
+            loss = _objective_of(context, network, part, decoded, logits)
             distance += loss.detach()
             gradients.extend(torch.autograd.grad(loss, decoded))
         torch.autograd.backward(images, torch.cat(gradients))
@@ -487,14 +476,39 @@ def _draw_matches(context: StepContext, generator: torch.Generator) -> list[_Mat
     return drawn
 
 
-def _augmented(
-    matches: Sequence[_Match], images: Tensor, sizes: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Augment images of some classes, ``sizes`` of each, and return them and labels on the CPU."""
-    augment = Augmentation.join([match.augment for match in matches], sizes)
-    labels = torch.tensor([match.label for match in matches])
-    labels = labels.repeat_interleave(torch.tensor(sizes))
-    return _not_alone(augment(images)), _not_alone(labels)
+def _objective_of(
+    context: StepContext,
+    network: nn.Module,
+    matches: Sequence[_Match],
+    decoded: Tensor,
+    logits: Sequence[int] | None,
+) -> Tensor:
+    """Return the objective of what was drawn of one class, or of several: a scalar with a graph.
+
+    Args:
+        context: What the step's parts share.
+        network: The network to match on.
+        matches: What was drawn; of several classes where the objective takes them.
+        decoded: The decoded images, class by class, float32 ``(B, C, H, W)``.
+        logits: As in :func:`match_step`.
+    """
+    objective, device = context.objective, context.device
+    real = context.real_images(torch.cat([match.real for match in matches]))
+    own = torch.tensor(
+        [match.label if logits is None else logits[match.label] for match in matches]
+    )
+    batches = []
+    for images, sizes in (
+        (real, [len(match.real) for match in matches]),
+        (decoded, [len(match.decoded) for match in matches]),
+    ):
+        augment = Augmentation.join([match.augment for match in matches], sizes)
+        labels = _not_alone(own.repeat_interleave(torch.tensor(sizes)))
+        if not objective.several_classes:
+            labels = labels.to(device, non_blocking=True)
+        batches += [_not_alone(augment(images)), labels]
+    with autocast(device, context.config.precision):
+        return objective(network, *batches)
 
 
 def _held_on(device: torch.device, images: Images) -> Images:
