@@ -28,7 +28,9 @@ from hmn_replay.runtime import derive_seed
 from hmn_replay.training.train import TrainingConfig
 
 KINDS: dict[str, type[LearnedMemory]] = {
-    name: kind for name, kind in MEMORIES.items() if issubclass(kind, LearnedMemory)
+    name: kind
+    for name, kind in MEMORIES.items()
+    if issubclass(kind, LearnedMemory) and not kind.holds_features
 }
 # IDC trains on its own images for so many epochs; others are shown as many images as those.
 IDC_EPOCHS = 1000

@@ -211,7 +211,7 @@ def test_large_images_are_decoded_in_groups(make_set: MakeSet) -> None:
     scene, sizes = Scene(make_set(6, shape), memory, "float32", **options), list[int]()
     memory.register_forward_hook(lambda _, __, out: sizes.append(len(out)))
     scene.follow()
-    assert sizes == [10, 2] * 2
+    assert sizes == [5, 5, 2] * 2
     images = memory(torch.arange(12))
     batches, labels = [torch.arange(12)], memory.class_index
     start, target = scene.start, scene.target
