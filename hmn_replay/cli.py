@@ -41,6 +41,7 @@ from hmn_replay.files import check_target, clear_stale
 from hmn_replay.memory.export import DD_RANKING
 from hmn_replay.memory.file import read_file
 from hmn_replay.objectives.trajectories import delete_experts, experts_beside
+from hmn_replay.runtime import PRECISIONS
 
 __all__ = ["main", "make_parser"]
 
@@ -729,6 +730,12 @@ def _add_training(parser: _Parser) -> None:
         metavar="N",
         help="images that a network is shown in all",
     )
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default=config.precision,
+        help="of the training; auto is bfloat16 where the processor has it",
+    )
 
 
 def _add_common(parser: _Parser) -> None:
@@ -816,7 +823,12 @@ def _check_checkpoint(checkpoint: Path) -> None:
 
 
 def _training(args: argparse.Namespace) -> hmn_replay.TrainingConfig:
-    return hmn_replay.TrainingConfig(network=args.network, width=args.width, num_passes=args.passes)
+    return hmn_replay.TrainingConfig(
+        network=args.network,
+        width=args.width,
+        num_passes=args.passes,
+        precision=args.precision,
+    )
 
 
 def _score(

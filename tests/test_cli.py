@@ -165,9 +165,10 @@ def test_evaluate_repeats_with_seeds_in_a_row(
     asked.clear()
     assert run.json("evaluate", memory_file, "--repeats", 1)["accuracy_std"] == 0.0
     asked.clear()
-    assert "70.00 % ± 10.00 (3 seeds)" in run("evaluate", memory_file, "--passes", 9)
+    options = ["--passes", 9, "--precision", "auto"]
+    assert "70.00 % ± 10.00 (3 seeds)" in run("evaluate", memory_file, *options)
     assert "seed 2: 80.00%" in run.err
-    assert asked[0]["config"] == hmn_replay.TrainingConfig(num_passes=9)
+    assert asked[0]["config"] == hmn_replay.TrainingConfig(num_passes=9, precision="auto")
 
 
 def test_baseline_goes_on_past_the_edge_where_the_best_quality_is(
