@@ -124,7 +124,8 @@ def test_weights_are_those_that_timm_loads(monkeypatch: pytest.MonkeyPatch) -> N
 
     def create(name: str, **options: Any) -> nn.Module:
         made.append(options)
-        return build(name, **{**options, "pretrained": False})
+        network: nn.Module = build(name, **{**options, "pretrained": False})
+        return network
 
     monkeypatch.setattr(timm, "create_model", create)
     backbone = hmn_replay.load_backbone("timm-pretrained:test_resnet", (3, 32, 32), maps=True)
