@@ -49,9 +49,8 @@ from experiments.results import markdown_table
 from experiments.tables.rows import number
 from experiments.tables.store import Store
 from hmn_replay.condensation.config import make_config
-from hmn_replay.condensation.loop import mean_psnr
 from hmn_replay.condensation.steps import RealImages, warm_start_targets
-from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.images import LabelledImages, mean_psnr
 from hmn_replay.errors import HMNReplayError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.hierarchical import HierarchicalMemory, HMNLayout

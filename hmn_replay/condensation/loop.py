@@ -42,7 +42,7 @@ from hmn_replay.condensation.growth import fill, make_room
 from hmn_replay.condensation.labelling import add_labels, train_on
 from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
-from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.images import LabelledImages, mean_psnr
 from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_images, take_images
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import (
@@ -72,7 +72,6 @@ __all__ = [
     "TrainedNetworks",
     "TrajectoryMatcher",
     "check_given_networks",
-    "mean_psnr",
 ]
 
 _Owner: TypeAlias = "nn.Module | torch.optim.Optimizer"
@@ -1022,11 +1021,6 @@ def _networks_of(experts: Experts, context: steps.StepContext) -> list[Any]:
     for number in context.team.agree(experts.missing):
         experts.record(number, context.device, team=context.team)
     return [experts.network(k).to(context.device) for k in range(len(context.config.network))]
-
-
-def mean_psnr(errors: Tensor) -> float:
-    """Return the mean PSNR in dB of images by their mean squared errors; 100 for one of 1e-10."""
-    return float(-10 * errors.clamp_min(1e-10).log10().mean())
 
 
 def _reconstruction_psnr(

@@ -29,6 +29,7 @@ __all__ = [
     "as_labelled_images",
     "channel_stats",
     "check_tensor",
+    "mean_psnr",
     "stack_images",
     "to_image",
     "to_label",
@@ -356,6 +357,11 @@ def to_label(label: object, name: str) -> int:
         DataError: It is something else, or int64 does not hold it; ``name`` begins the message.
     """
     return int(to_labels(_as_array(label, name).reshape(1, -1), name))
+
+
+def mean_psnr(errors: Tensor) -> float:
+    """Return the mean PSNR in dB of images by their mean squared errors; 100 for one of 1e-10."""
+    return float(-10 * errors.clamp_min(1e-10).log10().mean())
 
 
 def channel_stats(images: Images) -> tuple[Tensor, Tensor]:

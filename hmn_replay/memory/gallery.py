@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.images import LabelledImages, mean_psnr
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.base import Memory
@@ -77,7 +77,7 @@ def psnr_by_class(memory: Memory, sources: LabelledImages) -> dict[int, float]:
         images = memory.decode(positions, dtype=torch.uint8)[0].cpu()
         nearest = _nearest(images, sources.images[sources.of_class(label)])
         errors = (images.float() - nearest.float()).div(255).square().mean(dim=(1, 2, 3))
-        found[label] = float(-10 * errors.clamp_min(1e-10).log10().mean())
+        found[label] = mean_psnr(errors)
     return found
 
 
