@@ -71,18 +71,23 @@ class Keeper(ABC):
         return True
 
     @property
+    def memory_type(self) -> type[Memory] | None:
+        """The class of the memories that it makes. None where that is not known: images, then."""
+        return None
+
+    @property
     def has_codec(self) -> bool:
         """Whether the memories that it makes have a codec; by default they may.
 
         See :meth:`hmn_replay.Memory.codec`. Where they have none, what needs one is refused before
         training.
         """
-        return True
+        return self.memory_type is None or self.memory_type.has_codec
 
     @property
     def holds_features(self) -> bool:
         """Whether the memory is one of features, which then come in the place of images."""
-        return False
+        return self.memory_type is not None and self.memory_type.holds_features
 
     @abstractmethod
     def renew(
@@ -185,16 +190,6 @@ class LearnedKeeper(Keeper):
         """Whether a network or an objective is a user's own; see :class:`Keeper`."""
         is_ours = all(map(is_built_in, self.config.network))
         return not is_ours or not isinstance(self.config.objective, str)
-
-    @property
-    def has_codec(self) -> bool:
-        """Whether the memory kind has a codec; see :class:`Keeper`."""
-        return self.memory_type.has_codec
-
-    @property
-    def holds_features(self) -> bool:
-        """Whether the memory kind is one of features."""
-        return self.memory_type.holds_features
 
     @property
     def memory_type(self) -> type[LearnedMemory]:
@@ -304,16 +299,6 @@ class RealKeeper(Keeper):
         """Whether the selection or its network is a user's own; see :class:`Keeper`."""
         is_ours = self.training is None or is_built_in(self.training.network)
         return callable(self.selection) or not is_ours
-
-    @property
-    def has_codec(self) -> bool:
-        """Whether the memory kind has a codec; see :class:`Keeper`."""
-        return self.memory_type.has_codec
-
-    @property
-    def holds_features(self) -> bool:
-        """Whether the memory kind is one of features."""
-        return self.memory_type.holds_features
 
     @property
     def memory_type(self) -> type[RealMemory]:
