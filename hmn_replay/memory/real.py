@@ -101,12 +101,17 @@ class RealMemory(Memory):
     def _read(self, payloads: Sequence[bytes]) -> Tensor:
         """Decode payloads to what was encoded, on the CPU; DataError where one is damaged."""
 
+    def words(self) -> tuple[str, ...]:
+        """Return what a memory is made from, for the file's metadata: the image shape."""
+        return (join_numbers(self.image_shape),)
+
     @classmethod
-    @abc.abstractmethod
     def _from_words(
         cls: type[AnyReal], words: Sequence[str], tensors: Mapping[str, Tensor]
     ) -> AnyReal:
         """Return a memory without images that :meth:`words` and :meth:`header` come from."""
+        (shape,) = words
+        return cls(split_numbers(shape))
 
     def header(self) -> bytes:
         """Return the bytes that all images share."""
@@ -337,15 +342,6 @@ class RawMemory(RealMemory):
             return torch.empty((0, *self.image_shape), dtype=torch.uint8)
         return as_bytes(b"".join(payloads)).view(-1, *self.image_shape)
 
-    def words(self) -> tuple[str, ...]:
-        """Return the image shape, for the file's metadata."""
-        return (join_numbers(self.image_shape),)
-
-    @classmethod
-    def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> RawMemory:
-        (shape,) = words
-        return cls(split_numbers(shape))
-
 
 @register_memory("subsampled")
 class SubsampledMemory(RealMemory):
@@ -528,15 +524,6 @@ class LosslessMemory(RealMemory):
                 raise DataError(f"lossless image {position} cannot be decoded ({error})") from error
             images[position] = pixels[..., :channels]
         return torch.from_numpy(images).movedim(-1, 1).contiguous()
-
-    def words(self) -> tuple[str, ...]:
-        """Return the image shape, for the file's metadata."""
-        return (join_numbers(self.image_shape),)
-
-    @classmethod
-    def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> LosslessMemory:
-        (shape,) = words
-        return cls(split_numbers(shape))
 
 
 def check_order(order: Tensor, num_images: int) -> Tensor:

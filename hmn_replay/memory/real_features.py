@@ -64,15 +64,6 @@ class RawFeatureMemory(_RealFeatures):
             raise DataError("the file's features are not finite: it is damaged")
         return features.view(-1, *self.image_shape)
 
-    def words(self) -> tuple[str, ...]:
-        """Return the shape of features, for the file's metadata."""
-        return (join_numbers(self.image_shape),)
-
-    @classmethod
-    def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> RawFeatureMemory:
-        (shape,) = words
-        return cls(split_numbers(shape))
-
 
 @register_memory("pq")
 class PQMemory(_RealFeatures):
