@@ -3,8 +3,9 @@
 Both get the same ConvNet-3 with GroupNorm(C, C), the same real and decoded images of one class, and
 give the gradient to the decoded images of the squared distance between the gradients of the
 convolution weights. The reference, experiments/reference.py, is written in the plainest way after
-IDC's loop: it takes every parameter's gradient. Ours is timed in float32 and under autocast to
-bfloat16; the reference in float32 alone. All take turns, and medians are compared.
+IDC's loop: it takes every parameter's gradient. Ours is compiled, as in condensations that are long
+enough, and timed in float32 and under autocast to bfloat16; the reference in float32 alone, as it
+is. All take turns, and medians are compared. --no-compile takes ours as it is, too.
 
 Share of the peak. A convolution's forward pass, its gradient to the weight and its gradient to the
 input are as much work each. Of the first layer the step needs 7 such passes over one batch: on real
@@ -15,8 +16,9 @@ network's convolutions, and of nothing else, over one batch, in the memory forma
 peak_fraction is the FLOP/s of the step's necessary work over those of the yardstick. Work is that
 of direct convolution: Winograd's does with fewer operations, so that the fraction may exceed 1.
 
-Peak memory is that of a fresh process which takes one step, and of which "before" is what it took
-before the step: torch, this package, network and images. On a GPU, that of tensors alone.
+Peak memory is that of a fresh process which takes one step, without compiling, and of which
+"before" is what it took before the step: torch, this package, network and images. On a GPU, that of
+tensors alone.
 
 Relative errors are |ours - reference| / |reference|, norms over all images' gradient.
 """
@@ -34,9 +36,10 @@ import hmn_replay
 from experiments.benchmarks.common import in_fresh_process, interleave, positive, readable
 from experiments.reference import make_convnet, matching_step
 from hmn_replay.errors import ConfigError
+from hmn_replay.objectives import get_objective
 from hmn_replay.runtime import autocast, make_generator, peak_memory_bytes, resolve_device, seeded
 
-SMOKE = {"width": 4, "batch": 2, "side": 8, "rounds": 1, "warm_up": 1}
+SMOKE = {"width": 4, "batch": 2, "side": 8, "rounds": 1, "warm_up": 1, "compile": False}
 
 # Passes over one batch: on the real images, then on the decoded ones.
 FIRST_LAYER_PASSES = 2 + 5
@@ -51,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=64, help="real images, and decoded ones")
     parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
     parser.add_argument("--rounds", type=positive, default=15, help="how often each step is timed")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
+        help="whether our step is compiled")  # fmt: skip
     parser.add_argument("--warm-up", type=int, default=2, help="rounds that do not count")
 
 
@@ -59,7 +64,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--side must be {2**DEPTH} or more, got {args.side}")
     device = resolve_device(args.device)
     shape = (args.width, args.batch, args.side)
-    steps = make_steps(*shape, device)
+    steps = make_steps(*shape, device, compile=args.compile)
     yardsticks = {
         f"{precision}, {layout}": make_yardstick(*shape, device, dtype, memory_format)
         for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
@@ -86,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "peak_fraction": fraction("ours", "float32"),
         "peak_fraction_bfloat16": fraction("ours_bfloat16", "bfloat16"),
         "peak_fraction_reference": fraction("reference", "float32"),
-        **relative_errors(*shape, device),
+        **relative_errors(*shape, device, compile=args.compile),
         "peak_memory_bytes": {name: peak for name, (peak, _) in peaks.items()},
         "peak_memory_before_bytes": {name: before for name, (_, before) in peaks.items()},
         "convolution_forward_seconds": {name: seconds[name] for name in yardsticks},
@@ -144,17 +149,23 @@ def make_inputs(
 
 
 def make_steps(
-    width: int, batch: int, side: int, device: torch.device, dtype: torch.dtype = torch.float32
+    width: int,
+    batch: int,
+    side: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    compile: bool = False,
 ) -> dict[str, Callable[[], Tensor]]:
     """Return the steps by name, each a function that returns the gradient to the images."""
     network, plain, arguments = make_inputs(width, batch, side, device, dtype)
     decoded = arguments[2].requires_grad_()
+    objective = get_objective("gradient")
+    matching = objective if objective.compiled is None or not compile else objective.compiled()
 
     def ours(precision: str = "float32") -> Tensor:
         with autocast(device, precision):
-            return torch.autograd.grad(hmn_replay.gradient_matching(network, *arguments), decoded)[
-                0
-            ]
+            return torch.autograd.grad(matching(network, *arguments), decoded)[0]
 
     return {
         "reference": lambda: matching_step(plain, *arguments)[1],
@@ -223,9 +234,11 @@ def peak_memory(
     return peak_memory_bytes(device), before
 
 
-def relative_errors(width: int, batch: int, side: int, device: torch.device) -> dict[str, float]:
+def relative_errors(
+    width: int, batch: int, side: int, device: torch.device, *, compile: bool
+) -> dict[str, float]:
     """Compare our gradients with the reference's, and that with itself in float64."""
-    single = make_steps(width, batch, side, device)
+    single = make_steps(width, batch, side, device, compile=compile)
     double = make_steps(width, batch, side, device, torch.float64)
     rounded, exact = single["reference"](), double["reference"]()
 

@@ -24,7 +24,6 @@ import hmn_replay
 from experiments.benchmarks.common import in_fresh_process, interleave, positive
 from experiments.results import reset_peak_memory
 from hmn_replay.objectives import OBJECTIVES, get_objective
-from hmn_replay.objectives._convolution import release_memory
 from hmn_replay.runtime import make_generator, peak_memory_bytes, resolve_device
 
 SMOKE = {"width": 4, "batch": 2, "side": 8, "student_steps": 2, "rounds": 1}
@@ -103,7 +102,6 @@ def peak_memory(
     where = torch.device(device)
     make_tasks(width, 2, side, 1, where)[name]()
     task = make_tasks(width, batch, side, student_steps, where)[name]
-    release_memory()
     reset_peak_memory()
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)

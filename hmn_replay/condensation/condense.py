@@ -26,7 +26,6 @@ from hmn_replay.distributed import Team, join
 from hmn_replay.errors import ConfigError, HMNReplayWarning
 from hmn_replay.memory.base import MEMORIES, Memory, check_num_classes
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
-from hmn_replay.objectives._convolution import release_memory
 from hmn_replay.runtime import (
     derive_seed,
     deterministic_cudnn,
@@ -217,7 +216,6 @@ def condense(
         if checkpoint is not None:
             run.resume(Path(checkpoint))
         condensed = run.finish()
-    release_memory()
     settings = {"kind": memory_type.kind, "effort": named_effort, "seed": seed}
     condensed.report = {
         **settings,

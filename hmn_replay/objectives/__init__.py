@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
 from hmn_replay.objectives.features import block_means, distribution_matching, last_block_matching
-from hmn_replay.objectives.gradients import cosine_matching, gradient_matching
+from hmn_replay.objectives.gradients import CompiledMatch, cosine_matching, gradient_matching
 from hmn_replay.objectives.trajectories import trajectory_matching
 from hmn_replay.registry import Registry, name_of
 from hmn_replay.training.train import CompiledFunction
@@ -125,7 +125,18 @@ OBJECTIVES: Registry[ObjectiveFunction] = Registry("objective")
 An entry is a function, or an :class:`Objective` that says what the loop does around it.
 """
 
-OBJECTIVES.add("gradient", Objective(gradient_matching))
+
+def _with_compiled_match(loss: Callable[..., Tensor]) -> Callable[[], ObjectiveFunction]:
+    return lambda: partial(loss, match=CompiledMatch())
+
+
+def _with_compiled_means(loss: Callable[..., Tensor]) -> Callable[[], ObjectiveFunction]:
+    return lambda: partial(loss, means=CompiledFunction(block_means, image_dim=1))
+
+
+OBJECTIVES.add(
+    "gradient", Objective(gradient_matching, compiled=_with_compiled_match(gradient_matching))
+)
 OBJECTIVES.add(
     "dc",
     Objective(
@@ -134,15 +145,18 @@ OBJECTIVES.add(
         learns_from="decoded",
         network_augments=False,
         network_cutmix=False,
+        compiled=_with_compiled_match(cosine_matching),
     ),
 )
-OBJECTIVES.add("dsa", Objective(cosine_matching, learns_from="decoded", network_cutmix=False))
-
-
-def _with_compiled_means(loss: Callable[..., Tensor]) -> Callable[[], ObjectiveFunction]:
-    return lambda: partial(loss, means=CompiledFunction(block_means))
-
-
+OBJECTIVES.add(
+    "dsa",
+    Objective(
+        cosine_matching,
+        learns_from="decoded",
+        network_cutmix=False,
+        compiled=_with_compiled_match(cosine_matching),
+    ),
+)
 OBJECTIVES.add(
     "distribution",
     Objective(

@@ -198,25 +198,29 @@ class CompiledLoss:
 
 
 class CompiledFunction:
-    """A function of a network, a batch of images and other tensors, compiled at the first batch.
+    """A function of a network, a batch of images and more, compiled at the first batch.
 
     Networks of one architecture share a compiled function, as those of :class:`CompiledLoss` do; it
     takes any number of images. Where compiling fails, a warning is given once, and the function is
     called as it is.
 
     Args:
-        function: Takes a network, images ``(N, C, H, W)`` and tensors of their device, and calls
-            torch alone.
+        function: Takes a network, images ``(N, C, H, W)``, a tensor that belongs to them, and
+            anything else, and calls torch alone.
+        image_dim: Which dimension of that tensor has the N images.
         backend: What torch.compile compiles with.
     """
 
     def __init__(
-        self, function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor"
+        self,
+        function: Callable[..., Any],
+        image_dim: int = 0,
+        backend: str | Callable[..., Any] = "inductor",
     ) -> None:
-        self.function, self.backend = function, backend
+        self.function, self.image_dim, self.backend = function, image_dim, backend
         self._has_failed = False
 
-    def __call__(self, network: nn.Module, images: Tensor, *others: Tensor) -> Any:
+    def __call__(self, network: nn.Module, images: Tensor, own: Tensor, *others: Any) -> Any:
         """Return what the function returns, but for rounding."""
         if not self._has_failed:
             device = images.device.type
@@ -224,11 +228,13 @@ class CompiledFunction:
             key = (*_key(network, images), cast, torch.is_grad_enabled())
             try:
                 torch._dynamo.maybe_mark_dynamic(images, 0)
-                return _compiled(self.function, self.backend, key)(network, images, *others)
+                torch._dynamo.maybe_mark_dynamic(own, self.image_dim)
+                compiled = _compiled(self.function, self.backend, key)
+                return compiled(network, images, own, *others)
             except Exception as error:
                 self._has_failed = True
                 _warn_of(error)
-        return self.function(network, images, *others)
+        return self.function(network, images, own, *others)
 
 
 def _key(network: nn.Module, images: Tensor) -> tuple[object, ...]:

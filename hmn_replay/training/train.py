@@ -54,6 +54,7 @@ __all__ = [
     "draw_epoch",
     "make_network",
     "mixed_loss",
+    "mixes_images",
     "resolve_compile",
     "train_network",
     "wants_compiling",

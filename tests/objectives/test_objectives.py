@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from hmn_replay.objectives import (
     gradient_matching,
     last_block_matching,
 )
+from hmn_replay.objectives.gradients import CompiledMatch
 from hmn_replay.registry import name_of
 from hmn_replay.training.networks import Network, StagedNetwork, build_network
 from tests.support import tiny
@@ -203,6 +205,46 @@ def test_loss_and_gradient_equal_a_naive_reference(
     assert float((loss - expected_loss).abs()) <= 1e-9 * float(expected_loss)
     assert float((gradient - expected).norm()) <= 1e-9 * float(expected.norm())
     assert float(expected.norm()) > 1e-6
+
+
+class Counter:
+    """A backend of torch.compile that compiles nothing, and counts what it was given."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        self.count += 1
+        return module.forward
+
+
+@pytest.mark.parametrize("objective", [gradient_matching, cosine_matching])
+def test_a_compiled_match_is_the_plain_one_whatever_the_number_of_images(
+    objective: Callable[..., Tensor],
+) -> None:
+    backend = Counter()
+    match = CompiledMatch(backend)
+    for seed, (num_real, num_decoded) in enumerate([(6, 5), (7, 4), (9, 3), (6, 5)]):
+        network, batches = some_network(seed=seed), some_batches(num_real, num_decoded, seed)
+        expected = differentiate(objective, network, *batches)
+        found = differentiate(partial(objective, match=match), network, *batches)
+        torch.testing.assert_close(found, expected)
+    assert backend.count == 2  # of the real batch, and of the decoded one
+    with torch.no_grad():
+        loss = objective(network, *batches, match=match)
+    torch.testing.assert_close(loss, expected[0])
+    assert backend.count == 2
+
+
+def test_what_normalises_by_the_batch_is_matched_without_compiling() -> None:
+    backend = Counter()
+    network, batches = build_network("vgg16", (3, 8, 8), 3).double(), some_batches()
+    expected = differentiate(gradient_matching, network, *batches)
+    compiled = partial(gradient_matching, match=CompiledMatch(backend))
+    found = differentiate(compiled, network, *batches)
+    assert found[0].equal(expected[0])
+    assert found[1].equal(expected[1])
+    assert backend.count == 0
 
 
 @objectives

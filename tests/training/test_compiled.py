@@ -207,31 +207,32 @@ def test_another_value_is_refused() -> None:
         TrainingConfig(compile="sometimes")  # type: ignore[arg-type]
 
 
-def sums(network: nn.Module, images: Tensor) -> Tensor:
-    return torch.stack([block.sum() for block in network.features(images)])  # type: ignore[operator]
+def sums(network: nn.Module, images: Tensor, weights: Tensor, power: int) -> Tensor:
+    blocks = network.features(images)  # type: ignore[operator]
+    return torch.stack([(weights @ block.flatten(1) ** power).sum() for block in blocks])
 
 
 def test_a_compiled_function_serves_all_batches_and_networks_of_an_architecture(
     backend: Counter,
 ) -> None:
-    compiled = CompiledFunction(sums, backend)
-    for seed, count in enumerate((6, 6, 4, 9)):
+    compiled = CompiledFunction(sums, image_dim=1, backend=backend)
+    for seed, count in enumerate((6, 6, 4, 9, 5, 12, 7)):
         network, (images, *_) = convnet(seed), draw(count)
-        torch.testing.assert_close(compiled(network, images), sums(network, images))
-    # One for a first batch, and one for any number of images at most.
-    assert 1 <= backend.count <= 2
-    before = backend.count
-    compiled(convnet(width=8), draw(6)[0])
-    assert backend.count > before
+        arguments = network, images, torch.rand(2, count), 2
+        torch.testing.assert_close(compiled(*arguments), sums(*arguments))
+    assert backend.count == 1
+    compiled(convnet(width=8), *draw(6)[:1], torch.rand(2, 6), 2)
+    assert backend.count == 2
 
 
 def test_a_function_that_cannot_be_compiled_is_called_as_it_is_with_one_warning() -> None:
     def fail(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
         raise RuntimeError("no compiler")
 
-    compiled, network, (images, *_) = CompiledFunction(sums, fail), convnet(), draw(6)
+    compiled = CompiledFunction(sums, image_dim=1, backend=fail)
+    arguments = convnet(), draw(6)[0], torch.rand(2, 6), 2
     with pytest.warns(HMNReplayWarning, match="torch.compile failed"):
-        assert compiled(network, images).equal(sums(network, images))
+        assert compiled(*arguments).equal(sums(*arguments))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert compiled(network, images).equal(sums(network, images))
+        assert compiled(*arguments).equal(sums(*arguments))
