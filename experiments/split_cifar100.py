@@ -144,6 +144,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="replayed images' share of our memories' loss (default: by their number)")  # fmt: skip
     add("--recode", type=float, default=0.0,
         help="share of current images that hmn, jpeg and subsampled code")  # fmt: skip
+    add("--quality", type=int, help="of jpeg, 1 to 100 (default: chosen on the first experience)")
     add("--factor", type=int, default=2,
         help="pixels that one of subsampled's stands for, along each side")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
@@ -300,6 +301,7 @@ def run(
             **args.options,
         },
         "jpeg": {
+            "quality": args.quality,
             "training": hmn_replay.TrainingConfig(**args.jpeg_training),
             "recode_share": args.recode,
         },

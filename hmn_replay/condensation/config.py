@@ -103,13 +103,13 @@ class CondenseConfig(LabelConfig):
     network_width: _AtLeast1 = 32
     """Channels of a matched ConvNet's blocks."""
 
-    trained_networks: _Number = 6
+    trained_networks: _Number = 3
     """How many networks are trained on real images before matching, where the objective's networks
     learn from these, as those of "gradient" and "distribution" do. Every inner_steps steps, one of
     them is drawn, and a point between its initial and its trained weights. 0 for random networks
     that learn network_images images after each step, as in IDC."""
 
-    trained_passes: _AtLeast1 = 20_000
+    trained_passes: _AtLeast1 = 200_000
     """Images that each of trained_networks is shown in all, rounded to whole epochs, 10 at most."""
 
     network_images: _AtLeast0 = 512
