@@ -14,7 +14,8 @@ forward and two to the input. Of every other layer it needs 10: on real images a
 input, on decoded ones that too, and one more forward. The yardstick is a forward pass of the
 network's convolutions, and of nothing else, over one batch, in the memory format that is faster.
 peak_fraction is the FLOP/s of the step's necessary work over those of the yardstick. Work is that
-of direct convolution: Winograd's does with fewer operations, so that the fraction may exceed 1.
+of direct convolution, of the derivative along the distance's gradient, which double backward
+exceeds.
 
 Peak memory is that of a fresh process which takes one step, without compiling, and of which
 "before" is what it took before the step: torch, this package, network and images. On a GPU, that of

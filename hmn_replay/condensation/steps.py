@@ -127,8 +127,8 @@ class StepContext:
         if objective.compiled is not None:
             num_classes = self.memory.num_classes - self.first_class
             num_classes = min(num_classes, config.classes_per_step or num_classes)
-            # Passes forward, and backward to the images, in those of training steps, which have
-            # three.
+            # Passes forward, and backward to the images, at least, in those of training steps,
+            # which have three.
             num_passes = num_classes * (config.real_batch + 2 * config.decoded_batch)
             num_matched = config.num_steps * num_passes // 3
             if wants_compiling(training, image_shape, num_matched, self.device):
