@@ -38,11 +38,11 @@ Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From a weight's gradients on the decoded and on the real batch to a scalar."""
 
 Match: TypeAlias = Callable[
-    [nn.Module, tuple[str, ...], Distance, Batch, Batch, bool], tuple[Tensor, Tensor | None]
+    [nn.Module, tuple[str, ...], Distance, Batch, Batch], tuple[Tensor, Tensor | None]
 ]
 """From a network, the names of its weights that are compared, their distance, the real and the
-decoded batch, and whether a gradient is wanted, to the summed distance and its gradient to the
-decoded images, or None; both without a graph."""
+decoded batch to the summed distance and its gradient to the decoded images, or None where these
+require none; both without a graph."""
 
 
 def double_backward(
@@ -51,13 +51,12 @@ def double_backward(
     distance: Distance,
     real: Batch,
     decoded: Batch,
-    wants_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Match gradients by a backward pass through a backward pass; a :data:`Match`.
 
     The decoded batch takes about nine convolution passes, the real one a training step.
     """
-    images = decoded[0].requires_grad_(wants_gradient)
+    wants_gradient = decoded[0].requires_grad
     weights = [network.get_parameter(name) for name in names]
 
     def gradients(images: Tensor, labels: Tensor, create_graph: bool) -> tuple[Tensor, ...]:
@@ -68,9 +67,9 @@ def double_backward(
 
     with keeping_statistics(network), requires_grad(weights, True), torch.enable_grad():
         wanted = gradients(*real, create_graph=False)
-        found = gradients(images, decoded[1], create_graph=wants_gradient)
+        found = gradients(*decoded, create_graph=wants_gradient)
         loss = torch.stack(list(map(distance, found, wanted))).sum()
-        gradient = torch.autograd.grad(loss, images)[0] if wants_gradient else None
+        gradient = torch.autograd.grad(loss, decoded[0])[0] if wants_gradient else None
     return loss.detach(), gradient
 
 
@@ -97,12 +96,11 @@ class CompiledMatch:
         distance: Distance,
         real: Batch,
         decoded: Batch,
-        wants_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the loss and the gradient; those of :func:`double_backward` but for rounding."""
-        if not wants_gradient or mixes_images(network):
-            return double_backward(network, names, distance, real, decoded, wants_gradient)
-        images, labels = decoded
+        if not decoded[0].requires_grad or mixes_images(network):
+            return double_backward(network, names, distance, real, decoded)
+        images, labels = decoded[0].detach(), decoded[1]
         # Torch's second derivative of a group norm is for one number of images: fewer are padded.
         self._num_rows = max(self._num_rows, len(images))
         num_missing = self._num_rows - len(images)
@@ -277,8 +275,10 @@ def _loss(
     """Return the summed distance of the weights' gradients, with a graph to the decoded images."""
     images, labels = decoded
     wants_gradient = images.requires_grad and torch.is_grad_enabled()
-    batches = (real[0].detach(), real[1]), (images.detach(), labels)
-    loss, gradient = match(network, tuple(names), distance, *batches, wants_gradient)
+    leaf = images.detach().requires_grad_(wants_gradient)
+    loss, gradient = match(
+        network, tuple(names), distance, (real[0].detach(), real[1]), (leaf, labels)
+    )
     return loss if gradient is None else with_gradients(loss, [images], [gradient])
 
 

@@ -29,7 +29,7 @@ from hmn_replay.objectives import (
 from hmn_replay.objectives.gradients import CompiledMatch
 from hmn_replay.registry import name_of
 from hmn_replay.training.networks import Network, StagedNetwork, build_network
-from tests.support import tiny
+from tests.support import CountingBackend, tiny
 
 Batches = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -207,22 +207,11 @@ def test_loss_and_gradient_equal_a_naive_reference(
     assert float(expected.norm()) > 1e-6
 
 
-class Counter:
-    """A backend of torch.compile that compiles nothing, and counts what it was given."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
-        self.count += 1
-        return module.forward
-
-
 @pytest.mark.parametrize("objective", [gradient_matching, cosine_matching])
 def test_a_compiled_match_is_the_plain_one_whatever_the_number_of_images(
     objective: Callable[..., Tensor],
 ) -> None:
-    backend = Counter()
+    backend = CountingBackend()
     match = CompiledMatch(backend)
     for seed, (num_real, num_decoded) in enumerate([(6, 5), (7, 4), (9, 3), (6, 5)]):
         network, batches = some_network(seed=seed), some_batches(num_real, num_decoded, seed)
@@ -237,7 +226,7 @@ def test_a_compiled_match_is_the_plain_one_whatever_the_number_of_images(
 
 
 def test_what_normalises_by_the_batch_is_matched_without_compiling() -> None:
-    backend = Counter()
+    backend = CountingBackend()
     network, batches = build_network("vgg16", (3, 8, 8), 3).double(), some_batches()
     expected = differentiate(gradient_matching, network, *batches)
     compiled = partial(gradient_matching, match=CompiledMatch(backend))

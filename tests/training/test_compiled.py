@@ -24,26 +24,16 @@ from hmn_replay.training.train import (
     train_network,
 )
 from tests.stripes import PLAIN, stripes, weights
+from tests.support import CountingBackend
 
 CPU = torch.device("cpu")
 can_compile = resolve_compile("auto", CPU) == "auto"
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-class Counter:
-    """A backend of torch.compile that compiles nothing, and counts what it was given."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
-        self.count += 1
-        return module.forward
-
-
 @pytest.fixture
-def backend() -> Counter:
-    return Counter()
+def backend() -> CountingBackend:
+    return CountingBackend()
 
 
 def draw(count: int, side: int = 8) -> Batch:
@@ -83,7 +73,7 @@ def assert_same_step(
 @pytest.mark.parametrize("lam", [1.0, 0.3])
 @pytest.mark.parametrize("make", [convnet, with_batch_norm])
 def test_one_function_serves_batches_of_every_size(
-    make: Callable[[], nn.Module], lam: float, backend: Counter
+    make: Callable[[], nn.Module], lam: float, backend: CountingBackend
 ) -> None:
     compiled = CompiledLoss("float32", backend)
     for count in (8, 7, 8, 5):
@@ -91,7 +81,7 @@ def test_one_function_serves_batches_of_every_size(
     assert backend.count == 1
 
 
-def test_networks_of_one_architecture_share_a_function(backend: Counter) -> None:
+def test_networks_of_one_architecture_share_a_function(backend: CountingBackend) -> None:
     for seed in range(20):
         assert_same_step(convnet(seed), draw(6), 0.5, CompiledLoss("float32", backend))
     assert backend.count == 1
@@ -100,7 +90,7 @@ def test_networks_of_one_architecture_share_a_function(backend: Counter) -> None
     assert backend.count == 11
 
 
-def test_parts_of_a_large_batch_are_compiled_but_for_a_small_rest(backend: Counter) -> None:
+def test_parts_of_a_large_batch_are_compiled_but_for_a_small_rest(backend: CountingBackend) -> None:
     compiled = CompiledLoss("float32", backend)
     network = convnet()
     assert_same_step(network, draw(10), 0.5, compiled, part_size=4)
@@ -108,7 +98,7 @@ def test_parts_of_a_large_batch_are_compiled_but_for_a_small_rest(backend: Count
     assert backend.count == 1
 
 
-def test_another_number_of_threads_gets_a_function_of_its_own(backend: Counter) -> None:
+def test_another_number_of_threads_gets_a_function_of_its_own(backend: CountingBackend) -> None:
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 1):
@@ -119,7 +109,7 @@ def test_another_number_of_threads_gets_a_function_of_its_own(backend: Counter) 
     assert backend.count == 2
 
 
-def test_a_network_may_keep_parameters_out_of_the_loss(backend: Counter) -> None:
+def test_a_network_may_keep_parameters_out_of_the_loss(backend: CountingBackend) -> None:
     network = convnet()
     network.register_parameter("unused", nn.Parameter(torch.ones(2)))
     frozen = network.get_parameter("body.stages.0.0.weight").requires_grad_(False)
@@ -141,7 +131,7 @@ def test_what_cannot_be_compiled_is_computed_without_with_one_warning() -> None:
         assert_same_step(convnet(), draw(6), 0.5, compiled)
 
 
-def test_the_networks_own_error_is_raised_as_it_is(backend: Counter) -> None:
+def test_the_networks_own_error_is_raised_as_it_is(backend: CountingBackend) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(7, 3))
     with (
         pytest.warns(HMNReplayWarning, match="torch.compile failed"),
@@ -213,7 +203,7 @@ def sums(network: nn.Module, images: Tensor, weights: Tensor, power: int) -> Ten
 
 
 def test_a_compiled_function_serves_all_batches_and_networks_of_an_architecture(
-    backend: Counter,
+    backend: CountingBackend,
 ) -> None:
     compiled = CompiledFunction(sums, image_dim=1, backend=backend)
     for seed, count in enumerate((6, 6, 4, 9, 5, 12, 7)):
