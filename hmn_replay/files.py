@@ -132,11 +132,11 @@ def open_at_once(path: str, flags: int) -> int:
 
 
 def digest_tensors(text: str, tensors: Mapping[str, Any]) -> str:
-    """Return 32 hexadecimal digits that tell a text and named CPU tensors from any others.
+    """Return 32 hexadecimal digits that tell a text and named tensors from any others.
 
     Args:
         text: Any text.
-        tensors: Tensors by name, on the CPU, or what has the dtype, shape and rows of one, such as
+        tensors: Tensors by name, on any device, or what has the dtype, shape and rows of one, such as
             a lookup of images.
     """
     digest = hashlib.blake2b(text.encode(), digest_size=16)
@@ -145,5 +145,5 @@ def digest_tensors(text: str, tensors: Mapping[str, Any]) -> str:
         rows = tensor[None] if isinstance(tensor, Tensor) and not tensor.ndim else tensor
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows[start : start + _ROWS_AT_ONCE]
-            digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(part.reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
