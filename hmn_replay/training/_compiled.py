@@ -201,20 +201,21 @@ class CompiledFunction:
     """A function of a network, a batch of images and more, compiled at the first batch.
 
     Networks of one architecture share a compiled function, as those of :class:`CompiledLoss` do; it
-    takes any number of images. Where compiling fails, a warning is given once, and the function is
+    takes any number of images, or one alone. Where compiling fails, a warning is given once, and the function is
     called as it is.
 
     Args:
         function: Takes a network, images ``(N, C, H, W)``, a tensor that belongs to them, and
             anything else, and calls torch alone.
-        image_dim: Which dimension of that tensor has the N images.
+        image_dim: Which dimension of that tensor has the N images; None to compile anew for each N,
+            where torch has no derivative for all of them.
         backend: What torch.compile compiles with.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
-        image_dim: int = 0,
+        image_dim: int | None = 0,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         self.function, self.image_dim, self.backend = function, image_dim, backend
@@ -227,8 +228,9 @@ class CompiledFunction:
             cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
             key = (*_key(network, images), cast, torch.is_grad_enabled())
             try:
-                torch._dynamo.maybe_mark_dynamic(images, 0)
-                torch._dynamo.maybe_mark_dynamic(own, self.image_dim)
+                if self.image_dim is not None:
+                    torch._dynamo.maybe_mark_dynamic(images, 0)
+                    torch._dynamo.maybe_mark_dynamic(own, self.image_dim)
                 compiled = _compiled(self.function, self.backend, key)
                 return compiled(network, images, own, *others)
             except Exception as error:
