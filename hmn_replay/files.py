@@ -136,8 +136,8 @@ def digest_tensors(text: str, tensors: Mapping[str, Any]) -> str:
 
     Args:
         text: Any text.
-        tensors: Tensors by name, on any device, or what has the dtype, shape and rows of one, such as
-            a lookup of images.
+        tensors: Tensors by name, on any device, or what has the dtype, shape and rows of one, such
+            as a lookup of images.
     """
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):

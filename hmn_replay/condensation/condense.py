@@ -180,7 +180,12 @@ def condense(
             num_classes = max(num_classes, check_num_classes(expected_classes, "expected_classes"))
         num_real = len(data) // data.num_classes
         layout = memory_type.choose_layout(
-            limit, data.image_shape, num_classes, config.number_format, num_real
+            limit,
+            data.image_shape,
+            num_classes,
+            config.number_format,
+            num_real,
+            config.image_bytes,
         )
     number_format = config.number_format or layout.number_format
     if (layout.image_shape, layout.number_format) != (data.image_shape, number_format):

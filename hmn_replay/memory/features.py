@@ -203,6 +203,7 @@ class FeatureMemory(LearnedMemory):
         num_classes: int,
         number_format: str | None = None,
         real_images_per_class: int | None = None,
+        image_bytes: int | None = None,
     ) -> FeatureLayout:
         """Return the layout for a budget; see :meth:`LearnedMemory.choose_layout`.
 
@@ -212,13 +213,14 @@ class FeatureMemory(LearnedMemory):
         """
         shape, num_classes = check_feature_shape(image_shape), check_num_classes(num_classes)
         limit = Budget.parse(budget).num_bytes
-        for layout in cls.layouts(limit, shape, number_format or cls.default_number_format):
+        layouts: list[FeatureLayout] = cls._layouts(limit, shape, number_format, image_bytes)
+        for layout in layouts:
             shared_bytes = cls.file_bytes_of(layout, num_classes, 0, limit)
-            image_bytes = num_classes * cls.group_bytes(layout)
-            most = min(_SHARED_SHARE * limit, limit - _MIN_IMAGES_PER_CLASS * image_bytes)
+            image_of_each = num_classes * cls.group_bytes(layout)
+            most = min(_SHARED_SHARE * limit, limit - _MIN_IMAGES_PER_CLASS * image_of_each)
             if real_images_per_class is not None:
                 # What real images leave free goes to more code channels.
-                most = max(most, limit - real_images_per_class * image_bytes)
+                most = max(most, limit - real_images_per_class * image_of_each)
             if shared_bytes <= most:
                 break
         if layout.is_coded:

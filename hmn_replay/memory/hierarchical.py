@@ -284,6 +284,7 @@ class HierarchicalMemory(LearnedMemory):
         num_classes: int,
         number_format: str | None = None,
         real_images_per_class: int | None = None,
+        image_bytes: int | None = None,
     ) -> HMNLayout:
         """Return the layout for a budget; see :meth:`LearnedMemory.choose_layout`.
 
@@ -293,7 +294,8 @@ class HierarchicalMemory(LearnedMemory):
         """
         shape, num_classes = check_image_shape(image_shape), check_num_classes(num_classes)
         limit = Budget.parse(budget).num_bytes
-        for layout in cls.layouts(limit, shape, number_format or cls.default_number_format):
+        layouts: list[HMNLayout] = cls._layouts(limit, shape, number_format, image_bytes)
+        for layout in layouts:
             shared_bytes = cls.file_bytes_of(layout, num_classes, 0, limit)
             instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * cls.group_bytes(layout)
             if shared_bytes <= min(_SHARED_SHARE * limit, limit - instances_bytes):

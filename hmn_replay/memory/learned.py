@@ -309,6 +309,7 @@ class LearnedMemory(Memory, nn.Module):
         num_classes: int,
         number_format: str | None = None,
         real_images_per_class: int | None = None,
+        image_bytes: int | None = None,
     ) -> Any:
         """Return the layout for a budget: the first one that holds an image of every class.
 
@@ -319,21 +320,45 @@ class LearnedMemory(Memory, nn.Module):
             number_format: How values are stored. Default: :attr:`default_number_format`.
             real_images_per_class: How many real images of a class there are; room for more images
                 than that goes to better ones, where the kind can do so. Default: None, not known.
+            image_bytes: Bytes planned for the code of an image, 1 or more, where values are
+                entropy-coded: more of them for fewer and better images. Default: None, the kind's
+                choice.
 
         Raises:
             BudgetError: The budget does not hold an image of every class, whatever the layout; the
                 message gives the smallest budget that does.
-            ConfigError: A shape, a number of classes or a number format outside its range.
+            ConfigError: A shape, a number of classes, a number format or ``image_bytes`` outside
+                its range.
         """
         del real_images_per_class
         shape, limit = cls.Layout.check_shape(image_shape), Budget.parse(budget).num_bytes
-        *others, last = cls.layouts(limit, shape, number_format or cls.default_number_format)
+        *others, last = cls._layouts(limit, shape, number_format, image_bytes)
         for layout in others:
             with contextlib.suppress(BudgetError):
                 cls.max_images(layout, limit, num_classes)
                 return layout
         cls.max_images(last, limit, num_classes)
         return last
+
+    @classmethod
+    def _layouts(
+        cls,
+        budget_bytes: int,
+        image_shape: tuple[int, int, int],
+        number_format: str | None,
+        image_bytes: int | None,
+    ) -> list[Any]:
+        """Return :meth:`layouts` with what was asked for; see :meth:`choose_layout`."""
+        number_format = number_format or cls.default_number_format
+        layouts = list(cls.layouts(budget_bytes, image_shape, number_format))
+        if image_bytes is None:
+            return layouts
+        if not layouts[0].is_coded:
+            raise ConfigError(
+                f"image_bytes plans the code of an image, which number_format='entropy' has; "
+                f"{number_format!r} takes as many bytes for each image: leave image_bytes out"
+            )
+        return [dataclasses.replace(layout, image_bytes=image_bytes) for layout in layouts]
 
     @abc.abstractmethod
     def forward(self, indices: Tensor) -> Tensor:

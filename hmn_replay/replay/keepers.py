@@ -206,9 +206,7 @@ class LearnedKeeper(Keeper):
         if isinstance(memory, self.memory_type):
             self.memory_type.max_images(memory.layout, self.budget, classes)
         elif memory is None:
-            self.memory_type.choose_layout(
-                self.budget, images.image_shape, classes, self.config.number_format
-            )
+            self._choose_layout(images, classes)
 
     def renew(
         self,
@@ -243,11 +241,19 @@ class LearnedKeeper(Keeper):
         for factor in (10, 5, 2):
             expected = min(factor * images.num_classes, MAX_CLASSES)
             with contextlib.suppress(BudgetError):
-                self.memory_type.choose_layout(
-                    self.budget, images.image_shape, expected, self.config.number_format
-                )
+                self._choose_layout(images, expected)
                 return expected
         return None
+
+    def _choose_layout(self, images: LabelledImages, num_classes: int) -> None:
+        """Raise a BudgetError where no layout for so many classes fits."""
+        self.memory_type.choose_layout(
+            self.budget,
+            images.image_shape,
+            num_classes,
+            self.config.number_format,
+            image_bytes=self.config.image_bytes,
+        )
 
 
 class RealKeeper(Keeper):

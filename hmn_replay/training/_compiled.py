@@ -201,8 +201,8 @@ class CompiledFunction:
     """A function of a network, a batch of images and more, compiled at the first batch.
 
     Networks of one architecture share a compiled function, as those of :class:`CompiledLoss` do; it
-    takes any number of images, or one alone. Where compiling fails, a warning is given once, and the function is
-    called as it is.
+    takes any number of images, or one alone. Where compiling fails, a warning is given once, and
+    the function is called as it is.
 
     Args:
         function: Takes a network, images ``(N, C, H, W)``, a tensor that belongs to them, and

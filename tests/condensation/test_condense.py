@@ -216,6 +216,19 @@ def test_the_layout_is_chosen_where_none_is_given(make_set: MakeSet) -> None:
     assert memory.file_bytes <= 60 * 1024
 
 
+def test_images_of_more_bytes_are_fewer(make_set: MakeSet) -> None:
+    options: dict[str, Any] = {**TINY, "warm_start_steps": 1, "outer_steps": 0}
+    memories = [
+        condense(make_set(300), "3 KiB", image_bytes=image_bytes, **options)
+        for image_bytes in (8, 24)
+    ]
+    assert [memory.layout.image_bytes for memory in memories] == [8, 24]
+    assert memories[0].num_images > memories[1].num_images
+    assert memories[1].report["image_bytes"] == 24
+    with pytest.raises(ConfigError, match="image_bytes plans the code of an image"):
+        condense(make_set(), "3 KiB", image_bytes=8, number_format="int8", **options)
+
+
 @pytest.mark.parametrize("number_format", NUMBER_FORMATS)
 @pytest.mark.parametrize("effort", ["quick", "paper"])
 def test_a_layout_decides_the_number_format(

@@ -898,6 +898,32 @@ def test_the_default_number_format_is_the_kinds(kind: str) -> None:
     assert type_of(layout) is own
 
 
+@pytest.mark.parametrize(("kind", "shape"), [("hmn", (3, 32, 32)), ("features", (64, 2, 2))])
+def test_more_bytes_for_an_image_are_fewer_images(kind: str, shape: tuple[int, int, int]) -> None:
+    own = learned_type(kind)
+
+    def planned(image_bytes: int | None) -> tuple[int, int]:
+        layout = own.choose_layout("100 KiB", shape, 4, image_bytes=image_bytes)
+        return layout.image_bytes, own.max_images(layout, "100 KiB", 4)
+
+    least, usual, most = planned(4), planned(None), planned(320)
+    assert least[0] == 4 < usual[0] < most[0] == 320
+    assert least[1] > usual[1] > most[1]
+    # As many as can be are planned, of which about five images of each class still fit.
+    assert 4 * 4 < planned(10**6)[1] <= 5 * 4
+    # More real images than fit leave the plan as it is.
+    assert own.choose_layout("100 KiB", shape, 4, None, 10**6, 320).image_bytes == 320
+
+
+@every_kind
+def test_bytes_are_planned_for_entropy_coded_images_alone(kind: str) -> None:
+    with pytest.raises(ConfigError, match="'int8' takes as many bytes for each image"):
+        learned_type(kind).choose_layout("100 KiB", (3, 32, 32), 2, "int8", image_bytes=96)
+    if learned_type(kind).codes_entropy:
+        with pytest.raises(ConfigError, match="image_bytes is 1 or more"):
+            learned_type(kind).choose_layout("100 KiB", (3, 32, 32), 2, image_bytes=0)
+
+
 def test_the_first_layout_that_fits_is_taken() -> None:
     def needed(count: int) -> int:
         layout = HaBaLayout((3, 8, 8), "int8", count)
