@@ -130,9 +130,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--renew", choices=RENEWALS, default="auto",
         help="when an experience is made into one of our memories: before or after it is trained "
         "on; auto is before, with the losses auto and separated")  # fmt: skip
-    add("--distill", type=float, default=0.0,
+    add("--distill", type=float,
         help="weight of our memories' distillation from the previous network, which is working "
-        "memory and not counted in the budget")  # fmt: skip
+        "memory and not counted in the budget (default: 1 with a memory renewed before training)",
+    )  # fmt: skip
     add("--labels", choices=("hard", "soft"), default="hard",
         help="whether our memories keep what the network says of their images, in the same bytes, "
         "and learn it again")  # fmt: skip

@@ -88,7 +88,7 @@ def build(
     mode: Literal["replay", "memory_only"] = "replay",
     loss: Loss = "auto",
     renew: Renewal = "auto",
-    distill: float = 0.0,
+    distill: float | None = None,
     labels: Literal["hard", "soft"] = "hard",
     tune: Literal["none", "head", "all"] = "none",
     tune_steps: int = 100,
@@ -137,7 +137,8 @@ def build(
             ``"before"`` or ``"after"`` it is trained on; ``"auto"`` as
             :class:`hmn_replay.MemoryReplay` says.
         distill: Weight of the distillation from the previous network, for hmn, jpeg, lossless, raw
-            and herding; that network is not part of the budget.
+            and herding; that network is not part of the budget. Default: None, as
+            :class:`hmn_replay.MemoryReplay` says.
         labels: Whether hmn, jpeg, lossless, raw and herding keep what the network says of their
             images, in the same bytes, and learn it again: ``"hard"`` or ``"soft"``.
         tune: What of the network is tuned on the memory of hmn, jpeg, lossless, raw and herding

@@ -49,7 +49,7 @@ class Settings:
     mode: Literal["replay", "memory_only"]
     loss: Loss
     renew: Renewal
-    distill: float
+    distill: float | None
     labels: Literal["hard", "soft"]
     tune: Literal["none", "head", "all"]
     tune_steps: int

@@ -167,8 +167,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             the memory by then; see :func:`hmn_replay.avalanche.losses.distillation`. The previous
             network sees the very images that the network sees, in evaluation mode. It is a copy in
             working memory while an experience is trained on, and no part of the memory's file or
-            budget. Default: 0, none. Not for online streams, task labels above 0 or
-            ``"memory_only"``.
+            budget. Default: ``None``, 1 where the loss is one that learns the current classes from
+            decoded images too, ``"separated"`` or ``"grouped"``, else 0. Not for online streams,
+            task labels above 0 or ``"memory_only"``.
         recode_share: Probability in [0, 1] with which an image of the experience is shown as the
             memory would give it back, encoded and decoded, so that a network cannot tell age by
             what a codec does to images (Wang et al. 2023, CIM-CIL). Default: 0, none. For kinds of
@@ -210,11 +211,14 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             before the first.
         renew_used: ``"before"`` or ``"after"``: when the current or last experience was made into
             the memory. None before the first.
+        distill_used: Weight of the distillation while the current or last experience is trained on:
+            0 where there is none, as in the first one.
         last_replay_size: How many of the current mini-batch's images are replayed.
     """
 
     loss_used: str | None
     renew_used: str | None
+    distill_used: float
     last_replay_size: int
 
     def __init__(
@@ -227,7 +231,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         replay_weight: float | None = None,
         loss: Loss = "auto",
         renew: Renewal = "auto",
-        distill: float = 0.0,
+        distill: float | None = None,
         recode_share: float = 0.0,
         labels: Literal["hard", "soft"] = "hard",
         label_weight: float = 1.0,
@@ -273,6 +277,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             progress=progress,
         )
         self.loss_used = self.renew_used = None
+        self.distill_used = 0.0
         self.last_replay_size = 0
         self._num_pieces = 0
         self._num_replayed = self._num_before = self._num_views = 0
@@ -464,7 +469,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 raise ConfigError(
                     f"{name} is not for {type(strategy).__name__}, which has a loss of its own"
                 )
-        if self.distill and len(self._old_classes):
+        self.distill_used = self._weigh_distillation()
+        if self.distill_used:
             self._teacher = _Teacher(strategy.model, self._old_classes.to(self._device))
         if self.tune == "head":
             _head_of(strategy.model)
@@ -519,7 +525,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             term = distillation(
                 strategy.mb_output, self._teacher.logits(), self._teacher.old_classes
             )
-            strategy.loss = strategy.loss + self.distill * term
+            strategy.loss = strategy.loss + self.distill_used * term
         num_replayed = self._num_replayed
         if self.mode == "memory_only" or not num_replayed:
             return
@@ -606,6 +612,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def _note(self) -> dict[str, Any]:
         """Return what the report says of the training, beside what it says of the memory."""
         return {"loss_used": self.loss_used, "renew_used": self.renew_used}
+
+    def _weigh_distillation(self) -> float:
+        """Return the weight of the distillation in an experience; 0 where nothing was learned."""
+        if not len(self._old_classes):
+            return 0.0
+        return float(_needs_all_classes(self._loss_now)) if self.distill is None else self.distill
 
     def _check_data(self, experiences: Sequence[Any]) -> None:
         self._found = self.normalization or find_normalization(*(e.dataset for e in experiences))
@@ -898,7 +910,7 @@ class ReplayOptions(TypedDict, total=False):
     replay_weight: float | None
     loss: Loss
     renew: Renewal
-    distill: float
+    distill: float | None
     recode_share: float
     labels: Literal["hard", "soft"]
     label_weight: float
@@ -980,7 +992,7 @@ class HMNReplay(MemoryReplay):
         replay_weight: float | None = None,
         loss: Loss = "auto",
         renew: Renewal = "auto",
-        distill: float = 0.0,
+        distill: float | None = None,
         recode_share: float = 0.0,
         labels: Literal["hard", "soft"] = "hard",
         label_weight: float = 1.0,
@@ -1253,7 +1265,7 @@ def _check_settings(
     replay_weight: float | None,
     loss: Loss,
     renew: str,
-    distill: float,
+    distill: float | None,
     recode_share: float,
 ) -> None:
     """Raise a ConfigError for settings of a plugin outside their ranges."""
@@ -1261,8 +1273,8 @@ def _check_settings(
         raise ConfigError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     if renew not in RENEWALS:
         raise ConfigError(f"renew must be one of {', '.join(RENEWALS)}; got {renew!r}")
-    if not distill >= 0:
-        raise ConfigError(f"distill must be 0 or more; got {distill!r}")
+    if distill is not None and not distill >= 0:
+        raise ConfigError(f"distill must be None, or 0 or more; got {distill!r}")
     if not 0 <= recode_share <= 1:
         raise ConfigError(f"recode_share must be in [0, 1]; got {recode_share!r}")
     name, function = find_loss(loss)

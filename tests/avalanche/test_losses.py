@@ -249,6 +249,34 @@ def test_where_there_is_no_previous_network_distillation_is_refused() -> None:
             KeepFirst(**options)
 
 
+@pytest.mark.parametrize(
+    ("loss", "weight"),
+    [("auto", 1), ("separated", 1), ("grouped", 1), ("balanced", 0), ("plain", 0)],
+)
+def test_by_default_losses_that_learn_new_classes_from_decoded_images_distill(
+    loss: str, weight: int
+) -> None:
+    found, replay = trained(loss, distill=None)
+    assert replay.distill_used == weight
+    assert torch.equal(found, trained(loss, distill=weight)[0])
+    assert not torch.equal(found, trained(loss, distill=1 - weight)[0])
+
+
+def test_by_default_nothing_is_distilled_where_it_cannot_be() -> None:
+    online = in_pieces(streams().train_stream, 5, access_task_boundaries=True)
+    with_tasks = streams("nc_tasks").train_stream
+    for stream, mode in (
+        (online, "replay"),
+        (with_tasks, "replay"),
+        (streams().train_stream, "memory_only"),
+    ):
+        replay = KeepFirst(mode=mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", HMNReplayWarning)
+            train(make_strategy([replay]), stream)
+        assert replay.distill_used == 0 and replay.report
+
+
 def test_what_other_plugins_add_to_the_loss_stays() -> None:
     def expected(strategy: Any, n: int) -> Tensor:
         current = strategy._criterion(strategy.mb_output[:-n], strategy.mb_y[:-n])
@@ -302,7 +330,7 @@ def test_the_shares_are_those_of_the_memory_and_of_the_experience_so_far(kind: s
 
 
 def trained(
-    loss: Any, kind: str = "nc", renew: Any = "auto", distill: float = 0.0, **options: Any
+    loss: Any, kind: str = "nc", renew: Any = "auto", distill: float | None = 0.0, **options: Any
 ) -> tuple[Tensor, KeepFirst]:
     replay = KeepFirst(batch_size_mem=3, loss=loss, renew=renew, distill=distill)
     strategy = make_strategy([replay], **options)
