@@ -522,9 +522,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def before_backward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Put the replay loss in the place of the criterion, and add the distillation's."""
         if self._teacher is not None:
-            term = distillation(
-                strategy.mb_output, self._teacher.logits(), self._teacher.old_classes
-            )
+            term = distillation(strategy.mb_output, self._teacher.logits(), self._teacher.classes)
             strategy.loss = strategy.loss + self.distill_used * term
         num_replayed = self._num_replayed
         if self.mode == "memory_only" or not num_replayed:
@@ -662,6 +660,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         parameters = [each for each in tuned.parameters() if each.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=self.tune_rate, momentum=0.9)
         num_images = strategy.train_mb_size + (self.batch_size_mem or strategy.train_mb_size)
+        weight = 1.0 if self.distill is None else self.distill
+        teacher = _Teacher(model, decoded.memory.classes.to(self._device)) if weight else None
         kept = [each.grad for each in parameters]
         modes = {module: module.training for module in model.modules()}
         model.train()
@@ -675,7 +675,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                     images = as_floats(decoded.images[chosen])
                     images = finish_images(images, self.replay_transform, self.found_normalization)
                     labels, _ = split_class_keys(decoded.labels[chosen])
-                    loss = strategy._criterion(model(images), labels)
+                    logits = model(images)
+                    loss = strategy._criterion(logits, labels)
+                    if teacher is not None:
+                        target = teacher.logits()
+                        loss = loss + weight * distillation(logits, target, teacher.classes)
                     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                     for parameter, own in zip(parameters, gradients, strict=True):
                         parameter.grad = own
@@ -683,6 +687,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                     optimizer.param_groups[0]["lr"] = rate
                     optimizer.step()
         finally:
+            if teacher is not None:
+                teacher.hook.remove()
             for parameter, gradient in zip(parameters, kept, strict=True):
                 parameter.grad = gradient
             for module, mode in modes.items():
@@ -840,10 +846,16 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
 
 class _Teacher:
-    """A network as it was, shown what the network is shown now."""
+    """A network as it was, shown what the network is shown now.
 
-    def __init__(self, model: nn.Module, old_classes: Tensor) -> None:
-        self.network, self.old_classes = copy.deepcopy(model).eval(), old_classes
+    Attributes:
+        network: A copy, in evaluation mode.
+        classes: int64 ``(M,)``, those that it has learned.
+        hook: Notes what the network is shown; to be removed in the end.
+    """
+
+    def __init__(self, model: nn.Module, classes: Tensor) -> None:
+        self.network, self.classes = copy.deepcopy(model).eval(), classes
         self._inputs: tuple[Any, ...] = ()
         # After the hooks that are there, which may augment: both see the same images.
         self.hook = model.register_forward_pre_hook(self._note)

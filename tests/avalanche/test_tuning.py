@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,31 @@ def test_it_brings_the_loss_on_the_memory_down() -> None:
     none = loss(learn())
     for tune in ("head", "all"):
         assert loss(learn(tune=tune, tune_steps=50, tune_rate=0.05)) < none
+
+
+def test_it_keeps_to_the_network_as_it_was_unless_told_otherwise() -> None:
+    class Copy(SupervisedPlugin[Any]):
+        def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+            self.network = copy.deepcopy(strategy.model).eval()
+
+    def moved(distill: float | None) -> float:
+        """Return how far the last tuning moves the network's answers."""
+        before, model = Copy(), make_model()  # type: ignore[no-untyped-call]
+        model.register_forward_pre_hook(
+            lambda own, inputs: inputs[0].flip(3) if own.training else None
+        )
+        replay = KeepFirst(
+            batch_size_mem=4, tune="all", tune_steps=60, tune_rate=0.05, distill=distill
+        )
+        strategy = make_strategy([before, replay], model=model)
+        train(strategy, streams().train_stream)
+        assert len(strategy.model._forward_pre_hooks) == 1
+        images = replay.memory.decode()[0].flip(3)  # as both were shown them
+        with torch.no_grad():
+            answers = [each(images).softmax(1) for each in (before.network, strategy.model.eval())]
+        return float((answers[1] - answers[0]).norm())
+
+    assert moved(20.0) < 0.5 * moved(None) < 0.5 * moved(0.0)
 
 
 def test_modes_gradients_statistics_and_the_random_state_stay() -> None:
