@@ -10,8 +10,9 @@ one experience after the other (class-incremental: one head, no task label at te
 strategy gets the same network, epochs, augmentation, class order and budget of bytes for its
 memory, and is scored after each experience on the test images of all classes seen so far. The
 memories of this package are replayed under the same loss and renewed at the same time; results.json
-names these, and the losses of the other strategies, as loss_used and renew_used. The older protocol
-is --renew after --loss balanced.
+names these, and the losses of the other strategies, as loss_used, renew_used and distill_used, the
+weight of a distillation from the previous network. The older protocol is --renew after --loss
+balanced.
 
 After the last experience it is measured whether a network takes artefacts of the memory for age:
 how many clean test images of old classes it calls one of the newest, and how many of them once they
@@ -378,6 +379,7 @@ def run(
     return {
         "loss_used": strategies.loss_used(strategy),
         "renew_used": strategies.renew_used(strategy),
+        "distill_used": strategies.distill_used(strategy),
         "memory_bytes": use.num_bytes,
         "memory_images": use.num_images,
         "accuracy_matrix": matrix,

@@ -31,7 +31,14 @@ from strategies import (
     raw,
     subsampled,
 )
-from strategies.measures import MemoryUse, loss_used, memory_images, memory_use, renew_used
+from strategies.measures import (
+    MemoryUse,
+    distill_used,
+    loss_used,
+    memory_images,
+    memory_use,
+    renew_used,
+)
 from strategies.settings import Settings, Strategy
 
 if TYPE_CHECKING:
@@ -45,6 +52,7 @@ __all__ = [
     "MemoryUse",
     "Strategy",
     "build",
+    "distill_used",
     "loss_used",
     "memory_images",
     "memory_use",
@@ -105,7 +113,8 @@ def build(
 
     All train by SGD and cross-entropy; the memories of this package (hmn, jpeg, lossless,
     subsampled, raw, herding) under the same replay loss. :func:`loss_used` names it for every
-    strategy, and :func:`renew_used` says when the memory was renewed. Experiences give float images
+    strategy, :func:`renew_used` says when the memory was renewed, and :func:`distill_used` how much
+    the previous network counted. Experiences give float images
     in [0, 1] and labels, and task labels too where DER++ is to learn from them. Avalanche shuffles
     and draws from the global generators: seed these (``RNGManager.set_random_seeds``) for the same
     results again.

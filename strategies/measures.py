@@ -14,7 +14,14 @@ from hmn_replay.data.images import as_labelled_images
 from strategies.buffers import MeasuredBuffer
 from strategies.settings import Strategy
 
-__all__ = ["MemoryUse", "loss_used", "memory_images", "memory_use", "renew_used"]
+__all__ = [
+    "MemoryUse",
+    "distill_used",
+    "loss_used",
+    "memory_images",
+    "memory_use",
+    "renew_used",
+]
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,15 @@ def renew_used(strategy: Strategy) -> str | None:
     """
     memory = _find_memory(strategy)
     return memory.renew_used if isinstance(memory, MemoryReplay) else None
+
+
+def distill_used(strategy: Strategy) -> float:
+    """Return the weight of the distillation in the last experience.
+
+    0 for a strategy without a memory of this package; DER++ keeps logits of its own.
+    """
+    memory = _find_memory(strategy)
+    return memory.distill_used if isinstance(memory, MemoryReplay) else 0.0
 
 
 def memory_images(strategy: Strategy) -> tuple[Tensor, Tensor]:

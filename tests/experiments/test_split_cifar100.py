@@ -55,6 +55,7 @@ def fake_strategies(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         memory_images=memory_images,
         loss_used=lambda strategy: "plain",
         renew_used=lambda strategy: None,
+        distill_used=lambda strategy: 0.0,
     )
     monkeypatch.setitem(sys.modules, "strategies", fake)
     return calls
@@ -217,6 +218,7 @@ def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
         assert run["train_seconds"] > 0 and run["memory_seconds"] >= 0
         assert run["loss_used"] in ("separated", "plain", "DER", "ER_ACE")
         assert run["renew_used"] in ("before", None)
+        assert run["distill_used"] == (run["renew_used"] == "before")
         assert run["peak_rss_bytes"] > 2**20 and math.isfinite(run["peak_rss_bytes"])
     # Every memory of this package is replayed under the same loss, and is in a file.
     for name in ("hmn", "jpeg", "lossless", "subsampled", "raw", "herding"):

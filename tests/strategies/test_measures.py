@@ -42,6 +42,7 @@ def test_loss_and_renewal_are_named(name: str) -> None:
     assert strategies.loss_used(strategy) == expected.get(name, "plain")
     renewed = "before" if name in OURS else None
     assert strategies.renew_used(strategy) == renewed
+    assert strategies.distill_used(strategy) == (name in OURS)
 
 
 def test_all_memories_of_this_package_are_replayed_with_the_loss_that_is_asked_for() -> None:
