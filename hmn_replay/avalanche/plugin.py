@@ -660,7 +660,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         parameters = [each for each in tuned.parameters() if each.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=self.tune_rate, momentum=0.9)
         num_images = strategy.train_mb_size + (self.batch_size_mem or strategy.train_mb_size)
-        weight = 1.0 if self.distill is None else self.distill
+        weight = self.distill_used
         teacher = _Teacher(model, decoded.memory.classes.to(self._device)) if weight else None
         kept = [each.grad for each in parameters]
         modes = {module: module.training for module in model.modules()}
