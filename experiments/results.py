@@ -117,7 +117,7 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
         rows.append(
             [
                 name,
-                runs[0]["loss_used"],
+                runs[0]["loss_used"] + (", distilled" if runs[0].get("distill_used") else ""),
                 runs[0]["renew_used"] or "-",
                 f"{mean_of(runs, 'memory_bytes'):,.0f}",
                 f"{mean_of(runs, 'memory_images'):,.0f}",

@@ -133,7 +133,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "on; auto is before, with the losses auto and separated")  # fmt: skip
     add("--distill", type=float,
         help="weight of our memories' distillation from the previous network, which is working "
-        "memory and not counted in the budget (default: 1 with a memory renewed before training)",
+        "memory and not counted in the budget (default: 1 with the losses separated and grouped)",
     )  # fmt: skip
     add("--labels", choices=("hard", "soft"), default="hard",
         help="whether our memories keep what the network says of their images, in the same bytes, "

@@ -145,8 +145,8 @@ def build(
         renew: When hmn, jpeg, lossless, raw and herding make an experience into their memory:
             ``"before"`` or ``"after"`` it is trained on; ``"auto"`` as
             :class:`hmn_replay.MemoryReplay` says.
-        distill: Weight of the distillation from the previous network, for hmn, jpeg, lossless, raw
-            and herding; that network is not part of the budget. Default: None, as
+        distill: Weight of the distillation from the previous network, for hmn, jpeg, lossless,
+            subsampled, raw and herding; that network is not part of the budget. Default: None, as
             :class:`hmn_replay.MemoryReplay` says.
         labels: Whether hmn, jpeg, lossless, raw and herding keep what the network says of their
             images, in the same bytes, and learn it again: ``"hard"`` or ``"soft"``.

@@ -116,7 +116,8 @@ ReplayLoss: TypeAlias = Callable[[ReplayStep], Tensor]
 """A replay loss. Three attributes of it may be true: ``changes_logits`` of one that needs a
 cross-entropy as criterion (a strategy with another criterion is refused before training),
 ``needs_all_classes`` of one that learns the current classes from replayed images too (the memory is
-renewed before training), and ``needs_head`` of one that takes ``head_logits``."""
+renewed before training, and the previous network is distilled by default), and ``needs_head`` of
+one that takes ``head_logits``."""
 
 Loss: TypeAlias = "str | ReplayLoss"
 """What ``loss=`` of the plugins takes: a name in :data:`LOSSES`, ``"auto"``, or a callable."""

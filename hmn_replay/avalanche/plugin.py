@@ -167,9 +167,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             the memory by then; see :func:`hmn_replay.avalanche.losses.distillation`. The previous
             network sees the very images that the network sees, in evaluation mode. It is a copy in
             working memory while an experience is trained on, and no part of the memory's file or
-            budget. Default: ``None``, 1 where the loss is one that learns the current classes from
-            decoded images too, ``"separated"`` or ``"grouped"``, else 0. Not for online streams,
-            task labels above 0 or ``"memory_only"``.
+            budget; classes that the experience brings again are left out. Default: ``None``, 1
+            where the loss is one that learns the current classes from decoded images too, such as
+            ``"separated"`` and ``"grouped"``, and 0 elsewhere and until the plugin has made an
+            experience into the memory: of a memory that was loaded it is not known whether the
+            network has learned it. Not for online streams, task labels above 0 or
+            ``"memory_only"``.
         recode_share: Probability in [0, 1] with which an image of the experience is shown as the
             memory would give it back, encoded and decoded, so that a network cannot tell age by
             what a codec does to images (Wang et al. 2023, CIM-CIL). Default: 0, none. For kinds of
@@ -292,6 +295,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._own_counts = Counter[int]()
         self._checked: set[int] = set()
         self._old_classes = torch.empty(0, dtype=torch.int64)
+        self._has_learned = False
         self._teacher: _Teacher | None = None
         self._head: _Head | None = None
         self._codec: tuple[Any, Codec] | None = None
@@ -428,7 +432,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 self._checked.update(images.labels.tolist())
         self._settle(strategy, experiences)
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
-        self._old_classes = old.cpu().clone()
+        self._old_classes, self._has_learned = old.cpu().clone(), self.store.num_updates > 0
 
     def after_train_dataset_adaptation(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Renew the memory, if it is before training; in ``"memory_only"``, train from it alone."""
@@ -469,9 +473,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 raise ConfigError(
                     f"{name} is not for {type(strategy).__name__}, which has a loss of its own"
                 )
-        self.distill_used = self._weigh_distillation()
-        if self.distill_used:
-            self._teacher = _Teacher(strategy.model, self._old_classes.to(self._device))
+        distilled = [c for c in self._old_classes.tolist() if c not in self._own_counts]
+        self.distill_used = self._weigh_distillation(strategy, experiences) if distilled else 0.0
+        self._teacher = self._make_teacher(strategy.model, torch.tensor(distilled))
         if self.tune == "head":
             _head_of(strategy.model)
         if getattr(self._loss_now, "needs_head", False):
@@ -518,6 +522,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             self._num_replayed,
             len(strategy.mbatch[0]) // max(1, num_labels),
         )
+        if self._teacher is not None:
+            self._teacher.mark()
 
     def before_backward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Put the replay loss in the place of the criterion, and add the distillation's."""
@@ -611,11 +617,26 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Return what the report says of the training, beside what it says of the memory."""
         return {"loss_used": self.loss_used, "renew_used": self.renew_used}
 
-    def _weigh_distillation(self) -> float:
-        """Return the weight of the distillation in an experience; 0 where nothing was learned."""
-        if not len(self._old_classes):
-            return 0.0
-        return float(_needs_all_classes(self._loss_now)) if self.distill is None else self.distill
+    def _weigh_distillation(self, strategy: Strategy, experiences: Sequence[Any]) -> float:
+        """Return the weight of the distillation in an experience; by default where it can be."""
+        if self.distill is not None:
+            return self.distill
+        can_be = _has_plain_criterion(strategy) and not self._has_tasks(experiences)
+        return float(can_be and self._has_learned and _needs_all_classes(self._loss_now))
+
+    def _make_teacher(self, model: nn.Module, classes: Tensor) -> _Teacher | None:
+        """Return a copy of the network to distil, or None where none is wanted."""
+        if not self.distill_used:
+            return None
+        try:
+            return _Teacher(model, classes.to(self._device))
+        except Exception as error:  # what a network's own copying may raise
+            reason = f"{type(model).__name__} cannot be copied, to be distilled later ({error})"
+            if self.distill is not None:
+                raise ConfigError(f"{reason}: pass distill=0") from error
+            self._warn(f"{reason}; going on without, as with distill=0")
+            self.distill_used = 0.0
+            return None
 
     def _check_data(self, experiences: Sequence[Any]) -> None:
         self._found = self.normalization or find_normalization(*(e.dataset for e in experiences))
@@ -660,8 +681,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         parameters = [each for each in tuned.parameters() if each.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=self.tune_rate, momentum=0.9)
         num_images = strategy.train_mb_size + (self.batch_size_mem or strategy.train_mb_size)
-        weight = self.distill_used
-        teacher = _Teacher(model, decoded.memory.classes.to(self._device)) if weight else None
+        teacher = self._make_teacher(model, decoded.memory.classes)
         kept = [each.grad for each in parameters]
         modes = {module: module.training for module in model.modules()}
         model.train()
@@ -678,8 +698,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                     logits = model(images)
                     loss = strategy._criterion(logits, labels)
                     if teacher is not None:
-                        target = teacher.logits()
-                        loss = loss + weight * distillation(logits, target, teacher.classes)
+                        teacher.mark()
+                        term = distillation(logits, teacher.logits(), teacher.classes)
+                        loss = loss + self.distill_used * term
                     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                     for parameter, own in zip(parameters, gradients, strict=True):
                         parameter.grad = own
@@ -849,25 +870,32 @@ class _Teacher:
     """A network as it was, shown what the network is shown now.
 
     Attributes:
-        network: A copy, in evaluation mode.
-        classes: int64 ``(M,)``, those that it has learned.
+        network: A copy, in evaluation mode; it shares what does not learn, such as a frozen
+            backbone.
+        classes: int64 ``(M,)``, those whose logits are compared.
         hook: Notes what the network is shown; to be removed in the end.
     """
 
     def __init__(self, model: nn.Module, classes: Tensor) -> None:
-        self.network, self.classes = copy.deepcopy(model).eval(), classes
-        self._inputs: tuple[Any, ...] = ()
+        frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
+        self.network, self.classes = copy.deepcopy(model, frozen).eval(), classes
+        self._shown: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+        self._marked = self._shown
         # After the hooks that are there, which may augment: both see the same images.
-        self.hook = model.register_forward_pre_hook(self._note)
+        self.hook = model.register_forward_pre_hook(self._note, with_kwargs=True)
 
-    def _note(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if model.training:
-            self._inputs = inputs
+    def _note(self, model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self._shown = inputs, options
+
+    def mark(self) -> None:
+        """Take what the network was last shown for what is compared."""
+        self._marked = self._shown
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """Return its logits for what the network was last shown in training."""
-        logits: Tensor = self.network(*self._inputs)
+        """Return its logits for what was marked."""
+        inputs, options = self._marked
+        logits: Tensor = self.network(*inputs, **options)
         return logits
 
 

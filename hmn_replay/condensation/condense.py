@@ -93,8 +93,8 @@ def condense(
             already is renewed: condensed again, from its new images and its old ones. The given
             memory is not changed. Default: None, a new memory.
         expected_classes: How many classes are to come in all, where more are to be added later: the
-            layout is chosen for so many. Default: those of ``source``. Not read with ``memory`` or
-            ``layout``, which have one.
+            layout is chosen for so many, where neither ``memory`` nor ``layout`` gives one, and
+            ``pruning="order"`` prepares for them. Default: those of ``source``.
         checkpoint: A file to go on from where it exists, and that is written every minute; None
             for none. It stays there in the end, and so does ``NAME.experts`` beside it, a folder
             that ``objective="mtt"`` makes where no other is named.
@@ -114,15 +114,15 @@ def condense(
 
     Returns:
         The memory, on ``device``. ``memory.report`` is a dict of JSON values: the settings (the
-        precision as it was resolved, and ``compile`` False in place of "auto" where nothing can be
-        compiled), ``seconds``, and for each phase ``seconds``, ``images``,
-        ``images_per_second`` and ``peak_memory_bytes`` (so far); ``warm_start_psnr`` in dB (None
-        without a warm start); ``beta`` (None where nothing was pruned) and ``beta_accuracies``, in
-        [0, 1] on held-out real images (empty without a search); ``student_rate``, the learning rate
-        that ``"mtt"`` ended with (None for other objectives), whose phases count the recording of
-        experts, ``experts``, by itself; ``images_per_class``, ``file_bytes``, ``unused_bytes`` of
-        the budget and ``fill``, the share that is used, with ``unused_reason``, why that is below
-        0.97, else None.
+        precision as it was resolved, ``compile`` False in place of "auto" where nothing can be
+        compiled, and ``image_bytes`` as planned), ``seconds``, and for each phase ``seconds``,
+        ``images``, ``images_per_second`` and ``peak_memory_bytes`` (so far); ``warm_start_psnr`` in
+        dB (None without a warm start); ``beta`` (None where nothing was pruned) and
+        ``beta_accuracies``, in [0, 1] on held-out real images (empty without a search);
+        ``student_rate``, the learning rate that ``"mtt"`` ended with (None for other objectives),
+        whose phases count the recording of experts, ``experts``, by itself; ``images_per_class``,
+        ``file_bytes``, ``unused_bytes`` of the budget and ``fill``, the share that is used, with
+        ``unused_reason``, why that is below 0.97, else None.
 
     Raises:
         BudgetError: The budget does not hold one image a class; the message says what would.
@@ -187,6 +187,11 @@ def condense(
             num_real,
             config.image_bytes,
         )
+    elif memory is None and config.image_bytes not in (None, _planned_bytes(layout)):
+        raise ConfigError(
+            f"image_bytes asks for {config.image_bytes} bytes for an image, and the layout plans "
+            f"{_planned_bytes(layout)}; leave one of them out"
+        )
     number_format = config.number_format or layout.number_format
     if (layout.image_shape, layout.number_format) != (data.image_shape, number_format):
         raise ConfigError(
@@ -215,6 +220,7 @@ def condense(
             device=target,
             progress=progress,
             team=team,
+            expected_classes=expected_classes,
             networks=networks,
         )
         _warn_of_unused_bytes(run, limit)
@@ -225,12 +231,18 @@ def condense(
     condensed.report = {
         **settings,
         **config.model_dump(),
+        "image_bytes": _planned_bytes(layout),
         **run.report(),
         "unused_bytes": limit.num_bytes - condensed.file_bytes,
         "fill": condensed.file_bytes / limit.num_bytes,
         "unused_reason": _why_unused(run, limit),
     }
     return condensed
+
+
+def _planned_bytes(layout: MemoryLayout) -> int | None:
+    """Return the bytes that a layout plans for an image's code; None where there is no code."""
+    return getattr(layout, "image_bytes", 0) or None
 
 
 def _why_unused(run: Condensation, budget: Budget) -> str | None:
@@ -262,11 +274,17 @@ def _why_unused(run: Condensation, budget: Budget) -> str | None:
 
 def check_config(config: CondenseConfig, memory_type: type[Memory]) -> None:
     """Raise a :class:`ConfigError` for settings that a memory kind cannot be condensed with."""
-    if memory_type.holds_features and (config.num_steps or config.labels != "hard"):
+    if config.pruning == "order" and config.beta_grid:
         raise ConfigError(
-            "features are fitted by the warm start, and neither matched nor labelled by networks "
-            f"for images: outer_steps=0 and labels='hard' are expected; got {config.outer_steps} "
-            f"and {config.labels!r}"
+            "beta_grid chooses how images are pruned by AUM, and pruning='order' drops the last: "
+            f"leave beta_grid out; got {config.beta_grid}"
+        )
+    given = config.outer_steps if config.num_steps else 0, config.labels, config.pruning
+    if memory_type.holds_features and given != (0, "hard", "order"):
+        raise ConfigError(
+            "features are fitted by the warm start, and neither matched, labelled nor pruned by "
+            "networks for images: outer_steps=0, labels='hard' and pruning='order' are expected; "
+            f"got {config.outer_steps}, {config.labels!r} and {config.pruning!r}"
         )
 
 

@@ -17,7 +17,10 @@ from hmn_replay.settings import check_options, one_of
 from hmn_replay.training.networks import NETWORKS, NetworkFactory
 from hmn_replay.training.train import MAX_LEARNING_RATE, Compile, TrainingConfig
 
-__all__ = ["EFFORTS", "CondenseConfig", "make_config", "parse_option"]
+__all__ = ["EFFORTS", "PRUNINGS", "CondenseConfig", "make_config", "parse_option"]
+
+PRUNINGS = ("aum", "order")
+"""Which images are dropped: what ``pruning`` of a :class:`CondenseConfig` takes."""
 
 _AtLeast0 = Annotated[int, Field(ge=0)]
 _AtLeast1 = Annotated[int, Field(ge=1)]
@@ -170,6 +173,13 @@ class CondenseConfig(LabelConfig):
 
     over_budget: Annotated[float, Field(ge=0, le=10)] = 0.1
     """Share of images condensed beyond what fits, and pruned in the end."""
+
+    pruning: Annotated[str, one_of("pruning", PRUNINGS)] = "aum"
+    """Which images of a class are dropped, of those beyond what fits or when classes are added:
+    aum, those of highest and lowest area under the margin (Zheng et al. 2024); or order, the last.
+    With order, batches are matched of the first images of a class alone, of a number drawn for each
+    batch, from as many as the class will have with all expected classes to all it has: however many
+    stay in the end have then been matched together."""
 
     beta: _Share = 0.5
     """Share of hard images among those that are pruned; the others are easy ones."""

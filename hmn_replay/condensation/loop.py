@@ -46,6 +46,7 @@ from hmn_replay.data.images import LabelledImages, mean_psnr
 from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_images, take_images
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import (
+    BudgetError,
     CheckpointError,
     ConfigError,
     DistributedError,
@@ -322,6 +323,7 @@ class Condensation(Run):
         *,
         memory_type: type[LearnedMemory],
         old: LearnedMemory | None = None,
+        expected_classes: int | None = None,
         networks: Sequence[nn.Module] = (),
         seed: int,
         device: torch.device,
@@ -342,12 +344,13 @@ class Condensation(Run):
         )
         self.first_class = self.growth.first_class
         self.num_begun = self.growth.memory.images_per_class
+        self.by_order = config.pruning == "order"
+        self.least_images = self._least_images(expected_classes) if self.by_order else None
         self.betas = config.beta_grid or (config.beta,)
         learned: Tensor | None = None
         self.held_out: LabelledView | None = None
         # Real images are kept back for the choice of beta only where there is a choice to make.
-        choosing = len(self.betas) > 1 and not memory_type.holds_features
-        if choosing and any(self.growth.drops()) and len(data) > data.num_classes:
+        if len(self.betas) > 1 and any(self.growth.drops()) and len(data) > data.num_classes:
             learned, kept_back = data.split_positions(config.holdout, derive_seed(seed, "holdout"))
             held_out = join_images([data.images]).take(kept_back)
             self.held_out = LabelledView(held_out, data.labels[kept_back])
@@ -368,7 +371,7 @@ class Condensation(Run):
         phases += [*([] if config.labels == "hard" else ["labels"]), "pruning"]
         super().__init__(
             self.growth.memory,
-            _identity(data, budget, layout, config, seed, old, networks),
+            _identity(data, budget, layout, config, seed, old, networks, self.least_images),
             phases,
             measured,
             device,
@@ -376,6 +379,15 @@ class Condensation(Run):
             team,
             config.checkpoint_seconds,
         )
+
+    def _least_images(self, expected_classes: int | None) -> int:
+        """Return how many images a class will have when all expected classes have come."""
+        memory = self.growth.memory
+        num_classes = max(memory.num_classes, expected_classes or 0)
+        with contextlib.suppress(BudgetError):
+            num_images = memory.max_images(memory.layout, self.budget, num_classes)
+            return max(1, num_images // num_classes)
+        return 1
 
     def finish(self) -> LearnedMemory:
         """Take all the steps that are left."""
@@ -479,6 +491,7 @@ class Condensation(Run):
             self.first_class,
             rate_control,
             self.team,
+            self.least_images,
         )
 
     def _rate_control(self) -> RateControl | None:
@@ -628,12 +641,9 @@ class Condensation(Run):
         check_like(found, {name: like})
 
     def _score_images(self, images: Images) -> Tensor:
-        """Return the AUM of every decoded image, from one training on all of them.
-
-        Features, of which classes keep the first, have their place in its stead.
-        """
+        """Return the AUM of every decoded image, from one training on all of them; or its place."""
         class_index = self.memory.class_index
-        if self.memory.holds_features:
+        if self.by_order:
             return torch.arange(len(images), dtype=torch.float32)
         recorded: list[Tensor] = []
 
@@ -652,8 +662,8 @@ class Condensation(Run):
         return aum(recorded).cpu()
 
     def _choose(self, images: Images, scores: Tensor) -> Tensor:
-        """Return the images that stay, for the beta that scores best on held-out real images."""
-        if self.memory.holds_features:
+        """Return the images that stay: the first, or those of the best beta on held-out images."""
+        if self.by_order:
             return self._stays(scores, beta=0.0)
         accuracies: dict[str, float] = self.state["beta_accuracies"]
         class_index = self.memory.class_index
@@ -1055,6 +1065,7 @@ def _identity(
     seed: int,
     old: LearnedMemory | None,
     networks: Sequence[nn.Module],
+    least_images: int | None,
 ) -> dict[str, str]:
     """Return what tells a run from every other one, by names that an error message can show."""
     settings = config.model_dump(exclude={"checkpoint_seconds"})
@@ -1066,6 +1077,7 @@ def _identity(
         "memory": digest_tensors("", old_tensors),
         "networks": " ".join(digest_tensors("", {**each.state_dict()}) for each in networks),
         "layout": repr(layout),
+        "least_images": repr(least_images),
         "budget": str(budget),
         "seed": repr(seed),
         **{name: repr(value) for name, value in settings.items()},

@@ -106,6 +106,8 @@ class StepContext:
             decoded from stays as it is.
         rate_control: What adds bits to the loss, where the memory is entropy-coded.
         team: The processes that take each step together; all call the step functions alike.
+        least_images: How many of a class's first images are matched at least, in batches of a
+            random number of first images. None for batches of any of them.
     """
 
     memory: LearnedMemory
@@ -115,6 +117,7 @@ class StepContext:
     first_class: int = 0
     rate_control: RateControl | None = None
     team: Team = ALONE
+    least_images: int | None = None
     objective: Objective = field(init=False)
     compiled: CompiledLoss | None = field(init=False)
     _images: Images = field(init=False)
@@ -469,11 +472,19 @@ def _draw_matches(context: StepContext, generator: torch.Generator) -> list[_Mat
     drawn: list[_Match] = []
     for label in classes.tolist():
         if counts[label]:
-            decoded = starts[label] + _draw(counts[label], config.decoded_batch, generator)
+            most, least = counts[label], context.least_images
+            num_first = most if least is None else _draw_number(least, most, generator)
+            decoded = starts[label] + _draw(num_first, config.decoded_batch, generator)
             members = real.members[label]
             chosen = members[_draw(len(members), config.real_batch, generator)]
             drawn.append(_Match(label, decoded, chosen, context.draw_augmentation(generator)))
     return drawn
+
+
+def _draw_number(least: int, most: int, generator: torch.Generator) -> int:
+    """Draw a number up to ``most``, from ``least`` where that is below, its logarithm uniformly."""
+    share = float(torch.rand((), dtype=torch.float32, generator=generator))
+    return most if least >= most else round(least * (most / least) ** share)
 
 
 def _objective_of(

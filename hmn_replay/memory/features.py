@@ -125,6 +125,7 @@ class FeatureMemory(LearnedMemory):
     settings: ClassVar[Mapping[str, Any]] = {
         "outer_steps": 0,
         "over_budget": 0.0,
+        "pruning": "order",
         "warm_start_batch": 1024,
     }
     layout: FeatureLayout

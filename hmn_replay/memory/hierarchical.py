@@ -306,7 +306,7 @@ class HierarchicalMemory(LearnedMemory):
             values = layout.instance_channels * math.prod(layout.grid)
             is_small = _MIN_CODED_IMAGES_PER_CLASS * num_classes * values <= FREE_VALUES
             least = 1 if is_small else math.ceil(values / MAX_VALUES_PER_BYTE)
-            image_bytes = min(layout.image_bytes, max(room, least))
+            image_bytes = max(least, min(layout.image_bytes, room))
             layout = dataclasses.replace(layout, image_bytes=image_bytes)
         num_images = cls.max_images(layout, limit, num_classes)
         if real_images_per_class is None:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from hmn_replay.avalanche.losses import LOSSES, ReplayStep
 from hmn_replay.errors import ConfigError, HMNReplayWarning
-from tests.streams import KeepFirst, in_pieces, make_strategy, streams, train, weights
+from tests.streams import (
+    KeepFirst,
+    in_pieces,
+    labelled_streams,
+    make_model,
+    make_strategy,
+    streams,
+    train,
+    weights,
+)
 
 CURRENT, REPLAYED = torch.tensor([2, 3, 2, 2]), torch.tensor([0, 1])
 
@@ -263,18 +272,84 @@ def test_by_default_losses_that_learn_new_classes_from_decoded_images_distill(
 
 
 def test_by_default_nothing_is_distilled_where_it_cannot_be() -> None:
+    def of_decoded_images(step: ReplayStep) -> Tensor:
+        return step.loss_of(step.logits)
+
+    of_decoded_images.needs_all_classes = True  # type: ignore[attr-defined]
     online = in_pieces(streams().train_stream, 5, access_task_boundaries=True)
     with_tasks = streams("nc_tasks").train_stream
-    for stream, mode in (
-        (online, "replay"),
-        (with_tasks, "replay"),
-        (streams().train_stream, "memory_only"),
-    ):
-        replay = KeepFirst(mode=mode)
+    options: list[tuple[Any, dict[str, Any]]] = [
+        (online, {}),
+        (with_tasks, {}),
+        (with_tasks, {"loss": of_decoded_images}),
+        (streams().train_stream, {"mode": "memory_only"}),
+    ]
+    for stream, given in options:
+        replay = KeepFirst(**given)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HMNReplayWarning)
             train(make_strategy([replay]), stream)
         assert replay.distill_used == 0 and replay.report
+    replay = KeepFirst(loss=of_decoded_images)
+    train(make_strategy([replay]), streams().train_stream)
+    assert replay.distill_used == 1
+
+
+def test_by_default_only_what_was_learned_is_distilled() -> None:
+    stream = labelled_streams((0, 1), (2,), (3, 0)).train_stream
+    first = KeepFirst()
+    train(make_strategy([first]), stream[:1])
+    used: list[tuple[float, list[int]]] = []
+
+    class Note(SupervisedPlugin[Any]):
+        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            teacher = replay._teacher
+            classes = [] if teacher is None else teacher.classes.tolist()
+            used.append((replay.distill_used, classes))
+
+    # A memory that was loaded, beside a network of which nothing is known.
+    replay = KeepFirst()
+    replay.memory = first.memory
+    strategy = make_strategy([replay, Note()])  # type: ignore[no-untyped-call]
+    strategy.train(stream[1])
+    strategy.train(stream[2])
+    # The last experience brings class 0 again.
+    assert used == [(0.0, []), (1.0, [1, 2])]
+
+
+def test_a_network_that_cannot_be_copied_is_not_distilled() -> None:
+    class Alone(nn.Linear):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("only one of this")
+
+    def run(**options: Any) -> KeepFirst:
+        replay = KeepFirst(**options)
+        model = nn.Sequential(nn.Flatten(), Alone(192, 4))
+        train(make_strategy([replay], model=model), streams().train_stream)
+        return replay
+
+    with pytest.warns(HMNReplayWarning, match="Sequential cannot be copied.*only one of this"):
+        assert run().distill_used == 0
+    assert run(distill=0.0).distill_used == 0
+    with pytest.raises(ConfigError, match="pass distill=0"):
+        run(distill=1.0)
+
+
+def test_the_previous_network_shares_what_does_not_learn() -> None:
+    model = make_model()
+    frozen = next(model.parameters()).requires_grad_(False)
+    shared: list[bool] = []
+
+    class Note(SupervisedPlugin[Any]):
+        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            if replay._teacher is not None:
+                own = list(replay._teacher.network.parameters())
+                shared.extend(each is frozen for each in own)
+
+    replay = KeepFirst()
+    strategy = make_strategy([replay, Note()], model=model)  # type: ignore[no-untyped-call]
+    train(strategy, streams().train_stream)
+    assert shared == [True, *[False] * (len(list(model.parameters())) - 1)]
 
 
 def test_what_other_plugins_add_to_the_loss_stays() -> None:

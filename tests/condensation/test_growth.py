@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmn_replay.budget import Budget
+from hmn_replay.condensation import steps
 from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.growth import Growth, make_room, share_groups
 from hmn_replay.data.images import LabelledImages
@@ -185,6 +186,52 @@ def test_added_classes_leave_old_images_as_they_are_to_the_bit(
     assert memory.report["images_per_class"] == memory.images_per_class
     assert layout.is_coded or memory.images_per_class == [4 * size] * 6
     assert memory.report["file_bytes"] == memory.file_bytes
+
+
+@pytest.mark.parametrize("number_format", ["int8", "entropy"])
+def test_by_order_the_first_images_of_a_class_stay(
+    make_set: MakeSet, make_layout: MakeLayout, number_format: str
+) -> None:
+    layout = make_layout(number_format)
+    options: dict[str, Any] = {"budget": room_for(layout, 6, 24), "beta_grid": ()}
+    options["pruning"] = "order"
+    memory = tiny(make_set(100, labels=(0, 1)), layout, **options)
+    assert memory.report["pruning"] == "order" and memory.report["beta"] is None
+    grown = tiny(make_set(100, labels=(2, 3, 4), seed=1), layout, memory=memory, **options)
+    for label in (0, 1):
+        stayed, before = images_of(grown, {label}), images_of(memory, {label})
+        assert 0 < len(stayed) < len(before)
+        assert stayed == before[: len(stayed)]
+
+
+def test_by_order_as_many_are_matched_as_will_stay(
+    make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = make_layout("int8")
+    seen: list[int | None] = []
+    usual = steps.match_step
+
+    def noted(context: steps.StepContext, *args: Any) -> int:
+        seen.append(context.least_images)
+        return usual(context, *args)
+
+    monkeypatch.setattr(steps, "match_step", noted)
+    options: dict[str, Any] = {"budget": room_for(layout, 10, 40), "beta_grid": ()}
+    data = make_set(100, labels=(0, 1))
+    memory = tiny(data, layout, pruning="order", expected_classes=10, **options)
+    tiny(make_set(100, labels=(2,)), layout, pruning="order", memory=memory, **options)
+    tiny(data, layout, pruning="order", expected_classes=10**3, **options)
+    tiny(data, layout, **options)
+    per_class = HierarchicalMemory.max_images(layout, options["budget"], 3) // 3
+    # A run has six steps. A budget that cannot hold all that is expected holds an image of each.
+    assert seen == [4] * 6 + [per_class] * 6 + [1] * 6 + [None] * 6
+
+
+def test_what_is_pruned_by_order_is_not_pruned_by_aum(make_set: MakeSet) -> None:
+    with pytest.raises(ConfigError, match="leave beta_grid out"):
+        condense(make_set(), "9 KiB", pruning="order", beta_grid=(0.0, 1.0))
+    with pytest.raises(ConfigError, match="pruning must be one of"):
+        condense(make_set(), "9 KiB", pruning="size")
 
 
 def test_new_classes_are_fitted_through_the_old_decoder(

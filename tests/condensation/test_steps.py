@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hmn_replay.condensation import steps
@@ -88,6 +90,27 @@ def make_scene(make_set: MakeSet, make_layout: MakeLayout) -> Callable[..., Scen
         return Scene(data, make_layout(number_format), list(counts), **options)
 
     return make
+
+
+@settings(max_examples=30, deadline=None)
+@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=3), least=st.integers(1, 50))
+def test_batches_by_order_are_of_the_first_images_of_a_class(counts: list[int], least: int) -> None:
+    layout = hmn_layout((3, 8, 8), "float32")
+    labels = torch.arange(len(counts)).repeat_interleave(2)
+    data = LabelledImages(torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8), labels)
+    scene = Scene(data, layout, counts)
+    numbers: set[int] = set()
+    for seed in range(20):
+        drawn = steps._draw_matches(scene.context(least_images=least), make_generator(seed))
+        assert len(drawn) == len(counts)
+        for match in drawn:
+            start, most = sum(counts[: match.label]), counts[match.label]
+            own = (match.decoded - start).sort().values.tolist()
+            assert own == list(range(len(own)))
+            assert min(least, most) <= len(own) <= most
+            numbers.add(len(own))
+    if max(counts) > 4 * least:
+        assert len(numbers) > 2
 
 
 def gradients_of(memory: nn.Module) -> list[Tensor]:
