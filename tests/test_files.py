@@ -119,6 +119,14 @@ def test_a_digest_is_of_the_values_however_they_are_held() -> None:
     assert digest_tensors("text", {**values, "one": torch.tensor(4.0)}) != digest
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_digest_is_the_same_wherever_the_values_are() -> None:
+    values = {"rows": torch.rand(7, 3), "one": torch.tensor(3.0)}
+    moved = {name: value.cuda() for name, value in values.items()}
+    assert digest_tensors("text", moved) == digest_tensors("text", values)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
 def test_what_a_killed_write_has_left_is_cleared_and_nothing_else(path: Path) -> None:
     script = f"""

@@ -1,7 +1,8 @@
 """A training step of Avalanche with HMNReplay, with Avalanche's own ReplayPlugin, and with none.
 
 Both plugins replay as many images beside as many current ones; without one, a step has the current
-ones alone. All three train on the same data and take turns, an experience at a time; loading and
+ones alone. The previous network is not distilled, which takes another forward pass. All three train
+on the same data and take turns, an experience at a time; loading and
 replay are counted, what comes between experiences is not: see `extend`. Images are noise, and the
 memory is condensed once, shortly (--set): a step's speed depends on neither.
 """
@@ -68,7 +69,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     stream = make_stream(args)
     settings: dict[str, Any] = dict(text.split("=", 1) for text in args.set)
     keeper = CondenseOnce(args.budget, **settings)
-    plugin = hmn_replay.MemoryReplay(keeper, batch_size_mem=args.batch_size_mem, device=device)
+    plugin = hmn_replay.MemoryReplay(
+        keeper, batch_size_mem=args.batch_size_mem, distill=0.0, device=device
+    )
     rivals: dict[str, list[Any]] = {
         "HMNReplay": [plugin],
         "ReplayPlugin": [

@@ -187,7 +187,8 @@ class CondenseConfig(LabelConfig):
     beta_grid: tuple[_Share, ...] = ()
     """Values of beta to try instead: of each, a network is trained on the images that would stay,
     and the best one on held-out real images is taken. A choice costs a training for each; their
-    accuracies often differ by less than those of two seeds. Empty for no search."""
+    accuracies often differ by less than those of two seeds. Empty for no search. Given to an effort
+    that prunes by order, it makes that aum."""
 
     holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Share of the real images kept back to choose beta by; none are without beta_grid."""
@@ -287,7 +288,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "outer_steps": 5,
         "trained_networks": 2,
         "trained_passes": 10_000,
-        "pruning_passes": 5000,
+        "pruning": "order",
     },
     "quick": {},
     "standard": {
@@ -338,7 +339,10 @@ def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
     if not isinstance(effort, str) or effort not in EFFORTS:
         raise UnknownNameError("effort", effort, list(EFFORTS))
     check_options("condense", options, CondenseConfig.model_fields)
-    return CondenseConfig(**{**EFFORTS[effort], **options})
+    values = {**EFFORTS[effort], **options}
+    if options.get("beta_grid") and "pruning" not in options:
+        values["pruning"] = "aum"  # what beta is of
+    return CondenseConfig(**values)
 
 
 def parse_option(name: str, text: str) -> Any:

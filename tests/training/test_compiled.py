@@ -215,6 +215,15 @@ def test_a_compiled_function_serves_all_batches_and_networks_of_an_architecture(
     assert backend.count == 2
 
 
+def test_a_function_can_be_compiled_for_each_number_of_images(backend: CountingBackend) -> None:
+    compiled = CompiledFunction(sums, image_dim=None, backend=backend)
+    for seed, count in enumerate((6, 6, 4, 6)):
+        network, (images, *_) = convnet(seed), draw(count)
+        arguments = network, images, torch.rand(2, count), 2
+        torch.testing.assert_close(compiled(*arguments), sums(*arguments))
+    assert backend.count == 2
+
+
 def test_a_function_that_cannot_be_compiled_is_called_as_it_is_with_one_warning() -> None:
     def fail(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
         raise RuntimeError("no compiler")
