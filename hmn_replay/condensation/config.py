@@ -339,10 +339,10 @@ def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
     if not isinstance(effort, str) or effort not in EFFORTS:
         raise UnknownNameError("effort", effort, list(EFFORTS))
     check_options("condense", options, CondenseConfig.model_fields)
-    values = {**EFFORTS[effort], **options}
-    if options.get("beta_grid") and "pruning" not in options:
-        values["pruning"] = "aum"  # what beta is of
-    return CondenseConfig(**values)
+    config = CondenseConfig(**{**EFFORTS[effort], **options})
+    # Beta is of pruning by AUM.
+    asks_for_aum = bool(config.beta_grid) and "pruning" not in options
+    return config.replace(pruning="aum") if asks_for_aum else config
 
 
 def parse_option(name: str, text: str) -> Any:
