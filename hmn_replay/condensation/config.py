@@ -289,6 +289,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "trained_networks": 2,
         "trained_passes": 10_000,
         "pruning": "order",
+        "pruning_passes": 5000,
     },
     "quick": {},
     "standard": {

@@ -602,7 +602,8 @@ class Condensation(Run):
             else:
                 scores = self._score_images(images)
                 self.team.copy_first([scores])
-                self._stepped(self.config.pruning_passes, {"scores": scores}, save=True)
+                num_shown = 0 if self.by_order else self.config.pruning_passes
+                self._stepped(num_shown, {"scores": scores}, save=True)
             self.memory.keep(self._choose(images, scores))
         if self.memory.layout.is_coded:
             num_old = sum(self.memory.images_per_class[: self.first_class])

@@ -197,6 +197,7 @@ def test_by_order_the_first_images_of_a_class_stay(
     options["pruning"] = "order"
     memory = tiny(make_set(100, labels=(0, 1)), layout, **options)
     assert memory.report["pruning"] == "order" and memory.report["beta"] is None
+    assert memory.report["phases"]["pruning"]["images"] == 0
     grown = tiny(make_set(100, labels=(2, 3, 4), seed=1), layout, memory=memory, **options)
     for label in (0, 1):
         stayed, before = images_of(grown, {label}), images_of(memory, {label})
