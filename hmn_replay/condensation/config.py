@@ -187,8 +187,7 @@ class CondenseConfig(LabelConfig):
     beta_grid: tuple[_Share, ...] = ()
     """Values of beta to try instead: of each, a network is trained on the images that would stay,
     and the best one on held-out real images is taken. A choice costs a training for each; their
-    accuracies often differ by less than those of two seeds. Empty for no search. Given to an effort
-    that prunes by order, it makes that aum."""
+    accuracies often differ by less than those of two seeds. Empty for no search."""
 
     holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Share of the real images kept back to choose beta by; none are without beta_grid."""
@@ -288,7 +287,6 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "outer_steps": 5,
         "trained_networks": 2,
         "trained_passes": 10_000,
-        "pruning": "order",
         "pruning_passes": 5000,
     },
     "quick": {},
@@ -340,10 +338,7 @@ def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
     if not isinstance(effort, str) or effort not in EFFORTS:
         raise UnknownNameError("effort", effort, list(EFFORTS))
     check_options("condense", options, CondenseConfig.model_fields)
-    config = CondenseConfig(**{**EFFORTS[effort], **options})
-    # Beta is of pruning by AUM.
-    asks_for_aum = bool(config.beta_grid) and "pruning" not in options
-    return config.replace(pruning="aum") if asks_for_aum else config
+    return CondenseConfig(**{**EFFORTS[effort], **options})
 
 
 def parse_option(name: str, text: str) -> Any:

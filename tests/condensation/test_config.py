@@ -243,10 +243,3 @@ def test_any_text_is_read_or_refused(name: str, text: str) -> None:
 def test_an_effort_that_is_no_name_is_refused(effort: Any) -> None:
     with pytest.raises(ConfigError, match="effort must be one of draft, quick, standard, paper"):
         make_config(effort)
-
-
-def test_a_search_for_beta_is_one_for_pruning_by_aum() -> None:
-    assert (make_config().pruning, make_config("draft").pruning) == ("aum", "order")
-    assert make_config("draft", beta_grid=(0.0, 1.0)).pruning == "aum"
-    assert make_config("draft", beta_grid=()).pruning == "order"
-    assert make_config("draft", beta_grid="0.5", pruning="order").pruning == "order"
