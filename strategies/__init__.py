@@ -114,10 +114,9 @@ def build(
     All train by SGD and cross-entropy; the memories of this package (hmn, jpeg, lossless,
     subsampled, raw, herding) under the same replay loss. :func:`loss_used` names it for every
     strategy, :func:`renew_used` says when the memory was renewed, and :func:`distill_used` how much
-    the previous network counted. Experiences give float images
-    in [0, 1] and labels, and task labels too where DER++ is to learn from them. Avalanche shuffles
-    and draws from the global generators: seed these (``RNGManager.set_random_seeds``) for the same
-    results again.
+    the previous network counted. Experiences give float images in [0, 1] and labels, and task
+    labels too where DER++ is to learn from them. Avalanche shuffles and draws from the global
+    generators: seed these (``RNGManager.set_random_seeds``) for the same results again.
 
     Args:
         name: One of :data:`NAMES`.

@@ -2,9 +2,9 @@
 
 Both plugins replay as many images beside as many current ones; without one, a step has the current
 ones alone. The previous network is not distilled, which takes another forward pass. All three train
-on the same data and take turns, an experience at a time; loading and
-replay are counted, what comes between experiences is not: see `extend`. Images are noise, and the
-memory is condensed once, shortly (--set): a step's speed depends on neither.
+on the same data and take turns, an experience at a time; loading and replay are counted, what comes
+between experiences is not: see `extend`. Images are noise, and the memory is condensed once,
+shortly (--set): a step's speed depends on neither.
 """
 
 from __future__ import annotations

@@ -279,8 +279,8 @@ def check_config(config: CondenseConfig, memory_type: type[Memory]) -> None:
             "beta_grid chooses how images are pruned by AUM, and pruning='order' drops the last: "
             f"leave beta_grid out; got {config.beta_grid}"
         )
-    given = config.outer_steps if config.num_steps else 0, config.labels, config.pruning
-    if memory_type.holds_features and given != (0, "hard", "order"):
+    by_networks = config.num_steps or config.labels != "hard" or config.pruning != "order"
+    if memory_type.holds_features and by_networks:
         raise ConfigError(
             "features are fitted by the warm start, and neither matched, labelled nor pruned by "
             "networks for images: outer_steps=0, labels='hard' and pruning='order' are expected; "
