@@ -870,8 +870,8 @@ class _Teacher:
     """A network as it was, shown what the network is shown now.
 
     Attributes:
-        network: A copy, in evaluation mode; it shares what does not learn, such as a frozen
-            backbone.
+        network: A copy, in evaluation mode, compiled where the network is; it shares what does not
+            learn, such as a frozen backbone.
         classes: int64 ``(M,)``, those whose logits are compared.
         hook: Notes what the network is shown; to be removed in the end.
     """
@@ -879,6 +879,10 @@ class _Teacher:
     def __init__(self, model: nn.Module, classes: Tensor) -> None:
         frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
         self.network, self.classes = copy.deepcopy(model, frozen).eval(), classes
+        # A copy of what Module.compile() has compiled is not compiled.
+        for module, copied in zip(model.modules(), self.network.modules(), strict=True):
+            if module._compiled_call_impl is not None:
+                copied.compile(dynamic=True)
         self._shown: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         self._marked = self._shown
         # After the hooks that are there, which may augment: both see the same images.

@@ -335,6 +335,38 @@ def test_a_network_that_cannot_be_copied_is_not_distilled() -> None:
         run(distill=1.0)
 
 
+def test_the_previous_network_is_compiled_where_the_network_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def compiled(function: Any, **options: Any) -> Any:
+        module = function.__self__
+
+        def call(*inputs: Any, **named: Any) -> Any:
+            calls.append("training" if module.training else "evaluation")
+            return function(*inputs, **named)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+
+    def steps(model: nn.Module) -> int:
+        """Return how many more calls in evaluation mode distillation makes."""
+        counts = []
+        for weight in (0.0, 1.0):
+            calls.clear()
+            train(make_strategy([KeepFirst(distill=weight)], model=model), streams().train_stream)
+            counts.append(calls.count("evaluation"))
+        assert "training" in calls
+        return counts[1] - counts[0]
+
+    inner = make_model()
+    inner.compile()
+    assert steps(inner) > 0
+    assert steps(nn.Sequential(inner)) > 0
+
+
 def test_the_previous_network_shares_what_does_not_learn() -> None:
     model = make_model()
     frozen = next(model.parameters()).requires_grad_(False)
