@@ -8,13 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import SupportsIndex
+from typing import SupportsFloat, SupportsIndex
 
 import numpy as np
 
 from hmn_replay.errors import BudgetError
 
-__all__ = ["Budget", "as_int"]
+__all__ = ["Budget", "as_int", "as_number"]
 
 _UNITS = {
     "": 1,
@@ -131,6 +131,20 @@ def as_int(value: object) -> int | None:
         return operator.index(value)
     except TypeError:  # arrays and tensors have an index only as long as they hold one integer
         return None
+
+
+def as_number(value: object) -> float | None:
+    """Return a finite number of any library (Python, numpy, torch) as a ``float``.
+
+    None for everything else, ``True`` and ``"3"`` among it.
+    """
+    if isinstance(value, str | bool | np.bool_) or not isinstance(value, SupportsFloat):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):  # arrays and tensors are numbers while they hold one
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _num_values(image_shape: Sequence[int]) -> int:

@@ -13,5 +13,9 @@ __all__ = ["build"]
 def build(settings: Settings) -> Strategy:
     """Build it."""
     settings.choose()
-    replay = LosslessReplay(settings.budget_bytes, **settings.replay_options())
+    replay = LosslessReplay(
+        settings.budget_bytes,
+        expected_classes=settings.expected_classes,
+        **settings.replay_options(),
+    )
     return Naive(**settings.common(replay))

@@ -94,13 +94,6 @@ class Settings:
         return {
             "batch_size_mem": self.batch_size_mem,
             "mode": self.mode,
-            **({} if self.mode == "memory_only" else self._protocol()),
-            "seed": self.seed,
-            "progress": self.progress,
-        }
-
-    def _protocol(self) -> dict[str, Any]:
-        return {
             "loss": self.loss,
             "renew": self.renew,
             "distill": self.distill,
@@ -109,6 +102,8 @@ class Settings:
             "tune_steps": self.tune_steps,
             "tune_rate": self.tune_rate,
             "replay_weight": self.replay_weight,
+            "seed": self.seed,
+            "progress": self.progress,
         }
 
     def num_images(self, extra_bytes: int = 0) -> int:

@@ -19,6 +19,10 @@ def build(settings: Settings) -> Strategy:
     Raises:
         ConfigError: ``factor`` is outside its range, or the option is unknown.
     """
-    options = settings.choose(factor=2, recode_share=0.0)
-    replay = SubsampledReplay(settings.budget_bytes, **settings.replay_options(), **options)
+    replay = SubsampledReplay(
+        settings.budget_bytes,
+        expected_classes=settings.expected_classes,
+        **settings.replay_options(),
+        **settings.choose(factor=2, recode_share=0.0),
+    )
     return Naive(**settings.common(replay))

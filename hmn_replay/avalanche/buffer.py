@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hmn_replay.avalanche.streams import Normalization, class_counts, split_class_keys
+from hmn_replay.budget import as_int
 from hmn_replay.data.lookup import as_floats
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.replay import DecodedImages
@@ -92,10 +93,16 @@ class MemoryBuffer(ExemplarsBuffer):
         task_labels: bool | None = None,
         logits: bool = False,
     ) -> None:
-        limit = sys.maxsize if max_size is None else max_size
+        limit = sys.maxsize if max_size is None else as_int(max_size) or 0
         super().__init__(limit)
         if limit < 1:
-            raise ConfigError(f"max_size must be 1 or more, or None; got {max_size!r}")
+            raise ConfigError(
+                f"max_size must be a whole number of 1 or more, or None; got {max_size!r}"
+            )
+        if replay.labels != "hard":
+            raise ConfigError(
+                "a method that replays from a buffer learns classes alone: leave labels out"
+            )
         if replay.holds_features:
             raise ConfigError(
                 "a buffer stands beside images in a method's mini-batches, which a memory of "

@@ -107,11 +107,12 @@ class CalledNew(PluginMetric[float | None]):
 
     def reset(self) -> None:
         """Begin another evaluation."""
-        self._num_old = self._num_called_new = 0
+        self._num_old = self._num_called_new = torch.zeros((), dtype=torch.int64)
 
     def result(self) -> float | None:
         """Return the share, in [0, 1]; None where no image was of an old class."""
-        return self._num_called_new / self._num_old if self._num_old else None
+        num_old, num_called_new = int(self._num_old), int(self._num_called_new)
+        return num_called_new / num_old if num_old else None
 
     def before_training_exp(self, strategy: Any) -> None:
         """Note which classes are new."""
@@ -130,8 +131,10 @@ class CalledNew(PluginMetric[float | None]):
         """Count a mini-batch: logits ``(N, K)`` and labels ``(N,)``."""
         new = self._new.to(labels.device)
         is_old = ~torch.isin(labels, new)
-        self._num_old += int(is_old.sum())
-        self._num_called_new += int(torch.isin(logits.argmax(1), new)[is_old].sum())
+        # Summed where they are: a GPU is not waited for.
+        called_new = torch.isin(logits.argmax(1), new) & is_old
+        self._num_old = self._num_old.to(labels.device) + is_old.sum()
+        self._num_called_new = self._num_called_new.to(labels.device) + called_new.sum()
 
     def after_eval(self, strategy: Any) -> Any:
         """Log the share."""

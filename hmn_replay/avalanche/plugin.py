@@ -10,10 +10,12 @@ replay.memory.save("seen.hmn")
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
@@ -53,7 +55,7 @@ from hmn_replay.avalanche.streams import (
     read_experiences,
     split_class_keys,
 )
-from hmn_replay.budget import Budget, as_int
+from hmn_replay.budget import Budget, as_int, as_number
 from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.loop import check_given_networks
 from hmn_replay.data.images import LabelledImages
@@ -74,6 +76,7 @@ from hmn_replay.replay import (
     SubsampledKeeper,
 )
 from hmn_replay.runtime import isolated, make_generator, resolve_device
+from hmn_replay.settings import check_options
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
 from hmn_replay.training.networks import evaluating
 from hmn_replay.training.train import TrainingConfig, cosine_rate
@@ -158,9 +161,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             ``CrossEntropyLoss`` without label smoothing, task labels above 0, or a strategy with a
             loss of its own, such as DER, for which replayed images count as current ones.
         renew: When an experience is made into the memory: ``"before"`` or ``"after"`` it is trained
-            on. The default, ``"auto"``, is ``"before"`` where the loss is ``"separated"``, which
-            needs it, or ``"auto"`` and can be that; else ``"after"``. Pieces of an online stream
-            are always ``"after"``, with a warning where ``"before"`` was asked for.
+            on. The default, ``"auto"``, is ``"before"`` where the loss is ``"separated"`` or
+            ``"grouped"``, which need it, or ``"auto"`` and can be the first; else ``"after"``.
+            Pieces of an online stream are always ``"after"``, with a warning where ``"before"`` was
+            asked for.
             ``"memory_only"`` does not use it.
         distill: Weight, 0 or more, of a term that keeps the network near to the previous one, as it
             was when the experience began, on all images of the mini-batch and over the classes of
@@ -256,7 +260,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 "labels are what a network says of augmented images; leave them out for features"
             )
         self.distill, self.recode_share = distill, recode_share
-        if labels not in ("hard", "soft") or not label_weight >= 0:
+        if labels not in ("hard", "soft") or not _is_in(label_weight, 0):
             raise ConfigError(
                 f"labels must be hard or soft, and label_weight 0 or more; got {labels!r} and "
                 f"{label_weight!r}"
@@ -293,6 +297,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._loss_now: ReplayLoss = plain
         self._current_counts: Tensor | None = None
         self._own_counts = Counter[int]()
+        # The classes of the current experience whose room was checked.
         self._checked: set[int] = set()
         self._old_classes = torch.empty(0, dtype=torch.int64)
         self._has_learned = False
@@ -473,7 +478,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 raise ConfigError(
                     f"{name} is not for {type(strategy).__name__}, which has a loss of its own"
                 )
-        distilled = [c for c in self._old_classes.tolist() if c not in self._own_counts]
+        own = self._checked | set(self._own_counts)
+        distilled = [c for c in self._old_classes.tolist() if c not in own]
         self.distill_used = self._weigh_distillation(strategy, experiences) if distilled else 0.0
         self._teacher = self._make_teacher(strategy.model, torch.tensor(distilled))
         if self.tune == "head":
@@ -538,7 +544,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             term = label_distillation(
                 strategy.mb_output[-num_replayed:],
                 self._soft,
-                self.memory.classes.to(self._device),
+                self.memory.classes.to(self._device, non_blocking=True),
             )
             strategy.loss = strategy.loss + self.label_weight / len(strategy.mb_y) * term
         if self._loss_now is plain and self.replay_weight is None:
@@ -682,6 +688,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         optimizer = torch.optim.SGD(parameters, lr=self.tune_rate, momentum=0.9)
         num_images = strategy.train_mb_size + (self.batch_size_mem or strategy.train_mb_size)
         teacher = self._make_teacher(model, decoded.memory.classes)
+        by_class = _by_class(decoded.labels)
         kept = [each.grad for each in parameters]
         modes = {module: module.training for module in model.modules()}
         model.train()
@@ -691,7 +698,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             with isolated(self._device, self.seed, "tune", number), torch.enable_grad():
                 for step in range(self.tune_steps):
                     generator = make_generator(self.seed, "tune", number, step)
-                    chosen = _draw_balanced(decoded.labels, num_images, generator)
+                    chosen = _draw_balanced(by_class, num_images, generator).to(self._device)
                     images = as_floats(decoded.images[chosen])
                     images = finish_images(images, self.replay_transform, self.found_normalization)
                     labels, _ = split_class_keys(decoded.labels[chosen])
@@ -969,7 +976,7 @@ class ReplayOptions(TypedDict, total=False):
 
 
 class HMNReplay(MemoryReplay):
-    """Replays a learned memory, condensed by gradient matching, under a budget of bytes.
+    """Replays a learned memory, condensed by matching, under a budget of bytes.
 
     With each experience the memory is extended by :func:`hmn_replay.condense` with
     ``memory=``: new classes get memories of their own, old ones give up instance memories, classes
@@ -1015,11 +1022,13 @@ class HMNReplay(MemoryReplay):
             memory, no part of the memory's file or budget. For networks with ``features(images)``,
             such as those of :func:`hmn_replay.build_network`, where the objective matches features;
             unless it does, not for task labels above 0.
-        **options: Fields of :class:`~hmn_replay.condensation.config.CondenseConfig`.
+        **options: Fields of :class:`~hmn_replay.CondenseConfig`, but those of
+            :class:`~hmn_replay.LabelConfig`.
 
     Raises:
         BudgetError: The budget cannot be read.
-        ConfigError: An unknown option, or a value outside its range.
+        ConfigError: A value outside its range.
+        UnknownOptionError: An option that there is not; also a TypeError.
     """
 
     def __init__(
@@ -1161,11 +1170,14 @@ class RawReplay(MemoryReplay):
         selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`. With
             ``renew="before"`` the network has not been trained on the experience yet.
         training: Training of the network that a selection by name needs.
+        expected_classes: How many classes the stream will have in all, if that is known: a budget
+            that does not hold one image of each is refused. Default: None, those that are there.
         **options: Those of :class:`MemoryReplay`.
 
     Raises:
         BudgetError: The budget cannot be read.
-        ConfigError: An unknown option, or a value outside its range.
+        ConfigError: A value outside its range.
+        UnknownOptionError: An option that there is not; also a TypeError.
     """
 
     kind = "raw"
@@ -1176,9 +1188,17 @@ class RawReplay(MemoryReplay):
         *,
         selection: Selection = "random",
         training: TrainingConfig | None = None,
+        expected_classes: int | None = None,
         **options: Unpack[ReplayOptions],
     ) -> None:
-        keeper = RealKeeper(budget, kind=self.kind, selection=selection, training=training)
+        _check_keywords(self, options)
+        keeper = RealKeeper(
+            budget,
+            kind=self.kind,
+            selection=selection,
+            training=training,
+            expected_classes=expected_classes,
+        )
         super().__init__(keeper, **options)
 
 
@@ -1199,11 +1219,14 @@ class SubsampledReplay(MemoryReplay):
         factor: Pixels of an image for one of the grid, along each side: 2 to 8.
         selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`.
         training: Training of the network that a selection by name needs.
+        expected_classes: How many classes the stream will have in all, if that is known: a budget
+            that does not hold one image of each is refused. Default: None, those that are there.
         **options: Those of :class:`MemoryReplay`.
 
     Raises:
         BudgetError: The budget cannot be read.
-        ConfigError: An unknown option, or a value outside its range.
+        ConfigError: A value outside its range.
+        UnknownOptionError: An option that there is not; also a TypeError.
     """
 
     def __init__(
@@ -1213,9 +1236,17 @@ class SubsampledReplay(MemoryReplay):
         factor: int = 2,
         selection: Selection = "random",
         training: TrainingConfig | None = None,
+        expected_classes: int | None = None,
         **options: Unpack[ReplayOptions],
     ) -> None:
-        keeper = SubsampledKeeper(budget, factor=factor, selection=selection, training=training)
+        _check_keywords(self, options)
+        keeper = SubsampledKeeper(
+            budget,
+            factor=factor,
+            selection=selection,
+            training=training,
+            expected_classes=expected_classes,
+        )
         super().__init__(keeper, **options)
 
 
@@ -1236,7 +1267,8 @@ class JPEGReplay(MemoryReplay):
 
     Raises:
         BudgetError: The budget cannot be read.
-        ConfigError: An unknown option, or a value outside its range.
+        ConfigError: A value outside its range.
+        UnknownOptionError: An option that there is not; also a TypeError.
     """
 
     def __init__(
@@ -1249,6 +1281,7 @@ class JPEGReplay(MemoryReplay):
         selection: Selection = "random",
         **options: Unpack[ReplayOptions],
     ) -> None:
+        _check_keywords(self, options)
         keeper = JPEGKeeper(
             budget,
             quality=quality,
@@ -1257,6 +1290,13 @@ class JPEGReplay(MemoryReplay):
             selection=selection,
         )
         super().__init__(keeper, **options)
+
+
+def _check_keywords(plugin: MemoryReplay, options: Mapping[str, Any]) -> None:
+    """Raise an UnknownOptionError for an option that a plugin of real images does not take."""
+    own = inspect.signature(type(plugin)).parameters.values()
+    named = [each.name for each in own if each.kind is not each.VAR_KEYWORD]
+    check_options(type(plugin).__name__, options, [*named, *ReplayOptions.__annotations__])
 
 
 def _no_codec(owner: object) -> ConfigError:
@@ -1269,7 +1309,7 @@ def _no_codec(owner: object) -> ConfigError:
 
 def _check_tuning(mode: str, tune: str, tune_steps: int, tune_rate: float) -> None:
     """Raise a ConfigError for settings of the tuning outside their ranges."""
-    if tune not in TUNED or (as_int(tune_steps) or 0) < 1 or not tune_rate > 0:
+    if tune not in TUNED or (as_int(tune_steps) or 0) < 1 or not (as_number(tune_rate) or 0) > 0:
         raise ConfigError(
             f"tune is one of {', '.join(TUNED)}, tune_steps a whole number of 1 or more and "
             f"tune_rate above 0; got {tune!r}, {tune_steps!r} and {tune_rate!r}"
@@ -1286,9 +1326,14 @@ def _head_of(model: nn.Module) -> nn.Linear:
     return linear[-1]
 
 
-def _draw_balanced(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _by_class(labels: Tensor) -> list[Tensor]:
+    """Return the positions of each class's images, int64 ``(n,)`` on the CPU."""
+    labels = labels.cpu()
+    return [(labels == label).nonzero().flatten() for label in labels.unique().tolist()]
+
+
+def _draw_balanced(by_class: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
     """Draw positions of images, of each class as many or one more, in random order: ``(n,)``."""
-    by_class = [(labels == label).nonzero().flatten() for label in labels.unique().tolist()]
     order = torch.randperm(len(by_class), generator=generator).repeat(count // len(by_class) + 1)
     drawn = torch.rand(count, generator=generator)
     chosen = [
@@ -1301,6 +1346,12 @@ def _draw_balanced(labels: Tensor, count: int, generator: torch.Generator) -> Te
 def _state_of(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of a network's parameters and buffers, on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+def _is_in(value: object, low: float, high: float = math.inf) -> bool:
+    """Return whether a value is a finite number in [low, high]."""
+    number = as_number(value)
+    return number is not None and low <= number <= high
 
 
 def _check_settings(
@@ -1317,9 +1368,9 @@ def _check_settings(
         raise ConfigError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     if renew not in RENEWALS:
         raise ConfigError(f"renew must be one of {', '.join(RENEWALS)}; got {renew!r}")
-    if distill is not None and not distill >= 0:
+    if distill is not None and not _is_in(distill, 0):
         raise ConfigError(f"distill must be None, or 0 or more; got {distill!r}")
-    if not 0 <= recode_share <= 1:
+    if not _is_in(recode_share, 0, 1):
         raise ConfigError(f"recode_share must be in [0, 1]; got {recode_share!r}")
     name, function = find_loss(loss)
     if renew == "after" and loss != "auto" and _needs_all_classes(function):
@@ -1331,8 +1382,8 @@ def _check_settings(
         raise ConfigError(
             f"batch_size_mem must be a whole number of 1 or more; got {batch_size_mem!r}"
         )
-    if replay_weight is not None and not 0 <= replay_weight <= 1:
-        raise ConfigError(f"replay_weight must be in [0, 1]; got {replay_weight!r}")
+    if replay_weight is not None and not _is_in(replay_weight, 0, 1):
+        raise ConfigError(f"replay_weight must be None, or in [0, 1]; got {replay_weight!r}")
     is_given = replay_weight is not None or loss not in ("auto", "plain") or renew != "auto"
     is_given = is_given or bool(distill) or bool(recode_share)
     if mode == "memory_only" and is_given:

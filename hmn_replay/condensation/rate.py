@@ -91,7 +91,8 @@ class RateControl:
             team: The processes that share the distance, whose gradients are summed already.
         """
         team.add_up(distance)
-        image_bits, shared_bits = self.memory.rate(indices.to(self.state.device), self.first_class)
+        indices = indices.to(self.state.device, non_blocking=True)
+        image_bits, shared_bits = self.memory.rate(indices, self.first_class)
         integral, smoothed, count, bits = self.state.unbind()
         target = ((bits - shared_bits.detach()) / self.kept_new).clamp_min(1.0)
         now = image_bits.detach()

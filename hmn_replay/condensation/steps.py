@@ -148,7 +148,7 @@ class StepContext:
     def decode(self, indices: Tensor) -> Tensor:
         """Return images with a graph, float32, decoded in the precision of the settings."""
         with autocast(self.device, self.config.precision):
-            images: Tensor = self.memory(indices.to(self.device))
+            images: Tensor = self.memory(indices.to(self.device, non_blocking=True))
         return images.float()
 
     def real_images(self, indices: Tensor) -> Tensor:
@@ -157,7 +157,10 @@ class StepContext:
         Args:
             indices: int64 ``(B,)``, on the CPU.
         """
-        return as_floats(self._images[indices])
+        images = self._images
+        if isinstance(images, Tensor):
+            indices = indices.to(images.device, non_blocking=True)
+        return as_floats(images[indices])
 
     def draw_augmentation(
         self, generator: torch.Generator, batch: int | None = None

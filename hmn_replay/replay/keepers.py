@@ -22,9 +22,10 @@ from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.condense import check_config, condense
 from hmn_replay.condensation.config import CondenseConfig, make_config
+from hmn_replay.condensation.labelling import LabelConfig
 from hmn_replay.data.features import as_labelled_features
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.errors import BudgetError, ConfigError, DataError
 from hmn_replay.memory import (
     MEMORIES,
     JPEGMemory,
@@ -35,7 +36,7 @@ from hmn_replay.memory import (
     SubsampledMemory,
     loads,
 )
-from hmn_replay.memory.base import MAX_CLASSES
+from hmn_replay.memory.base import MAX_CLASSES, check_num_classes
 from hmn_replay.registry import suggest
 from hmn_replay.runtime import derive_seed
 from hmn_replay.settings import check_options
@@ -153,11 +154,14 @@ class LearnedKeeper(Keeper):
             those of ``effort``.
         effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``. The default is made for
             streams, where training waits for every update.
-        **options: Fields of :class:`~hmn_replay.CondenseConfig`.
+        **options: Fields of :class:`~hmn_replay.CondenseConfig`, but those of
+            :class:`~hmn_replay.LabelConfig`: labels are made by the network that learns, see
+            :meth:`hmn_replay.ReplayMemory.label`.
 
     Raises:
         BudgetError: The budget cannot be read.
-        ConfigError: An unknown option, or a value outside its range.
+        ConfigError: A value outside its range.
+        UnknownOptionError: An option that there is not; also a TypeError.
     """
 
     def __init__(
@@ -179,11 +183,17 @@ class LearnedKeeper(Keeper):
                 f"what is learned is condensed, and {kind!r} holds real images: use RawReplay, "
                 "JPEGReplay or LosslessReplay, or without Avalanche ReplayMemory or a RealKeeper"
             )
+        own = [name for name in LabelConfig.model_fields if name in options]
+        if own or (config is not None and config.labels != "hard"):
+            raise ConfigError(
+                f"{own[0] if own else 'labels'}: in a stream the network that learns makes the "
+                'labels, by HMNReplay(labels="soft") or ReplayMemory.label(network); leave it out'
+            )
         self.budget, self.kind = Budget.parse(budget), kind
         self.config = config or make_config(effort, **{**memory_type.settings, **options})
         check_config(self.config, memory_type)
         self.effort = effort if config is None else None
-        self.expected_classes = expected_classes
+        self.expected_classes = _number_of_classes(expected_classes)
 
     @property
     def draws_globally(self) -> bool:
@@ -203,10 +213,16 @@ class LearnedKeeper(Keeper):
     ) -> None:
         """Refuse what the budget cannot hold; see :meth:`Keeper.check_room`."""
         classes = max(num_classes, self.expected_classes or 0)
-        if isinstance(memory, self.memory_type):
-            self.memory_type.max_images(memory.layout, self.budget, classes)
-        elif memory is None:
+        if memory is None:
             self._choose_layout(images, classes)
+            return
+        memory = _of_type(memory, self.memory_type)
+        if memory.image_shape != images.image_shape:
+            raise DataError(
+                f"the memory has images of {memory.image_shape}, and what comes is of "
+                f"{images.image_shape}; both must have the same (C, H, W)"
+            )
+        self.memory_type.max_images(memory.layout, self.budget, classes)
 
     def renew(
         self,
@@ -279,7 +295,7 @@ class RealKeeper(Keeper):
 
     Raises:
         BudgetError: The budget cannot be read.
-        ConfigError: An unknown option, or a value outside its range.
+        ConfigError: A value outside its range.
     """
 
     def __init__(
@@ -296,9 +312,15 @@ class RealKeeper(Keeper):
                 f"selection must be a callable or one of {', '.join(SELECTIONS)}; got "
                 f"{selection!r}{suggest(selection, list(SELECTIONS))}"
             )
+        memory_type = MEMORIES[kind]
+        if not issubclass(memory_type, RealMemory):
+            raise ConfigError(f"{kind!r} is learned, and has a LearnedKeeper")
+        for own, keeper in _KEEPERS.items():
+            if issubclass(memory_type, own) and not isinstance(self, keeper):
+                raise ConfigError(f"{kind!r} has settings of its own: use a {keeper.__name__}")
         self.budget, self.kind = Budget.parse(budget), kind
         self.selection, self.training = selection, training
-        self.expected_classes = expected_classes
+        self.expected_classes = _number_of_classes(expected_classes)
 
     @property
     def draws_globally(self) -> bool:
@@ -435,7 +457,7 @@ class JPEGKeeper(RealKeeper):
 
     Raises:
         BudgetError: The budget cannot be read.
-        ConfigError: An unknown option, or a value outside its range.
+        ConfigError: A value outside its range.
     """
 
     def __init__(
@@ -536,6 +558,14 @@ class PQKeeper(RealKeeper):
         return memory, {"num_parts": self.num_parts, "code_bits": self.bits}
 
 
+_KEEPERS: dict[type[RealMemory], type[RealKeeper]] = {
+    JPEGMemory: JPEGKeeper,
+    SubsampledMemory: SubsampledKeeper,
+    PQMemory: PQKeeper,
+}
+"""Kinds of real images whose settings their keepers take."""
+
+
 def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -> Keeper:
     """Return the keeper of a memory kind.
 
@@ -554,8 +584,7 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
     if issubclass(memory_type, LearnedMemory):
         return LearnedKeeper(budget, kind=kind, **options)
     keeper_type: Callable[..., RealKeeper] = partial(RealKeeper, kind=kind)
-    keepers = {JPEGMemory: JPEGKeeper, SubsampledMemory: SubsampledKeeper, PQMemory: PQKeeper}
-    for own_type, own_keeper in keepers.items():
+    for own_type, own_keeper in _KEEPERS.items():
         if issubclass(memory_type, own_type):
             keeper_type = own_keeper
     known = set(inspect.signature(keeper_type).parameters) - {"budget", "kind"}
@@ -569,9 +598,18 @@ def _copied(
     """Return a memory as its file has it, so that a run that goes on from a file does the same."""
     if memory is None:
         return None
-    copied = loads(memory.to_bytes(), device=device)
-    if not isinstance(copied, memory_type):
+    return _of_type(loads(memory.to_bytes(), device=device), memory_type)
+
+
+def _of_type(memory: Memory, memory_type: type[AnyMemory]) -> AnyMemory:
+    """Return a memory that is of a class, or raise a ConfigError."""
+    if not isinstance(memory, memory_type):
         raise ConfigError(
             f"what is extended must be a {memory_type.__name__}; the memory is {memory!r}"
         )
-    return copied
+    return memory
+
+
+def _number_of_classes(num_classes: int | None) -> int | None:
+    """Return a number of classes that a memory can have, or None where it is not known."""
+    return None if num_classes is None else check_num_classes(num_classes, "expected_classes")

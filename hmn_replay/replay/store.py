@@ -105,6 +105,7 @@ class ReplayMemory:
             raise ConfigError(
                 f"max_raw_images must be a whole number of 1 or more; got {max_raw_images!r}"
             )
+        derive_seed(seed)  # refuses what is none
         self.max_raw_images, self.seed, self.progress = max_raw_images, seed, progress
         self.device = resolve_device(device)
         self.memory, self.report = None, []

@@ -28,7 +28,7 @@ from hmn_replay.avalanche.buffer import (
     count_labels,
     finish_images,
 )
-from hmn_replay.avalanche.plugin import HMNReplay
+from hmn_replay.avalanche.plugin import HMNReplay, RawReplay
 from hmn_replay.avalanche.streams import Normalization
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.replay import DecodedImages
@@ -189,7 +189,7 @@ def test_the_size_is_bounded_by_the_memory_or_by_number_with_classes_alike() -> 
     assert buffer.replay.memory is not None and buffer.replay.memory.num_images == 16
     buffer.resize(strategy, 100)
     assert len(buffer.buffer) == 16
-    with pytest.raises(ConfigError, match="max_size must be 1 or more"):
+    with pytest.raises(ConfigError, match="max_size must be a whole number of 1 or more"):
         MemoryBuffer(KeepFirst(), max_size=0)
 
 
@@ -280,3 +280,8 @@ def test_a_data_set_has_the_labels_of_its_keys(decoded: DecodedImages) -> None:
     assert list(data.targets) == [-3, 0, 0, 1, 1, 5, 2]
     assert list(data.targets_task_labels) == [0, 0, 0, 0, 0, 0, 4]
     assert len(as_avalanche_dataset(decoded, None, with_tasks=False)[0]) == 2
+
+
+def test_a_buffer_refuses_soft_labels() -> None:
+    with pytest.raises(ConfigError, match="leave labels out"):
+        MemoryBuffer(RawReplay(3000, labels="soft"))

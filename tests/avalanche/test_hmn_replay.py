@@ -13,9 +13,10 @@ from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 
 import hmn_replay
 from hmn_replay.avalanche.plugin import HMNReplay
+from hmn_replay.avalanche.streams import read_experiences
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import make_config
-from hmn_replay.errors import BudgetError, CheckpointError, ConfigError
+from hmn_replay.errors import BudgetError, CheckpointError, ConfigError, DataError
 from hmn_replay.memory import LearnedMemory, load
 from hmn_replay.replay import LearnedKeeper
 from tests.streams import (
@@ -247,3 +248,31 @@ def test_names_are_imported_when_they_are_asked_for() -> None:
 def _memory(replay: HMNReplay) -> LearnedMemory:
     assert isinstance(replay.memory, LearnedMemory)
     return replay.memory
+
+
+def test_a_memory_of_another_kind_or_shape_is_refused_before_training() -> None:
+    experience = streams().train_stream[0]
+    shape = (3, 10, 10)
+    other = hmn_replay.condense(
+        (torch.zeros(8, *shape), torch.arange(8) % 2), BUDGET, **{**TINY, "outer_steps": 0}
+    )
+    raw = hmn_replay.raw_images(read_experiences([experience], None), BUDGET)
+    for memory, error, message in (
+        (raw, ConfigError, "must be a HierarchicalMemory"),
+        (other, DataError, "both must have the same"),
+    ):
+        replay = make_replay(renew="after", loss="balanced")
+        replay.memory = memory
+        strategy = make_strategy([replay])
+        before = weights(strategy)
+        with pytest.raises(error, match=message):
+            strategy.train(experience)
+        assert torch.equal(weights(strategy), before)
+
+
+@pytest.mark.parametrize("option", ["teacher_passes", "label_views", "labeller_width"])
+def test_settings_of_a_teacher_that_there_is_not_are_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option}: in a stream the network that learns"):
+        make_replay(labels="soft", **{option: 3})
+    with pytest.raises(ConfigError, match="in a stream the network that learns"):
+        LearnedKeeper(BUDGET, config=make_config(labels="soft"))

@@ -317,6 +317,22 @@ def test_by_default_only_what_was_learned_is_distilled() -> None:
     assert used == [(0.0, []), (1.0, [1, 2])]
 
 
+@pytest.mark.parametrize(("renew", "loss"), [("before", "auto"), ("after", "balanced")])
+def test_classes_that_come_again_are_not_distilled(renew: Any, loss: str) -> None:
+    used: list[list[int]] = []
+
+    class Note(SupervisedPlugin[Any]):
+        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            teacher = replay._teacher
+            used.append([] if teacher is None else teacher.classes.tolist())
+
+    replay = KeepFirst(distill=1.0, renew=renew, loss=loss)
+    strategy = make_strategy([replay, Note()])  # type: ignore[no-untyped-call]
+    for experience in labelled_streams((0, 1), (2, 3), (0, 2)).train_stream:
+        strategy.train(experience)
+    assert used == [[], [0, 1], [1, 3]]
+
+
 def test_a_network_that_cannot_be_copied_is_not_distilled() -> None:
     class Alone(nn.Linear):
         def __deepcopy__(self, memo: Any) -> Any:

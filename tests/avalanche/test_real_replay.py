@@ -18,9 +18,10 @@ from hmn_replay import (
     LosslessReplay,
     MemoryReplay,
     RawReplay,
+    RealKeeper,
     SubsampledReplay,
 )
-from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.errors import BudgetError, ConfigError, UnknownOptionError
 from hmn_replay.memory import (
     JPEGMemory,
     LosslessMemory,
@@ -313,3 +314,30 @@ def test_images_are_shown_through_hmns_codec() -> None:
         assert codec is not None
         pixels = images.mul(255).round().to(torch.uint8)
         assert through.equal(codec(pixels).float() / 255) and not through.equal(images)
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind.__name__ for kind, _ in KINDS])
+def test_an_option_that_there_is_not_is_refused(kind: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(UnknownOptionError, match=f"{kind.__name__} .*'trainig'.*'training'"):
+        kind(BUDGET, trainig=None, **options)
+
+
+@pytest.mark.parametrize("expected", ["ten", -3, 0, 2.5, True, 1001])
+@pytest.mark.parametrize("kind", [HMNReplay, *MEMORIES])
+def test_a_number_of_classes_that_cannot_be_is_refused_at_once(kind: Any, expected: Any) -> None:
+    with pytest.raises(ConfigError, match="expected_classes is 1 to 1000"):
+        kind(BUDGET, expected_classes=expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("jpg", "jpeg"),
+        ("hmn", "'hmn' is learned, and has a LearnedKeeper"),
+        ("jpeg", "use a JPEGKeeper"),
+        ("subsampled", "use a SubsampledKeeper"),
+    ],
+)
+def test_a_keeper_of_real_images_refuses_other_kinds(kind: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RealKeeper(BUDGET, kind=kind)

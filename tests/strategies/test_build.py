@@ -146,6 +146,23 @@ def test_an_unknown_mode_is_refused() -> None:
             build(name, mode="memory_only")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"labels": "soft"}, {"distill": 2.0}, {"tune": "all"}, {"loss": "balanced"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_memory_only_does_not_do_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        build("jpeg", mode="memory_only", **options)
+
+
+@pytest.mark.parametrize("name", ["raw", "lossless", "subsampled", "jpeg"])
+def test_a_budget_too_small_for_the_classes_that_are_expected_is_refused(name: str) -> None:
+    strategy = build(name, 1536, expected_classes=500)
+    with pytest.raises(BudgetError, match="500 classes"):
+        strategy.train(make_stream(num_per_class=8, num_experiences=1)[0])
+
+
 def test_a_budget_may_be_written_out() -> None:
     strategy = build("avalanche-replay", "1.5 KiB")
     for experience in make_stream(num_per_class=8, num_experiences=1):
