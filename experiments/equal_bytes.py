@@ -84,6 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=300, help="of condensing a memory of a number format")
     add("--qualities", default="5,10,20,30", help="of JPEG")
     add("--labels", default="hard", help=f"columns: some of {', '.join(LABELS)}")
+    add("--label-weight", type=float, help="of soft labels or a labeller in the loss")
     add("--seeds", default="0", help="a memory and a training each")
     add("--network", default="convnet", help="what is trained on a memory")
     add("--width", type=int, default=64, help="channels of ConvNet's blocks")
@@ -108,10 +109,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = parse_numbers("--seeds", args.seeds)
     columns = parse_names("--labels", args.labels, LABELS)
     parse_numbers("--qualities", args.qualities)
-    TrainingConfig(network=args.network, width=args.width, num_passes=args.passes)
+    training = {"network": args.network, "width": args.width, "num_passes": args.passes}
+    TrainingConfig(**training, label_weight=args.label_weight)
     train, test = load(args, "train"), load(args, "test")
     names = ("data", "size", "seconds", "network", "width", "passes", "precision", "set", "device")
     configuration = {name: getattr(args, name) for name in names}
+    if args.label_weight is not None:
+        configuration["label_weight"] = args.label_weight
     machine = {"machine": platform.machine(), "threads": torch.get_num_threads()}
     store = Store(args.out, configuration | machine)
     store.agree("images", [len(train), len(test)])
@@ -234,6 +238,7 @@ def measure_one(
             width=args.width,
             num_passes=args.passes,
             precision=args.precision,
+            label_weight=args.label_weight,
             seed=seed,
             device=args.device,
         )

@@ -736,6 +736,13 @@ def _add_training(parser: _Parser) -> None:
         default=config.precision,
         help="of the training; auto is bfloat16 where the processor has it",
     )
+    add(
+        "--label-weight",
+        type=float,
+        metavar="SHARE",
+        help="of soft labels or a labeller in the loss, 0 to 1; by default 0.5 for learned images "
+        "and 0.9 for real ones",
+    )
 
 
 def _add_common(parser: _Parser) -> None:
@@ -828,6 +835,7 @@ def _training(args: argparse.Namespace) -> hmn_replay.TrainingConfig:
         width=args.width,
         num_passes=args.passes,
         precision=args.precision,
+        label_weight=args.label_weight,
     )
 
 

@@ -83,6 +83,8 @@ def evaluate(
     holds_features = not isinstance(images, Tensor) and images.holds_features
     usual = _FEATURE_TRAINING if holds_features else TrainingConfig()
     config = (config or usual).replace(**options)
+    if config.label_weight is None and isinstance(source, Memory):
+        config = config.replace(label_weight=source.label_weight)
     test_images, test_labels = _images_and_labels(test_set)
     if images.shape[1:] != test_images.shape[1:]:
         raise DataError(

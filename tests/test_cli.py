@@ -80,6 +80,9 @@ def test_labels_are_made_shown_and_learned_from(run: Console, tmp_path: Path, la
     assert scored["labels"] == labels
     assert ("labeller_accuracy" in scored) == (labels == "labeller")
     assert run.json("evaluate", path, *training, "--labels", "hard")["labels"] == "hard"
+    half = run.json("evaluate", path, *training, "--label-weight", "0.5")
+    assert half["accuracies"] == scored["accuracies"], "the default of learned images"
+    run("evaluate", path, *training, "--label-weight", "2", code=2)
     assert (
         run("evaluate", path, *training, "--labels", "soft", code=2 * (labels != "soft"))
         or labels != "soft"

@@ -90,6 +90,10 @@ class Memory(abc.ABC):
     """
 
     kind: ClassVar[str]
+    label_weight: ClassVar[float | None] = None
+    """Weight of its soft labels in :func:`hmn_replay.evaluate`, where none is given. None for the
+    usual one, see :class:`hmn_replay.TrainingConfig`."""
+
     has_codec: ClassVar[bool] = False
     """Whether :meth:`codec` gives a function for a memory with images."""
     holds_features: ClassVar[bool] = False

@@ -246,6 +246,7 @@ class LearnedMemory(Memory, nn.Module):
     """
 
     Layout: ClassVar[type[MemoryLayout]] = MemoryLayout
+    label_weight: ClassVar[float | None] = 0.5  # learned images teach classes better than real ones
     default_number_format: ClassVar[str] = "int8"
     codes_entropy: ClassVar[bool] = False
     """Whether the kind can be entropy-coded."""

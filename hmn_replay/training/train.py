@@ -70,6 +70,9 @@ one; or a labeller, a function from float images ``(B, C, H, W)`` in [0, 1] to l
 MAX_LEARNING_RATE = 1e30
 """Far beyond what converges, and small enough for float32 to hold what is computed from it."""
 
+LABEL_WEIGHT = 0.9
+"""Weight of soft labels in the loss, where nothing is known of the images."""
+
 _MOVING = ("crop", "scale", "rotate")
 
 
@@ -127,8 +130,10 @@ class TrainingConfig(Settings):
     """Augmentations, drawn for every image. Of crop, scale and rotate, each batch gets one, as in
     IDC's code."""
 
-    label_weight: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Weight of soft labels in the loss, where there are any; hard ones have the rest."""
+    label_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Weight in [0, 1] of soft labels, or of a labeller, in the loss; hard ones have the rest. None
+    for 0.9, and in :func:`hmn_replay.evaluate` for what suits the memory: 0.5 where its images are
+    learned."""
 
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """What the logits of the network, and those that soft labels stand for, are divided by where
@@ -517,4 +522,5 @@ def _soft_targets(
     else:
         with torch.no_grad():
             rows = (targets(batch).float() / config.temperature).softmax(1)
-    return SoftTargets(rows, config.label_weight, config.temperature)
+    weight = LABEL_WEIGHT if config.label_weight is None else config.label_weight
+    return SoftTargets(rows, weight, config.temperature)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.evaluation import evaluate
 from hmn_replay.training.networks import Network, build_network
 from hmn_replay.training.train import (
     CompiledLoss,
@@ -19,6 +22,7 @@ from hmn_replay.training.train import (
     train_network,
 )
 from tests.stripes import PLAIN, TINY, stripes, weights
+from tests.support import any_memory
 
 CPU = torch.device("cpu")
 can_compile = resolve_compile("auto", CPU) == "auto"
@@ -163,3 +167,21 @@ def test_what_are_no_targets_is_refused() -> None:
         TrainingConfig(label_weight=1.5)
     with pytest.raises(ConfigError, match="temperature must be greater than 0"):
         TrainingConfig(temperature=0)
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("hmn", 0.5), ("idc", 0.5), ("raw", 0.9)])
+def test_learned_images_have_labels_of_less_weight(kind: str, weight: float) -> None:
+    memory = any_memory(kind)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(memory.num_images, memory.num_classes, generator=generator)
+    memory.set_soft_labels(rows / rows.sum(1, keepdim=True))
+
+    def learned(**options: Any) -> Tensor:
+        network, _ = evaluate(
+            memory, memory, width=2, num_passes=40, seed=0, device="cpu", **options
+        )
+        return weights(network)
+
+    assert torch.equal(learned(), learned(label_weight=weight))
+    assert not torch.equal(learned(), learned(label_weight=0.7))
+    assert torch.equal(learned(labels="hard"), learned(label_weight=0.0))
