@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     budgets = [Budget.parse(text).num_bytes for text in args.budgets.split(",")]
     seeds = parse_numbers("--seeds", args.seeds)
     columns = parse_names("--labels", args.labels, LABELS)
+    parse_settings(args.set, {"labels": columns}, "--labels")
     parse_numbers("--qualities", args.qualities)
     training = {"network": args.network, "width": args.width, "num_passes": args.passes}
     TrainingConfig(**training, label_weight=args.label_weight)

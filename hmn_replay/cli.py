@@ -15,7 +15,7 @@ import statistics
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, partial
 from inspect import cleandoc
 from pathlib import Path
@@ -42,6 +42,7 @@ from hmn_replay.memory.export import DD_RANKING
 from hmn_replay.memory.file import read_file
 from hmn_replay.objectives.trajectories import delete_experts, experts_beside
 from hmn_replay.runtime import PRECISIONS
+from hmn_replay.settings import check_options
 
 __all__ = ["main", "make_parser"]
 
@@ -147,7 +148,7 @@ def condense(args: argparse.Namespace) -> Result | None:
 def _condense(args: argparse.Namespace, team: Team) -> Result | None:
     out: Path = args.out
     checkpoint = Path(f"{out}.checkpoint")
-    settings = dict(args.set)
+    settings = _settings(args, hmn_replay.CondenseConfig.model_fields)
     for name in ("objective", "number_format"):
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
@@ -365,7 +366,7 @@ def baseline(args: argparse.Namespace) -> Result:
     budget = hmn_replay.Budget.parse(args.budget)
     if args.out:
         _check_out(args)
-    labels = hmn_replay.LabelConfig(**{**dict(args.set), "labels": args.labels})
+    labels = hmn_replay.LabelConfig(**_settings(args, _label_settings()), labels=args.labels)
     train, test = _load_data(args, "train"), _load_data(args, "test")
     # Of compressed images, it is not known before how many fit.
     most = max(1, budget.num_bytes // train.images[0].numel()) if args.kind == "raw" else None
@@ -666,8 +667,8 @@ def _add_baseline(parser: _Parser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help=f"how labels are made: {', '.join(hmn_replay.LabelConfig.model_fields)}, as "
-        "hmn-replay options explains them; may be given several times",
+        help=f"how labels are made: {', '.join(_label_settings())}, as hmn-replay options "
+        "explains them; may be given several times",
     )
     add(
         "--qualities",
@@ -760,6 +761,10 @@ def _kinds(*, learned: bool) -> list[str]:
     ]
 
 
+def _label_settings() -> list[str]:
+    return [name for name in hmn_replay.LabelConfig.model_fields if name != "labels"]
+
+
 def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
@@ -789,6 +794,17 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 # --- what the sub-commands share
+
+
+def _settings(args: argparse.Namespace, known: Collection[str]) -> dict[str, Any]:
+    """Return what --set gives, checked to be settings, and no options of the sub-command."""
+    settings = dict(args.set)
+    for name in settings:
+        if name not in known and name in vars(args):
+            flag = name.replace("_", "-")
+            raise UnknownOptionError(f"--set has no option {name!r}; pass --{flag} by itself")
+    check_options("--set", settings, known)
+    return settings
 
 
 def _check_out(args: argparse.Namespace) -> None:

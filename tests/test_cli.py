@@ -431,6 +431,12 @@ def test_ctrl_c_elsewhere_just_stops(
         ("condense --budget 50kB --out x.hmn --set outer_step=1", 2, "did you mean 'outer_steps'"),
         ("condense --budget 50kB --out x.hmn --set outer_steps=x", 2, "outer_steps must"),
         ("condense --budget 50kB --out x.hmn --set outer_steps=-1", 2, "outer_steps must"),
+        *(
+            (f"condense --budget 50kB --out x.hmn --set {name}=3", 2, f"no option '{name}'")
+            for name in ("budget", "checkpoint", "device", "effort", "expected_classes", "kind")
+        ),
+        ("condense --budget 50kB --out x.hmn --set seed=3", 2, "no option 'seed'; pass --seed"),
+        ("baseline --kind raw --budget 9kB --set labels=soft", 2, "'labels'; pass --labels by"),
         ("condense --budget 50kB --out x.hmn --data ~no_such/x", 1, "no data set is called"),
         ("baseline --kind raw --budget 50", 2, "a budget of 50 bytes does not hold one image"),
         (

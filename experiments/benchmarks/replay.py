@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import hmn_replay
+from experiments.arguments import add_settings, parse_settings
 from experiments.benchmarks.common import now, positive
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
@@ -55,20 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size-mem", type=positive, default=64, help="replayed images in a step"
     )
     parser.add_argument("--rounds", type=positive, default=10, help="experiences timed of each")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=["warm_start_steps=10", "outer_steps=0", "over_budget=0"],
-        metavar="FIELD=VALUE",
-        help="setting of the condensation; several times",
-    )
+    add_settings(parser, "warm_start_steps=10", "outer_steps=0", "over_budget=0")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(args.device)
     stream = make_stream(args)
-    settings: dict[str, Any] = dict(text.split("=", 1) for text in args.set)
-    keeper = CondenseOnce(args.budget, **settings)
+    keeper = CondenseOnce(args.budget, **parse_settings(args.set))
     plugin = hmn_replay.MemoryReplay(
         keeper, batch_size_mem=args.batch_size_mem, distill=0.0, device=device
     )

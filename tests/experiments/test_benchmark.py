@@ -157,6 +157,7 @@ def test_replay_takes_turns_with_its_rivals(measure: Any) -> None:
     [
         (["--batch-size-mem", "10000"], "lower --batch-size-mem"),
         (["--batch-size", "20"], "lower --batch-size, or raise --images"),
+        (["--set", "kind=idc"], "no option 'kind'"),
     ],
 )
 def test_replay_refuses_what_it_cannot_time(

@@ -133,6 +133,8 @@ def test_what_is_wrong_is_told_before_anything_is_made(cifar10: Path, tmp_path: 
     for setting in ("number_format=int8", "max_seconds=9", "warm_start_seconds=9"):
         with pytest.raises(ConfigError, match=f"'float16' sets {setting.split('=')[0]} itself"):
             run(cifar10, tmp_path, "raw,float16", "--set", setting)
+    with pytest.raises(ConfigError, match="--labels sets labels itself"):
+        run(cifar10, tmp_path, "raw,draft", "--set", "labels=soft")
     with pytest.raises(ConfigError, match="--seeds is a number"):
         run(cifar10, tmp_path, "raw", "--seeds", "one")
     assert not list(tmp_path.iterdir())
