@@ -19,8 +19,8 @@ from hmn_replay.condensation.labelling import (
     as_label_config,
     train_teacher,
 )
-from hmn_replay.data.features import LabelledFeatures
-from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.features import FeatureSource, as_labelled_features
+from hmn_replay.data.images import ImageSource, LabelledImages, as_labelled_images
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.evaluation import evaluate
 from hmn_replay.memory.jpeg import SUBSAMPLINGS
@@ -57,7 +57,7 @@ _HELD_OUT = 0.2
 
 
 def raw_images(
-    data: LabelledImages,
+    data: ImageSource,
     budget: Budget | int | str,
     *,
     selection: str | Tensor = "random",
@@ -69,9 +69,9 @@ def raw_images(
     """Take real images, as many as fit a budget as uint8 pixels.
 
     Args:
-        data: Where to take them from, each once. With a selection by name, the numbers of images of
-            two classes differ by one at most, the first classes having more, but for a class that
-            has no more to give.
+        data: Where to take them from, each once; see :func:`hmn_replay.as_labelled_images`. With a
+            selection by name, the numbers of images of two classes differ by one at most, the first
+            classes having more, but for a class that has no more to give.
         budget: Bytes of the file, header and labels counted.
         selection: One of :data:`hmn_replay.baselines.selection.SELECTIONS`; or the order in which
             the images of a class are taken, int64 positions in ``data``, such as those that
@@ -88,7 +88,9 @@ def raw_images(
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
         ConfigError: The selection is not as said above, or the teacher has other classes.
+        DataError: Images or labels that cannot be used.
     """
+    data = as_labelled_images(data)
     most = max(1, Budget.parse(budget).num_bytes // data.images[0].numel())
     order = _order(data, selection, most, seed)
     memory = _fill(RawMemory, data, budget, order)
@@ -96,7 +98,7 @@ def raw_images(
 
 
 def jpeg_images(
-    data: LabelledImages,
+    data: ImageSource,
     budget: Budget | int | str,
     *,
     quality: int,
@@ -124,7 +126,9 @@ def jpeg_images(
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
         ConfigError: ``quality``, ``subsampling`` or ``selection`` is not as said above.
+        DataError: As :func:`raw_images`.
     """
+    data = as_labelled_images(data)
     order = _order(data, selection, None, seed)
     subsamplings = SUBSAMPLINGS if data.image_shape[0] == 3 else SUBSAMPLINGS[:1]
     if subsampling is not None:
@@ -137,7 +141,7 @@ def jpeg_images(
 
 
 def lossless_images(
-    data: LabelledImages,
+    data: ImageSource,
     budget: Budget | int | str,
     *,
     selection: str | Tensor = "random",
@@ -160,14 +164,16 @@ def lossless_images(
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
         ConfigError: ``selection`` is not as said above.
+        DataError: As :func:`raw_images`.
     """
+    data = as_labelled_images(data)
     order = _order(data, selection, None, seed)
     memory = _fill(LosslessMemory, data, budget, order)
     return _labelled(memory, data, order, labels, teacher, seed, device)
 
 
 def subsampled_images(
-    data: LabelledImages,
+    data: ImageSource,
     budget: Budget | int | str,
     *,
     factor: int = 2,
@@ -192,14 +198,16 @@ def subsampled_images(
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
         ConfigError: ``factor`` or ``selection`` is not as said above.
+        DataError: As :func:`raw_images`.
     """
+    data = as_labelled_images(data)
     order = _order(data, selection, None, seed)
     memory = _fill(SubsampledMemory, data, budget, order, factor=factor)
     return _labelled(memory, data, order, labels, teacher, seed, device)
 
 
 def choose_quality(
-    data: LabelledImages,
+    data: ImageSource,
     budget: Budget | int | str,
     *,
     expected_classes: int | None = None,
@@ -214,7 +222,7 @@ def choose_quality(
     the images that fit, and scored on a fifth of the data, which is kept back.
 
     Args:
-        data: Images of the first classes.
+        data: Images of the first classes; see :func:`hmn_replay.as_labelled_images`.
         budget: Bytes of the whole memory.
         expected_classes: How many classes will come in all. Default: 10 times those of ``data``.
         qualities: What to choose from, ascending. Default: ``QUALITIES``, and on past their edge,
@@ -227,7 +235,11 @@ def choose_quality(
         The quality, the lower one of two as good, and the accuracy of each that fits, in [0, 1].
         Where there is nothing to choose by (one class alone, no image to hold out, no room), 20 and
         no accuracy.
+
+    Raises:
+        DataError: Images or labels that cannot be used.
     """
+    data = as_labelled_images(data)
     counts = torch.bincount(data.class_indices)
     if data.num_classes < 2 or int(counts.min()) < 2:
         return _USUAL_QUALITY, {}
@@ -277,7 +289,7 @@ def next_quality(accuracies: Mapping[int, float]) -> int | None:
 
 
 def raw_features(
-    data: LabelledFeatures,
+    data: FeatureSource,
     budget: Budget | int | str,
     *,
     selection: str | Tensor = "random",
@@ -286,7 +298,7 @@ def raw_features(
     """Take real features, as many as fit a budget in float16.
 
     Args:
-        data: Where to take them from, each once.
+        data: Where to take them from, each once; see :func:`hmn_replay.as_labelled_features`.
         budget: Bytes of the file, header and labels counted.
         selection: As in :func:`raw_images`; herding and k-centre are by the features themselves.
         seed: Of a selection by name.
@@ -294,13 +306,15 @@ def raw_features(
     Raises:
         BudgetError: Not those of one image fit; the message gives the smallest budget that does.
         ConfigError: The selection is not as said above.
+        DataError: Features or labels that cannot be used.
     """
+    data = as_labelled_features(data)
     most = max(1, Budget.parse(budget).num_bytes // (2 * data.images[0].numel()))
     return _fill(RawFeatureMemory, data, budget, _order(data, selection, most, seed))
 
 
 def pq_features(
-    data: LabelledFeatures,
+    data: FeatureSource,
     budget: Budget | int | str,
     *,
     num_parts: int,
@@ -314,7 +328,7 @@ def pq_features(
     channels, in float16. Needs ``pip install 'hmn-replay[pq]'``.
 
     Args:
-        data: Where to take them from, each once.
+        data: Where to take them from, each once; see :func:`hmn_replay.as_labelled_features`.
         budget: Bytes of the file, header, labels and codebook counted.
         num_parts: Parts that channels are cut into; C is a multiple of it.
         bits: Of the number of a part's centroid, 1 to 8.
@@ -324,8 +338,10 @@ def pq_features(
     Raises:
         BudgetError: Not those of one image fit; the message gives the smallest budget that does.
         ConfigError: ``num_parts``, ``bits`` or ``selection`` is not as said above.
+        DataError: Features or labels that cannot be used.
         MissingExtraError: faiss is not installed.
     """
+    data = as_labelled_features(data)
     memory = PQMemory.train(data, num_parts=num_parts, bits=bits, budget=budget, seed=seed)
     memory.extend(data, order=_order(data, selection, None, seed))
     return memory

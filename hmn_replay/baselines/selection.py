@@ -18,7 +18,7 @@ from torch import Tensor
 from hmn_replay.budget import as_int
 from hmn_replay.condensation.pruning import aum, margins
 from hmn_replay.data.features import LabelledFeatures
-from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.errors import ConfigError
 from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.training.networks import Network, penultimate_features
@@ -40,7 +40,7 @@ _CHUNK = 512
 
 
 def select_images(
-    data: LabelledImages,
+    data: ImageSource,
     method: str = "random",
     *,
     num_images: int | None = None,
@@ -59,7 +59,7 @@ def select_images(
     one training on all images, whose margins are taken in evaluation mode after every epoch.
 
     Args:
-        data: Where to choose from.
+        data: Where to choose from; see :func:`hmn_replay.as_labelled_images`.
         method: One of :data:`SELECTIONS`.
         num_images: How many to choose, 1 or more: the first ones of the order. Default: all.
         network: A trained network, for herding and k-centre; used where it is, and the mode of
@@ -81,12 +81,14 @@ def select_images(
     Raises:
         ConfigError: An argument is not as said above; a network for CCS, which scores by the epochs
             of a training; or CCS of one class alone, which has no margins.
+        DataError: Images or labels that cannot be used.
         TrainingError: The training here diverged.
     """
     if method not in SELECTIONS:
         raise ConfigError(f"a selection is one of {', '.join(SELECTIONS)}; got {method!r}")
     if num_images is not None and (as_int(num_images) is None or num_images < 1):
         raise ConfigError(f"num_images is None, or a whole number of 1 or more; got {num_images!r}")
+    data = as_labelled_images(data)
     if method == "ccs" and isinstance(data, LabelledFeatures):
         raise ConfigError("ccs scores by trainings on images; features take random or herding")
     if method == "ccs" and network is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn_replay.data.images import LabelledImages, mean_psnr
+from hmn_replay.data.images import ImageSource, as_labelled_images, mean_psnr
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.base import Memory
@@ -49,12 +49,13 @@ figcaption { font-size: .85rem; opacity: .7; } img { image-rendering: pixelated;
 """
 
 
-def psnr_by_class(memory: Memory, sources: LabelledImages) -> dict[int, float]:
+def psnr_by_class(memory: Memory, sources: ImageSource) -> dict[int, float]:
     """Return how near each class's images are to real ones.
 
     Args:
         memory: Of any kind.
-        sources: Real images, such as those that the memory was made from.
+        sources: Real images, such as those that the memory was made from; see
+            :func:`hmn_replay.as_labelled_images`.
 
     Returns:
         For the label of each class that has images in both, the mean over the memory's images of
@@ -62,8 +63,9 @@ def psnr_by_class(memory: Memory, sources: LabelledImages) -> dict[int, float]:
         image that is the real one.
 
     Raises:
-        DataError: Images of another shape.
+        DataError: Images of another shape, or that cannot be used.
     """
+    sources = as_labelled_images(sources)
     if sources.image_shape != memory.image_shape:
         raise DataError(
             f"expected images of {memory.image_shape}, as the memory has; got {sources.image_shape}"
@@ -114,11 +116,13 @@ class Gallery:
 
     Args:
         title: Heading of the page.
-        sources: Real images. Default: None, none are shown.
+        sources: Real images; see :func:`hmn_replay.as_labelled_images`. Default: None, none are
+            shown.
         images_per_class: Images shown of each class and stage, 1 or more.
 
     Raises:
         ConfigError: ``images_per_class`` is below 1.
+        DataError: Sources that cannot be used.
 
     Example:
         >>> gallery = Gallery()  # doctest: +SKIP
@@ -132,12 +136,13 @@ class Gallery:
         self,
         title: str = "What the memory holds",
         *,
-        sources: LabelledImages | None = None,
+        sources: ImageSource | None = None,
         images_per_class: int = 24,
     ) -> None:
         if images_per_class < 1:
             raise ConfigError(f"images_per_class must be 1 or more; got {images_per_class}")
-        self.title, self.sources, self.images_per_class = title, sources, images_per_class
+        self.title, self.images_per_class = title, images_per_class
+        self.sources = None if sources is None else as_labelled_images(sources)
         self._stages: list[_Stage] = []
         self._names: dict[int, str] = {}
 

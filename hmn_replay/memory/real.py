@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmn_replay.budget import Budget, as_int
-from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.features import FeatureSource, read_data
+from hmn_replay.data.images import ImageSource
 from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
 from hmn_replay.memory.base import (
     Codec,
@@ -135,7 +136,7 @@ class RealMemory(Memory):
         """Return :meth:`recode`; see :meth:`Memory.codec`."""
         return self.recode
 
-    def extend(self, data: LabelledImages, *, order: Tensor | None = None) -> None:
+    def extend(self, data: ImageSource | FeatureSource, *, order: Tensor | None = None) -> None:
         """Add the classes of some images, as many of every class as fit the budget.
 
         The images of a class stand in the given order, and those that make room are its last ones:
@@ -143,16 +144,18 @@ class RealMemory(Memory):
         already is replaced.
 
         Args:
-            data: The new images.
+            data: The new images; see :func:`hmn_replay.as_labelled_images`. For a memory of
+                features these; see :func:`hmn_replay.as_labelled_features`.
             order: Positions in ``data``, int64 ``(n,)``, each once at most: which images are
                 wanted, the first first. Default: all, in their order.
 
         Raises:
             BudgetError: Not one image fits; the message gives the smallest budget that holds one.
             ConfigError: ``order`` is not as said above.
-            DataError: Images of another shape.
+            DataError: Images of another shape, or that cannot be used.
         """
-        if (data.image_shape, data.images.dtype) != (self.image_shape, self.value_dtype):
+        data = read_data(data, holds_features=self.holds_features)
+        if data.image_shape != self.image_shape:
             what = "features" if self.holds_features else "images"
             raise DataError(f"expected {what} of {self.image_shape}, as the memory has; got {data}")
         order = torch.arange(len(data)) if order is None else check_order(order, len(data))

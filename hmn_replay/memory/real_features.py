@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hmn_replay.budget import Budget, as_int
-from hmn_replay.data.features import LabelledFeatures, check_feature_shape
+from hmn_replay.data.features import FeatureSource, as_labelled_features, check_feature_shape
 from hmn_replay.errors import ConfigError, DataError, MemoryFileError
 from hmn_replay.extras import import_extra
 from hmn_replay.memory.base import Codec, register_memory
@@ -114,7 +114,7 @@ class PQMemory(_RealFeatures):
     @classmethod
     def train(
         cls,
-        data: LabelledFeatures,
+        data: FeatureSource,
         *,
         num_parts: int,
         bits: int = 8,
@@ -124,7 +124,8 @@ class PQMemory(_RealFeatures):
         """Return a memory without features, whose codebook is trained on some by faiss's k-means.
 
         Args:
-            data: The features; 2**bits positions or more.
+            data: The features; 2**bits positions or more; see
+                :func:`hmn_replay.as_labelled_features`.
             num_parts: As the class.
             bits: As the class.
             budget: As the class.
@@ -132,8 +133,10 @@ class PQMemory(_RealFeatures):
 
         Raises:
             ConfigError: As the class, or fewer positions than centroids.
+            DataError: Features or labels that cannot be used.
             MissingExtraError: faiss is not installed.
         """
+        data = as_labelled_features(data)
         empty = cls(data.image_shape, num_parts=num_parts, bits=bits, budget=budget)
         faiss = import_extra("faiss", "pq")
         rows = _positions(data.images).numpy()

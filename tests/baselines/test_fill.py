@@ -12,13 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Subset
 
 from hmn_replay.baselines.fill import jpeg_images, lossless_images, raw_images, subsampled_images
 from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.errors import BudgetError, ConfigError, DataError
 from hmn_replay.evaluation import evaluate
-from hmn_replay.memory import RealMemory
+from hmn_replay.memory import RawMemory, RealMemory
 from hmn_replay.memory.jpeg import decode_jpeg_scans, encode_jpeg_scans
 from hmn_replay.training.train import TrainingConfig
 
@@ -215,6 +216,20 @@ def test_fewer_images_than_classes_are_drawn_from_the_first_classes() -> None:
     memory = raw_images(some_data(9), 2000)
     assert memory.num_images == 2
     assert memory.classes.tolist() == [-3, 7]
+
+
+@every_kind
+def test_any_images_are_taken(kind: str) -> None:
+    data = some_data(30)
+    wanted = FILL[kind](data, 3000).to_bytes()
+    arrays = data.images.movedim(1, -1).numpy(), data.labels.numpy()
+    for source in ((data.images, data.labels), arrays, Subset(data, range(30))):
+        assert FILL[kind](source, 3000).to_bytes() == wanted
+    memory = RawMemory(data.image_shape, budget=3000)
+    memory.extend(arrays)
+    assert memory.to_bytes() == raw_images(data, 3000, selection=torch.arange(30)).to_bytes()
+    with pytest.raises(DataError, match="pass it to load_dataset"):
+        FILL[kind]("cifar10", 3000)
 
 
 def test_wrong_options_are_refused() -> None:

@@ -40,6 +40,12 @@ def test_the_quality_is_chosen_by_real_trainings() -> None:
     assert choose_quality(classes_of(0, 1, 2), 40_000, **TRAINING) == (quality, accuracies)
 
 
+def test_any_images_are_taken() -> None:
+    data, options = classes_of(0, 1), {**TRAINING, "qualities": (20, 50)}
+    pair = data.images.numpy(), data.labels.numpy()
+    assert choose_quality(pair, 40_000, **options) == choose_quality(data, 40_000, **options)
+
+
 @pytest.mark.parametrize("expected_classes", [None, 4, 1])
 def test_each_quality_is_given_the_bytes_that_the_classes_will_have(
     expected_classes: int | None,

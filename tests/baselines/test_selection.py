@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import Subset
 
 from hmn_replay.baselines import selection
 from hmn_replay.baselines.selection import (
@@ -402,3 +403,11 @@ def test_selections_on_a_gpu(method: str) -> None:
     order = select_images(data, method, config=TINY, device="cuda")
     assert order.device.type == "cpu"
     assert sorted(order.tolist()) == list(range(len(data)))
+
+
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_any_images_are_put_in_order(method: str) -> None:
+    data = an_uneven_set()
+    wanted = select_images(data, method, config=TINY, device="cpu")
+    for source in ((data.images.numpy(), data.labels.numpy()), Subset(data, range(len(data)))):
+        assert select_images(source, method, config=TINY, device="cpu").equal(wanted)

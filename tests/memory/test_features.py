@@ -322,10 +322,19 @@ def test_raw_features_are_float16_and_as_many_as_fit() -> None:
 def test_real_memories_do_not_mix_images_and_features(make_set: Callable[..., Any]) -> None:
     images = make_set(image_shape=(3, 8, 8))
     same_shape = LabelledFeatures(images.floats(), images.labels)
-    with pytest.raises(DataError, match="expected images of"):
+    with pytest.raises(DataError, match="expected images, got LabelledFeatures"):
         hmn_replay.RawMemory((3, 8, 8)).extend(same_shape)
-    with pytest.raises(DataError, match="expected features of"):
+    with pytest.raises(DataError, match=r"extract_features\(\) makes them of images"):
         RawFeatureMemory((3, 8, 8)).extend(images)
+    with pytest.raises(DataError, match=r"expected features of \(24, 1, 1\), as the memory has"):
+        RawFeatureMemory(VECTORS).extend(same_shape)
+
+
+def test_real_features_are_taken_as_arrays_too() -> None:
+    data = features()
+    arrays = data.images.flatten(1).numpy(), data.labels.numpy()
+    wanted = hmn_replay.raw_features(data, 1000).to_bytes()
+    assert hmn_replay.raw_features(arrays, 1000).to_bytes() == wanted
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
@@ -358,6 +367,9 @@ def test_faiss_trains_the_codebook() -> None:
     assert memory.file_bytes <= 4000 and memory.num_images > 100
     assert relative_error(memory, data) < 0.1
     again = hmn_replay.pq_features(data, 4000, num_parts=6, bits=4, seed=1)
+    assert again.to_bytes() == memory.to_bytes()
+    arrays = data.images.flatten(1).numpy(), data.labels.numpy()
+    again = hmn_replay.pq_features(arrays, 4000, num_parts=6, bits=4, seed=1)
     assert again.to_bytes() == memory.to_bytes()
     with pytest.raises(ConfigError, match="256 centroids are trained on as many vectors"):
         hmn_replay.pq_features(data, 40_000, num_parts=6, bits=8)

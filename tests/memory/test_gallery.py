@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 
 from hmn_replay import Gallery, LabelledImages, jpeg_images, psnr_by_class, raw_images
 from hmn_replay.errors import ConfigError, DataError
@@ -120,6 +121,23 @@ def test_what_cannot_be_shown_is_refused() -> None:
         Gallery().add(empty)
     with pytest.raises(DataError, match=r"expected sources of \(3, 8, 8\)"):
         Gallery(sources=real_set((1, 8, 8))).add(real("raw"))
+
+
+def test_sources_are_any_images() -> None:
+    memory, data = real("jpeg"), real_set()
+    pages = []
+    for sources in (
+        data,
+        (data.images.numpy(), data.labels.numpy()),
+        Subset(data, range(len(data))),
+    ):
+        gallery = Gallery(sources=sources)
+        gallery.add(memory)
+        pages.append(gallery.html())
+        assert psnr_by_class(memory, sources) == psnr_by_class(memory, data)
+    assert pages[0] == pages[1] == pages[2] and "dB from the real ones" in pages[0]
+    with pytest.raises(DataError, match="pass it to load_dataset"):
+        Gallery(sources="cifar10")
 
 
 def test_the_command_writes_the_page(run: Console, tmp_path: Path) -> None:
