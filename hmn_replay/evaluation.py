@@ -74,7 +74,7 @@ def evaluate(
     Raises:
         UnknownOptionError: An option that :class:`TrainingConfig` does not have.
         ConfigError: An option out of range, or labels that the source does not have.
-        DataError: Images or labels that cannot be used, or of different shapes.
+        DataError: Images or labels that cannot be used, of different shapes, or none.
         TrainingError: The training diverged.
     """
     if network is not None:
@@ -92,6 +92,9 @@ def evaluate(
             f"{tuple(test_images.shape[1:])}; both must have the same (C, H, W)"
             + ("; extract_features() makes features of images" if holds_features else "")
         )
+    for name, given in {"source": own_labels, "test set": test_labels}.items():
+        if not len(given):
+            raise DataError(f"expected a {name} of one image or more; it has none")
     classes, class_indices = torch.unique(own_labels, return_inverse=True)
     targets = _targets(source, labels, classes)
     positions = torch.searchsorted(classes, test_labels).clamp(max=len(classes) - 1)

@@ -423,6 +423,8 @@ def test_ctrl_c_elsewhere_just_stops(
         ("evaluate memory.hmn --data nothing", 1, "no data set is called 'nothing'"),
         ("evaluate memory.hmn --device warp", 2, "device 'warp' cannot be used"),
         ("evaluate memory.hmn --device meta", 2, "device 'meta' cannot be used"),
+        ("evaluate bare.hmn", 1, "expected a source of one image or more; it has none"),
+        ("evaluate bare.hmn --scores", 1, "expected a memory of one image or more; it has none"),
         ("inspect damaged.hmn", 1, "cannot read 'damaged.hmn': "),
         ("condense --budget lots --out x.hmn", 2, "cannot read 'lots' as a budget"),
         ("condense --budget 9 --out x.hmn", 2, "does not hold one image"),
@@ -456,6 +458,9 @@ def test_an_error_is_one_line(
 ) -> None:
     monkeypatch.chdir(memory_file.parent)
     Path("damaged.hmn").write_bytes(memory_file.read_bytes()[:-1])
+    bare = hmn_replay.load(memory_file)
+    bare.keep([])
+    bare.save("bare.hmn")
     assert run(*argv.split(), "--json", code=code) == ""
     assert run.err.startswith("hmn-replay: error: ")
     assert message in run.err

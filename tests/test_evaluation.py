@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hmn_replay.baselines.scores import scores
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import ImageLookup, Images
 from hmn_replay.errors import DataError
 from hmn_replay.evaluation import evaluate, score
 from hmn_replay.memory import HierarchicalMemory, HMNLayout
 from tests.stripes import PLAIN, TINY, stripes, weights
+from tests.support import KINDS, any_memory, real_set
 
 
 class Memory:
@@ -74,6 +76,18 @@ def test_every_kind_of_source_gives_the_same_accuracy() -> None:
     accuracies = {evaluate(source, test, config=PLAIN, device="cpu")[1] for source in sources}
     assert len(accuracies) == 1
     assert evaluate(sources[0], Memory(*test), config=PLAIN, device="cpu")[1] in accuracies
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_memory_without_images_is_refused(kind: str) -> None:
+    memory = any_memory(kind)
+    memory.keep([])
+    with pytest.raises(DataError, match="expected a source of one image or more; it has none"):
+        evaluate(memory, real_set(), config=PLAIN, device="cpu")
+    with pytest.raises(DataError, match="expected a test set of one image or more; it has none"):
+        evaluate(real_set(), memory, config=PLAIN, device="cpu")
+    with pytest.raises(DataError, match="expected a memory of one image or more; it has none"):
+        scores(memory, real_set(), real_set(), config=PLAIN, device="cpu")
 
 
 def test_a_test_label_that_the_source_lacks_is_an_error() -> None:

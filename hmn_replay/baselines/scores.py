@@ -19,7 +19,7 @@ from hmn_replay.baselines.fill import choose_quality, jpeg_images, raw_images
 from hmn_replay.baselines.selection import select_images
 from hmn_replay.budget import as_int
 from hmn_replay.data.images import ImageSource, as_labelled_images
-from hmn_replay.errors import BudgetError, ConfigError
+from hmn_replay.errors import BudgetError, ConfigError, DataError
 from hmn_replay.evaluation import evaluate
 from hmn_replay.memory.base import Memory
 from hmn_replay.training.train import TrainingConfig
@@ -76,12 +76,14 @@ def scores(
 
     Raises:
         ConfigError: A value outside its range.
-        DataError: Images that cannot be used.
+        DataError: Images that cannot be used, or a memory that has none.
     """
     if (as_int(repeats) or 0) < 1:
         raise ConfigError(f"repeats must be a whole number of 1 or more; got {repeats!r}")
     if not 0 <= weight <= 1:
         raise ConfigError(f"weight must be in [0, 1]; got {weight!r}")
+    if not memory.num_images:
+        raise DataError("expected a memory of one image or more; it has none")
     train, test = as_labelled_images(train_set), as_labelled_images(test_set)
     config = config or TrainingConfig()
     plain = config.replace(augmentations=(), cutmix_probability=0.0)

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from hmn_replay.budget import as_int
 from hmn_replay.data.lookup import ImageLookup, Images
-from hmn_replay.errors import BudgetError, ConfigError, HMNReplayError, MemoryFileError
+from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError, MemoryFileError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.file import (
     Record,
@@ -542,8 +542,13 @@ class Memory(abc.ABC):
         """Return the bytes of the memory's file; :func:`hmn_replay.memory.loads` reads them.
 
         Raises:
+            DataError: The memory has no class, as before :meth:`RealMemory.extend`.
             TrainingError: Learned values that are not finite, or far too large.
         """
+        if not self.num_classes:
+            raise DataError(
+                "there is nothing to save: the memory has no class; extend() it with images first"
+            )
         labels, counts = label_specs(self.classes.tolist(), self.num_images).values()
         tensors = {
             "labels": self.classes.to(labels.dtype),
@@ -559,6 +564,7 @@ class Memory(abc.ABC):
 
         Raises:
             BudgetError: The file would be over the budget; nothing is written.
+            DataError: As :meth:`to_bytes`.
             TrainingError: As :meth:`to_bytes`.
         """
         data = self.to_bytes()

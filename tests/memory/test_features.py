@@ -225,6 +225,15 @@ def test_a_head_learns_from_a_memory_what_it_learns_from_real_features() -> None
     assert memory.file_bytes < train.images.numel()
 
 
+def test_no_head_learns_from_a_memory_without_features() -> None:
+    data, real = features(), RawFeatureMemory(VECTORS)
+    real.extend(data)
+    for memory in (small(VECTORS, "entropy"), real):
+        memory.keep([])
+        with pytest.raises(DataError, match="expected a source of one image or more"):
+            evaluate(memory, data, device="cpu")
+
+
 def test_images_and_features_are_not_mixed_up(make_set: Callable[..., Any]) -> None:
     images, vectors = make_set(), features()
     with pytest.raises(DataError, match="expected images, got LabelledFeatures"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -312,6 +313,16 @@ def test_extend_that_fails_changes_nothing(kind: str) -> None:
         memory.extend(real_set((3, 9, 9)))
     memory.budget_bytes = None
     assert memory.to_bytes() == before
+
+
+@every_kind
+def test_a_memory_before_its_first_images_has_a_size_and_no_file(kind: str, tmp_path: Path) -> None:
+    memory = empty(kind)
+    assert memory.file_bytes > 0 and memory.num_classes == 0
+    for save in (memory.to_bytes, lambda: memory.save(tmp_path / "memory.hmn")):
+        with pytest.raises(DataError, match=r"no class; extend\(\) it with images first"):
+            save()
+    assert not list(tmp_path.iterdir())
 
 
 @every_kind
