@@ -57,7 +57,7 @@ class MapStyleDataset(Protocol):
 Array: TypeAlias = "Tensor | npt.NDArray[Any]"
 
 ImageSource: TypeAlias = Union[
-    "LabelledImages", "tuple[Array, Array | Sequence[int]]", MapStyleDataset
+    "LabelledImages", "tuple[Array | Sequence[Any], Array | Sequence[int]]", MapStyleDataset
 ]
 """What :func:`as_labelled_images` takes."""
 
@@ -229,7 +229,7 @@ def as_labelled_images(source: ImageSource, *, size: int | None = None) -> Label
               in [0, 1] (rounded to uint8), of shape ``(N, C, H, W)``, ``(N, H, W, C)`` or
               ``(N, H, W)``, with 1 or 3 channels. Where both orders fit, a tensor is read channels
               first and an array channels last. Labels are integers of shape ``(N,)`` or
-              ``(N, 1)``;
+              ``(N, 1)``. Images may also be a list or tuple of what a data set has;
             * a map-style data set of ``(image, label)`` or ``(image, label, ...)``, such as those
               of torchvision and Avalanche. An image is a PIL image of 8 bits per channel, or one
               of the above without ``N``; a label is one integer. Every item is fetched once, in
@@ -261,6 +261,8 @@ def as_labelled_images(source: ImageSource, *, size: int | None = None) -> Label
         return LabelledImages(images, source.labels, source.class_names)
     if isinstance(source, (tuple, list)) and len(source) == 2 and _is_array(source[0]):
         return LabelledImages(_to_pixels(source[0], "images", size), to_labels(source[1], "labels"))
+    if isinstance(source, (tuple, list)) and len(source) == 2 and _are_images(source[0]):
+        return _stack_pair(source[0], to_labels(source[1], "labels"), size)
     return _from_dataset(source, size)
 
 
@@ -420,6 +422,27 @@ def check_tensor(value: object, name: str, dtype: torch.dtype, axes: tuple[str, 
     )
 
 
+def _are_images(values: object) -> TypeGuard[Sequence[object]]:
+    """Return whether all of some values are images, where an item of a data set has a label."""
+    from PIL.Image import Image
+
+    # An array of one value may be a label.
+    return isinstance(values, (tuple, list)) and all(
+        isinstance(value, Image)
+        or (_is_array(value) and value.ndim > 1 and math.prod(value.shape) > 1)
+        for value in values
+    )
+
+
+def _stack_pair(images: Sequence[object], labels: Tensor, size: int | None) -> LabelledImages:
+    if len(images) != len(labels):
+        raise DataError(
+            f"expected a label for every image, got {len(images)} images and {len(labels)} labels"
+        )
+    pairs = list(zip(images, labels, strict=True))
+    return stack_images(pairs.__getitem__, len(pairs), size=size, describe="image {}".format)
+
+
 def _from_dataset(source: Any, size: int | None) -> LabelledImages:
     if isinstance(source, (str, os.PathLike)):
         raise DataError(
@@ -549,7 +572,8 @@ def to_labels(labels: object, name: str) -> Tensor:
             f"{tuple(targets.shape)}; multi-label targets are not supported; for one-hot ones "
             "pass labels.argmax(1)"
         )
-    if targets.is_floating_point() or targets.is_complex():
+    # An empty list becomes an array of floats.
+    if targets.numel() and (targets.is_floating_point() or targets.is_complex()):
         raise DataError(
             f"{name}: expected integers as labels, got {_dtype_name(targets)}; convert them to "
             "int64"

@@ -212,6 +212,32 @@ def test_a_pair_of_arrays_is_read() -> None:
     assert as_labelled_images((data.images, data.labels), size=2).image_shape == (3, 2, 2)
 
 
+@pytest.mark.parametrize("labels", [[7], [7, -3], [7, -3, 1000]])
+def test_a_list_of_images_and_their_labels_are_read(labels: list[int]) -> None:
+    data = some_images(labels)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in data.images]
+    lists: list[list[Any]] = [pictures, list(map(np.asarray, pictures)), list(data.floats())]
+    for images in lists:
+        for pair in ((images, labels), [tuple(images), data.labels], (images, np.array(labels))):
+            read = as_labelled_images(pair)
+            assert read.images.equal(data.images)
+            assert read.labels.equal(data.labels)
+    assert as_labelled_images((pictures, labels), size=2).image_shape == (3, 2, 2)
+
+
+def test_two_items_are_a_data_set_whatever_their_labels_are() -> None:
+    data = some_images([7, -3])
+    for shape in ((), (1,), (1, 1)):
+        items = [
+            (image, label.view(shape))
+            for image, label in zip(data.images, data.labels, strict=True)
+        ]
+        for source in (items, tuple(items)):
+            read = as_labelled_images(source)
+            assert read.images.equal(data.images)
+            assert read.labels.tolist() == [7, -3]
+
+
 def test_pictures_tensors_and_arrays_of_a_data_set_are_read() -> None:
     data = some_images([7, -3, 1000])
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in data.images]
@@ -284,6 +310,12 @@ IMAGE = torch.zeros(1, 2, 2)
         ((torch.zeros(2, 3, 4, 4), torch.zeros(3).long()), "2 images and 3 labels"),
         ((torch.zeros(2, 3, 4, 4), torch.zeros(2, 5)), "multi-label"),
         ((torch.full((2, 3, 4, 4), -1.5), torch.zeros(2).long()), "undo your normalisation"),
+        (([IMAGE, IMAGE], [0, 1, 2]), "a label for every image, got 2 images and 3 labels"),
+        (([IMAGE, torch.zeros(1, 3, 2)], [0, 1]), "image 1 is 3 x 2 .* pass size="),
+        (([IMAGE, IMAGE - 1], [0, 1]), "image 1: .* undo your normalisation"),
+        (([IMAGE, IMAGE], [0.5, 1.5]), "labels: expected integers as labels, got float64"),
+        ((torch.zeros(2, 3, 4, 4), []), "2 images and 0 labels"),
+        (([], []), "at least 1 image, got an empty data set"),
         ("cifar10", "got the name 'cifar10': pass it to load_dataset"),
         (torch.zeros(2, 3, 4, 4), "got Tensor"),
         ({"train": [(IMAGE, 0)]}, "got dict"),
