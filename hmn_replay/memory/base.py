@@ -662,7 +662,11 @@ def register_memory(name: str) -> Callable[[AnyMemory], AnyMemory]:
 
 
 def load(
-    path: str | Path, *, device: str | torch.device = "cpu", max_images: int | None = None
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    max_images: int | None = None,
+    token: str | None = None,
 ) -> Memory:
     """Read a memory file, of whatever kind.
 
@@ -677,8 +681,10 @@ def load(
         device: Where the tensors go; ``"auto"`` is CUDA where present, else the CPU.
         max_images: Refuse a file of more images. Default: None, as many as the format lets a file
             of its bytes have.
+        token: A login to the Hub, for an address there. Default: that of ``hf auth login``.
 
     Raises:
+        ConfigError: An address on the Hub of another form, or a token for a file on disk.
         MemoryFileError: The file is not a memory file, is truncated or altered, has a version that
             this package does not read, or more images than ``max_images``.
         OSError: The file is absent or cannot be read.
@@ -688,7 +694,12 @@ def load(
     if os.fspath(path).startswith("hf:/"):
         from hmn_replay.memory.hub import download
 
-        path = download(os.fspath(path))
+        path = download(os.fspath(path), token=token)
+    elif token is not None:
+        raise ConfigError(
+            f"token= is a login to the Hub, for hf://OWNER/NAME; got the file {os.fspath(path)!r}: "
+            "leave it out"
+        )
     try:
         memory = _from_record(read_file(path), max_images)
     except MemoryFileError as error:

@@ -61,11 +61,12 @@ def push(
     return str(commit.commit_url)
 
 
-def download(address: str) -> Path:
+def download(address: str, *, token: str | None = None) -> Path:
     """Fetch a memory's file from the Hub into the Hub's own cache, and return where it is.
 
     Args:
         address: ``hf://OWNER/NAME``, which may go on with ``@REVISION`` and ``/FILE``.
+        token: Default: that of ``hf auth login``.
 
     Raises:
         ConfigError: An address of another form.
@@ -85,6 +86,7 @@ def download(address: str) -> Path:
             repo_type="dataset",
             revision=match["revision"],
             library_name="hmn_replay",
+            token=token,
         )
     )
 

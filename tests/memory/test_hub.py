@@ -47,6 +47,17 @@ def test_a_revision_and_a_file_can_be_named(hub: Hub) -> None:
         hmn_replay.load(f"hf://{NAME}/other.hmn")
 
 
+def test_a_token_is_for_the_hub_alone(hub: Hub, tmp_path: Path) -> None:
+    memory = any_memory("raw")
+    memory.push_to_hub(NAME, private=True, token="hf_writer")
+    assert "Bearer hf_reader" not in hub.tokens
+    assert hmn_replay.load(f"hf://{NAME}", token="hf_reader").to_bytes() == memory.to_bytes()
+    assert "Bearer hf_reader" in hub.tokens
+    memory.save(tmp_path / "memory.hmn")
+    with pytest.raises(ConfigError, match=r"token= is a login to the Hub, .* got the file '.*hmn'"):
+        hmn_replay.load(tmp_path / "memory.hmn", token="hf_reader")
+
+
 def test_an_absent_file_is_an_os_error(hub: Hub) -> None:
     any_memory("raw").push_to_hub(NAME)
     with pytest.raises(OSError):
