@@ -123,7 +123,7 @@ def export_images(
         folder: A folder that does not exist yet, or that is empty. Its parent must exist.
         class_names: Label to name of the class folder; a class without one is named by its label.
             Characters other than letters, digits, ``-``, ``.`` and ``_`` become ``_``; names that
-            would be the same get ``_LABEL`` added. Default: the memory's own names.
+            would be the same get ``_LABEL`` added, until none are. Default: the memory's own names.
 
     Raises:
         ConfigError: ``folder`` exists, and is not an empty folder.
@@ -364,9 +364,11 @@ def _folder_names(labels: list[int], class_names: Mapping[int, str]) -> dict[int
         label: re.sub(r"[^\w.-]", "_", class_names.get(label, "")).lstrip(".") or str(label)
         for label in labels
     }
-    # Some file systems take upper and lower case for the same.
-    counts = Counter(name.lower() for name in names.values())
-    return {
-        label: f"{name}_{label}" if counts[name.lower()] > 1 else name
-        for label, name in names.items()
-    }
+    # Some file systems take upper and lower case for the same. A name that was added to may be that
+    # of a third class; two that were both added to never are the same.
+    while len(counts := Counter(name.lower() for name in names.values())) < len(names):
+        names = {
+            label: f"{name}_{label}" if counts[name.lower()] > 1 else name
+            for label, name in names.items()
+        }
+    return names

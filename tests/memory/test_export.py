@@ -139,6 +139,9 @@ def test_classes_of_one_name_or_none_keep_a_folder_each(
     export_images(memory, tmp_path / "out", class_names={-3: "Crane", 7: "crane", 1000: ".."})
     folders = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert folders == ["1000", "Crane_-3", "crane_7"]
+    export_images(memory, tmp_path / "more", class_names={-3: "a", 7: "a", 1000: "A_-3"})
+    counts = {path.name: len(list(path.iterdir())) for path in (tmp_path / "more").iterdir()}
+    assert counts == {"a_-3_-3": 2, "a_7": 3, "A_-3_1000": 1}
 
 
 def test_the_memorys_own_names_are_the_default(tmp_path: Path) -> None:
