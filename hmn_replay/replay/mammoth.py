@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from hmn_replay.budget import as_int
 from hmn_replay.data.images import as_labelled_images
-from hmn_replay.errors import CheckpointError, ConfigError
+from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayError
+from hmn_replay.memory import loads
 from hmn_replay.replay.store import DecodedImages, ReplayMemory
 from hmn_replay.runtime import make_generator
 
@@ -322,12 +324,24 @@ class MammothBuffer:
             CheckpointError: It is something else; nothing changes.
         """
         try:
-            tasks, seen, draws = state["tasks"].tolist(), state["seen"].tolist(), state["num_draws"]
-            self.memory.load_state_dict(state["memory"])
-        except (LookupError, TypeError, AttributeError) as error:
+            tasks, seen, logits = state["tasks"], state["seen"], state.get("logits")
+            draws, memory = as_int(state["num_draws"]), state["memory"]
+            if tasks.dtype != torch.int64 or tasks.ndim != 2 or tasks.shape[1] != 2:
+                raise CheckpointError(f"its tasks are {tasks.dtype} {tuple(tasks.shape)}")
+            if seen.dtype != torch.uint8 or (seen.numel() and seen.ndim != 2):
+                raise CheckpointError(f"its seen images are {seen.dtype} {tuple(seen.shape)}")
+            if draws is None or draws < 0:
+                raise CheckpointError(f"it counts {state['num_draws']!r} draws")
+            if logits is not None:
+                data = memory["memory"].cpu().numpy().tobytes()
+                num_images = len(loads(data)) if data else 0
+                if len(logits) != num_images:
+                    raise CheckpointError(f"it has {len(logits)} logits of {num_images} images")
+            self.memory.load_state_dict(memory)
+        except (HMNReplayError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"not a state of a MammothBuffer: {error}") from error
-        self._tasks, self._seen = {label: task for label, task in tasks}, set(map(bytes, seen))
-        self._logits, self._num_draws = state.get("logits"), draws
+        self._tasks, self._seen = dict(tasks.tolist()), set(map(bytes, seen.tolist()))
+        self._logits, self._num_draws = logits, draws
 
     def _begin_task(self) -> None:
         self.memory.gatherer.clear()

@@ -233,6 +233,7 @@ def test_batches_go_to_a_module_that_takes_batches() -> None:
 
 def test_a_checkpoint_goes_on_with_the_same_bits() -> None:
     first = filled((0, 1), (2, 3), with_tasks=True)
+    first.end_task(lambda images: images.mean(dim=(2, 3)))
     images, labels = task(4, 5)
     first.add_data(images[:7], labels[:7])
     first.get_data(2)
@@ -252,6 +253,38 @@ def test_a_checkpoint_goes_on_with_the_same_bits() -> None:
     assert ends[0] == ends[1]
     with pytest.raises(CheckpointError, match="not a state of a MammothBuffer"):
         second.load_state_dict({"examples": torch.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("tasks", torch.zeros(2, 3, dtype=torch.int64)),
+        ("tasks", torch.zeros(2, 2)),
+        ("tasks", [[0, 1]]),
+        ("seen", torch.zeros(3, dtype=torch.uint8)),
+        ("seen", torch.zeros(3, 8)),
+        ("num_draws", -1),
+        ("num_draws", "many"),
+        ("logits", torch.zeros(3, 4)),
+        ("logits", 3),
+        ("memory", {}),
+        ("memory", 3),
+    ],
+)
+def test_a_state_of_something_else_changes_nothing(part: str, value: Any) -> None:
+    buffer, other = filled((0, 1), with_tasks=True), filled((2, 3), with_tasks=True)
+    buffer.end_task(lambda images: images.flatten(1))
+    state = {**other.serialize(), part: value}
+    with pytest.raises(CheckpointError, match="not a state of a MammothBuffer: "):
+        make().load_state_dict(state)
+    before = buffer.serialize()
+    with pytest.raises(CheckpointError):
+        buffer.load_state_dict(state)
+    after = buffer.serialize()
+    assert after["memory"]["digest"] == before["memory"]["digest"]
+    for name in ("tasks", "seen", "logits"):
+        assert after[name].equal(before[name])
+    assert after["num_draws"] == before["num_draws"]
 
 
 def test_it_can_be_emptied() -> None:
