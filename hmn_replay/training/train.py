@@ -66,13 +66,13 @@ Targets: TypeAlias = "Tensor | Callable[[Tensor], Tensor]"
 """Soft labels: the classes' probabilities for each image, float ``(N, K)`` with rows that sum to
 one; or a labeller, a function from float images ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)``."""
 
-# Of these, IDC's code applies one a batch.
 MAX_LEARNING_RATE = 1e30
 """Far beyond what converges, and small enough for float32 to hold what is computed from it."""
 
 LABEL_WEIGHT = 0.9
 """Weight of soft labels in the loss, where nothing is known of the images."""
 
+# Of these, IDC's code applies one a batch.
 _MOVING = ("crop", "scale", "rotate")
 
 
