@@ -209,6 +209,8 @@ def evaluate(args: argparse.Namespace) -> Result:
     Example:
       hmn-replay evaluate cifar10.hmn --data cifar10.npz --repeats 3
     """
+    if args.scores and args.labels not in (None, "hard"):
+        raise ConfigError(f"--scores are by hard labels; got --labels {args.labels}: leave one out")
     memory = hmn_replay.load(args.file, device=args.device)
     if args.scores:
         return _all_scores(args, memory)
@@ -366,7 +368,15 @@ def baseline(args: argparse.Namespace) -> Result:
     budget = hmn_replay.Budget.parse(args.budget)
     if args.out:
         _check_out(args)
-    labels = hmn_replay.LabelConfig(**_settings(args, _label_settings()), labels=args.labels)
+    settings = _settings(args, _label_settings())
+    if settings and args.labels == "hard":
+        raise ConfigError(
+            "--set says how labels are made, and --labels hard makes none; choose others, or leave "
+            "--set out"
+        )
+    if args.qualities and args.kind != "jpeg":
+        raise ConfigError(f"--qualities are of JPEG; got --kind {args.kind}: leave one out")
+    labels = hmn_replay.LabelConfig(**settings, labels=args.labels)
     train, test = _load_data(args, "train"), _load_data(args, "test")
     # Of compressed images, it is not known before how many fit.
     most = max(1, budget.num_bytes // train.images[0].numel()) if args.kind == "raw" else None
@@ -783,7 +793,7 @@ def _qualities(text: str) -> list[int]:
     qualities = [_positive(word.strip()) for word in text.split(",")]
     if max(qualities) > 100:
         raise argparse.ArgumentTypeError(f"expected qualities from 1 to 100, got {text!r}")
-    return qualities
+    return list(dict.fromkeys(qualities))
 
 
 def _assignment(text: str) -> tuple[str, str]:

@@ -124,7 +124,8 @@ def test_every_memory_kind_is_made_inspected_exported_and_evaluated(
     path = tmp_path / f"{kind}.hmn"
     options = ["--kind", kind, "--budget", BUDGET, "--device", "cpu", "--out", path]
     if issubclass(hmn_replay.MEMORIES[kind], hmn_replay.RealMemory):
-        made = run.json("baseline", *options, *TINY_TRAINING, "--repeats", 1, "--qualities", 20)
+        options += ["--qualities", 20] if kind == "jpeg" else []
+        made = run.json("baseline", *options, *TINY_TRAINING, "--repeats", 1)
     else:
         made = run.json("condense", *options, *TINY_CONDENSATION)
     assert made["file"] == str(path)
@@ -198,7 +199,7 @@ def test_baseline_takes_the_best_quality_and_lists_all(
         return None, 1 / source.num_images
 
     monkeypatch.setattr(hmn_replay, "evaluate", evaluate)
-    options = ["--kind", "jpeg", "--budget", "4 kB", "--qualities", "5,20,90"]
+    options = ["--kind", "jpeg", "--budget", "4 kB", "--qualities", "5,20,5,90,90"]
     result = run.json("baseline", *options, "--repeats", 2, "--quiet")
     assert drawn == [0, 1] * 3
     assert result["kind"] == "jpeg"
@@ -245,7 +246,8 @@ def test_baseline_chooses_once_a_seed(
         return None, 0.25
 
     monkeypatch.setattr(hmn_replay, "evaluate", evaluate)
-    options = ["--kind", kind, "--budget", 10**6, "--qualities", "5,20", "--repeats", 2]
+    options = ["--kind", kind, "--budget", 10**6, "--repeats", 2]
+    options += ["--qualities", "5,20"] if kind == "jpeg" else []
     options += ["--selection", "herding", "--width", 4, "--device", "cpu", "--quiet"]
     result = run.json("baseline", *options)
     assert result["selection"] == "herding"
@@ -438,6 +440,13 @@ def test_ctrl_c_elsewhere_just_stops(
             for name in ("budget", "checkpoint", "device", "effort", "expected_classes", "kind")
         ),
         ("condense --budget 50kB --out x.hmn --set seed=3", 2, "no option 'seed'; pass --seed"),
+        ("evaluate memory.hmn --scores --labels soft", 2, "--scores are by hard labels; got"),
+        (
+            "baseline --kind raw --budget 9kB --qualities 5",
+            2,
+            "--qualities are of JPEG; got --kind",
+        ),
+        ("baseline --kind raw --budget 9kB --set label_views=2", 2, "--labels hard makes none"),
         ("baseline --kind raw --budget 9kB --set labels=soft", 2, "'labels'; pass --labels by"),
         ("condense --budget 50kB --out x.hmn --data ~no_such/x", 1, "no data set is called"),
         ("baseline --kind raw --budget 50", 2, "a budget of 50 bytes does not hold one image"),
