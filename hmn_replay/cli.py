@@ -375,7 +375,7 @@ def baseline(args: argparse.Namespace) -> Result:
             "--set out"
         )
     if args.qualities and args.kind != "jpeg":
-        raise ConfigError(f"--qualities are of JPEG; got --kind {args.kind}: leave one out")
+        raise ConfigError(f"--qualities are of JPEG; got --kind {args.kind}: leave them out")
     labels = hmn_replay.LabelConfig(**settings, labels=args.labels)
     train, test = _load_data(args, "train"), _load_data(args, "test")
     # Of compressed images, it is not known before how many fit.
