@@ -43,7 +43,13 @@ import torch
 from torch import Tensor, nn
 
 import hmn_replay
-from experiments.arguments import add_data, make_parser, parse_names, parse_numbers
+from experiments.arguments import (
+    add_data,
+    make_parser,
+    parse_names,
+    parse_numbers,
+    parse_settings,
+)
 from experiments.results import make_table, reset_peak_memory, resumed, summarise, versions
 from hmn_replay.avalanche.losses import LOSSES, RENEWALS, TUNED
 from hmn_replay.budget import Budget
@@ -179,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.options = dict[str, Any](SMOKE_OPTIONS if args.smoke else {})
     if args.data in DIGITS:
         args.options |= DIGITS_OPTIONS
+    parse_settings(args.set)  # refuses what is no setting
     args.options |= {name: value for name, _, value in (text.partition("=") for text in args.set)}
     make_config(args.effort, **args.options)
     training: dict[str, Any] = {"width": 4, "num_passes": 100} if args.smoke else {"width": 32}

@@ -122,6 +122,7 @@ def test_resume_runs_only_what_is_missing(tmp_path: Path, fake_strategies: dict[
         (["--seed", "one"], ConfigError, "--seed"),
         (["--model", "slim_resnet18"], ConfigError, "--model convnet"),
         (["--set", "outer_stepz=1"], HMNReplayError, "outer_stepz"),
+        (["--set", "effort=quick"], HMNReplayError, "effort"),
         (["--effort", "heroic"], ConfigError, "effort"),
         (["--train-images", "0"], ConfigError, "--train-images"),
         (["--data", "cifar100", "--data-root", "nowhere"], DataError,
