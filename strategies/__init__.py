@@ -150,14 +150,16 @@ def build(
         labels: Whether hmn, jpeg, lossless, raw and herding keep what the network says of their
             images, in the same bytes, and learn it again: ``"hard"`` or ``"soft"``.
         tune: What of the network is tuned on the memory of hmn, jpeg, lossless, raw and herding
-            after each experience but the first: ``"none"``, ``"head"`` or ``"all"``.
+            after each experience but the first, for as long as no other comes: ``"none"``,
+            ``"head"`` or ``"all"``.
         tune_steps: Steps of that tuning.
         tune_rate: Learning rate of that tuning.
         replay_weight: Share in [0, 1] that replayed images have in the loss of hmn, jpeg, lossless,
             raw and herding. Default: None, the share that they have by their number.
         effort: Effort of HMN's condensation: ``"draft"``, ``"quick"``, ``"standard"`` or
             ``"paper"``.
-        expected_classes: How many classes will come in all, if that is known; for HMN and JPEG.
+        expected_classes: How many classes will come in all, if that is known; for hmn, jpeg,
+            lossless, subsampled, raw and herding.
         evaluator: Avalanche's metrics and loggers. Default: none.
         plugins: More plugins, called after the strategy's own.
         progress: Whether hmn, jpeg, lossless, raw and herding print a line after each update.

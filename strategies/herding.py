@@ -38,7 +38,10 @@ def build(settings: Settings) -> Strategy:
         raise ConfigError("herding takes the inputs of the last nn.Linear; the model has none")
     most = settings.budget_bytes // math.prod(settings.image_shape)
     replay = RawReplay(
-        settings.budget_bytes, selection=partial(herd, most=most), **settings.replay_options()
+        settings.budget_bytes,
+        selection=partial(herd, most=most),
+        expected_classes=settings.expected_classes,
+        **settings.replay_options(),
     )
     return Naive(**settings.common(replay))
 

@@ -97,7 +97,7 @@ Strategy: TypeAlias = Any
 
 MODES = ("replay", "memory_only")
 
-_FIRST = "first_weights"
+_FIRST, _UNTUNED = "first_weights", "untuned_weights"
 
 
 class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
@@ -192,8 +192,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         tune: ``"head"``, the last ``nn.Linear``, or ``"all"``: what is tuned after each experience
             but the first, on mini-batches of the memory's images alone that have as many of every
             class (as in EEIL, Castro et al. 2018). By SGD of its own, under the strategy's
-            criterion; running statistics of batch normalisation stay as they are. Default:
-            ``"none"``. Not for online streams, task labels above 0 or ``"memory_only"``.
+            criterion; running statistics of batch normalisation stay as they are. The next
+            experience goes on from the weights before the tuning, of which a copy is kept in
+            working memory. Default: ``"none"``. Not for online streams, task labels above 0 or
+            ``"memory_only"``.
         tune_steps: Steps of the tuning, 1 or more, each over as many images as a training step.
         tune_rate: Learning rate of the tuning, above 0, at first; it falls to 0 along half a
             cosine.
@@ -301,6 +303,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._checked: set[int] = set()
         self._old_classes = torch.empty(0, dtype=torch.int64)
         self._has_learned = False
+        # Weights of the network by name, on the CPU, that the next experience needs.
+        self._kept: dict[str, dict[str, Tensor]] = {}
         self._teacher: _Teacher | None = None
         self._head: _Head | None = None
         self._codec: tuple[Any, Codec] | None = None
@@ -436,6 +440,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 self.store.check_room(self._embedded(images))
                 self._checked.update(images.labels.tolist())
         self._settle(strategy, experiences)
+        self._undo_tuning(strategy.model)
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
         self._old_classes, self._has_learned = old.cpu().clone(), self.store.num_updates > 0
 
@@ -594,8 +599,14 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._current_counts = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the plugin has learned; see :meth:`hmn_replay.ReplayMemory.state_dict`."""
-        return self.store.state_dict()
+        """Return what the plugin has learned; see :meth:`hmn_replay.ReplayMemory.state_dict`.
+
+        With ``tune``, and with ``matching_networks="own"``, weights of the network are in it, too.
+        """
+        state = self.store.state_dict()
+        for name, weights in self._kept.items():
+            state |= {name: weights, f"{name}_digest": digest_tensors("", weights)}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; what follows is bit for bit what it would be.
@@ -603,7 +614,18 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         Raises:
             CheckpointError: The state is not one of this version, or is damaged; nothing changes.
         """
-        self.store.load_state_dict(state)
+        own, kept = dict(state), dict[str, dict[str, Tensor]]()
+        for name in (_FIRST, _UNTUNED):
+            weights, digest = own.pop(name, None), own.pop(f"{name}_digest", None)
+            if weights is None:
+                continue
+            if digest_tensors("", weights) != digest:
+                raise CheckpointError(
+                    "not a whole state of a replay memory: its network was altered"
+                )
+            kept[name] = weights
+        self.store.load_state_dict(own)
+        self._kept = kept
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no network, and no decoded image."""
@@ -689,6 +711,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         num_images = strategy.train_mb_size + (self.batch_size_mem or strategy.train_mb_size)
         teacher = self._make_teacher(model, decoded.memory.classes)
         by_class = _by_class(decoded.labels)
+        ids = set(map(id, parameters))
+        self._kept[_UNTUNED] = _on_cpu(
+            {name: each for name, each in model.named_parameters() if id(each) in ids}
+        )
         kept = [each.grad for each in parameters]
         modes = {module: module.training for module in model.modules()}
         model.train()
@@ -721,6 +747,14 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 parameter.grad = gradient
             for module, mode in modes.items():
                 module.training = mode
+
+    @torch.no_grad()
+    def _undo_tuning(self, model: nn.Module) -> None:
+        """Give the network the weights that it had before the last tuning."""
+        weights = self._kept.pop(_UNTUNED, {})
+        for name, parameter in model.named_parameters():
+            if name in weights and weights[name].shape == parameter.shape:
+                parameter.copy_(weights[name])
 
     def _read(self, experiences: Sequence[Any]) -> LabelledImages:
         with isolated(self._device, self.seed, "read", self.store.num_updates):
@@ -1095,8 +1129,6 @@ class HMNReplay(MemoryReplay):
             raise ConfigError("features are not matched: leave matching_networks out")
         self.matching_networks = matching_networks
         self._config = keeper.config
-        # The network's first weights, by name and on the CPU.
-        self._first: dict[str, Tensor] | None = None
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Bring the memory to where it is condensed; note the network's first weights."""
@@ -1105,8 +1137,8 @@ class HMNReplay(MemoryReplay):
             self.memory.to(self.compute_device)
         if self.matching_networks == "own":
             check_given_networks(self._config.objective, [strategy.model])
-            if self._first is None:
-                self._first = _state_of(strategy.model)
+            if _FIRST not in self._kept:
+                self._kept[_FIRST] = _on_cpu(strategy.model.state_dict())
 
     def before_train_dataset_adaptation(
         self, strategy: Strategy, *args: Any, **kwargs: Any
@@ -1121,32 +1153,9 @@ class HMNReplay(MemoryReplay):
                 "objective matches features"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the plugin has learned; see :meth:`hmn_replay.ReplayMemory.state_dict`.
-
-        With ``matching_networks="own"`` the network's first weights are in it, too.
-        """
-        state = super().state_dict()
-        if self._first is not None:
-            state |= {_FIRST: self._first, f"{_FIRST}_digest": digest_tensors("", self._first)}
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; what follows is bit for bit what it would be.
-
-        Raises:
-            CheckpointError: The state is not one of this version, or is damaged; nothing changes.
-        """
-        own = {name: value for name, value in state.items() if not name.startswith(_FIRST)}
-        first = state.get(_FIRST)
-        if first is not None and digest_tensors("", first) != state.get(f"{_FIRST}_digest"):
-            raise CheckpointError("not a whole state of a replay memory: its network was altered")
-        super().load_state_dict(own)
-        self._first = first
-
     def _networks(self) -> Sequence[nn.Module]:
         """Return the network as it was at first and as it is, once it has learned anything."""
-        model, first = self._model, self._first
+        model, first = self._model, self._kept.get(_FIRST)
         if self.matching_networks != "own" or model is None or first is None:
             return ()
         now, start = copy.deepcopy(model), copy.deepcopy(model)
@@ -1343,9 +1352,9 @@ def _draw_balanced(by_class: list[Tensor], count: int, generator: torch.Generato
     return torch.stack(chosen)
 
 
-def _state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of a network's parameters and buffers, on the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU, without a graph."""
+    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
 
 def _is_in(value: object, low: float, high: float = math.inf) -> bool:

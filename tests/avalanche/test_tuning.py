@@ -12,7 +12,7 @@ from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
-from hmn_replay.errors import ConfigError
+from hmn_replay.errors import CheckpointError, ConfigError
 from tests.streams import (
     KeepFirst,
     in_pieces,
@@ -161,6 +161,45 @@ def test_a_run_that_goes_on_tunes_alike(tmp_path: Path) -> None:
     for number in (2, 3):
         train(resumed, stream[number : number + 1], seed=number)
     assert weights(resumed).equal(weights(whole))
+
+
+class Begun(SupervisedPlugin[Any]):
+    """Notes the weights that an experience begins with."""
+
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        self.weights = weights(strategy)
+
+
+@pytest.mark.parametrize("tune", ["head", "all"])
+def test_the_next_experience_goes_on_from_the_network_before_the_tuning(tune: Any) -> None:
+    found = []
+    for how in ("none", tune):
+        begun = Begun()  # type: ignore[no-untyped-call]
+        strategy = make_strategy([KeepFirst(batch_size_mem=4, tune=how), begun])
+        train(strategy, streams(num_experiences=4).train_stream)
+        found.append((begun.weights, weights(strategy)))
+    assert found[0][0].equal(found[1][0])
+    assert not found[0][1].equal(found[1][1])
+
+
+def test_a_state_has_the_weights_before_the_tuning() -> None:
+    stream = streams(num_experiences=4).train_stream
+    whole = learn(stream[:2], tune="all")
+    state = whole.plugins[0].state_dict()
+    replay = KeepFirst(batch_size_mem=4, tune="all")
+    replay.load_state_dict(state)
+    resumed = make_strategy([replay], model=copy.deepcopy(whole.model))
+    found = []
+    for strategy in (whole, resumed):
+        begun = Begun()  # type: ignore[no-untyped-call]
+        strategy.plugins.append(begun)
+        train(strategy, stream[2:3])
+        found.append(begun.weights)
+    assert found[0].equal(found[1])
+    kept = state["untuned_weights"]
+    name = next(iter(kept))
+    with pytest.raises(CheckpointError, match="its network was altered"):
+        replay.load_state_dict({**state, "untuned_weights": {**kept, name: kept[name] + 1}})
 
 
 def test_what_cannot_be_tuned_is_refused() -> None:
