@@ -110,8 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = parse_names("--labels", args.labels, LABELS)
     parse_settings(args.set, {"labels": columns}, "--labels")
     parse_numbers("--qualities", args.qualities)
-    training = {"network": args.network, "width": args.width, "num_passes": args.passes}
-    TrainingConfig(**training, label_weight=args.label_weight)
+    TrainingConfig(
+        network=args.network,
+        width=args.width,
+        num_passes=args.passes,
+        label_weight=args.label_weight,
+    )
     train, test = load(args, "train"), load(args, "test")
     names = ("data", "size", "seconds", "network", "width", "passes", "precision", "set", "device")
     configuration = {name: getattr(args, name) for name in names}

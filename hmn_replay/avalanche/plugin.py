@@ -164,8 +164,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             on. The default, ``"auto"``, is ``"before"`` where the loss is ``"separated"`` or
             ``"grouped"``, which need it, or ``"auto"`` and can be the first; else ``"after"``.
             Pieces of an online stream are always ``"after"``, with a warning where ``"before"`` was
-            asked for.
-            ``"memory_only"`` does not use it.
+            asked for. ``"memory_only"`` does not use it.
         distill: Weight, 0 or more, of a term that keeps the network near to the previous one, as it
             was when the experience began, on all images of the mini-batch and over the classes of
             the memory by then; see :func:`hmn_replay.avalanche.losses.distillation`. The previous
@@ -483,6 +482,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 raise ConfigError(
                     f"{name} is not for {type(strategy).__name__}, which has a loss of its own"
                 )
+        # Data sets that do not list their labels are not checked, and may have been counted.
         own = self._checked | set(self._own_counts)
         distilled = [c for c in self._old_classes.tolist() if c not in own]
         self.distill_used = self._weigh_distillation(strategy, experiences) if distilled else 0.0
