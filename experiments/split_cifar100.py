@@ -185,8 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.options = dict[str, Any](SMOKE_OPTIONS if args.smoke else {})
     if args.data in DIGITS:
         args.options |= DIGITS_OPTIONS
-    parse_settings(args.set)  # refuses what is no setting
-    args.options |= {name: value for name, _, value in (text.partition("=") for text in args.set)}
+    args.options |= parse_settings(args.set)
     make_config(args.effort, **args.options)
     training: dict[str, Any] = {"width": 4, "num_passes": 100} if args.smoke else {"width": 32}
     if args.data in DIGITS:

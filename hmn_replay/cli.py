@@ -150,8 +150,11 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
     checkpoint = Path(f"{out}.checkpoint")
     settings = _settings(args, hmn_replay.CondenseConfig.model_fields)
     for name in ("objective", "number_format"):
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
+        if (value := getattr(args, name)) is not None:
+            if name in settings:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"both --{flag} and --set {name}=... are given; leave one out")
+            settings[name] = value
     if team.first:
         _check_out(args)
         _check_checkpoint(checkpoint)

@@ -434,6 +434,11 @@ def test_ctrl_c_elsewhere_just_stops(
         ("condense --budget 50kB --out .", 2, "--out: '.' must be a file"),
         ("condense --budget 50kB --out x.hmn --set outer_step=1", 2, "did you mean 'outer_steps'"),
         ("condense --budget 50kB --out x.hmn --set outer_steps=x", 2, "outer_steps must"),
+        (
+            "condense --budget 50kB --out x.hmn --objective gradient --set objective=mtt",
+            2,
+            "both --objective and --set objective=... are given",
+        ),
         ("condense --budget 50kB --out x.hmn --set outer_steps=-1", 2, "outer_steps must"),
         *(
             (f"condense --budget 50kB --out x.hmn --set {name}=3", 2, f"no option '{name}'")
