@@ -607,7 +607,10 @@ class Condensation(Run):
             self.memory.keep(self._choose(images, scores))
         if self.memory.layout.is_coded:
             num_old = sum(self.memory.images_per_class[: self.first_class])
-            fit_code(self.memory, self.budget.num_bytes, num_old)
+            try:
+                fit_code(self.memory, self.budget.num_bytes, num_old)
+            except BudgetError:  # old images, and what all share, take more than was planned
+                self.memory.shrink(self.budget.num_bytes)
             if self.config.labels != "soft":
                 self._fill()
         else:

@@ -47,7 +47,7 @@ class RateControl:
         kept_old: How many of them will be kept.
 
     Raises:
-        BudgetError: What the old images take leaves no byte for each new one.
+        BudgetError: What all images share takes more already.
 
     Attributes:
         state: float32 ``(4,)`` on the memory's device, which a checkpoint keeps: the integral of
@@ -72,14 +72,12 @@ class RateControl:
         if num_old:
             with torch.no_grad():
                 old_bits, shared_bits = memory.rate(torch.arange(num_old, device=device))
-            self.state[3] -= old_bits * kept_old
-            left = float(self.state[3] - shared_bits) / 8
-            if left < self.kept_new:
+            if (shared_bytes := float(shared_bits) / 8) > code_bytes:
                 raise BudgetError(
-                    f"what {kept_old} images of old classes, and what all share, take leaves "
-                    f"{max(0.0, left):,.0f} bytes for {self.kept_new} new images; give a larger "
-                    "budget, or a layout of fewer channels"
+                    f"what all images share takes {shared_bytes:,.0f} bytes, of {code_bytes:,} that "
+                    "are left for the code; give a larger budget, or a layout of fewer channels"
                 )
+            self.state[3] -= old_bits * kept_old
 
     def add_gradients(self, indices: Tensor, distance: Tensor, team: Team = ALONE) -> None:
         """Add the gradient of the bits of some images, and of all that images share.
@@ -162,7 +160,8 @@ def fit_code(memory: LearnedMemory, budget_bytes: int, first_image: int = 0) -> 
         first_image: The images before it stay as they are, to the bit.
 
     Raises:
-        BudgetError: The file is over the budget even if all of them are zero.
+        BudgetError: The file is over the budget even if all of them are zero; they are only
+            rounded then.
     """
     first_row = first_image // memory.layout.group_size
     own = [tensor for tensor in memory.tensors.values() if tensor.rows == "image"]
@@ -187,6 +186,7 @@ def fit_code(memory: LearnedMemory, budget_bytes: int, first_image: int = 0) -> 
         return
     low, high = 0.0, float(magnitudes.max()) + 1
     if (smallest := takes(high)) > budget_bytes:
+        takes(low)
         raise BudgetError(
             f"the memory takes {smallest:,} bytes even with all its images alike, over its budget "
             f"of {budget_bytes:,}; give a larger budget, or a layout of fewer channels"

@@ -446,7 +446,7 @@ class Memory(abc.ABC):
             budget_bytes: Default: the memory's own.
 
         Raises:
-            BudgetError: Without any image it is over the budget.
+            BudgetError: A class would lose its last image.
         """
         limit = self.budget_bytes if budget_bytes is None else budget_bytes
         if limit is None or self.file_bytes <= limit:
@@ -465,9 +465,10 @@ class Memory(abc.ABC):
             trial = copy.deepcopy(whole)
             trial.keep(first(middle))
             low, high = (middle, high) if trial.file_bytes <= limit else (low, middle - 1)
-        if not low:
+        if low < (num_held := sum(count > 0 for count in self._counts)) or not low:
             raise BudgetError(
-                f"a budget of {limit:,} bytes does not hold one image beside labels and labeller"
+                f"a budget of {limit:,} bytes does not hold one image of each of {num_held} classes "
+                "beside what they share, labels and labeller; give a larger one, or hard labels"
             )
         self.keep(first(low))
 

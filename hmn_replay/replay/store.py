@@ -14,6 +14,7 @@ import hashlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.labelling import label_images
 from hmn_replay.data.features import read_data
 from hmn_replay.data.images import ImageSource, LabelledImages
-from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayError
+from hmn_replay.errors import BudgetError, CheckpointError, ConfigError, HMNReplayError
 from hmn_replay.memory import Memory, loads
 from hmn_replay.replay.gatherer import Gatherer, first_in_turn
 from hmn_replay.replay.keepers import Keeper, make_keeper
@@ -338,7 +339,8 @@ class ReplayMemory:
             views: Augmentations (crop and flip) that a label is a mean over.
 
         Returns:
-            How many images got a label.
+            How many images got a label; none, with a warning, where the budget does not hold one
+            image of each class beside labels.
         """
         if self.memory is None:
             return 0
@@ -355,7 +357,11 @@ class ReplayMemory:
             seed = derive_seed(self.seed, "labels", self._num_updates)
             rows = label_images(network, [images], views=views, seed=seed)
         memory.set_soft_labels(rows, chosen)
-        memory.shrink()
+        try:
+            memory.shrink()
+        except BudgetError as error:
+            warnings.warn(f"images keep hard labels: {error}", stacklevel=2)
+            return 0
         self.memory = memory
         if self.report:
             sizes = {"num_images": memory.num_images, "file_bytes": memory.file_bytes}

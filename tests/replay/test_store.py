@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hmn_replay import HMNReplay, LabelledImages, ReplayMemory
+from hmn_replay import HMNReplay, LabelledImages, ReplayMemory, load_dataset
 from hmn_replay.errors import BudgetError, CheckpointError, ConfigError, DataError
 from hmn_replay.memory import MEMORIES, RawMemory
 from hmn_replay.replay import Keeper
@@ -296,3 +296,28 @@ def test_a_crafted_state_is_refused_and_changes_nothing() -> None:
             target.finish()
             target = make("raw")
     assert num_refused > 100
+
+
+def test_old_images_make_room_where_they_take_more_than_planned() -> None:
+    """None is dropped as planned, and new ones do not fit even without a bit of their own."""
+    data = load_dataset("digits")
+    options = {"warm_start_steps": 100, "outer_steps": 0, "pruning": "order"}
+    memory = ReplayMemory(1500, "hmn", device="cpu", **options)
+    for classes in ((0, 1), (2, 3), (4, 5), (6, 7)):
+        few = [data.of_class(label)[:20] for label in classes]
+        memory.update(data.take(torch.cat(few)))
+        assert memory.memory_bytes <= 1500
+    assert memory.memory.num_classes == 8 and min(memory.memory.images_per_class) > 4
+
+
+def test_labels_that_would_take_a_class_its_last_image_are_left_out() -> None:
+    data = real_set(classes=range(9), counts=[1] * 9, image_shape=(1, 8, 8))
+    memory = ReplayMemory(1200, "raw", device="cpu")
+    memory.update(data)
+    memory = ReplayMemory(memory.memory_bytes + 4, "raw", device="cpu")
+    memory.update(data)
+    held = memory.memory.to_bytes()
+    generator = torch.Generator().manual_seed(0)
+    with pytest.warns(UserWarning, match="images keep hard labels: .* one image of each of 9"):
+        count = memory.label(lambda images: torch.randn(len(images), 9, generator=generator))
+    assert count == 0 and memory.memory.to_bytes() == held
