@@ -25,6 +25,7 @@ from avalanche.training.supervised import JointTraining
 from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
 from hmn_replay.avalanche.buffer import (
@@ -409,6 +410,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Note the device, and check that the loss can be had."""
+        self._drop_hooks()  # of a training that did not come to its end
         self._attend(strategy.device, strategy.model)
         self._num_pieces = 0
         self._settle(strategy, ())
@@ -439,6 +441,17 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 self.store.check_room(self._embedded(images))
                 self._checked.update(images.labels.tolist())
         self._settle(strategy, experiences)
+        for name, is_wanted in (
+            ("distill", self.distill),
+            ("tune", self.tune != "none"),
+            ('labels="soft"', self.labels == "soft"),
+        ):
+            if is_wanted and self._has_tasks(experiences):
+                raise ConfigError(f"{name} is for one head, without task labels above 0")
+            if is_wanted and not _has_plain_criterion(strategy):
+                raise ConfigError(
+                    f"{name} is not for {type(strategy).__name__}, which has a loss of its own"
+                )
         self._undo_tuning(strategy.model)
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
         self._old_classes, self._has_learned = old.cpu().clone(), self.store.num_updates > 0
@@ -471,17 +484,6 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         experiences = _experiences_of(strategy, experience)
         self._settle(strategy, experiences)
         self._drop_hooks()
-        for name, is_wanted in (
-            ("distill", self.distill and len(self._old_classes)),
-            ("tune", self.tune != "none"),
-            ('labels="soft"', self.labels == "soft"),
-        ):
-            if is_wanted and self._has_tasks(experiences):
-                raise ConfigError(f"{name} is for one head, without task labels above 0")
-            if is_wanted and not _has_plain_criterion(strategy):
-                raise ConfigError(
-                    f"{name} is not for {type(strategy).__name__}, which has a loss of its own"
-                )
         # Data sets that do not list their labels are not checked, and may have been counted.
         own = self._checked | set(self._own_counts)
         distilled = [c for c in self._old_classes.tolist() if c not in own]
@@ -907,7 +909,20 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         return self.store.decoded(self._device)
 
 
-class _Teacher:
+class _Watcher:
+    """A forward pre-hook that a copy of the module does not take along."""
+
+    hook: RemovableHandle
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _watch_nothing
+
+
+def _watch_nothing(*call: Any) -> None:
+    """In a copy of a module, stand for what watches the module itself."""
+
+
+class _Teacher(_Watcher):
     """A network as it was, shown what the network is shown now.
 
     Attributes:
@@ -927,9 +942,9 @@ class _Teacher:
         self._shown: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         self._marked = self._shown
         # After the hooks that are there, which may augment: both see the same images.
-        self.hook = model.register_forward_pre_hook(self._note, with_kwargs=True)
+        self.hook = model.register_forward_pre_hook(self, with_kwargs=True)
 
-    def _note(self, model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def __call__(self, model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._shown = inputs, options
 
     def mark(self) -> None:
@@ -944,23 +959,23 @@ class _Teacher:
         return logits
 
 
-class _Head:
+class _Head(_Watcher):
     """A network's head, and the features that it was last given in training."""
 
     def __init__(self, head: nn.Linear) -> None:
         self.head = head
         self._features: Tensor | None = None
-        self.hook = head.register_forward_pre_hook(self._note)
+        self.hook = head.register_forward_pre_hook(self)
 
-    def _note(self, head: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __call__(self, head: nn.Module, inputs: tuple[Any, ...]) -> None:
         if head.training:
-            self._features = inputs[0]
+            self._features = inputs[0].detach()
 
     def logits(self, like: Tensor) -> Tensor:
         """Return the head's logits, without a graph to the features, of the shape of others."""
         features = self._features
         if features is not None:
-            logits = self.head.forward(features.detach().to(self.head.weight.dtype))
+            logits = self.head.forward(features.to(self.head.weight.dtype))
             if logits.shape == like.shape:
                 return logits
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import pickle
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import LwFPlugin
 from avalanche.training.supervised.er_ace import ER_ACE
 from torch import Tensor, nn
 
-from hmn_replay.avalanche.losses import LOSSES, ReplayStep
+from hmn_replay.avalanche.losses import LOSSES, Loss, ReplayStep
 from hmn_replay.errors import ConfigError, HMNReplayWarning
 from tests.streams import (
     KeepFirst,
@@ -172,6 +174,36 @@ def test_the_heads_logits_are_those_of_the_step_without_a_graph_to_features() ->
     assert not replay._head
 
 
+class Interrupt(SupervisedPlugin[Any]):
+    """Stops a training in its second experience, once."""
+
+    is_on = True
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        if self.is_on and strategy.clock.train_exp_counter:
+            self.is_on = False
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("loss", ["separated", "grouped"])
+def test_a_copy_of_the_network_takes_no_hook_along(loss: Loss) -> None:
+    """Of a training that was interrupted, too, which the strategy can then go on from."""
+    lwf, replay = LwFPlugin(), KeepFirst(loss=loss)
+    strategy = make_strategy([lwf, replay, Interrupt()])  # type: ignore[no-untyped-call]
+    first, second = streams().train_stream
+    train(strategy, [first])
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(second)
+    assert replay._teacher is not None
+    copied = copy.deepcopy(strategy.model)
+    shown = replay._teacher._shown
+    copied(torch.rand(2, 3, 8, 8))
+    assert replay._teacher._shown is shown
+    assert len(pickle.dumps(copied)) < 2 * len(pickle.dumps(copied.state_dict()))
+    strategy.train(second)
+    assert not any(module._forward_pre_hooks for module in strategy.model.modules())
+
+
 def test_a_network_without_a_head_is_refused_before_training() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Conv1d(1, 1, 1))
     with pytest.raises(ConfigError, match=r"Sequential has no nn\.Linear"):
@@ -253,6 +285,7 @@ def test_where_there_is_no_previous_network_distillation_is_refused() -> None:
     strategy = make_strategy([replay], ER_ACE, mem_size=8, batch_size_mem=4)
     with pytest.raises(ConfigError, match="distill is not for ER_ACE"):
         train(strategy, streams().train_stream)
+    assert not replay.report
     for options in ({"distill": -1.0}, {"distill": 1.0, "mode": "memory_only"}):
         with pytest.raises(ConfigError, match="distill"):
             KeepFirst(**options)
