@@ -15,7 +15,7 @@ from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import nn
 
 from hmn_replay.avalanche.losses import Loss, Renewal
-from hmn_replay.avalanche.plugin import MODES
+from hmn_replay.avalanche.plugin import MODES, MemoryReplay
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.runtime import resolve_device
 
@@ -74,7 +74,7 @@ class Settings:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
-        if self.mode == "memory_only":
+        if self.mode == "memory_only" and any(isinstance(p, MemoryReplay) for p in plugins):
             plugins = (*plugins, EqualPasses(self))
         return {
             "model": self.model,

@@ -84,14 +84,17 @@ def test_samples_without_task_labels_are_enough(name: str) -> None:
         assert 0 < strategies.memory_use(strategy).num_bytes <= BUDGET
 
 
+class Count(SupervisedPlugin[Any], supports_distributed=False):
+    """Counts the images that a network is trained on."""
+
+    seen = 0
+
+    def after_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        self.seen += len(strategy.mb_x)
+
+
 @pytest.mark.parametrize("name", ["hmn", "raw", "herding", "jpeg"])
 def test_memory_only_shows_later_experiences_through_the_memory_alone(name: str) -> None:
-    class Count(SupervisedPlugin[Any], supports_distributed=False):
-        seen = 0
-
-        def after_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-            self.seen += len(strategy.mb_x)
-
     count = Count()  # type: ignore[no-untyped-call]
     torch.manual_seed(0)
     strategy = build(name, mode="memory_only", plugins=[count], epochs=3)
@@ -105,6 +108,16 @@ def test_memory_only_shows_later_experiences_through_the_memory_alone(name: str)
         assert abs(count.seen - passes) <= use.num_images / 2
         assert number == 1 or count.seen % use.num_images == 0
         assert strategies.memory_images(strategy)[1].unique().tolist() == list(range(2 * number))
+
+
+@pytest.mark.parametrize("name", ["naive", "joint"])
+def test_memory_only_changes_nothing_where_there_is_no_memory(name: str) -> None:
+    count = Count()  # type: ignore[no-untyped-call]
+    strategy = build(name, mode="memory_only", plugins=[count], epochs=3)
+    stream = make_stream(num_experiences=2)
+    for step in [stream] if name == "joint" else stream:
+        strategy.train(step)
+    assert count.seen == 3 * sum(len(experience.dataset) for experience in stream)
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_MEMORY if name != "hmn"])
