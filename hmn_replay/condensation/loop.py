@@ -391,6 +391,8 @@ class Condensation(Run):
 
     def finish(self) -> LearnedMemory:
         """Take all the steps that are left."""
+        if self.resumed is None:
+            self._try_matching()
         with self._open_experts() as self.experts:
             self.work(
                 {
@@ -402,6 +404,19 @@ class Condensation(Run):
                 }
             )
         return self.memory
+
+    def _try_matching(self) -> None:
+        """Refuse networks, and an objective, that cannot be matched with, before any work."""
+        if not self.config.num_steps or self.memory.holds_features:
+            return
+        context = self._context((0.5, 0.99))
+        if self.networks:
+            given = copy.deepcopy(self.networks[-1]).to(self.device).requires_grad_(True)
+            steps.try_matching(context, given, self.memory.classes.tolist())
+            return
+        for number in range(len(self.config.network)):
+            network, _ = steps.fresh_network(context, self.seed, number)
+            steps.try_matching(context, network)
 
     # The warm start.
 
@@ -1007,6 +1022,8 @@ class TrajectoryMatcher:
 
 def check_given_networks(objective: str | ObjectiveFunction, networks: Sequence[nn.Module]) -> None:
     """Raise a ConfigError for networks that an objective cannot match on."""
+    if isinstance(networks, nn.Module):
+        raise ConfigError("networks is a list of modules; give [network]")
     entry = get_objective(objective)
     if networks and (entry.compares_trainings or entry.learns_from != "real"):
         raise ConfigError(

@@ -74,8 +74,8 @@ class RateControl:
                 old_bits, shared_bits = memory.rate(torch.arange(num_old, device=device))
             if (shared_bytes := float(shared_bits) / 8) > code_bytes:
                 raise BudgetError(
-                    f"what all images share takes {shared_bytes:,.0f} bytes, of {code_bytes:,} that "
-                    "are left for the code; give a larger budget, or a layout of fewer channels"
+                    f"what all images share takes {shared_bytes:,.0f} bytes of the {code_bytes:,} "
+                    "left for the code; give a larger budget, or a layout of fewer channels"
                 )
             self.state[3] -= old_bits * kept_old
 

@@ -307,6 +307,54 @@ def match_step(
     return len(indices)
 
 
+def try_matching(
+    context: StepContext, network: nn.Module, logits: Sequence[int] | None = None
+) -> None:
+    """Match two real images with themselves, to find out before hours of work if that can be done.
+
+    In evaluation mode, in which networks draw nothing and keep their running statistics. An
+    objective from outside is not called.
+
+    Args:
+        context: What the phase's steps share; the memory is not changed.
+        network: A network to match on; it is left in evaluation mode.
+        logits: As in :func:`match_step`.
+
+    Raises:
+        ConfigError: The network cannot take such images, or has not a logit for each class, or the
+            objective cannot be had of it.
+    """
+    config, device, name = context.config, context.device, type(network).__name__
+    objective = get_objective(config.objective)
+    images = _not_alone(context.real_images(context.real.members[context.first_class][:2]))
+    network.eval()
+    wanted = 1 + (context.memory.num_classes - 1 if logits is None else max(logits))
+    try:
+        with torch.no_grad(), autocast(device, config.precision):
+            found = network(images)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{name} cannot be matched on: it does not take images {tuple(images.shape)} ({error})"
+        ) from error
+    shape = getattr(found, "shape", ())
+    if len(shape) != 2 or shape[0] != len(images) or shape[1] < wanted:
+        raise ConfigError(
+            f"a network to match on returns logits (B, K), K of {wanted} or more here; {name} "
+            f"returns {tuple(shape) or type(found).__name__} for {len(images)} images"
+        )
+    if objective.compiled is None:  # of whole trainings, or from outside
+        return
+    augment = context.draw_augmentation(make_generator(0, "trial"))
+    decoded = images.clone().requires_grad_()
+    label = context.first_class if logits is None else logits[context.first_class]
+    labels = torch.full((len(images),), label)
+    if not objective.several_classes:
+        labels = labels.to(device)
+    with autocast(device, config.precision):
+        loss = objective(network, augment(images), labels, augment(decoded), labels)
+    torch.autograd.grad(loss, decoded)
+
+
 def trajectory_step(
     context: StepContext,
     network: nn.Module,

@@ -467,8 +467,8 @@ class Memory(abc.ABC):
             low, high = (middle, high) if trial.file_bytes <= limit else (low, middle - 1)
         if low < (num_held := sum(count > 0 for count in self._counts)) or not low:
             raise BudgetError(
-                f"a budget of {limit:,} bytes does not hold one image of each of {num_held} classes "
-                "beside what they share, labels and labeller; give a larger one, or hard labels"
+                f"a budget of {limit:,} bytes does not hold one image of each of {num_held} "
+                "classes, with labels and labeller; give a larger one, or take these away"
             )
         self.keep(first(low))
 

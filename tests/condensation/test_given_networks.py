@@ -132,3 +132,33 @@ def test_networks_that_cannot_serve_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny(make_set(labels=(0, 1, 2)), make_layout(), networks=networks, **options)
+
+
+def one_logit(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    return build_network("convnet", image_shape, 1, width=3)
+
+
+def one_channel(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    return build_network("convnet", (1, *image_shape[1:]), num_classes, width=3)
+
+
+def flat(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    return Plain(nn.Flatten(), nn.Linear(192, num_classes))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"network": (one_logit,)}, r"K of 3 or more here; .* \(2, 1\)"),
+        ({"network": ("convnet", one_channel)}, r"does not take images \(2, 3, 8, 8\)"),
+        ({"network": (one_logit,), "objective": "mtt"}, r"K of 3 or more here"),
+        ({"network": (flat,), "objective": "distribution"}, r"no features"),
+        ({"networks": [network(0, num_classes=2)]}, r"K of 3 or more here"),
+        ({"networks": network(0)}, r"give \[network\]"),
+    ],
+)
+def test_what_cannot_be_matched_with_is_refused_before_the_warm_start(
+    make_set: MakeSet, make_layout: MakeLayout, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(make_set(labels=(0, 1, 2)), make_layout(), warm_start_steps=10**9, **options)

@@ -445,7 +445,7 @@ def test_what_is_shared_and_takes_too_much_is_reported_before_the_first_step(
         calls.append(1)
         return gradient_matching(*batches)
 
-    with pytest.raises(BudgetError, match="what all images share takes .* bytes, of"):
+    with pytest.raises(BudgetError, match="what all images share takes"):
         tiny(
             data,
             memory.layout,
