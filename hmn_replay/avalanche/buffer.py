@@ -29,6 +29,7 @@ from hmn_replay.avalanche.streams import Normalization, class_counts, split_clas
 from hmn_replay.budget import as_int
 from hmn_replay.data.lookup import as_floats
 from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.memory import Memory
 from hmn_replay.replay import DecodedImages
 from hmn_replay.runtime import without_autocast
 
@@ -123,16 +124,23 @@ class MemoryBuffer(ExemplarsBuffer):
         if len(self._made_for) != len(now) or any(
             a is not b for a, b in zip(self._made_for, now, strict=True)
         ):
-            decoded = DecodedImages.of(memory, torch.device("cpu")).first(self.max_size)
-            self._buffer = as_avalanche_dataset(
-                decoded,
-                self.replay.found_normalization,
-                self.replay.replay_transform,
-                with_tasks=self._with_tasks,
-                logits=self._logits,
-            )
+            self._buffer = self._dataset(memory, self.replay.replay_transform, self._logits)
             self._made_for = now
         return self._buffer
+
+    def _dataset(
+        self,
+        memory: Memory,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        logits: Tensor | None = None,
+    ) -> Any:
+        return as_avalanche_dataset(
+            DecodedImages.of(memory, torch.device("cpu")).first(self.max_size),
+            self.replay.found_normalization,
+            transform,
+            with_tasks=self._with_tasks,
+            logits=logits,
+        )
 
     @property
     def buffer_groups(self) -> dict[int, SimpleNamespace]:
@@ -182,9 +190,11 @@ class MemoryBuffer(ExemplarsBuffer):
     @torch.no_grad()
     def _compute_logits(self, agent: Any) -> Tensor:
         modes = {module: module.training for module in agent.model.modules()}
-        # A generator of its own: a loader would draw from torch's global one.
-        buffer: Any = self.buffer
-        loader = DataLoader(buffer, batch_size=_BATCH, generator=torch.Generator())
+        memory = self.replay.memory
+        assert memory is not None, "there are images to compute logits of"
+        # Of images that are not augmented, by a loader with a generator of its own: it would draw
+        # from torch's global one.
+        loader = DataLoader(self._dataset(memory), batch_size=_BATCH, generator=torch.Generator())
         agent.model.eval()
         try:
             with without_autocast(torch.device(agent.device)):

@@ -56,7 +56,7 @@ class FrozenBackbone(nn.Module):
         self.image_shape = (channels, height, width)
         self.eval()
         home = next(network.parameters(), torch.empty(0)).device
-        features = self(torch.zeros((1, *self.image_shape), device=home))
+        features = self(torch.zeros((1, *self.image_shape), dtype=torch.float32, device=home))
         self.feature_shape = check_feature_shape(tuple(features.shape[1:]))
         if self.feature_shape == self.image_shape:
             raise ConfigError(
@@ -227,7 +227,7 @@ def extract_features(
                 floats = data.floats(part).to(target)
                 found = frozen(floats if transform is None else transform(floats)).float().cpu()
                 if not len(features):
-                    features = torch.empty((len(data), *found.shape[1:]))
+                    features = found.new_empty((len(data), *found.shape[1:]))
                 features[part] = found
     finally:
         backbone.to(home)

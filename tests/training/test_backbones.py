@@ -57,6 +57,17 @@ def test_features_are_those_of_the_network_in_evaluation_mode(
     )
 
 
+def test_the_default_dtype_does_not_matter(make_set: Callable[..., LabelledImages]) -> None:
+    data, network = make_set(num_images=4), Moody()
+    expected = extract_features(network, data)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = extract_features(network, data)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.images.dtype == torch.float32 and found.images.equal(expected.images)
+
+
 def test_a_trained_network_is_a_backbone_up_to_its_last_block(
     make_set: Callable[..., LabelledImages],
 ) -> None:
