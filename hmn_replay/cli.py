@@ -570,7 +570,7 @@ def _add_condense(parser: _Parser) -> None:
         "--effort",
         choices=tuple(hmn_replay.EFFORTS),
         default="quick",
-        help="quick takes minutes on a CPU, standard does twelve times the matching, paper has the "
+        help="quick takes minutes on a CPU, standard does seven times the matching, paper has the "
         "paper's settings and needs a GPU",
     )
     names: dict[str, Iterable[str]] = {

@@ -64,7 +64,7 @@ def test_replay_in_a_loop_of_ones_own() -> None:
     assert Path("seen.hmn").stat().st_size <= 2048
     assert hmn_replay.load("seen.hmn").num_classes == 10
     assert names["memory"].memory.num_classes == 5
-    assert torch.load("memory.pt", weights_only=True)["num_updates"] == 2
+    assert torch.load("replay.pt", weights_only=True)["num_updates"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:the budget of .* is planned for")

@@ -28,6 +28,9 @@ def test_tutorial(
     printed, shown = capsys.readouterr().out, (TUTORIALS / f"{name}.txt").read_text()
     # Seconds and accuracies differ from machine to machine; the lines do not.
     assert _words(printed) == _words(shown)
+    if name == "condensation":  # the number of images is the layout's
+        counts = [int(re.findall(r"(\d+) images in", text)[0]) for text in (printed, shown)]
+        assert abs(counts[0] - counts[1]) <= 5
     assert float(re.findall(r"HMN: .*?([\d.]+)%", printed)[0]) > 40
 
 
