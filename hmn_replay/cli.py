@@ -27,6 +27,7 @@ from torch import Tensor
 
 import hmn_replay
 from hmn_replay.baselines.fill import QUALITIES, next_quality
+from hmn_replay.condensation.config import make_config
 from hmn_replay.data.sources import Split
 from hmn_replay.distributed import Team, launched
 from hmn_replay.errors import (
@@ -155,9 +156,13 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"both --{flag} and --set {name}=... are given; leave one out")
             settings[name] = value
+    hmn_replay.Budget.parse(args.budget)
+    make_config(args.effort, **settings)
     if team.first:
         _check_out(args)
         _check_checkpoint(checkpoint)
+    data = _load_together(args, team)
+    if team.first:
         clear_stale(out)
         if args.restart:
             checkpoint.unlink(missing_ok=True)
@@ -166,7 +171,7 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
             _note(args, f"resuming from {checkpoint}")
     try:
         memory = hmn_replay.condense(
-            _load_together(args, team),
+            data,
             args.budget,
             effort=args.effort,
             kind=args.kind,
@@ -249,19 +254,21 @@ def _all_scores(args: argparse.Namespace, memory: hmn_replay.Memory) -> Result:
     common = {name: vars(args)[name] for name in ("seed", "repeats", "network", "width", "passes")}
     result = {"file": str(args.file), "kind": memory.kind, **found, **common}
 
-    def told(values: Mapping[str, float], sign: str = "") -> str:
+    def percent(values: Mapping[str, float], sign: str = "") -> str:
         return f"{100 * values['mean']:{sign}.2f} ± {100 * values['std']:.2f}"
 
     rows = [("accuracy %", "")]
     for name, values in found["accuracies"].items():
         std = statistics.stdev(values) if len(values) > 1 else 0.0
-        rows.append((name.replace("_", " "), told({"mean": statistics.fmean(values), "std": std})))
-    rows.append(("real less memory", told(found["hard_label_recovery"], "+")))
+        rows.append(
+            (name.replace("_", " "), percent({"mean": statistics.fmean(values), "std": std}))
+        )
+    rows.append(("real less memory", percent(found["hard_label_recovery"], "+")))
     for name, values in found["improvement_over_random"].items():
-        rows.append((f"memory less random, {name.replace('_', ' ')}", told(values, "+")))
+        rows.append((f"memory less random, {name.replace('_', ' ')}", percent(values, "+")))
     for score in ("label_robust_score", "augmentation_robust_score"):
         for name, values in found[score].items():
-            rows.append((f"{score.replace('_', ' ')}, {name}", told(values)))
+            rows.append((f"{score.replace('_', ' ')}, {name}", percent(values)))
     lines = [*_lines(args.file, memory.summary()), ("network", args.network)]
     return result, f"{_table(lines)}\n\n{_table(rows, '<>')}"
 
@@ -317,6 +324,7 @@ def export(args: argparse.Namespace) -> Result:
         raise ConfigError(
             "name a DIR, --npz FILE, --contact-sheet FILE or --dd-ranking DIR to write to"
         )
+    _check_not_read(args.file, args.npz, sheet)
     memory = hmn_replay.load(args.file, device=args.device)
     written = {"file": str(args.file)}
     if folder:
@@ -829,6 +837,13 @@ def _check_out(args: argparse.Namespace) -> None:
     is_name = args.data.lower().replace("-", "_") in hmn_replay.DATASETS
     if not is_name and target == Path(os.path.realpath(os.path.expanduser(args.data))):
         raise ConfigError(f"--out: {str(out)!r} is the data set itself; name another file")
+
+
+def _check_not_read(source: Path | str, *outputs: Path | None) -> None:
+    """Refuse to write over the memory that is read."""
+    for path in outputs:
+        if path is not None and os.path.realpath(path) == os.path.realpath(source):
+            raise ConfigError(f"{str(path)!r} is the memory itself; name another file")
 
 
 def _load_data(args: argparse.Namespace, split: Split) -> hmn_replay.LabelledImages:

@@ -280,6 +280,11 @@ def test_export_writes_what_is_asked(run: Console, memory_file: Path, tmp_path: 
     assert sheet.is_file()
     run("export", memory_file, folder, code=2)
     assert "exists already and is not an empty folder" in run.err
+    held = memory_file.read_bytes()
+    for option in ("--npz", "--contact-sheet"):
+        run("export", memory_file, option, memory_file, code=2)
+        assert "is the memory itself; name another file" in run.err
+    assert memory_file.read_bytes() == held
     run("export", memory_file, code=2)
     assert "name a DIR, --npz FILE, --contact-sheet FILE or --dd-ranking DIR" in run.err
 
@@ -352,6 +357,13 @@ def test_condense_goes_on_from_a_checkpoint_or_restarts(
     assert "resuming" not in run.err
     run(*common, "--seed", 14, code=1)
     assert "belongs to another run; delete it; --restart deletes it" in run.err
+    for *wrong, code in (
+        ("--budget", "4KX", 2),
+        ("--set", "outer_steps=-1", 2),
+        ("--data", tmp_path / "nothing.npz", 1),
+    ):
+        run(*common, "--restart", *wrong, code=code)
+        assert checkpoint.exists()
     run(*common)
     assert f"resuming from {checkpoint}" in run.err
     assert not checkpoint.exists()

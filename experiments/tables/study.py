@@ -24,6 +24,7 @@ from hmn_replay.budget import Budget
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.memory.base import MEMORIES, Memory
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
+from hmn_replay.objectives.trajectories import delete_experts, experts_beside
 from hmn_replay.runtime import derive_seed
 from hmn_replay.training.train import TrainingConfig
 
@@ -172,7 +173,9 @@ def finished(
     cell = study.store.once("memory", identity, compute)
     if "error" in cell:
         return None
-    path.with_suffix(".checkpoint").unlink(missing_ok=True)
+    checkpoint = path.with_suffix(".checkpoint")
+    checkpoint.unlink(missing_ok=True)
+    delete_experts(experts_beside(checkpoint))
     return path
 
 

@@ -150,10 +150,10 @@ def scores(
         "file_bytes": num_bytes,
         "jpeg_quality": quality if "random_bytes_jpeg" in accuracies else None,
         "accuracies": accuracies,
-        "hard_label_recovery": _told(hlr),
-        "improvement_over_random": {name: _told(values) for name, values in ior.items()},
-        "label_robust_score": {name: _told(values) for name, values in lrs.items()},
-        "augmentation_robust_score": {"count": _told(ars)},
+        "hard_label_recovery": _mean_and_std(hlr),
+        "improvement_over_random": {name: _mean_and_std(values) for name, values in ior.items()},
+        "label_robust_score": {name: _mean_and_std(values) for name, values in lrs.items()},
+        "augmentation_robust_score": {"count": _mean_and_std(ars)},
     }
 
 
@@ -172,6 +172,6 @@ def ddranking_score(first: float, second: float, weight: float = 0.5) -> float:
     return (math.exp(mixed) - math.exp(-1)) / (math.e - math.exp(-1))
 
 
-def _told(values: list[float]) -> dict[str, float]:
+def _mean_and_std(values: list[float]) -> dict[str, float]:
     std = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "std": std}

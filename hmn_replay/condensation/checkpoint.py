@@ -8,7 +8,6 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def write_checkpoint(
     state: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write a checkpoint, all at once or not at all, from the tensors' own memory.
+    """Write a checkpoint, all at once or not at all.
 
     Args:
         path: Path of the file.
@@ -78,10 +77,8 @@ def write_checkpoint(
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"identity": dict(identity), "state": state})
     metadata = {_KEY: text, _DIGEST_KEY: digest_tensors(text, stored)}
-    try:
-        write_atomically(path, partial(safetensors.torch.save_file, stored, metadata=metadata))
-    except safetensors.SafetensorError as error:
-        raise OSError(f"cannot write the checkpoint {str(path)!r} ({error})") from error
+    # Its own writing would rename another file over the one that is locked.
+    write_atomically(path, safetensors.torch.save(stored, metadata))
 
 
 def read_checkpoint(path: str | Path, identity: Mapping[str, str]) -> Checkpoint | None:
@@ -186,7 +183,7 @@ def check_like(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> N
     )
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
-            got, like = (_told(each.get(name)) for each in (found, expected))
+            got, like = (_entry_text(each.get(name)) for each in (found, expected))
             raise CheckpointError(
                 f"the checkpoint is not as this run would have written it: {name!r} is {got}, "
                 f"expected {like}; delete it to start anew"
@@ -231,7 +228,7 @@ def _count_dtype(count: Tensor | None) -> torch.dtype:
     return count.dtype if count is not None and is_float else torch.float32
 
 
-def _told(entry: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+def _entry_text(entry: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "absent" if entry is None else f"{entry[0]} {entry[1]}"
 
 

@@ -336,11 +336,11 @@ def try_matching(
         raise ConfigError(
             f"{name} cannot be matched on: it does not take images {tuple(images.shape)} ({error})"
         ) from error
-    shape = getattr(found, "shape", ())
+    shape: tuple[int, ...] = tuple(getattr(found, "shape", ()))
     if len(shape) != 2 or shape[0] != len(images) or shape[1] < wanted:
         raise ConfigError(
             f"a network to match on returns logits (B, K), K of {wanted} or more here; {name} "
-            f"returns {tuple(shape) or type(found).__name__} for {len(images)} images"
+            f"returns {shape or type(found).__name__} for {len(images)} images"
         )
     if objective.compiled is None:  # of whole trainings, or from outside
         return

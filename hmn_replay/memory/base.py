@@ -364,7 +364,7 @@ class Memory(abc.ABC):
             self._soft = None
             return
         indices = torch.arange(self.num_images) if indices is None else indices
-        positions = check_indices(indices, self.num_images)
+        positions = check_indices(indices, self.num_images, once=True)
         wanted = (len(positions), self.num_classes)
         if probabilities.shape != wanted or not bool(
             (probabilities.isfinite() & (probabilities >= 0)).all()
@@ -489,9 +489,7 @@ class Memory(abc.ABC):
             ConfigError: A position outside ``0 .. N - 1``, one that occurs twice, a mask, or some
                 of the images that share stored values without the others.
         """
-        kept = check_indices(indices, self.num_images).sort().values
-        if len(kept.unique()) != len(kept):
-            raise ConfigError("each index may occur once; some occur twice or more")
+        kept = check_indices(indices, self.num_images, once=True).sort().values
         self._keep(kept)
         self.class_index = self.class_index[kept.to(self.class_index.device)]
         self._counts = self.class_index.bincount(minlength=self.num_classes).tolist()
@@ -841,8 +839,16 @@ def check_classes(classes: Sequence[int] | Tensor) -> list[int]:
     return values
 
 
-def check_indices(indices: Tensor | Sequence[int], num_images: int) -> Tensor:
-    """Return positions of images as int64 ``(B,)`` on the CPU, or raise :class:`ConfigError`."""
+def check_indices(
+    indices: Tensor | Sequence[int], num_images: int, *, once: bool = False
+) -> Tensor:
+    """Return positions of images as int64 ``(B,)`` on the CPU, or raise :class:`ConfigError`.
+
+    Args:
+        indices: The positions.
+        num_images: How many images there are.
+        once: Whether each may occur once alone.
+    """
     try:
         checked = torch.as_tensor(indices).flatten().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -856,6 +862,8 @@ def check_indices(indices: Tensor | Sequence[int], num_images: int) -> Tensor:
         raise ConfigError(
             f"indices are positions from 0 to {num_images - 1}; got {first} to {last}"
         )
+    if once and len(checked.unique()) != len(checked):
+        raise ConfigError("each index may occur once; some occur twice or more")
     return checked.long()
 
 

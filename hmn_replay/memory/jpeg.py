@@ -72,7 +72,7 @@ def encode_jpeg_scans(
     check_tensor(images, "images", torch.uint8, ("N", "C", "H", "W"))
     if images.shape[1] not in CHANNELS or images.numel() == 0:
         raise DataError(
-            "expected images (N, C, H, W) of at least 1 pixel, with 1 or 3 channels, came "
+            "expected images (N, C, H, W) of at least 1 pixel, with 1 or 3 channels; got "
             f"{tuple(images.shape)}"
         )
     is_grey = images.shape[1] == 1

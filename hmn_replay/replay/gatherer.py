@@ -21,8 +21,8 @@ class Gatherer:
 
     Each image has a random priority, and the classes take turns in keeping their image of lowest
     priority. So a class with fewer images than its share keeps them all, and each image of another
-    class has the same chance to be kept. Adding images costs time in proportion to their number,
-    and a sort of the priorities where the gatherer is full.
+    class has the same chance to be kept. Adding images costs time in proportion to how many are
+    kept, and a sort of their priorities where the gatherer is full.
 
     Args:
         capacity: Images kept at most, 1 or more.

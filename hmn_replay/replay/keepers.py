@@ -537,6 +537,8 @@ class PQKeeper(RealKeeper):
         super().__init__(
             budget, kind=PQMemory.kind, selection=selection, expected_classes=expected_classes
         )
+        # Its settings are checked by making one, of as many channels as parts.
+        PQMemory((max(1, as_int(num_parts) or 0), 1, 1), num_parts=num_parts, bits=bits)
         self.num_parts, self.bits = num_parts, bits
 
     def empty(self, image_shape: tuple[int, int, int]) -> RealMemory:

@@ -225,6 +225,8 @@ class MammothBuffer:
         available = torch.arange(len(self))
         if mask_task_out is not None:
             available = available[self._task_of(cpt) != mask_task_out]
+            if not len(available):
+                raise ConfigError(f"there is nothing to draw but images of task {mask_task_out}")
         if force_indexes is not None:
             chosen = available[torch.as_tensor(np.asarray(force_indexes), dtype=torch.int64)]
         else:
@@ -368,7 +370,8 @@ class MammothBuffer:
             return self._logits
         if name == "labels":
             return labels
-        return torch.tensor([self._tasks.get(label, 0) for label in labels.tolist()])
+        known, inverse = labels.unique(return_inverse=True)
+        return torch.tensor([self._tasks.get(label, 0) for label in known.tolist()])[inverse]
 
     def _task_of(self, cpt: int | None) -> Tensor:
         if self._tasks:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from avalanche.core import SupervisedPlugin
-from avalanche.training.plugins import LwFPlugin
+from avalanche.training.plugins.lwf import LwFPlugin
 from avalanche.training.supervised.er_ace import ER_ACE
 from torch import Tensor, nn
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import random
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,11 +71,11 @@ def test_what_cannot_be_written_is_the_systems_error(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        raise safetensors.SafetensorError("No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     write_checkpoint(path, MINE, STATE, some_tensors())
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match=r"cannot write the checkpoint .*No space left"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
         write_checkpoint(path, MINE, {"step": 4}, {})
     checkpoint = read_checkpoint(path, MINE)
     assert checkpoint is not None
@@ -84,6 +87,31 @@ def test_a_later_checkpoint_takes_the_place_of_an_earlier_one(path: Path) -> Non
     write_checkpoint(path, MINE, {"step": 4}, {})
     assert read_checkpoint(path, MINE) == Checkpoint({"step": 4}, {})
     assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_it_is_the_file_that_was_locked_while_it_was_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No library replaces it by one of its own, unlocked and of other permissions."""
+    seen: list[tuple[int, list[str]]] = []
+    replace = os.replace
+
+    def note(source: str, target: str | Path) -> None:
+        with open(source, "rb+") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append((os.stat(source).st_ino, os.listdir(path.parent)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", note)
+    old = os.umask(0o027)
+    try:
+        write_checkpoint(path, MINE, STATE, some_tensors())
+    finally:
+        os.umask(old)
+    ((inode, names),) = seen
+    assert len(names) == 1 and path.stat().st_ino == inode
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 def test_without_a_checkpoint_there_is_none(path: Path) -> None:

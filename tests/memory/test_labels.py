@@ -77,6 +77,8 @@ def test_labels_are_saved_counted_and_loaded(kind: str, tmp_path: Path) -> None:
     assert loaded.soft_labels().equal(kept)
     assert loaded.to_bytes() == memory.to_bytes()
     assert memory.bits()["soft_labels"] == 8 * memory.summary()["label_bytes"] > 0
+    with pytest.raises(ConfigError, match="each index may occur once"):
+        memory.set_soft_labels(wanted[:2], [0, 0])
     memory.set_soft_labels(None)
     assert memory.file_bytes == plain_bytes
     assert not LABEL_TENSORS & set(unpack(memory.to_bytes()).tensors)

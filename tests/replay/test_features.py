@@ -101,3 +101,9 @@ def test_keepers_know_what_they_hold() -> None:
         UnknownOptionError, match="the memory kind 'raw-features' has no option 'quality'"
     ):
         make_keeper(1000, "raw-features", quality=3)
+
+
+@pytest.mark.parametrize("options", [{"bits": 99}, {"num_parts": 0}, {"bits": 0}])
+def test_settings_of_quantisation_are_checked_when_given(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        ReplayMemory("4 KiB", "pq", device="cpu", **options)

@@ -191,6 +191,9 @@ def test_images_of_a_task_can_be_left_out() -> None:
     images, labels, tasks = buffer.get_data(100, mask_task_out=0)
     assert set(labels.tolist()) == {1, 2} and set(tasks.tolist()) == {1} and len(images) == 12
     assert buffer.used_attributes == ["examples", "labels", "task_labels"]
+    buffer = filled((4, 0), with_tasks=True)
+    with pytest.raises(ConfigError, match="nothing to draw but images of task 0"):
+        buffer.get_data(5, transform=torch.clone, mask_task_out=0)
 
 
 def test_a_balanced_draw_takes_as_many_of_every_class() -> None:

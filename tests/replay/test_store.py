@@ -301,13 +301,14 @@ def test_a_crafted_state_is_refused_and_changes_nothing() -> None:
 def test_old_images_make_room_where_they_take_more_than_planned() -> None:
     """None is dropped as planned, and new ones do not fit even without a bit of their own."""
     data = load_dataset("digits")
-    options = {"warm_start_steps": 100, "outer_steps": 0, "pruning": "order"}
+    options: dict[str, Any] = {"warm_start_steps": 100, "outer_steps": 0, "pruning": "order"}
     memory = ReplayMemory(1500, "hmn", device="cpu", **options)
     for classes in ((0, 1), (2, 3), (4, 5), (6, 7)):
         few = [data.of_class(label)[:20] for label in classes]
         memory.update(data.take(torch.cat(few)))
         assert memory.memory_bytes <= 1500
-    assert memory.memory.num_classes == 8 and min(memory.memory.images_per_class) > 4
+    assert memory.memory is not None and memory.memory.num_classes == 8
+    assert min(memory.memory.images_per_class) > 4
 
 
 def test_labels_that_would_take_a_class_its_last_image_are_left_out() -> None:
@@ -316,6 +317,7 @@ def test_labels_that_would_take_a_class_its_last_image_are_left_out() -> None:
     memory.update(data)
     memory = ReplayMemory(memory.memory_bytes + 4, "raw", device="cpu")
     memory.update(data)
+    assert memory.memory is not None
     held = memory.memory.to_bytes()
     generator = torch.Generator().manual_seed(0)
     with pytest.warns(UserWarning, match="images keep hard labels: .* one image of each of 9"):
