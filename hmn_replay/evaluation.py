@@ -15,7 +15,7 @@ from hmn_replay.memory.base import Memory
 from hmn_replay.memory.labels import LABELS
 from hmn_replay.runtime import resolve_device, without_autocast
 from hmn_replay.training.backbones import linear_head
-from hmn_replay.training.networks import Network, NetworkFactory
+from hmn_replay.training.networks import Network, NetworkFactory, evaluating
 from hmn_replay.training.train import Targets, TrainingConfig, train_network
 
 __all__ = ["Decodable", "evaluate", "labeller_accuracy", "score"]
@@ -144,19 +144,16 @@ def score(
     batch_size = images_at_once(images.shape[1:]) if batch_size is None else batch_size
     home = next(network.parameters(), torch.empty(0)).device
     target = home if device is None else resolve_device(device)
-    modes = {module: module.training for module in network.modules()}
     num_right = torch.zeros((), dtype=torch.int64, device=target)
     try:
-        network.to(target).eval()
-        with torch.no_grad():
+        network.to(target)
+        with evaluating(network), torch.no_grad():
             for start in range(0, len(images), batch_size):
                 chunk = slice(start, start + batch_size)
                 predicted = network(as_floats(images[chunk].to(target))).argmax(dim=1)
                 num_right += (predicted == class_indices[chunk].to(target)).sum()
     finally:
         network.to(home)
-        for module, mode in modes.items():
-            module.training = mode
     return float(num_right) / len(images)
 
 

@@ -19,6 +19,7 @@ from hmn_replay.data.lookup import as_floats, images_at_once
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
 from hmn_replay.runtime import make_generator, without_autocast
+from hmn_replay.training.networks import evaluating
 
 __all__ = ["shortcut_report"]
 
@@ -169,17 +170,13 @@ def _features_of(network: nn.Module) -> Iterator[Callable[..., tuple[Tensor, Ten
             rows.append((seen[-1] if seen else logits).flatten(1).float().cpu())
         return torch.cat(predicted), torch.cat(rows)
 
-    modes = {module: module.training for module in network.modules()}
     hook = linear[-1].register_forward_pre_hook(note) if linear else None
     try:
-        network.eval()
-        with torch.no_grad(), without_autocast(device):
+        with evaluating(network), torch.no_grad(), without_autocast(device):
             yield run
     finally:
         if hook is not None:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _pairs(ours: Tensor, theirs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

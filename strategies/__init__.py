@@ -111,8 +111,8 @@ def build(
 ) -> Strategy:
     """Build an Avalanche strategy whose memory never takes more than a budget.
 
-    All train by SGD and cross-entropy; the memories of this package (hmn, jpeg, lossless,
-    subsampled, raw, herding) under the same replay loss. :func:`loss_used` names it for every
+    All train by SGD and cross-entropy; *our memories*, those of hmn, jpeg, lossless, subsampled,
+    raw and herding, under the same replay loss. :func:`loss_used` names it for every
     strategy, :func:`renew_used` says when the memory was renewed, and :func:`distill_used` how much
     the previous network counted. Experiences give float images in [0, 1] and labels, and task
     labels too where DER++ is to learn from them. Avalanche shuffles and draws from the global
@@ -132,37 +132,33 @@ def build(
         batch_size_mem: Replayed images beside them, fewer where the memory has fewer. Default: as
             many as new ones.
         epochs: Times that the images of an experience are shown.
-        seed: Seed of what hmn, jpeg, lossless, raw and herding draw; the others draw from the
-            global generators.
+        seed: Seed of what our memories draw; the others draw from the global generators.
         device: Where to train; ``"auto"`` is CUDA where there is one, else the CPU.
         mode: ``"replay"``, or ``"memory_only"``: from the second experience on the memory is
             renewed before training, and trained on alone. DER++, ER-ACE and Avalanche's replay lack
             the latter; GDumb is always so; naive and joint training have no memory.
-        loss: Replay loss of hmn, jpeg, lossless, raw and herding, as
-            :class:`hmn_replay.MemoryReplay` takes it. GDumb trains on its memory alone, DER++ and
-            ER-ACE have losses of their own, and Avalanche's replay has the plain one.
-        renew: When hmn, jpeg, lossless, raw and herding make an experience into their memory:
-            ``"before"`` or ``"after"`` it is trained on; ``"auto"`` as
-            :class:`hmn_replay.MemoryReplay` says.
-        distill: Weight of the distillation from the previous network, for hmn, jpeg, lossless,
-            subsampled, raw and herding; that network is not part of the budget. Default: None, as
-            :class:`hmn_replay.MemoryReplay` says.
-        labels: Whether hmn, jpeg, lossless, raw and herding keep what the network says of their
-            images, in the same bytes, and learn it again: ``"hard"`` or ``"soft"``.
-        tune: What of the network is tuned on the memory of hmn, jpeg, lossless, raw and herding
-            after each experience but the first, for as long as no other comes: ``"none"``,
-            ``"head"`` or ``"all"``.
+        loss: Replay loss of our memories, as :class:`hmn_replay.MemoryReplay` takes it. GDumb
+            trains on its memory alone, DER++ and ER-ACE have losses of their own, and Avalanche's
+            replay has the plain one.
+        renew: When our memories take an experience in: ``"before"`` or ``"after"`` it is trained
+            on; ``"auto"`` as :class:`hmn_replay.MemoryReplay` says.
+        distill: Weight of the distillation from the previous network, for our memories; that
+            network is not part of the budget. Default: None, as :class:`hmn_replay.MemoryReplay`
+            says.
+        labels: Whether our memories keep what the network says of their images, in the same bytes,
+            and learn it again: ``"hard"`` or ``"soft"``.
+        tune: What of the network is tuned on one of our memories after each experience but the
+            first, for as long as no other comes: ``"none"``, ``"head"`` or ``"all"``.
         tune_steps: Steps of that tuning.
         tune_rate: Learning rate of that tuning.
-        replay_weight: Share in [0, 1] that replayed images have in the loss of hmn, jpeg, lossless,
-            raw and herding. Default: None, the share that they have by their number.
+        replay_weight: Share in [0, 1] that replayed images have in the loss of our memories.
+            Default: None, the share that they have by their number.
         effort: Effort of HMN's condensation: ``"draft"``, ``"quick"``, ``"standard"`` or
             ``"paper"``.
-        expected_classes: How many classes will come in all, if that is known; for hmn, jpeg,
-            lossless, subsampled, raw and herding.
+        expected_classes: How many classes will come in all, if that is known; for our memories.
         evaluator: Avalanche's metrics and loggers. Default: none.
         plugins: More plugins, called after the strategy's own.
-        progress: Whether hmn, jpeg, lossless, raw and herding print a line after each update.
+        progress: Whether our memories print a line after each update.
         **options: The strategy's own, named in its module.
 
     Raises:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hmn_replay import LabelledImages, RawReplay
 from hmn_replay.baselines.selection import herding
 from hmn_replay.errors import ConfigError
+from hmn_replay.training.networks import evaluating, penultimate_features
 from strategies.settings import Settings, Strategy
 
 __all__ = ["build", "class_features", "herd"]
@@ -67,23 +68,10 @@ def class_features(model: nn.Module, images: Tensor) -> Tensor:
     Returns:
         float ``(N, D)`` on the CPU.
     """
-    features: list[Tensor] = []
-
-    def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        features.append(F.normalize(inputs[0].flatten(1)).cpu())
-
-    layer = _linear_layers(model)[-1]
-    modes = {module: module.training for module in model.modules()}
-    hook = layer.register_forward_pre_hook(record)
-    try:
-        model.eval()
-        for part in images.split(_BATCH):
-            model(part.to(layer.weight.device))
-    finally:
-        hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return torch.cat(features)
+    device = next(model.parameters()).device
+    with evaluating(model):
+        parts = [penultimate_features(model, part.to(device)) for part in images.split(_BATCH)]
+    return torch.cat([F.normalize(part.flatten(1)).cpu() for part in parts])
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:

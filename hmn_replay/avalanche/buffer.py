@@ -32,6 +32,7 @@ from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory import Memory
 from hmn_replay.replay import DecodedImages
 from hmn_replay.runtime import without_autocast
+from hmn_replay.training.networks import evaluating
 
 if TYPE_CHECKING:
     from hmn_replay.avalanche.plugin import MemoryReplay
@@ -189,22 +190,16 @@ class MemoryBuffer(ExemplarsBuffer):
 
     @torch.no_grad()
     def _compute_logits(self, agent: Any) -> Tensor:
-        modes = {module: module.training for module in agent.model.modules()}
         memory = self.replay.memory
         assert memory is not None, "there are images to compute logits of"
         # Of images that are not augmented, by a loader with a generator of its own: it would draw
         # from torch's global one.
         loader = DataLoader(self._dataset(memory), batch_size=_BATCH, generator=torch.Generator())
-        agent.model.eval()
-        try:
-            with without_autocast(torch.device(agent.device)):
-                parts = []
-                for images, _, *rest in loader:
-                    tasks = rest[0].to(agent.device) if self._with_tasks else None
-                    parts.append(avalanche_forward(agent.model, images.to(agent.device), tasks))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(agent.model), without_autocast(torch.device(agent.device)):
+            parts = []
+            for images, _, *rest in loader:
+                tasks = rest[0].to(agent.device) if self._with_tasks else None
+                parts.append(avalanche_forward(agent.model, images.to(agent.device), tasks))
         return torch.cat(parts).cpu()
 
 

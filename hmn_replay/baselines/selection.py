@@ -21,7 +21,7 @@ from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.errors import ConfigError
 from hmn_replay.runtime import derive_seed, make_generator
-from hmn_replay.training.networks import Network, penultimate_features
+from hmn_replay.training.networks import Network, evaluating, penultimate_features
 from hmn_replay.training.train import TrainingConfig, train_network
 
 __all__ = [
@@ -320,11 +320,6 @@ def _penultimate(network: Network, images: Tensor) -> Tensor:
 @torch.no_grad()
 def _in_chunks(network: Network, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Return ``forward`` of uint8 images as floats, the network in evaluation mode meanwhile."""
-    modes = {module: module.training for module in network.modules()}
-    try:
-        network.eval()
+    with evaluating(network):
         chunks = images.split(_CHUNK)
         return torch.cat([forward(x.to(network.mean.device).float().div_(255)) for x in chunks])
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
