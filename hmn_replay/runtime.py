@@ -56,8 +56,14 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             which this package needs: it is never chosen, and refused.
 
     Raises:
-        ConfigError: The name is unknown, or the device is not present or has no float64.
+        ConfigError: The name is unknown, or the device is not present or has no float64; or torch's
+            own default device is another than the CPU, where generators and real images are.
     """
+    if (default := torch.get_default_device()).type != "cpu":
+        raise ConfigError(
+            f"torch's default device is {str(default)!r}, and what names no device is expected on "
+            'the CPU: call torch.set_default_device("cpu"), and give device= instead'
+        )
     if device == "auto":
         if torch.cuda.is_available():
             local_rank = os.environ.get("LOCAL_RANK")

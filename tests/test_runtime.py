@@ -106,6 +106,12 @@ def test_auto_is_never_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device() == torch.device("cpu")
 
 
+def test_another_default_device_is_refused() -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match="default device is 'meta'"):
+        resolve_device()
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
 def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = torch.zeros
 
