@@ -67,7 +67,7 @@ def loss_used(strategy: Strategy) -> str:
 
 
 def renew_used(strategy: Strategy) -> str | None:
-    """Return when the last experience was made into the memory: ``"before"`` or ``"after"`` it.
+    """Return when the last experience was taken into the memory: ``"before"`` or ``"after"`` it.
 
     None for a strategy without a memory of this package.
     """

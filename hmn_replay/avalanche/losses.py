@@ -125,7 +125,7 @@ Loss: TypeAlias = "str | ReplayLoss"
 Renewal: TypeAlias = Literal["auto", "before", "after"]
 
 RENEWALS: tuple[Renewal, ...] = get_args(Renewal)
-"""When an experience is made into the memory: what ``renew=`` of the plugins takes."""
+"""When an experience is taken into the memory: what ``renew=`` of the plugins takes."""
 
 TUNED = ("none", "head", "all")
 """What of a network is tuned on the memory after an experience: what ``tune=`` of the plugins

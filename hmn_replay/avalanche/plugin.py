@@ -110,7 +110,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     ``mode="replay"``: each training mini-batch gets decoded images at its end, drawn uniformly and
     none twice; :attr:`last_replay_size` and :attr:`replay_mask` tell them apart. By default the
-    experience is made into the memory *before* it is trained on (``renew="before"``), so that
+    experience is taken into the memory *before* it is trained on (``renew="before"``), so that
     decoded images of its own classes are among them. Where new classes came as clean images alone
     and old ones as decoded images alone, the network would learn to tell new from old by that.
     ``mode="memory_only"``, the protocol of GDumb and IDC: the first experience trains on its
@@ -161,7 +161,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             neither can be it is ``"plain"``, with one warning: a criterion other than
             ``CrossEntropyLoss`` without label smoothing, task labels above 0, or a strategy with a
             loss of its own, such as DER, for which replayed images count as current ones.
-        renew: When an experience is made into the memory: ``"before"`` or ``"after"`` it is trained
+        renew: When an experience is taken into the memory: ``"before"`` or ``"after"`` it is trained
             on. The default, ``"auto"``, is ``"before"`` where the loss is ``"separated"`` or
             ``"grouped"``, which need it, or ``"auto"`` and can be the first; else ``"after"``.
             Pieces of an online stream are always ``"after"``, with a warning where ``"before"`` was

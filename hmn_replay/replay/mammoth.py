@@ -34,7 +34,7 @@ class MammothBuffer:
     """A :class:`~hmn_replay.ReplayMemory` behind the interface of Mammoth's ``Buffer``.
 
     A method gives its buffer each mini-batch, epoch after epoch. Here, they are gathered, every
-    image once, and made into the memory when :meth:`end_task` is called, which a model does in its
+    image once, and taken into the memory when :meth:`end_task` is called, which a model does in its
     own ``end_task``. So what is replayed is decoded images of earlier tasks. Their number is the
     memory's; ``buffer_size`` bounds nothing.
 
