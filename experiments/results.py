@@ -112,7 +112,9 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
     )
     rows = [f"{title}, seeds, training s, memory s".split(", ")]
     for name, runs in finished(results).items():
-        accuracies = [100 * run["final_accuracy"] for run in runs]
+        final = _spread(runs)
+        if all(run.get("untuned") for run in runs):
+            final += f" (untuned {_spread([run['untuned'] for run in runs])})"
         has_forgetting = all(run["forgetting"] is not None for run in runs)
         rows.append(
             [
@@ -121,7 +123,7 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
                 runs[0]["renew_used"] or "-",
                 f"{mean_of(runs, 'memory_bytes'):,.0f}",
                 f"{mean_of(runs, 'memory_images'):,.0f}",
-                f"{statistics.fmean(accuracies):.1f} ± {deviation(accuracies):.1f}",
+                final,
                 f"{100 * mean_of(runs, 'average_accuracy'):.1f}",
                 f"{100 * mean_of(runs, 'forgetting'):.1f}" if has_forgetting else "-",
                 _shortcut_cell([run["shortcut"] for run in runs]),
@@ -131,6 +133,11 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
             ]
         )
     return markdown_table(rows)
+
+
+def _spread(runs: Sequence[dict[str, Any]]) -> str:
+    accuracies = [100 * run["final_accuracy"] for run in runs]
+    return f"{statistics.fmean(accuracies):.1f} ± {deviation(accuracies):.1f}"
 
 
 def called_new(reports: Sequence[dict[str, Any] | None], images: str) -> float | None:

@@ -346,6 +346,9 @@ def run(
     stream = list(benchmark.train_stream)
     steps = [stream] if name == "joint" else [[experience] for experience in stream]
     matrix: list[list[float | None]] = [[None] * len(tests) for _ in tests]
+    before: list[list[float | None]] = [[None] * len(tests) for _ in tests]
+    replays = [each for each in strategy.plugins if isinstance(each, hmn_replay.MemoryReplay)]
+    tuning = [replay for replay in replays if replay.tune != "none"]
     seconds = 0.0
     for step, experiences in enumerate(steps, 1 + len(stream) - len(steps)):
         started = time.perf_counter()
@@ -357,6 +360,9 @@ def run(
         # Classes not seen yet have never been a target: nothing to learn from their score.
         for column, seen in enumerate(tests[:step]):
             matrix[step - 1][column] = score(strategy.model, seen.images, seen.labels)
+            for replay in tuning:
+                with replay.untuned(strategy.model):
+                    before[step - 1][column] = score(strategy.model, seen.images, seen.labels)
         summary = summarise(matrix, [len(images) for images in tests])
         print(
             f"{name}, seed {seed}: experience {step}/{len(tests)}, accuracy "
@@ -390,6 +396,7 @@ def run(
         "memory_images": use.num_images,
         "accuracy_matrix": matrix,
         **summary,
+        "untuned": summarise(before, [len(images) for images in tests]) if tuning else None,
         "shortcut": shortcut,
         "psnr_by_experience": psnr,
         "train_seconds": seconds - use.seconds,

@@ -9,13 +9,14 @@ replay.memory.save("seen.hmn")
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
@@ -161,8 +162,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             neither can be it is ``"plain"``, with one warning: a criterion other than
             ``CrossEntropyLoss`` without label smoothing, task labels above 0, or a strategy with a
             loss of its own, such as DER, for which replayed images count as current ones.
-        renew: When an experience is taken into the memory: ``"before"`` or ``"after"`` it is trained
-            on. The default, ``"auto"``, is ``"before"`` where the loss is ``"separated"`` or
+        renew: When an experience is taken into the memory: ``"before"`` or ``"after"`` it is
+            trained on. The default, ``"auto"``, is ``"before"`` where the loss is ``"separated"`` or
             ``"grouped"``, which need it, or ``"auto"`` and can be the first; else ``"after"``.
             Pieces of an online stream are always ``"after"``, with a warning where ``"before"`` was
             asked for. ``"memory_only"`` does not use it.
@@ -452,7 +453,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 raise ConfigError(
                     f"{name} is not for {type(strategy).__name__}, which has a loss of its own"
                 )
-        self._undo_tuning(strategy.model)
+        _take_weights(strategy.model, self._kept.pop(_UNTUNED, {}))
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
         self._old_classes, self._has_learned = old.cpu().clone(), self.store.num_updates > 0
 
@@ -750,13 +751,19 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             for module, mode in modes.items():
                 module.training = mode
 
-    @torch.no_grad()
-    def _undo_tuning(self, model: nn.Module) -> None:
-        """Give the network the weights that it had before the last tuning."""
-        weights = self._kept.pop(_UNTUNED, {})
-        for name, parameter in model.named_parameters():
-            if name in weights and weights[name].shape == parameter.shape:
-                parameter.copy_(weights[name])
+    @contextlib.contextmanager
+    def untuned(self, model: nn.Module) -> Iterator[None]:
+        """Give the network its weights from before the last tuning, inside the block.
+
+        Args:
+            model: The network; without a tuning it stays as it is.
+        """
+        tuned = _on_cpu(dict(model.named_parameters()))
+        _take_weights(model, self._kept.get(_UNTUNED, {}))
+        try:
+            yield
+        finally:
+            _take_weights(model, tuned)
 
     def _read(self, experiences: Sequence[Any]) -> LabelledImages:
         with isolated(self._device, self.seed, "read", self.store.num_updates):
@@ -1370,6 +1377,14 @@ def _draw_balanced(by_class: list[Tensor], count: int, generator: torch.Generato
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies on the CPU, without a graph."""
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def _take_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a network those of some weights whose names and shapes it has."""
+    for name, parameter in model.named_parameters():
+        if name in weights and weights[name].shape == parameter.shape:
+            parameter.copy_(weights[name])
 
 
 def _is_in(value: object, low: float, high: float = math.inf) -> bool:

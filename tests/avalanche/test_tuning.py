@@ -215,3 +215,22 @@ def test_what_cannot_be_tuned_is_refused() -> None:
             KeepFirst(**options)
     with pytest.raises(ConfigError, match="tune is for mode="):
         KeepFirst(tune="all", mode="memory_only")
+
+
+def test_the_weights_before_the_tuning_can_be_had() -> None:
+    seen: list[Tensor] = []
+
+    class Note(SupervisedPlugin[Any]):
+        def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+            seen.append(weights(strategy))
+
+    replay = KeepFirst(batch_size_mem=4, tune="all")
+    strategy = make_strategy([Note(), replay])  # type: ignore[no-untyped-call]
+    for experience in streams().train_stream:
+        train(strategy, [experience])
+        tuned = weights(strategy)
+        with pytest.raises(KeyError), replay.untuned(strategy.model):
+            assert weights(strategy).equal(seen[-1])
+            raise KeyError
+        assert weights(strategy).equal(tuned)
+    assert not tuned.equal(seen[-1])

@@ -131,3 +131,8 @@ def test_the_peak_counts_what_was_freed_until_it_is_reset() -> None:
     before = peak_memory_bytes(cpu)
     reset_peak_memory()
     assert peak_memory_bytes(cpu) < before - 32 * 2**20
+
+
+def test_table_says_what_a_tuned_network_was_before() -> None:
+    results = {"hmn": {"0": run_of(0.6) | {"untuned": {"final_accuracy": 0.5}}}}
+    assert "| 60.0 ± 0.0 (untuned 50.0 ± 0.0) |" in make_table(results)

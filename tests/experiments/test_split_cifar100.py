@@ -235,3 +235,12 @@ def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
         assert (psnr == [100.0, 100.0]) == (name in ("lossless", "raw", "herding")), name
     assert report["results"]["gdumb"]["0"]["psnr_by_experience"] is None
     assert (tmp_path / "accuracy.png").exists() and (tmp_path / "memory.png").exists()
+
+
+def test_a_tuned_stream_says_what_it_was_before(tmp_path: Path) -> None:
+    common = ["--smoke", "--strategies", "raw"]
+    assert main([*common, "--out", str(tmp_path / "none")]) == 0
+    assert main([*common, "--tune", "all", "--out", str(tmp_path / "all")]) == 0
+    plain, tuned = (results_in(tmp_path / name)["results"]["raw"]["0"] for name in ("none", "all"))
+    assert plain["untuned"] is None
+    assert tuned["untuned"]["accuracy_seen"] == plain["accuracy_seen"] != tuned["accuracy_seen"]
