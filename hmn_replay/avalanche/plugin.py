@@ -163,8 +163,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             ``CrossEntropyLoss`` without label smoothing, task labels above 0, or a strategy with a
             loss of its own, such as DER, for which replayed images count as current ones.
         renew: When an experience is taken into the memory: ``"before"`` or ``"after"`` it is
-            trained on. The default, ``"auto"``, is ``"before"`` where the loss is ``"separated"`` or
-            ``"grouped"``, which need it, or ``"auto"`` and can be the first; else ``"after"``.
+            trained on. The default, ``"auto"``, is ``"before"`` where the loss is ``"separated"``
+            or ``"grouped"``, which need it, or ``"auto"`` and can be the first; else ``"after"``.
             Pieces of an online stream are always ``"after"``, with a warning where ``"before"`` was
             asked for. ``"memory_only"`` does not use it.
         distill: Weight, 0 or more, of a term that keeps the network near to the previous one, as it
