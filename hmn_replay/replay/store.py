@@ -26,7 +26,13 @@ from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.labelling import label_images
 from hmn_replay.data.features import read_data
 from hmn_replay.data.images import ImageSource, LabelledImages
-from hmn_replay.errors import BudgetError, CheckpointError, ConfigError, HMNReplayError
+from hmn_replay.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    HMNReplayError,
+    HMNReplayWarning,
+)
 from hmn_replay.memory import Memory, loads
 from hmn_replay.replay.gatherer import Gatherer, first_in_turn
 from hmn_replay.replay.keepers import Keeper, make_keeper
@@ -360,7 +366,7 @@ class ReplayMemory:
         try:
             memory.shrink()
         except BudgetError as error:
-            warnings.warn(f"images keep hard labels: {error}", stacklevel=2)
+            warnings.warn(f"images keep hard labels: {error}", HMNReplayWarning, stacklevel=2)
             return 0
         self.memory = memory
         if self.report:

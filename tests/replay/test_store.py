@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay import HMNReplay, LabelledImages, ReplayMemory, load_dataset
-from hmn_replay.errors import BudgetError, CheckpointError, ConfigError, DataError
+from hmn_replay.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HMNReplayWarning,
+)
 from hmn_replay.memory import MEMORIES, RawMemory
 from hmn_replay.replay import Keeper
 from tests.support import LEARNED, REAL, TINY, real_set
@@ -320,6 +326,6 @@ def test_labels_that_would_take_a_class_its_last_image_are_left_out() -> None:
     assert memory.memory is not None
     held = memory.memory.to_bytes()
     generator = torch.Generator().manual_seed(0)
-    with pytest.warns(UserWarning, match="images keep hard labels: .* one image of each of 9"):
+    with pytest.warns(HMNReplayWarning, match="images keep hard labels: .* one image of each of 9"):
         count = memory.label(lambda images: torch.randn(len(images), 9, generator=generator))
     assert count == 0 and memory.memory.to_bytes() == held
