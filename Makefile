@@ -45,7 +45,7 @@ typecheck: $(STAMP)  ## Check the types
 	$(BIN)/mypy
 
 docs: $(DOCS_STAMP)  ## Build the documentation into build/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # --quiet would let warnings pass
 
 dist: $(STAMP)  ## Build wheel and source distribution into dist, and check them
 	rm -rf dist
