@@ -144,6 +144,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--labels", choices=("hard", "soft"), default="hard",
         help="whether our memories keep what the network says of their images, in the same bytes, "
         "and learn it again")  # fmt: skip
+    add("--crop-fill", choices=("black", "mean"), default="black",
+        help="what crops are padded with: mean is the training set's mean colour")  # fmt: skip
     add("--tune", choices=TUNED, default="none",
         help="what is tuned on our memories, class-balanced, after an experience")  # fmt: skip
     add("--tune-steps", type=int, default=100, help="steps of that tuning")
@@ -300,7 +302,9 @@ def run(
         model.compile(dynamic=True)
     if args.precision != "float32":
         model = MixedPrecision(model, args.precision, args.device)
-    augment_training(model, ("crop",) if args.data in DIGITS else ("crop", "flip"), seed)
+    names = ("crop",) if args.data in DIGITS else ("crop", "flip")
+    fill = channel_stats(train.images)[0] if args.crop_fill == "mean" else 0.0
+    augment_training(model, names, seed, fill)
     options: dict[str, dict[str, Any]] = {
         "hmn": {
             "kind": args.kind,
@@ -465,8 +469,12 @@ class MixedPrecision(nn.Module):
         return self.network.features(images)  # type: ignore[operator]
 
 
-def augment_training(model: nn.Module, names: Sequence[str], seed: int) -> None:
+def augment_training(
+    model: nn.Module, names: Sequence[str], seed: int, fill: Tensor | float = 0.0
+) -> None:
     """Augment every batch that the model is trained on, each image by a draw of its own.
+
+    Crops are padded with ``fill``, a value for all channels or one for each.
 
     At the model's door rather than in a plugin's `before_forward`: DER++ adds its buffer's images
     to the batch after that, and ER-ACE shows them to the model in a second batch.
@@ -478,7 +486,7 @@ def augment_training(model: nn.Module, names: Sequence[str], seed: int) -> None:
         if not module.training:
             return None
         height, width = images.shape[2:]
-        draw = draw_augmentation(names, (height, width), generator, batch=len(images), fill=0.0)
+        draw = draw_augmentation(names, (height, width), generator, batch=len(images), fill=fill)
         return draw(images)
 
     model.register_forward_pre_hook(augment)

@@ -195,6 +195,16 @@ def test_augmentation_meets_every_training_batch_and_no_other() -> None:
     assert again(images).equal(first)
 
 
+def test_crops_are_padded_with_what_is_asked() -> None:
+    fill = torch.tensor([0.25, 0.5, 0.75])
+    model = nn.Identity()
+    augment_training(model, ("crop",), 0, fill)
+    found = model.train()(fill.view(3, 1, 1).expand(20, 3, 8, 8))
+    assert found.equal(fill.view(3, 1, 1).expand_as(found))
+    augment_training(black := nn.Identity(), ("crop",), 0)
+    assert black.train()(torch.ones(20, 3, 8, 8)).min() == 0
+
+
 def test_slim_resnet18_normalises_and_depends_on_the_seed(make_set: Any) -> None:
     args = split_cifar100.parse_arguments(["--model", "slim_resnet18", "--width", "2"])
     train = make_set(image_shape=(3, 32, 32))
