@@ -63,7 +63,7 @@ from hmn_replay.files import write_atomically
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.labels import LABELS
-from hmn_replay.objectives.trajectories import delete_experts, experts_beside
+from hmn_replay.objectives.trajectories import delete_checkpoint
 from hmn_replay.runtime import PRECISIONS, resolve_device
 from hmn_replay.training.train import TrainingConfig
 
@@ -224,9 +224,7 @@ def measure_one(
             )
             report = memory.report
         memory.save(path)
-        checkpoint = path.with_suffix(".checkpoint")
-        checkpoint.unlink(missing_ok=True)
-        delete_experts(experts_beside(checkpoint))
+        delete_checkpoint(path.with_suffix(".checkpoint"))
         return {
             "images": memory.num_images,
             "bytes": memory.file_bytes,

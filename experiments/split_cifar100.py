@@ -362,11 +362,10 @@ def run(
         if use.num_bytes > args.budget:
             raise BudgetError(f"{name} stores {use.num_bytes} bytes; the budget is {args.budget}")
         # Classes not seen yet have never been a target: nothing to learn from their score.
-        for column, seen in enumerate(tests[:step]):
-            matrix[step - 1][column] = score(strategy.model, seen.images, seen.labels)
-            for replay in tuning:
-                with replay.untuned(strategy.model):
-                    before[step - 1][column] = score(strategy.model, seen.images, seen.labels)
+        matrix[step - 1][:step] = score_each(strategy.model, tests[:step])
+        for replay in tuning:
+            with replay.untuned(strategy.model):
+                before[step - 1][:step] = score_each(strategy.model, tests[:step])
         summary = summarise(matrix, [len(images) for images in tests])
         print(
             f"{name}, seed {seed}: experience {step}/{len(tests)}, accuracy "
@@ -407,6 +406,10 @@ def run(
         "memory_seconds": use.seconds,
         "peak_rss_bytes": peak_memory_bytes(torch.device("cpu")),
     }
+
+
+def score_each(model: nn.Module, parts: Sequence[LabelledImages]) -> list[float]:
+    return [score(model, part.images, part.labels) for part in parts]
 
 
 def load(args: argparse.Namespace, split: Split) -> LabelledImages:

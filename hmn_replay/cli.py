@@ -41,7 +41,7 @@ from hmn_replay.errors import (
 from hmn_replay.files import check_target, clear_stale
 from hmn_replay.memory.export import DD_RANKING
 from hmn_replay.memory.file import read_file
-from hmn_replay.objectives.trajectories import delete_experts, experts_beside
+from hmn_replay.objectives.trajectories import delete_checkpoint, delete_experts, experts_beside
 from hmn_replay.runtime import PRECISIONS
 from hmn_replay.settings import check_options
 
@@ -165,8 +165,7 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
     if team.first:
         clear_stale(out)
         if args.restart:
-            checkpoint.unlink(missing_ok=True)
-            delete_experts(experts_beside(checkpoint))
+            delete_checkpoint(checkpoint)
         elif checkpoint.exists():
             _note(args, f"resuming from {checkpoint}")
     try:

@@ -24,7 +24,7 @@ from hmn_replay.budget import Budget
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.memory.base import MEMORIES, Memory
 from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
-from hmn_replay.objectives.trajectories import delete_experts, experts_beside
+from hmn_replay.objectives.trajectories import delete_checkpoint
 from hmn_replay.runtime import derive_seed
 from hmn_replay.training.train import TrainingConfig
 
@@ -173,9 +173,7 @@ def finished(
     cell = study.store.once("memory", identity, compute)
     if "error" in cell:
         return None
-    checkpoint = path.with_suffix(".checkpoint")
-    checkpoint.unlink(missing_ok=True)
-    delete_experts(experts_beside(checkpoint))
+    delete_checkpoint(path.with_suffix(".checkpoint"))
     return path
 
 

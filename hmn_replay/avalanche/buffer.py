@@ -174,24 +174,22 @@ class MemoryBuffer(ExemplarsBuffer):
         A piece of an online stream is gathered, as :class:`~hmn_replay.MemoryReplay` says.
         """
         self.replay.learn(agent, exp)
-        self._logits = None
-        if self.needs_logits and len(self.buffer):
-            self._logits = self._compute_logits(agent)
+        self._logits = self._compute_logits(agent)
 
     def resize(self, strategy: Any, new_size: int) -> None:
         """Show at most so many images; the memory itself keeps its own."""
-        self.max_size, self._logits = new_size, None
-        if self.needs_logits and len(self.buffer):
-            self._logits = self._compute_logits(strategy)
+        self.max_size = new_size
+        self._logits = self._compute_logits(strategy)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no image that can be decoded again."""
         return {**self.__dict__, "_buffer": None, "_made_for": ()}
 
     @torch.no_grad()
-    def _compute_logits(self, agent: Any) -> Tensor:
+    def _compute_logits(self, agent: Any) -> Tensor | None:
         memory = self.replay.memory
-        assert memory is not None, "there are images to compute logits of"
+        if not self.needs_logits or memory is None or not len(memory):
+            return None
         # Of images that are not augmented, by a loader with a generator of its own: it would draw
         # from torch's global one.
         loader = DataLoader(self._dataset(memory), batch_size=_BATCH, generator=torch.Generator())

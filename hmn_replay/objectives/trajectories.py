@@ -33,6 +33,7 @@ from hmn_replay.training.train import TrainingConfig, make_network, train_networ
 __all__ = [
     "EXPERT_TRAINING",
     "Experts",
+    "delete_checkpoint",
     "delete_experts",
     "experts_beside",
     "record_experts",
@@ -225,6 +226,16 @@ def record_experts(
 def experts_beside(checkpoint: str | Path) -> Path:
     """Return the folder of the experts that belong to a checkpoint: ``NAME.experts`` beside it."""
     return Path(f"{checkpoint}.experts")
+
+
+def delete_checkpoint(checkpoint: str | Path) -> None:
+    """Delete a checkpoint, and the experts that lie beside it; both may be absent.
+
+    Raises:
+        OSError: A file cannot be deleted.
+    """
+    Path(checkpoint).unlink(missing_ok=True)
+    delete_experts(experts_beside(checkpoint))
 
 
 def delete_experts(folder: str | Path) -> None:
