@@ -144,8 +144,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--labels", choices=("hard", "soft"), default="hard",
         help="whether our memories keep what the network says of their images, in the same bytes, "
         "and learn it again")  # fmt: skip
-    add("--crop-fill", choices=("black", "mean"), default="black",
-        help="what crops are padded with: mean is the training set's mean colour")  # fmt: skip
+    add("--crop-fill", choices=("mean", "black"), default="mean",
+        help="what crops are padded with: the training set's mean colour, or black")  # fmt: skip
     add("--tune", choices=TUNED, default="none",
         help="what is tuned on our memories, class-balanced, after an experience")  # fmt: skip
     add("--tune-steps", type=int, default=100, help="steps of that tuning")
