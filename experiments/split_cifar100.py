@@ -161,9 +161,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--expected-classes", type=int, help="tell HMN and JPEG how many classes will come in all")
     add("--kind", default="hmn", help="memory kind of the strategy hmn: hmn, pixels, idc, ...")
     add("--effort", default="draft", help="of HMN's condensation: draft, quick, standard, paper")
-    add("--matching-networks", choices=("trained", "own"), default="trained",
+    add("--matching-networks", choices=("auto", "trained", "own"), default="auto",
         help="of HMN: own matches on the strategy's network once it has learned; its model must "
-        "have features, as convnet has")  # fmt: skip
+        "have features, as convnet has; auto is own where it can be")  # fmt: skip
     add("--set", action="append", default=[], metavar="FIELD=VALUE",
         help="any setting of hmn_replay.CondenseConfig, for HMN; several times")  # fmt: skip
     add("--device", default="auto", help="cpu, cuda, ... (default: CUDA where present, else cpu)")

@@ -58,7 +58,7 @@ from hmn_replay.avalanche.streams import (
     split_class_keys,
 )
 from hmn_replay.budget import Budget, as_int, as_number
-from hmn_replay.condensation.config import CondenseConfig
+from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
 from hmn_replay.condensation.loop import check_given_networks
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import as_floats
@@ -295,6 +295,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._model: nn.Module | None = None
         self._found = self.normalization
         self._item_length = 0
+        self._image_shape: tuple[int, ...] = ()
         self._is_renewed = False
         self._warned: set[str] = set()
         self._loss_now: ReplayLoss = plain
@@ -672,7 +673,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def _check_data(self, experiences: Sequence[Any]) -> None:
         self._found = self.normalization or find_normalization(*(e.dataset for e in experiences))
         with isolated(self._device, self.seed, "check"):
-            self._item_length = check_experiences(experiences, self._found)
+            self._item_length, self._image_shape = check_experiences(experiences, self._found)
 
     def _learn(self, strategy: Strategy, experience: Any) -> LabelledImages | None:
         experiences = _experiences_of(strategy, experience)
@@ -1077,7 +1078,11 @@ class HMNReplay(MemoryReplay):
             the new ones, and the first experience has none. The first weights are a copy in working
             memory, no part of the memory's file or budget. For networks with ``features(images)``,
             such as those of :func:`hmn_replay.build_network`, where the objective matches features;
-            unless it does, not for task labels above 0.
+            unless it does, not for task labels above 0. Default: ``"auto"``, the strategy's own
+            where its ``features`` are a list, of each of its blocks, and else networks would be
+            trained for an objective that matches features, with the settings that an effort has for
+            them; otherwise ``"trained"``. The report says how many states of its own were used, as
+            ``networks_given``.
         **options: Fields of :class:`~hmn_replay.CondenseConfig`, but those of
             :class:`~hmn_replay.LabelConfig`.
 
@@ -1113,11 +1118,13 @@ class HMNReplay(MemoryReplay):
         seed: int = 0,
         device: str | torch.device | None = None,
         progress: bool = False,
-        matching_networks: Literal["trained", "own"] = "trained",
+        matching_networks: Literal["auto", "trained", "own"] = "auto",
         **options: Any,
     ) -> None:
-        if matching_networks not in ("trained", "own"):
-            raise ConfigError(f"matching_networks is trained or own; got {matching_networks!r}")
+        if matching_networks not in ("auto", "trained", "own"):
+            raise ConfigError(
+                f"matching_networks is auto, trained or own; got {matching_networks!r}"
+            )
         keeper = LearnedKeeper(
             budget,
             kind=kind,
@@ -1151,6 +1158,12 @@ class HMNReplay(MemoryReplay):
             raise ConfigError("features are not matched: leave matching_networks out")
         self.matching_networks = matching_networks
         self._config = keeper.config
+        self._may_match_own = matching_networks == "own" or (
+            matching_networks == "auto"
+            and not keeper.holds_features
+            and get_objective(keeper.config.objective).matches_features
+            and _trains_usual_networks(keeper.config)
+        )
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Bring the memory to where it is condensed; note the network's first weights."""
@@ -1159,8 +1172,10 @@ class HMNReplay(MemoryReplay):
             self.memory.to(self.compute_device)
         if self.matching_networks == "own":
             check_given_networks(self._config.objective, [strategy.model])
-            if _FIRST not in self._kept:
-                self._kept[_FIRST] = _on_cpu(strategy.model.state_dict())
+        has_features = callable(getattr(strategy.model, "features", None))
+        is_needed = self.matching_networks == "own" or (self._may_match_own and has_features)
+        if is_needed and _FIRST not in self._kept:
+            self._kept[_FIRST] = _on_cpu(strategy.model.state_dict())
 
     def before_train_dataset_adaptation(
         self, strategy: Strategy, *args: Any, **kwargs: Any
@@ -1178,7 +1193,7 @@ class HMNReplay(MemoryReplay):
     def _networks(self) -> Sequence[nn.Module]:
         """Return the network as it was at first and as it is, once it has learned anything."""
         model, first = self._model, self._kept.get(_FIRST)
-        if self.matching_networks != "own" or model is None or first is None:
+        if not self._may_match_own or model is None or first is None:
             return ()
         now, start = copy.deepcopy(model), copy.deepcopy(model)
         changed = False
@@ -1188,6 +1203,9 @@ class HMNReplay(MemoryReplay):
                 changed = changed or not first[name].equal(value.cpu())
                 value.copy_(first[name])
         if not changed:
+            return ()
+        shape = self._image_shape if self.memory is None else self.memory.image_shape
+        if self.matching_networks == "auto" and not _gives_blocks(now, shape, self._device):
             return ()
         found = self._found
         return [each if found is None else _Normalising(each, found) for each in (start, now)]
@@ -1372,6 +1390,32 @@ def _draw_balanced(by_class: list[Tensor], count: int, generator: torch.Generato
         for index, share in zip(order[:count].tolist(), drawn.tolist(), strict=True)
     ]
     return torch.stack(chosen)
+
+
+def _trains_usual_networks(config: CondenseConfig) -> bool:
+    """Return whether networks are trained to match on, and nothing was chosen about them."""
+
+    def chosen(each: CondenseConfig) -> list[Any]:
+        names = [n for n in type(each).model_fields if n.startswith(("network", "trained_"))]
+        return [getattr(each, name) for name in names]
+
+    usual = [chosen(make_config(effort)) for effort in EFFORTS]
+    return config.trained_networks > 0 and chosen(config) in usual
+
+
+@torch.no_grad()
+def _gives_blocks(model: nn.Module, image_shape: Sequence[int], device: torch.device) -> bool:
+    """Return whether a network gives logits of images alone, and the features of several blocks."""
+    images = torch.full((2, *image_shape), 0.5, device=device)
+    try:
+        with isolated(device, 0, "features"), evaluating(model):
+            logits, blocks = model(images), model.features(images)  # type: ignore[operator]
+    except Exception:  # whatever a network's own code may raise
+        return False
+    are_blocks = isinstance(blocks, list | tuple) and all(
+        isinstance(each, Tensor) and len(each) == len(images) for each in blocks
+    )
+    return are_blocks and len(blocks) > 1 and getattr(logits, "ndim", 0) == 2
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

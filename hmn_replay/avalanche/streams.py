@@ -133,21 +133,24 @@ def find_normalization(*datasets: Any) -> Normalization | None:
     return next(iter(found["eval"]), None)
 
 
-def check_experiences(experiences: Sequence[Any], normalization: Normalization | None) -> int:
+def check_experiences(
+    experiences: Sequence[Any], normalization: Normalization | None
+) -> tuple[int, tuple[int, ...]]:
     """Read the first image, so that data that cannot be used is refused before training.
 
     Returns:
-        How many parts an item has: 2, or 3 with a task label; 0 where there is no item.
+        How many parts an item has, 2, or 3 with a task label; and the shape ``(C, H, W)`` of its
+        image. 0 and ``()`` where there is no item.
 
     Raises:
         DataError: As :func:`read_experiences`.
     """
     dataset = _eval_data(experiences)
     if not len(dataset):
-        return 0
+        return 0, ()
     image, _ = _fetch(dataset, 0, normalization)
-    to_image(image, "image 0 of the experience")
-    return len(dataset[0])
+    shape = tuple(to_image(image, "image 0 of the experience").shape)
+    return len(dataset[0]), shape
 
 
 def first_of_each_class(

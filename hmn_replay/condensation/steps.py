@@ -328,16 +328,20 @@ def try_matching(
     objective = get_objective(config.objective)
     images = _not_alone(context.real_images(context.real.members[context.first_class][:2]))
     network.eval()
-    wanted = 1 + (context.memory.num_classes - 1 if logits is None else max(logits))
+    # A network that is given is asked for no logit where features are matched.
+    wants_logits = logits is None or not objective.matches_features
+    run = network if wants_logits else network.features
     try:
         with torch.no_grad(), autocast(device, config.precision):
-            found = network(images)
+            found = run(images)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ConfigError(
             f"{name} cannot be matched on: it does not take images {tuple(images.shape)} ({error})"
         ) from error
     shape: tuple[int, ...] = tuple(getattr(found, "shape", ()))
-    if len(shape) != 2 or shape[0] != len(images) or shape[1] < wanted:
+    wanted = 1 + (context.memory.num_classes - 1 if logits is None else max(logits))
+    has_logits = len(shape) == 2 and shape[0] == len(images) and shape[1] >= wanted
+    if wants_logits and not has_logits:
         raise ConfigError(
             f"a network to match on returns logits (B, K), K of {wanted} or more here; {name} "
             f"returns {shape or type(found).__name__} for {len(images)} images"

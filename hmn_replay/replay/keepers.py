@@ -249,7 +249,8 @@ class LearnedKeeper(Keeper):
             progress=progress and sys.stderr.isatty(),
             networks=networks,
         )
-        return condensed, {**condensed.report, "effort": self.effort}
+        note = {"effort": self.effort, "networks_given": len(networks)}
+        return condensed, {**condensed.report, **note}
 
     def _expected(self, images: LabelledImages) -> int | None:
         if self.expected_classes is not None:

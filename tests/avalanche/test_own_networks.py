@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
 from hmn_replay import build_network
 from hmn_replay.avalanche.plugin import HMNReplay
+from hmn_replay.condensation.config import EFFORTS, CondenseConfig
 from hmn_replay.errors import CheckpointError, ConfigError
 from tests.streams import (
     SHAPE,
@@ -64,6 +65,52 @@ def test_it_serves_once_it_has_learned(options: dict[str, Any], expected: list[b
     learn(replay)
     assert trains_networks(replay) == expected
     assert replay.memory is not None and replay.memory.num_classes == 4
+
+
+def test_features_are_matched_where_task_labels_tell_classes_apart() -> None:
+    replay = make_replay(loss="plain")
+    strategy = make_strategy([replay], model=convnet())
+    train(strategy, streams("nc_tasks").train_stream)
+    assert [entry["networks_given"] for entry in replay.report] == [2, 2]
+
+
+class _OneBlock(nn.Module):
+    """A network whose features are those of one layer, as torchvision's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 2, 3)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("options", "make", "expected"),
+    [
+        ({}, convnet, [0, 2]),
+        ({"renew": "after"}, convnet, [2, 2]),
+        ({"pruning": "order"}, convnet, [0, 2]),
+        ({}, make_model, [0, 0]),
+        ({}, _OneBlock, [0, 0]),
+        ({"network_width": 4}, convnet, [0, 0]),
+        ({"trained_passes": 30}, convnet, [0, 0]),
+        ({"objective": "gradient"}, convnet, [0, 0]),
+        ({"trained_networks": 0}, convnet, [0, 0]),
+        ({"matching_networks": "trained"}, convnet, [0, 0]),
+    ],
+)
+def test_by_default_it_serves_where_it_can(
+    options: dict[str, Any], make: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {k: v for k, v in OWN.items() if k in CondenseConfig.model_fields}
+    monkeypatch.setitem(EFFORTS, "draft", settings)
+    replay = HMNReplay(6000, batch_size_mem=4, device="cpu", **options)
+    strategy = make_strategy([replay], model=make())
+    train(strategy, streams().train_stream)
+    assert [entry["networks_given"] for entry in replay.report] == expected
+    assert ("first_weights" in replay.state_dict()) == any(expected) or make is _OneBlock
 
 
 def test_the_memory_depends_on_what_it_has_learned() -> None:
@@ -147,5 +194,5 @@ def test_a_network_that_cannot_serve_is_refused_before_training() -> None:
             train(strategy, streams(kind).train_stream)
         # Of a benchmark with task labels, the first experience has none above 0.
         assert kind == "nc_tasks" or weights(strategy).equal(before)
-    with pytest.raises(ConfigError, match="matching_networks is trained or own"):
+    with pytest.raises(ConfigError, match="matching_networks is auto, trained or own"):
         make_replay(matching_networks="mine")

@@ -173,9 +173,9 @@ def test_a_wrong_normalisation_is_refused() -> None:
 
 
 def test_checking_returns_how_many_parts_an_item_has() -> None:
-    assert check_experiences([Experience((IMAGE, 1))], None) == 2
-    assert check_experiences([Experience((IMAGE, 1, 0))], None) == 3
-    assert check_experiences([Experience()], None) == 0
+    assert check_experiences([Experience((IMAGE, 1))], None) == (2, tuple(IMAGE.shape))
+    assert check_experiences([Experience((IMAGE, 1, 0))], None) == (3, tuple(IMAGE.shape))
+    assert check_experiences([Experience()], None) == (0, ())
 
 
 def test_arrays_and_pictures_are_read() -> None:

@@ -146,6 +146,13 @@ def flat(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     return Plain(nn.Flatten(), nn.Linear(192, num_classes))
 
 
+def test_features_are_matched_without_a_logit_for_each_class(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    memory = tiny(make_set(labels=(0, 1, 2)), make_layout(), networks=[network(0, num_classes=2)])
+    assert memory.num_classes == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -153,7 +160,7 @@ def flat(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         ({"network": ("convnet", one_channel)}, r"does not take images \(2, 3, 8, 8\)"),
         ({"network": (one_logit,), "objective": "mtt"}, r"K of 3 or more here"),
         ({"network": (flat,), "objective": "distribution"}, r"no features"),
-        ({"networks": [network(0, num_classes=2)]}, r"K of 3 or more here"),
+        ({"networks": [network(0, num_classes=2)], "objective": "gradient"}, r"K of 3 or more"),
         ({"networks": network(0)}, r"give \[network\]"),
     ],
 )
