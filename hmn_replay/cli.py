@@ -323,7 +323,8 @@ def export(args: argparse.Namespace) -> Result:
         raise ConfigError(
             "name a DIR, --npz FILE, --contact-sheet FILE or --dd-ranking DIR to write to"
         )
-    _check_not_read(args.file, args.npz, sheet)
+    _check_not_read("--npz", args.npz, args.file)
+    _check_not_read("--contact-sheet", sheet, args.file)
     memory = hmn_replay.load(args.file, device=args.device)
     written = {"file": str(args.file)}
     if folder:
@@ -356,6 +357,7 @@ def gallery(args: argparse.Namespace) -> Result:
     if args.out.suffix not in (".html", ".htm"):
         raise ConfigError(f"OUT must be an .html file; got {str(args.out)!r}")
     check_target(args.out)
+    _check_not_read("OUT", args.out, *args.files, _data_path(args))
     sources = _load_data(args, "train") if args.data else None
     page = hmn_replay.Gallery(args.title, sources=sources, images_per_class=args.images_per_class)
     for file in args.files:
@@ -832,17 +834,21 @@ def _check_out(args: argparse.Namespace) -> None:
     out: Path = args.out
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out: {str(out)!r} must be a file, in a folder that exists")
-    target = check_target(out)
-    is_name = args.data.lower().replace("-", "_") in hmn_replay.DATASETS
-    if not is_name and target == Path(os.path.realpath(os.path.expanduser(args.data))):
-        raise ConfigError(f"--out: {str(out)!r} is the data set itself; name another file")
+    check_target(out)
+    _check_not_read("--out", out, _data_path(args))
 
 
-def _check_not_read(source: Path | str, *outputs: Path | None) -> None:
-    """Refuse to write over the memory that is read."""
-    for path in outputs:
-        if path is not None and os.path.realpath(path) == os.path.realpath(source):
-            raise ConfigError(f"{str(path)!r} is the memory itself; name another file")
+def _check_not_read(option: str, output: Path | None, *read: Path | None) -> None:
+    """Refuse to write a file over one that the sub-command reads."""
+    if output and os.path.realpath(output) in {os.path.realpath(path) for path in read if path}:
+        raise ConfigError(f"{option}: {str(output)!r} is read by this command; name another file")
+
+
+def _data_path(args: argparse.Namespace) -> Path | None:
+    """Return the file or folder that --data gives; None for the name of a data set, or nothing."""
+    if not args.data or args.data.lower().replace("-", "_") in hmn_replay.DATASETS:
+        return None
+    return Path(os.path.expanduser(args.data))
 
 
 def _load_data(args: argparse.Namespace, split: Split) -> hmn_replay.LabelledImages:

@@ -280,13 +280,31 @@ def test_export_writes_what_is_asked(run: Console, memory_file: Path, tmp_path: 
     assert sheet.is_file()
     run("export", memory_file, folder, code=2)
     assert "exists already and is not an empty folder" in run.err
-    held = memory_file.read_bytes()
-    for option in ("--npz", "--contact-sheet"):
-        run("export", memory_file, option, memory_file, code=2)
-        assert "is the memory itself; name another file" in run.err
-    assert memory_file.read_bytes() == held
     run("export", memory_file, code=2)
     assert "name a DIR, --npz FILE, --contact-sheet FILE or --dd-ranking DIR" in run.err
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("export MEMORY --npz MEMORY", "--npz"),
+        ("export MEMORY pictures --contact-sheet LINK", "--contact-sheet"),
+        ("gallery MEMORY other.html LINK", "OUT"),
+        ("gallery MEMORY page.html --data page.html", "OUT"),
+    ],
+)
+def test_what_is_read_is_not_written_over(
+    run: Console, memory_file: Path, monkeypatch: pytest.MonkeyPatch, line: str, option: str
+) -> None:
+    monkeypatch.chdir(memory_file.parent)
+    held = memory_file.read_bytes()
+    Path("link.html").symlink_to(memory_file.name)
+    line = line.replace("MEMORY", memory_file.name).replace("LINK", "link.html")
+    run(*line.split(), code=2)
+    assert f"error: {option}: " in run.err
+    assert "is read by this command; name another file" in run.err
+    assert memory_file.read_bytes() == held
+    assert not Path("pictures").exists()
 
 
 @pytest.fixture
@@ -680,10 +698,10 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
     os.mkfifo(pipe)
     common = ["condense", "--budget", BUDGET, "--data", data, "--out"]
     for out, message in (
-        (data, "is the data set itself"),
-        (link, "is the data set itself"),
+        (data, "is read by this command"),
+        (link, "is read by this command"),
         (pipe, "Not a regular file"),
     ):
-        run(*common, out, code=2 if "itself" in message else 1)
+        run(*common, out, code=2 if "read by" in message else 1)
         assert message in run.err
     assert data.read_bytes() == b""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -330,7 +330,7 @@ def try_matching(
     network.eval()
     # A network that is given is asked for no logit where features are matched.
     wants_logits = logits is None or not objective.matches_features
-    run = network if wants_logits else network.features
+    run: Any = network if wants_logits else network.features
     try:
         with torch.no_grad(), autocast(device, config.precision):
             found = run(images)

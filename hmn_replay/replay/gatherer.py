@@ -44,29 +44,35 @@ class Gatherer:
         self.num_seen: Counter[int] = Counter()
         # One tensor an image: one is replaced without a copy of the others.
         self._images: list[Tensor] = []
-        self._labels = torch.empty(0, dtype=torch.int64)
-        self._priorities = torch.empty(0, dtype=torch.float32)
+        # One tensor a piece, joined where the gatherer is full or asked for what it has.
+        self._labels = [torch.empty(0, dtype=torch.int64)]
+        self._priorities = [torch.empty(0, dtype=torch.float32)]
 
     def add(self, data: LabelledImages) -> None:
         """Add images or features, and drop what is beyond the capacity."""
         generator = make_generator(self.seed, "raw buffer", self.num_seen.total())
         drawn = torch.rand(len(data), dtype=torch.float32, generator=generator)
-        priorities = torch.cat([self._priorities, drawn])
-        labels = torch.cat([self._labels, data.labels])
-        kept = torch.arange(len(labels))
-        if len(labels) > self.capacity:
+        if len(self) + len(data) <= self.capacity:
+            self._images += [data.images[i].clone() for i in range(len(data))]
+            self._labels.append(data.labels.clone())
+            self._priorities.append(drawn)
+        else:
+            labels = torch.cat([*self._labels, data.labels])
+            priorities = torch.cat([*self._priorities, drawn])
             kept = first_in_turn(labels, priorities)[: self.capacity].sort().values
-        num_old = len(self)
-        self._images = [
-            self._images[i] if i < num_old else data.images[i - num_old].clone()
-            for i in kept.tolist()
-        ]
-        self._labels, self._priorities = labels[kept], priorities[kept]
+            num_old = len(self)
+            self._images = [
+                self._images[i] if i < num_old else data.images[i - num_old].clone()
+                for i in kept.tolist()
+            ]
+            self._labels, self._priorities = [labels[kept]], [priorities[kept]]
         self.num_seen.update(data.labels.tolist())
 
     def images(self) -> LabelledImages | None:
         """Return the images that are kept; None where there is none."""
-        return _labelled(torch.stack(self._images), self._labels) if self._images else None
+        if not self._images:
+            return None
+        return _labelled(torch.stack(self._images), torch.cat(self._labels))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what was gathered, as tensors."""
@@ -74,8 +80,8 @@ class Gatherer:
         images = torch.stack(self._images) if self._images else torch.empty(0, dtype=torch.uint8)
         return {
             "images": images,
-            "labels": self._labels,
-            "priorities": self._priorities,
+            "labels": torch.cat(self._labels),
+            "priorities": torch.cat(self._priorities),
             "seen": seen,
         }
 
@@ -101,7 +107,7 @@ class Gatherer:
             raise CheckpointError("less than no images were seen")
         self.num_seen = Counter({label: count for label, count in state["seen"].tolist()})
         self._images = [image.clone() for image in state["images"]]
-        self._labels, self._priorities = state["labels"].clone(), state["priorities"].clone()
+        self._labels, self._priorities = [state["labels"].clone()], [state["priorities"].clone()]
 
 
 def _labelled(images: Tensor, labels: Tensor) -> LabelledImages:

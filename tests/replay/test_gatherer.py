@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.replay.gatherer import Gatherer
@@ -32,6 +35,30 @@ def test_a_gatherer_keeps_all_that_fits() -> None:
     assert data is not None
     assert data.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert data.labels.tolist() == [1, 2, 1, 5, 5, 5]
+
+
+def test_what_fits_costs_the_same_however_much_is_there() -> None:
+    class Counted(TorchDispatchMode):
+        """Counts the values that torch computes."""
+
+        num_values = 0
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            self.num_values += result.numel() if isinstance(result, Tensor) else 0
+            return result
+
+    def cost(gatherer: Gatherer) -> int:
+        counted: Counted = Counted()  # type: ignore[no-untyped-call]
+        with counted:
+            gatherer.add(piece([3, 4]))
+        return counted.num_values
+
+    little, much = Gatherer(1000, seed=0), Gatherer(1000, seed=0)
+    much.add(piece([0, 1] * 100))
+    assert cost(little) == cost(much)
 
 
 def test_a_full_gatherer_is_class_balanced() -> None:
