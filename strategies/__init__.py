@@ -106,7 +106,7 @@ def build(
     expected_classes: int | None = None,
     evaluator: EvaluationPlugin | None = None,
     plugins: Sequence[SupervisedPlugin[Any]] = (),
-    progress: bool = False,
+    progress: bool = True,
     **options: Any,
 ) -> Strategy:
     """Build an Avalanche strategy whose memory never takes more than a budget.

@@ -207,7 +207,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         seed: Seed of every draw.
         device: Where the memory is made: None for the strategy's device, ``"auto"`` for CUDA where
             there is one, else the CPU, or anything that ``torch.device`` takes.
-        progress: Whether to print a line on standard error after each update.
+        progress: Whether to print a line on standard error after each update, which says its
+            images, bytes and seconds.
 
     Raises:
         ConfigError: A value outside its range.
@@ -252,7 +253,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         max_raw_images: int = 10_000,
         seed: int = 0,
         device: str | torch.device | None = None,
-        progress: bool = False,
+        progress: bool = True,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         _check_settings(mode, batch_size_mem, replay_weight, loss, renew, distill, recode_share)
@@ -1069,8 +1070,8 @@ class HMNReplay(MemoryReplay):
         max_raw_images: Bound on the raw images gathered of an online experience.
         seed: Seed of every draw.
         device: Where to condense. Default: None, the strategy's device.
-        progress: Whether to print a line on standard error after each update; in a terminal bars
-            are shown too.
+        progress: Whether to print a line on standard error after each update, which says its
+            images, bytes and seconds; in a terminal, bars are shown meanwhile.
         matching_networks: ``"trained"``: what matching needs is trained from scratch on the
             experience, as ``trained_networks`` says. ``"own"``: once the strategy's network has
             learned anything, points between its first weights and those it has take their place,
@@ -1117,7 +1118,7 @@ class HMNReplay(MemoryReplay):
         max_raw_images: int = 10_000,
         seed: int = 0,
         device: str | torch.device | None = None,
-        progress: bool = False,
+        progress: bool = True,
         matching_networks: Literal["auto", "trained", "own"] = "auto",
         **options: Any,
     ) -> None:

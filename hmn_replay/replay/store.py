@@ -218,11 +218,13 @@ class ReplayMemory:
         self.report.append(json.loads(json.dumps(entry)))
         self.memory, self._num_updates = memory, index + 1
         if self.progress:
-            reason = entry.get("unused_reason")
+            reason, budget = entry.get("unused_reason"), memory.budget_bytes
             print(
                 f"hmn_replay, update {index}: {memory.num_images:,} images of "
-                f"{len(entry['images_per_class'])} classes in {memory.file_bytes:,} bytes, "
-                f"{entry['seconds']:.0f} s" + (f" ({reason})" if reason else ""),
+                f"{len(entry['images_per_class'])} classes in {memory.file_bytes:,} bytes"
+                + (f", {100 * memory.file_bytes / budget:.1f} % of the budget" if budget else "")
+                + f", {entry['seconds']:.0f} s"
+                + (f" ({reason})" if reason else ""),
                 file=sys.stderr,
                 flush=True,
             )

@@ -218,14 +218,16 @@ def test_a_training_under_autocast_is_condensed_in_full_precision() -> None:
 
 
 def test_progress_is_a_line_an_update(capsys: pytest.CaptureFixture[str]) -> None:
-    train(make_strategy([make_replay(progress=True)]), streams().train_stream)
+    train(make_strategy([make_replay()]), streams().train_stream)
     first, second = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r"hmn_replay, update 0: [\d,]+ images of 2 classes in [\d,]+ bytes, \d+ s "
+        r"hmn_replay, update 0: [\d,]+ images of 2 classes in [\d,]+ bytes, [\d.]+ % of the budget, \d+ s "
         r"\(the memory has an image for every real one of its new classes\)",
         first,
     )
     assert "update 1" in second and "4 classes" in second
+    train(make_strategy([make_replay(progress=False)]), streams().train_stream)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_loaded_memory_is_replayed_and_extended(tmp_path: Path) -> None:
