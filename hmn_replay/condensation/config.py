@@ -284,9 +284,10 @@ class CondenseConfig(LabelConfig):
 EFFORTS: dict[str, dict[str, Any]] = {
     "draft": {
         "warm_start_steps": 400,
-        "outer_steps": 5,
+        "outer_steps": 10,
         "trained_networks": 2,
         "trained_passes": 10_000,
+        "pruning": "order",
         "pruning_passes": 5000,
     },
     "quick": {},
@@ -329,7 +330,8 @@ def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
 
     Args:
         effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``.
-        **options: Fields of :class:`CondenseConfig` by name.
+        **options: Fields of :class:`CondenseConfig` by name. ``beta`` and ``beta_grid`` are for
+            pruning by AUM, and ask for it.
 
     Raises:
         ConfigError: No such effort, or a value outside its range.
@@ -338,7 +340,10 @@ def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
     if not isinstance(effort, str) or effort not in EFFORTS:
         raise UnknownNameError("effort", effort, list(EFFORTS))
     check_options("condense", options, CondenseConfig.model_fields)
-    return CondenseConfig(**{**EFFORTS[effort], **options})
+    settings = {**EFFORTS[effort], **options}
+    if {"beta", "beta_grid"} & options.keys() and "pruning" not in options:
+        settings["pruning"] = "aum"
+    return CondenseConfig(**settings)
 
 
 def parse_option(name: str, text: str) -> Any:

@@ -135,6 +135,13 @@ def test_the_training_of_the_pruning_has_its_own_size() -> None:
     assert training.precision == "bfloat16"
 
 
+def test_what_is_chosen_by_aum_asks_for_it() -> None:
+    assert make_config("draft").pruning == "order"
+    assert make_config("draft", beta=0.2).pruning == "aum"
+    assert make_config("draft", beta_grid=(0.2, 0.8)).pruning == "aum"
+    assert make_config("draft", beta=0.2, pruning="order").pruning == "order"
+
+
 def test_another_effort_or_option_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="one of draft, quick, standard, paper; got 'slow'"):
         make_config("slow")
