@@ -136,7 +136,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--renew", choices=RENEWALS, default="auto",
         help="when an experience is made into one of our memories: before or after it is trained "
-        "on, or both; auto is before, with the losses auto and separated")  # fmt: skip
+        "on; auto is before, with the losses auto and separated")  # fmt: skip
     add("--distill", type=float,
         help="weight of our memories' distillation from the previous network, which is working "
         "memory and not counted in the budget (default: 1 with the losses separated and grouped)",

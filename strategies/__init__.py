@@ -141,7 +141,7 @@ def build(
             trains on its memory alone, DER++ and ER-ACE have losses of their own, and Avalanche's
             replay has the plain one.
         renew: When our memories take an experience in: ``"before"`` or ``"after"`` it is trained
-            on, or ``"both"``; ``"auto"`` as :class:`hmn_replay.MemoryReplay` says.
+            on; ``"auto"`` as :class:`hmn_replay.MemoryReplay` says.
         distill: Weight of the distillation from the previous network, for our memories; that
             network is not part of the budget. Default: None, as :class:`hmn_replay.MemoryReplay`
             says.

@@ -122,7 +122,7 @@ one that takes ``head_logits``."""
 Loss: TypeAlias = "str | ReplayLoss"
 """What ``loss=`` of the plugins takes: a name in :data:`LOSSES`, ``"auto"``, or a callable."""
 
-Renewal: TypeAlias = Literal["auto", "before", "after", "both"]
+Renewal: TypeAlias = Literal["auto", "before", "after"]
 
 RENEWALS: tuple[Renewal, ...] = get_args(Renewal)
 """When an experience is taken into the memory: what ``renew=`` of the plugins takes."""

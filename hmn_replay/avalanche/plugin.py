@@ -163,11 +163,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             ``CrossEntropyLoss`` without label smoothing, task labels above 0, or a strategy with a
             loss of its own, such as DER, for which replayed images count as current ones.
         renew: When an experience is taken into the memory: ``"before"`` or ``"after"`` it is
-            trained on; or ``"both"``: once before, to be replayed meanwhile, and in its place once
-            more after, when the network that it is matched on, or selects images, knows its
-            classes. The default, ``"auto"``, is ``"before"`` where the loss is ``"separated"`` or
-            ``"grouped"``, which need it, or ``"auto"`` and can be the first; else ``"after"``.
-            Pieces of an online stream are always ``"after"``, with a warning where another time was
+            trained on. The default, ``"auto"``, is ``"before"`` where the loss is ``"separated"``
+            or ``"grouped"``, which need it, or ``"auto"`` and can be the first; else ``"after"``.
+            Pieces of an online stream are always ``"after"``, with a warning where ``"before"`` was
             asked for. ``"memory_only"`` does not use it.
         distill: Weight, 0 or more, of a term that keeps the network near to the previous one, as it
             was when the experience began, on all images of the mini-batch and over the classes of
@@ -222,8 +220,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         loss_used: Name of the loss that the current or last experience was trained with: one of
             ``LOSSES``, a callable's name, or the name of a strategy with a loss of its own. None
             before the first.
-        renew_used: ``"before"``, ``"after"`` or ``"both"``: when the current or last experience was
-            made into the memory. None before the first.
+        renew_used: ``"before"`` or ``"after"``: when the current or last experience was made into
+            the memory. None before the first.
         distill_used: Weight of the distillation while the current or last experience is trained on:
             0 where there is none, as in the first one.
         last_replay_size: How many of the current mini-batch's images are replayed.
@@ -463,7 +461,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def after_train_dataset_adaptation(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Renew the memory, if it is before training; in ``"memory_only"``, train from it alone."""
-        if self.renew_used == "after":
+        if self.renew_used != "before":
             return
         images = self._learn(strategy, strategy.experience)
         self._is_renewed = True
@@ -585,7 +583,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if _is_piece(strategy, experience):
             self._end_piece(experience)
         else:
-            if not self._is_renewed or self.renew_used == "both":
+            if not self._is_renewed:
                 self._learn(strategy, experience)
             self._tune(strategy)
             self._label()
@@ -818,9 +816,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         elif renew == "auto":
             is_wanted = self.loss != "auto" or not is_joint
             renew = "before" if _needs_all_classes(loss) and is_wanted and not reason else "after"
-        if renew != "after" and any(_is_piece(strategy, each) for each in experiences):
+        if renew == "before" and any(_is_piece(strategy, each) for each in experiences):
             renew = "after"
-            if self.renew in ("before", "both") or self.loss != "auto":
+            if self.renew == "before" or self.loss != "auto":
                 self._warn(
                     "an online stream gives an experience in pieces, which cannot be made into the "
                     'memory before they are trained on: renew="after"'
@@ -1059,7 +1057,7 @@ class HMNReplay(MemoryReplay):
         replay_transform: Augments decoded images.
         replay_weight: Share of the replayed images in the loss.
         loss: Replay loss: ``"auto"``, a name in ``LOSSES`` or a callable.
-        renew: ``"before"``, ``"after"``, ``"both"`` or ``"auto"``: when to condense an experience.
+        renew: ``"before"``, ``"after"`` or ``"auto"``: when to condense an experience.
         distill: Weight of the distillation from the previous network.
         recode_share: Probability with which an image of the experience is shown through the
             memory's codec; for ``kind="hmn"``.

@@ -93,14 +93,8 @@ def test_an_online_stream_is_condensed_at_class_boundaries() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"renew": "before"},
-        {"renew": "after"},
-        {"renew": "both"},
-        {"mode": "memory_only"},
-        {"distill": 1.0},
-    ],
-    ids=["before", "after", "both", "memory_only", "distill"],
+    [{"renew": "before"}, {"renew": "after"}, {"mode": "memory_only"}, {"distill": 1.0}],
+    ids=["before", "after", "memory_only", "distill"],
 )
 def test_a_run_that_goes_on_from_avalanches_checkpoint_ends_with_the_same_bits(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -227,8 +221,8 @@ def test_progress_is_a_line_an_update(capsys: pytest.CaptureFixture[str]) -> Non
     train(make_strategy([make_replay()]), streams().train_stream)
     first, second = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r"hmn_replay, update 0: [\d,]+ images of 2 classes in [\d,]+ bytes, [\d.]+ % of the "
-        r"budget, \d+ s \(the memory has an image for every real one of its new classes\)",
+        r"hmn_replay, update 0: [\d,]+ images of 2 classes in [\d,]+ bytes, [\d.]+ % of the budget, \d+ s "
+        r"\(the memory has an image for every real one of its new classes\)",
         first,
     )
     assert "update 1" in second and "4 classes" in second

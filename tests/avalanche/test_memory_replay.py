@@ -465,18 +465,6 @@ def test_joint_training_may_have_its_memory_before() -> None:
     assert by_itself.renew_used == "after"
 
 
-def test_an_experience_may_be_taken_in_before_and_once_more_after_training() -> None:
-    replay, recorder = KeepFirst(renew="both", batch_size_mem=6), Recorder()
-    train(make_strategy([replay, recorder]), streams().train_stream)
-    assert [sorted(set(images.labels.tolist())) for images in replay.given] == [[0, 1]] * 2 + [
-        [2, 3]
-    ] * 2
-    assert [entry["renew_used"] for entry in replay.report] == ["both"] * 4
-    assert replay.loss_used == "separated"
-    assert recorder.batches[0][1][-6:].sort().values.tolist() == [0, 0, 0, 1, 1, 1]
-    assert replay.memory.num_classes == 4
-
-
 def test_an_experience_without_a_loss_of_ours_may_be_renewed_before() -> None:
     replay, recorder = KeepFirst(renew="before", loss="plain", batch_size_mem=4), Recorder()
     model = make_multi_head_model()

@@ -91,7 +91,6 @@ class _OneBlock(nn.Module):
     [
         ({}, convnet, [0, 2]),
         ({"renew": "after"}, convnet, [2, 2]),
-        ({"renew": "both"}, convnet, [0, 2, 2, 2]),
         ({"pruning": "order"}, convnet, [0, 2]),
         ({}, make_model, [0, 0]),
         ({}, _OneBlock, [0, 0]),
