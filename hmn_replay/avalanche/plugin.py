@@ -1167,22 +1167,22 @@ class HMNReplay(MemoryReplay):
         )
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
-        """Bring the memory to where it is condensed; note the network's first weights."""
+        """Bring the memory to where it is condensed; check the network that it is matched on."""
         super().before_training(strategy, *args, **kwargs)
         if self.memory is not None:
             self.memory.to(self.compute_device)
         if self.matching_networks == "own":
             check_given_networks(self._config.objective, [strategy.model])
-        has_features = callable(getattr(strategy.model, "features", None))
-        is_needed = self.matching_networks == "own" or (self._may_match_own and has_features)
-        if is_needed and _FIRST not in self._kept:
-            self._kept[_FIRST] = _on_cpu(strategy.model.state_dict())
 
     def before_train_dataset_adaptation(
         self, strategy: Strategy, *args: Any, **kwargs: Any
     ) -> None:
-        """Check the experience's data; see :class:`MemoryReplay`."""
+        """Check the experience's data; note the network's first weights."""
         super().before_train_dataset_adaptation(strategy, *args, **kwargs)
+        if self._may_match_own and _FIRST not in self._kept:
+            model, is_asked = strategy.model, self.matching_networks == "own"
+            if is_asked or _gives_blocks(model, self._image_shape):
+                self._kept[_FIRST] = _on_cpu(model.state_dict())
         needs_labels = not get_objective(self._config.objective).matches_features
         experiences = _experiences_of(strategy, strategy.experience)
         if self.matching_networks == "own" and needs_labels and self._has_tasks(experiences):
@@ -1204,9 +1204,6 @@ class HMNReplay(MemoryReplay):
                 changed = changed or not first[name].equal(value.cpu())
                 value.copy_(first[name])
         if not changed:
-            return ()
-        shape = self._image_shape if self.memory is None else self.memory.image_shape
-        if self.matching_networks == "auto" and not _gives_blocks(now, shape, self._device):
             return ()
         found = self._found
         return [each if found is None else _Normalising(each, found) for each in (start, now)]
@@ -1405,8 +1402,11 @@ def _trains_usual_networks(config: CondenseConfig) -> bool:
 
 
 @torch.no_grad()
-def _gives_blocks(model: nn.Module, image_shape: Sequence[int], device: torch.device) -> bool:
+def _gives_blocks(model: nn.Module, image_shape: Sequence[int]) -> bool:
     """Return whether a network gives logits of images alone, and the features of several blocks."""
+    if not callable(getattr(model, "features", None)):
+        return False
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
     images = torch.full((2, *image_shape), 0.5, device=device)
     try:
         with isolated(device, 0, "features"), evaluating(model):

@@ -221,8 +221,8 @@ def test_progress_is_a_line_an_update(capsys: pytest.CaptureFixture[str]) -> Non
     train(make_strategy([make_replay()]), streams().train_stream)
     first, second = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r"hmn_replay, update 0: [\d,]+ images of 2 classes in [\d,]+ bytes, [\d.]+ % of the budget, \d+ s "
-        r"\(the memory has an image for every real one of its new classes\)",
+        r"hmn_replay, update 0: [\d,]+ images of 2 classes in [\d,]+ bytes, [\d.]+ % of the "
+        r"budget, \d+ s \(the memory has an image for every real one of its new classes\)",
         first,
     )
     assert "update 1" in second and "4 classes" in second
