@@ -38,16 +38,12 @@ def learn_stream(*plugins):
 # --8<-- [end:learn]
 
 # --8<-- [start:memories]
-moves = ("crop", "scale", "rotate")
 hmn = hmn_replay.HMNReplay(
     budget="2 KiB",
     expected_classes=10,
-    augmentations=moves,
-    pruning_augmentations=moves,
+    augmentations=("crop", "scale", "rotate"),
     warm_start_steps=200,
     outer_steps=2,
-    pruning_passes=2000,
-    trained_passes=1000,
     seed=0,
 )
 jpeg = hmn_replay.JPEGReplay(budget="2 KiB", quality=20, seed=0)
