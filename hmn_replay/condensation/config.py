@@ -284,7 +284,7 @@ class CondenseConfig(LabelConfig):
 EFFORTS: dict[str, dict[str, Any]] = {
     "draft": {
         "warm_start_steps": 400,
-        "outer_steps": 10,
+        "outer_steps": 5,
         "trained_networks": 2,
         "trained_passes": 10_000,
         "pruning": "order",
