@@ -606,7 +606,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def state_dict(self) -> dict[str, Any]:
         """Return what the plugin has learned; see :meth:`hmn_replay.ReplayMemory.state_dict`.
 
-        With ``tune``, and with ``matching_networks="own"``, weights of the network are in it, too.
+        With ``tune``, and where the network itself is matched on (``matching_networks``), weights
+        of it are in it, too.
         """
         state = self.store.state_dict()
         for name, weights in self._kept.items():
