@@ -1160,10 +1160,12 @@ class HMNReplay(MemoryReplay):
             raise ConfigError("features are not matched: leave matching_networks out")
         self.matching_networks = matching_networks
         self._config = keeper.config
+        objective = get_objective(keeper.config.objective)
         self._may_match_own = matching_networks == "own" or (
             matching_networks == "auto"
             and not keeper.holds_features
-            and get_objective(keeper.config.objective).matches_features
+            and objective.matches_features
+            and objective.matches_trained
             and _trains_usual_networks(keeper.config)
         )
 

@@ -365,7 +365,7 @@ class Condensation(Run):
         self.experts: Experts | None = None
         self.networks = networks
         objective = get_objective(config.objective)
-        pooled = objective.learns_from == "real" and config.trained_networks > 0 and not networks
+        pooled = objective.matches_trained and config.trained_networks > 0 and not networks
         trains = config.num_steps > 0 and (objective.compares_trainings or pooled)
         phases = ["warm_start", *(["experts"] if trains else []), "matching"]
         phases += [*([] if config.labels == "hard" else ["labels"]), "pruning"]
@@ -1025,7 +1025,7 @@ def check_given_networks(objective: str | ObjectiveFunction, networks: Sequence[
     if isinstance(networks, nn.Module):
         raise ConfigError("networks is a list of modules; give [network]")
     entry = get_objective(objective)
-    if networks and (entry.compares_trainings or entry.learns_from != "real"):
+    if networks and not entry.matches_trained:
         raise ConfigError(
             f"networks are for objectives that match on trained ones, such as distribution and "
             f"gradient; {name_of(objective)} does not"

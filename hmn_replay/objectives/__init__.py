@@ -90,6 +90,11 @@ class Objective:
         """Whether whole trainings are compared in place of two batches."""
         return self.loss is None
 
+    @property
+    def matches_trained(self) -> bool:
+        """Whether batches are matched on networks that real images have trained."""
+        return self.learns_from == "real" and not self.compares_trainings
+
     def __call__(
         self,
         network: nn.Module,

@@ -97,6 +97,7 @@ class _OneBlock(nn.Module):
         ({"network_width": 4}, convnet, [0, 0]),
         ({"trained_passes": 30}, convnet, [0, 0]),
         ({"objective": "gradient"}, convnet, [0, 0]),
+        ({"objective": "dm"}, convnet, [0, 0]),
         ({"trained_networks": 0}, convnet, [0, 0]),
         ({"matching_networks": "trained"}, convnet, [0, 0]),
     ],
