@@ -28,7 +28,7 @@ from torch import Tensor
 import hmn_replay
 from hmn_replay.baselines.fill import QUALITIES, next_quality
 from hmn_replay.condensation.config import make_config
-from hmn_replay.data.sources import Split
+from hmn_replay.data.sources import Split, dataset_name
 from hmn_replay.distributed import Team, launched
 from hmn_replay.errors import (
     CheckpointError,
@@ -846,7 +846,7 @@ def _check_not_read(option: str, output: Path | None, *read: Path | None) -> Non
 
 def _data_path(args: argparse.Namespace) -> Path | None:
     """Return the file or folder that --data gives; None for the name of a data set, or nothing."""
-    if not args.data or args.data.lower().replace("-", "_") in hmn_replay.DATASETS:
+    if not args.data or dataset_name(args.data):
         return None
     return Path(os.path.expanduser(args.data))
 

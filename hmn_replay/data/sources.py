@@ -23,7 +23,7 @@ from hmn_replay.registry import suggest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["DATASETS", "Split", "load_dataset"]
+__all__ = ["DATASETS", "Split", "dataset_name", "load_dataset"]
 
 Split: TypeAlias = Literal["train", "test"]
 
@@ -84,8 +84,8 @@ def load_dataset(
     check_size(size)
     if not isinstance(name_or_path, str | os.PathLike):
         raise DataError(f"expected the name or the path of a data set, got {name_or_path!r}")
-    name = name_or_path.lower().replace("-", "_") if isinstance(name_or_path, str) else ""
-    if name in DATASETS:
+    name = dataset_name(name_or_path)
+    if name:
         loaded = (
             _load_digits(split)
             if name == "digits"
@@ -103,6 +103,12 @@ def load_dataset(
         f"{', '.join(DATASETS)}, an .npz file, or a folder of pictures"
         + suggest(wanted.lower(), list(DATASETS))
     )
+
+
+def dataset_name(name_or_path: str | os.PathLike[str]) -> str:
+    """Return the name in :data:`DATASETS` that a text is, however spelled; else an empty one."""
+    name = name_or_path.lower().replace("-", "_") if isinstance(name_or_path, str) else ""
+    return name if name in DATASETS else ""
 
 
 def _load_digits(split: Split) -> LabelledImages:
