@@ -160,7 +160,10 @@ def test_features_are_matched_without_a_logit_for_each_class(
         ({"network": ("convnet", one_channel)}, r"does not take images \(2, 3, 8, 8\)"),
         ({"network": (one_logit,), "objective": "mtt"}, r"K of 3 or more here"),
         ({"network": (flat,), "objective": "distribution"}, r"no features"),
-        ({"networks": [network(0, num_classes=2)], "objective": "gradient"}, r"K of 3 or more"),
+        (
+            {"networks": [network(0, num_classes=2)], "objective": "gradient"},
+            r"K of 3 or more here",
+        ),
         ({"networks": network(0)}, r"give \[network\]"),
     ],
 )
