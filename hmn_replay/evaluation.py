@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from hmn_replay.data.features import LabelledFeatures
-from hmn_replay.data.images import ImageSource, as_labelled_images
+from hmn_replay.data.images import ImageSource, as_labelled_images, check_same_names
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once, join_images
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
@@ -74,18 +75,19 @@ def evaluate(
     Raises:
         UnknownOptionError: An option that :class:`TrainingConfig` does not have.
         ConfigError: An option out of range, or labels that the source does not have.
-        DataError: Images or labels that cannot be used, of different shapes, or none.
+        DataError: Images or labels that cannot be used, of different shapes, or none; or a class
+            name that stands for another label in the test set than in the source.
         TrainingError: The training diverged.
     """
     if network is not None:
         options["network"] = network
-    images, own_labels = _images_and_labels(source)
+    images, own_labels, own_names = _images_and_labels(source)
     holds_features = not isinstance(images, Tensor) and images.holds_features
     usual = _FEATURE_TRAINING if holds_features else TrainingConfig()
     config = (config or usual).replace(**options)
     if config.label_weight is None and isinstance(source, Memory):
         config = config.replace(label_weight=source.label_weight)
-    test_images, test_labels = _images_and_labels(test_set)
+    test_images, test_labels, test_names = _images_and_labels(test_set)
     if images.shape[1:] != test_images.shape[1:]:
         raise DataError(
             f"the source has images of {tuple(images.shape[1:])} and the test set of "
@@ -95,6 +97,7 @@ def evaluate(
     for name, given in {"source": own_labels, "test set": test_labels}.items():
         if not len(given):
             raise DataError(f"expected a {name} of one image or more; it has none")
+    check_same_names(own_names, test_names, "the source", "the test set")
     classes, class_indices = torch.unique(own_labels, return_inverse=True)
     targets = _targets(source, labels, classes)
     positions = torch.searchsorted(classes, test_labels).clamp(max=len(classes) - 1)
@@ -170,7 +173,8 @@ def labeller_accuracy(memory: Memory, test_set: Decodable | ImageSource) -> floa
     labeller = memory.labeller
     if labeller is None:
         raise ConfigError("the memory has no labeller; make it with labels='labeller'")
-    images, labels = _images_and_labels(test_set)
+    images, labels, names = _images_and_labels(test_set)
+    check_same_names(memory.class_names, names, "the memory", "the test set")
     classes = memory.classes.cpu()
     ascending, order = classes.sort()
     positions = torch.searchsorted(ascending, labels).clamp(max=len(classes) - 1)
@@ -212,14 +216,18 @@ def _targets(
     return None
 
 
-def _images_and_labels(source: Decodable | ImageSource) -> tuple[Images, Tensor]:
+def _images_and_labels(
+    source: Decodable | ImageSource,
+) -> tuple[Images, Tensor, Mapping[int, str]]:
+    """Return images, their labels, and the names of labels that have one."""
     if isinstance(source, Memory):
-        return source.decoded(), source.labels.cpu()
+        return source.decoded(), source.labels.cpu(), source.class_names
     if isinstance(source, Decodable):
         with torch.no_grad():
             images, labels = source.decode()
-        return images.detach().cpu(), labels.cpu()
+        return images.detach().cpu(), labels.cpu(), getattr(source, "class_names", None) or {}
     labelled = as_labelled_images(source)
+    names = labelled.class_names or {}
     if isinstance(labelled, LabelledFeatures):
-        return join_images([labelled.images]), labelled.labels
-    return labelled.images, labelled.labels
+        return join_images([labelled.images]), labelled.labels, names
+    return labelled.images, labelled.labels, names

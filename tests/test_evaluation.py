@@ -181,6 +181,20 @@ def test_refuses_a_test_set_of_another_shape() -> None:
         evaluate(stripes(6), other, config=PLAIN)
 
 
+def test_a_name_that_stands_for_another_label_is_refused() -> None:
+    source, test = stripes(12), stripes(12, seed=1)
+    named = LabelledImages(*source, {-3: "one", 7: "two", 1000: "zero"})
+    moved = LabelledImages(*test, {-3: "five", 7: "one", 1000: "two"})
+    with pytest.raises(DataError, match="'one' is label -3 in the source and 7 in the test"):
+        evaluate(named, moved, config=TINY, device="cpu")
+    spelled = LabelledImages(*test, {-3: "ONE", 7: "two"})
+    _, accuracy = evaluate(named, spelled, config=TINY, device="cpu")
+    assert 0 <= accuracy <= 1
+    # As in ImageNet, whose cranes are a bird and a machine.
+    same = {-3: "crane", 7: "crane"}
+    evaluate(LabelledImages(*source, same), LabelledImages(*test, same), config=TINY, device="cpu")
+
+
 def test_unknown_options_are_named() -> None:
     with pytest.raises(TypeError, match="no option 'epochs'; did you mean"):
         evaluate(stripes(6), stripes(6), epochs=3)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.labelling import LabelConfig
-from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.images import LabelledImages, joined_names
 from hmn_replay.data.lookup import Images, LabelledView, join_images
 from hmn_replay.memory.base import affordable_names, stored_names_bytes
 from hmn_replay.memory.file import TensorSpec
@@ -148,6 +148,7 @@ def make_room(
     Raises:
         BudgetError: The budget does not hold one image of each class, old and new.
         ConfigError: More classes than a memory may have.
+        DataError: A label that has another name in ``data`` than in the old memory.
     """
     old_labels = [] if old is None else old.classes.tolist()
     new_labels = data.classes.tolist()
@@ -155,7 +156,7 @@ def make_room(
     stay = [label for label in old_labels if label not in again]
     first_class, classes = len(stay), [*stay, *new_labels]
     size, limit = layout.group_size, budget.num_bytes
-    names = {**({} if old is None else old.class_names), **(data.class_names or {})}
+    names = joined_names({} if old is None else old.class_names, data.class_names)
     names = affordable_names(names, classes, limit)
     names_bytes = stored_names_bytes(names, classes)
     labels = labels or LabelConfig()

@@ -28,7 +28,9 @@ __all__ = [
     "MapStyleDataset",
     "as_labelled_images",
     "channel_stats",
+    "check_same_names",
     "check_tensor",
+    "joined_names",
     "mean_psnr",
     "stack_images",
     "to_image",
@@ -264,6 +266,58 @@ def as_labelled_images(source: ImageSource, *, size: int | None = None) -> Label
     if isinstance(source, (tuple, list)) and len(source) == 2 and _are_images(source[0]):
         return _stack_pair(source[0], to_labels(source[1], "labels"), size)
     return _from_dataset(source, size)
+
+
+def joined_names(
+    names: Mapping[int, str], more: Mapping[int, str] | None, where: str = "the memory"
+) -> dict[int, str]:
+    """Return the names of both, of which neither contradicts the other.
+
+    Args:
+        names: Label to name.
+        more: The same of images that are added; None for no names.
+        where: What ``names`` belong to, for the message.
+
+    Raises:
+        DataError: A label has two names, as where the classes of two folders were numbered each by
+            itself.
+    """
+    for label, name in (more or {}).items():
+        if (known := names.get(label, name)) != name:
+            raise DataError(
+                f"label {label} is {known!r} in {where} and {name!r} in the images that are added: "
+                "give a class the same label in both, or leave the names of one out "
+                "(class_names={})"
+            )
+    return {**names, **(more or {})}
+
+
+def check_same_names(
+    names: Mapping[int, str], others: Mapping[int, str], where: str, elsewhere: str
+) -> None:
+    """Refuse names that stand for other labels in one of two sets of images than in the other.
+
+    A label whose name is spelled differently in the two is let pass.
+
+    Args:
+        names: Label to name.
+        others: The same of other images.
+        where: What ``names`` belong to, for the message.
+        elsewhere: What ``others`` belong to.
+
+    Raises:
+        DataError: A name has other labels in both.
+    """
+    labels: dict[str, set[int]] = {}
+    for label, name in others.items():
+        labels.setdefault(name, set()).add(label)
+    for label, name in names.items():
+        if label not in labels.setdefault(name, {label}):
+            raise DataError(
+                f"{name!r} is label {label} in {where} and {min(labels[name])} in {elsewhere}: "
+                "number the classes of both alike (those of a folder are numbered in the order of "
+                "their names), or leave the names of one out (class_names={})"
+            )
 
 
 def stack_images(

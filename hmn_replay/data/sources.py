@@ -39,6 +39,8 @@ DATASETS = (*TORCHVISION, "digits")
 """The names that :func:`load_dataset` knows; ``digits`` alone needs no file."""
 
 _DIGITS_TEST_PER_CLASS = 36
+# Folders that hold classes, and are none.
+_SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation")
 
 
 def load_dataset(
@@ -66,7 +68,8 @@ def load_dataset(
               Tiny-ImageNet's own (``val/val_annotations.txt``, whose images then are the test
               split), or just ``CLASS/``, which has no test split. A class folder is searched
               through. Where all class folders are named by integers these are the labels;
-              otherwise the positions in the sorted names are.
+              otherwise the positions in the sorted names are, and a folder of other classes numbers
+              them anew.
 
             A path that is also a name is written with its folder, as ``./digits``.
         split: ``"train"`` or ``"test"``. Default: ``"train"``.
@@ -206,6 +209,14 @@ def _load_folder(path: Path, split: Split, size: int | None) -> LabelledImages:
             f"{path} has no folder of pictures for each class: expected train/CLASS/ and "
             "test/CLASS/, or CLASS/"
         )
+    splits = [name for name in names if name.lower() in _SPLITS]
+    if found := [name for name in splits if _class_names(train / name)]:
+        raise DataError(
+            f"{train} has a folder {found[0]!r}, which is no class but a split of a data set: "
+            "expected train/CLASS/ and test/CLASS/ (or val/CLASS/), or CLASS/; rename the folder"
+        )
+    if found := [name for name in names if (train / name / "train").is_dir()]:
+        raise DataError(f"{train / found[0]} is a data set, not a class of one: give its path")
     labels = _number_classes(names)
     if split == "train":
         pictures = _list_pictures(train, labels)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import io
 import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from hmn_replay.budget import Budget, as_int
 from hmn_replay.data.features import FeatureSource, read_data
-from hmn_replay.data.images import ImageSource
+from hmn_replay.data.images import ImageSource, joined_names
 from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
 from hmn_replay.memory.base import (
     Codec,
@@ -56,6 +57,9 @@ _MAX_FACTOR = 8
 _WEBP_HEADER_BYTES = 20
 
 AnyReal = TypeVar("AnyReal", bound="RealMemory")
+
+_Kept: TypeAlias = tuple[bytes, int]
+"""The payload of an image, and where it stood in the memory, -1 for a new one."""
 
 
 class RealMemory(Memory):
@@ -140,8 +144,9 @@ class RealMemory(Memory):
         """Add the classes of some images, as many of every class as fit the budget.
 
         The images of a class stand in the given order, and those that make room are its last ones:
-        the first image of every class stays longest, then the second. A class that the memory has
-        already is replaced.
+        the first image of every class stays longest, then the second. Of a class that the memory
+        has already, new and old images take turns, so that as many of both stay; one that it has
+        to the byte is not added again.
 
         Args:
             data: The new images; see :func:`hmn_replay.as_labelled_images`. For a memory of
@@ -152,61 +157,61 @@ class RealMemory(Memory):
         Raises:
             BudgetError: Not one image fits; the message gives the smallest budget that holds one.
             ConfigError: ``order`` is not as said above.
-            DataError: Images of another shape, or that cannot be used.
+            DataError: Images of another shape, or that cannot be used; or a label that has another
+                name in them than in the memory.
         """
         data = read_data(data, holds_features=self.holds_features)
         if data.image_shape != self.image_shape:
             what = "features" if self.holds_features else "images"
             raise DataError(f"expected {what} of {self.image_shape}, as the memory has; got {data}")
         order = torch.arange(len(data)) if order is None else check_order(order, len(data))
-        payloads = self._by_class()
-        places: dict[int, Iterator[int]] = {}
-        for label in data.labels[order].unique().tolist():
-            payloads[label], places[label] = [], itertools.count()
+        names = joined_names(self.class_names, data.class_names)
         # The first image of every class, then the second: what is over the budget is the rest.
         labels = data.labels[order].tolist()
+        places: dict[int, Iterator[int]] = {label: itertools.count() for label in set(labels)}
         queue = [(next(places[label]), label, i) for i, label in enumerate(labels)]
         order = order[[i for _, _, i in sorted(queue)]]
+        old, new = self._by_class(), {label: list[_Kept]() for label in places}
+        known = {payload for label in places for payload, _ in old.get(label, ())}
         num_bytes = 0
         for chunk in order.split(_ENCODED_AT_ONCE):
             encoded = self.encode(data.images[chunk])
             for label, payload in zip(data.labels[chunk].tolist(), encoded, strict=True):
-                payloads[label].append(payload)
+                if payload not in known:
+                    new[label].append((payload, -1))
             num_bytes += sum(map(len, encoded))
             if self.budget_bytes is not None and num_bytes > self.budget_bytes:
                 break
-        names = {**self.class_names, **(data.class_names or {})}
-        names = affordable_names(names, payloads, self.budget_bytes)
-        wanted = sorted((i, label) for label, own in payloads.items() for i in range(len(own)))
-        old = [label for label in self.classes.tolist() if label not in places]
+        images = {
+            label: _taking_turns(new.get(label, []), old.get(label, []))
+            for label in sorted(old.keys() | new.keys())
+        }
+        names = affordable_names(names, images, self.budget_bytes)
+        wanted = sorted((i, label) for label, own in images.items() for i in range(len(own)))
         if self.budget_bytes is not None:
-            wanted = wanted[: self._most_that_fit(wanted, payloads, names, self.budget_bytes, old)]
-        kept: dict[int, list[bytes]] = {}
-        for label, i in sorted((label, i) for i, label in wanted):
-            kept.setdefault(label, []).append(payloads[label][i])
-        rows, columns = self._old_places(wanted, old)
-        self._set(list(kept), [len(own) for own in kept.values()], itertools.chain(*kept.values()))
+            wanted = wanted[: self._most_that_fit(wanted, images, names, self.budget_bytes)]
+        rows, columns, counts = self._old_places(wanted, images)
+        kept = [images[label][i][0] for label, i in sorted((label, i) for i, label in wanted)]
+        self._set(sorted(counts), [counts[label] for label in sorted(counts)], kept)
         self._rearrange_labels(rows, columns)
-        self.class_names = {label: name for label, name in names.items() if label in kept}
+        self.class_names = {label: name for label, name in names.items() if label in counts}
 
     def _most_that_fit(
         self,
         queue: Sequence[tuple[int, int]],
-        payloads: Mapping[int, Sequence[bytes]],
+        images: Mapping[int, Sequence[_Kept]],
         names: Mapping[int, str],
         limit: int,
-        old: Sequence[int],
     ) -> int:
         """Return how many of a queue of images fit, by bisection: files grow with their images."""
 
         def takes(num_images: int) -> int:
             chosen = queue[:num_images]
             classes = sorted({label for _, label in chosen})
-            lengths = [len(payloads[label][i]) for i, label in chosen]
+            lengths = [len(images[label][i][0]) for i, label in chosen]
             labels: dict[str, TensorSpec] = {}
             if self._soft is not None:
-                rows, columns = self._old_places(chosen, old)
-                counts = Counter(label for _, label in chosen)
+                rows, columns, counts = self._old_places(chosen, images)
                 ordered = [counts[label] for label in classes]
                 stored = self._soft.rearranged(rows, columns, ordered).stored()
                 labels = {k: TensorSpec(t.dtype, tuple(t.shape)) for k, t in stored.items()}
@@ -222,23 +227,19 @@ class RealMemory(Memory):
         return low
 
     def _old_places(
-        self, chosen: Sequence[tuple[int, int]], old: Sequence[int]
-    ) -> tuple[Tensor, list[int]]:
-        """Return where images and their classes stood, -1 for new ones.
+        self, chosen: Sequence[tuple[int, int]], images: Mapping[int, Sequence[_Kept]]
+    ) -> tuple[Tensor, list[int], Counter[int]]:
+        """Return where images and their classes stood, -1 for new ones; and how many a class has.
 
         Args:
             chosen: Place in its class and label of each image, in any order.
-            old: Labels of the classes that stay as they are.
+            images: The images of each class.
         """
-        labels, stay = self.classes.tolist(), set(old)
-        starts = dict(zip(labels, itertools.accumulate([0, *self._counts]), strict=False))
-        rows = [
-            starts[label] + i if label in stay else -1
-            for label, i in sorted((label, i) for i, label in chosen)
-        ]
-        classes = sorted({label for _, label in chosen})
-        columns = [labels.index(label) if label in stay else -1 for label in classes]
-        return torch.tensor(rows, dtype=torch.int64), columns
+        positions = {label: i for i, label in enumerate(self.classes.tolist())}
+        rows = [images[label][i][1] for label, i in sorted((label, i) for i, label in chosen)]
+        counts = Counter(label for _, label in chosen)
+        columns = [positions.get(label, -1) for label in sorted(counts)]
+        return torch.tensor(rows, dtype=torch.int64), columns, counts
 
     def _size(
         self,
@@ -305,10 +306,10 @@ class RealMemory(Memory):
         self.class_index, self._counts = index.to(device), counts
         self.payloads = list(payloads)
 
-    def _by_class(self) -> dict[int, list[bytes]]:
-        found: dict[int, list[bytes]] = {label: [] for label in self.classes.tolist()}
-        for label, payload in zip(self.labels.tolist(), self.payloads, strict=True):
-            found[label].append(payload)
+    def _by_class(self) -> dict[int, list[_Kept]]:
+        found: dict[int, list[_Kept]] = {label: [] for label in self.classes.tolist()}
+        for position, label in enumerate(self.labels.tolist()):
+            found[label].append((self.payloads[position], position))
         return found
 
     def _decode(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -529,16 +530,25 @@ class LosslessMemory(RealMemory):
         return torch.from_numpy(images).movedim(-1, 1).contiguous()
 
 
-def check_order(order: Tensor, num_images: int) -> Tensor:
+def _taking_turns(first: Sequence[_Kept], second: Sequence[_Kept]) -> list[_Kept]:
+    """Return one of the first, one of the second, and so on, and then what is left of either."""
+    pairs = itertools.zip_longest(first, second)
+    return [each for pair in pairs for each in pair if each is not None]
+
+
+def check_order(order: Any, num_images: int) -> Tensor:
     """Return positions of images, int64 on the CPU, or raise :class:`ConfigError`."""
-    fits = isinstance(order, Tensor) and order.dtype == torch.int64 and order.ndim == 1
-    if not fits or not len(order) or not 0 <= int(order.min()) <= int(order.max()) < num_images:
+    positions = torch.empty(0)
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        positions = torch.as_tensor(order).cpu()
+    fits = positions.dtype == torch.int64 and positions.ndim == 1 and len(positions) > 0
+    if not fits or not 0 <= int(positions.min()) <= int(positions.max()) < num_images:
         raise ConfigError(
             f"an order is int64 positions (n,) in [0, {num_images}), one or more; got {order!r}"
         )
-    if len(order.unique()) < len(order):
+    if len(positions.unique()) < len(positions):
         raise ConfigError("an order has each position once at most; this one has some twice")
-    return order.cpu()
+    return positions
 
 
 def as_bytes(data: bytes) -> Tensor:

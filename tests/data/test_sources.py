@@ -320,6 +320,20 @@ def test_a_folder_of_classes_alone_has_no_test_split(tmp_path: Path) -> None:
         load_dataset(tmp_path, "test")
 
 
+@pytest.mark.parametrize("folder", ["training/cat", "test/cat", "Val/cat"])
+def test_a_split_is_no_class(folder: str, tmp_path: Path) -> None:
+    save_picture(tmp_path / "dog/a.png")
+    save_picture(tmp_path / folder / "a.png")
+    with pytest.raises(DataError, match=f"folder '{folder[:-4]}', which is no class but a split"):
+        load_dataset(tmp_path)
+
+
+def test_a_data_set_is_no_class_of_another(tmp_path: Path) -> None:
+    save_picture(tmp_path / "pets/train/cat/a.png")
+    with pytest.raises(DataError, match="pets is a data set, not a class of one: give its path"):
+        load_dataset(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("names", "labels"),
     [

@@ -163,16 +163,16 @@ def test_an_image_keeps_its_label_while_others_go_and_come(kind: str) -> None:
     torch.testing.assert_close(memory.soft_labels().sum(dim=1), torch.ones(len(memory)))
 
 
-def test_a_class_that_is_replaced_has_hard_labels_again() -> None:
+def test_old_images_of_a_class_that_comes_again_keep_their_soft_labels() -> None:
     memory = real("raw", counts=(2, 3))
     memory.set_soft_labels(probabilities(5, 2))
     before = memory.soft_labels()
     memory.extend(real_set(classes=[7], counts=[2], seed=4))
-    assert memory.images_per_class == [2, 2]
+    assert memory.images_per_class == [2, 5]
     after = memory.soft_labels()
-    assert after[2:].equal(torch.tensor([[0.0, 1.0]] * 2))
-    assert after[:2].equal(torch.tensor([[1.0, 0.0]] * 2)), "its column has gone with the class"
-    assert not after.equal(before[:4])
+    assert after[[0, 1, 3, 5, 6]].equal(before)
+    assert after[[2, 4]].equal(torch.tensor([[0.0, 1.0]] * 2)), "new images have hard labels"
+    assert loads(memory.to_bytes()).soft_labels().equal(after)
 
 
 def test_labels_count_when_real_images_fill_a_budget() -> None:

@@ -243,14 +243,52 @@ def test_old_classes_make_room_for_new_ones_and_keep_every_byte(kind: str) -> No
 
 
 @every_kind
-def test_a_class_that_is_added_again_is_replaced(kind: str) -> None:
+def test_new_and_old_images_of_a_class_that_is_added_again_take_turns(kind: str) -> None:
     memory = real(kind)
     old = by_class(memory)
     again = real_set(classes=(7, 9), counts=(4, 1), seed=5)
     fresh = empty(kind)
     fresh.extend(again)
+    new = by_class(fresh)
+    assert len(old[7]) == 3
     memory.extend(again)
-    assert by_class(memory) == {-3: old[-3], **by_class(fresh)}
+    turns = [new[7][0], old[7][0], new[7][1], old[7][1], new[7][2], old[7][2], new[7][3]]
+    assert by_class(memory) == {-3: old[-3], 7: turns, 9: new[9]}
+    memory.extend(again)
+    assert by_class(memory) == {-3: old[-3], 7: turns, 9: new[9]}, "it has them to the byte"
+
+
+def test_as_many_new_as_old_images_of_a_class_stay_within_a_budget() -> None:
+    first, second = (real_set(classes=(0, 1), counts=(40, 40), seed=seed) for seed in (1, 2))
+    memory = empty("raw", 9_000)
+    memory.extend(first)
+    before = {payload for own in by_class(memory).values() for payload in own}
+    memory.extend(second)
+    assert memory.file_bytes <= 9_000 and len(memory) >= len(before) - 1
+    for own in by_class(memory).values():
+        num_old = sum(payload in before for payload in own)
+        assert abs(num_old - (len(own) - num_old)) <= 1
+
+
+def test_a_label_has_one_name() -> None:
+    memory = real("raw", classes=(0, 1), counts=(2, 2))
+    memory.class_names = {0: "cat"}
+    before = memory.to_bytes()
+    data = real_set(classes=(0, 2), counts=(2, 2), seed=3)
+    named = LabelledImages(data.images, data.labels, {0: "dog", 2: "owl"})
+    with pytest.raises(DataError, match="label 0 is 'cat' in the memory and 'dog' in the images"):
+        memory.extend(named)
+    assert memory.to_bytes() == before
+    memory.extend(LabelledImages(data.images, data.labels, {2: "owl"}))
+    assert memory.class_names == {0: "cat", 2: "owl"}
+
+
+@pytest.mark.parametrize("order", [[3, 0], np.array([3, 0])])
+def test_an_order_may_be_a_list_or_an_array(order: Any) -> None:
+    memory, other = empty("raw"), empty("raw")
+    memory.extend(real_set(), order=order)
+    other.extend(real_set(), order=torch.tensor([3, 0]))
+    assert memory.to_bytes() == other.to_bytes()
 
 
 @every_kind
@@ -276,7 +314,8 @@ def test_images_of_a_class_are_taken_in_the_order_given(kind: str) -> None:
         (torch.tensor([], dtype=torch.int64), "an order is int64 positions"),
         (torch.tensor([0, 5]), "an order is int64 positions"),
         (torch.tensor([-1, 0]), "an order is int64 positions"),
-        ([0, 1], "an order is int64 positions"),
+        ("first", "an order is int64 positions"),
+        ([0.5, 1.0], "an order is int64 positions"),
         (torch.tensor([3, 0, 3]), "an order has each position once at most"),
     ],
 )
