@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import math
 import sys
 import warnings
@@ -77,6 +76,7 @@ from hmn_replay.replay import (
     Selection,
     SubsampledKeeper,
 )
+from hmn_replay.replay.keepers import check_learned_options, named_arguments
 from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.settings import check_options
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
@@ -853,7 +853,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if changes_logits and not _is_cross_entropy(strategy._criterion):
             reason = (
                 "the criterion is not nn.CrossEntropyLoss without label smoothing, but "
-                f"{strategy._criterion}"
+                f"{_describe(strategy._criterion)}"
             )
             if self.loss != "auto":
                 raise ConfigError(f"loss={name!r} changes the logits of a softmax: {reason}")
@@ -1127,6 +1127,7 @@ class HMNReplay(MemoryReplay):
             raise ConfigError(
                 f"matching_networks is auto, trained or own; got {matching_networks!r}"
             )
+        check_learned_options(type(self).__name__, type(self), options)
         keeper = LearnedKeeper(
             budget,
             kind=kind,
@@ -1344,9 +1345,13 @@ class JPEGReplay(MemoryReplay):
 
 def _check_keywords(plugin: MemoryReplay, options: Mapping[str, Any]) -> None:
     """Raise an UnknownOptionError for an option that a plugin of real images does not take."""
-    own = inspect.signature(type(plugin)).parameters.values()
-    named = [each.name for each in own if each.kind is not each.VAR_KEYWORD]
-    check_options(type(plugin).__name__, options, [*named, *ReplayOptions.__annotations__])
+    known = [*named_arguments(type(plugin)), *ReplayOptions.__annotations__]
+    check_options(type(plugin).__name__, options, known)
+
+
+def _describe(criterion: object) -> str:
+    smoothing = getattr(criterion, "label_smoothing", 0)
+    return f"{criterion}" + (f" with label_smoothing={smoothing}" if smoothing else "")
 
 
 def _no_codec(owner: object) -> ConfigError:

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -37,6 +37,7 @@ from hmn_replay.memory import (
     loads,
 )
 from hmn_replay.memory.base import MAX_CLASSES, check_num_classes
+from hmn_replay.memory.real import check_order
 from hmn_replay.registry import suggest
 from hmn_replay.runtime import derive_seed
 from hmn_replay.settings import check_options
@@ -51,7 +52,9 @@ __all__ = [
     "RealKeeper",
     "Selection",
     "SubsampledKeeper",
+    "check_learned_options",
     "make_keeper",
+    "named_arguments",
 ]
 
 Selection: TypeAlias = "str | Callable[[LabelledImages, nn.Module], Tensor]"
@@ -184,6 +187,7 @@ class LearnedKeeper(Keeper):
                 "JPEGReplay or LosslessReplay, or without Avalanche ReplayMemory or a RealKeeper"
             )
         own = [name for name in LabelConfig.model_fields if name in options]
+        check_learned_options(f"the memory kind {kind!r}", LearnedKeeper, options)
         if own or (config is not None and config.labels != "hard"):
             raise ConfigError(
                 f"{own[0] if own else 'labels'}: in a stream the network that learns makes the "
@@ -277,7 +281,8 @@ class RealKeeper(Keeper):
     """Keeps real images, as many of every class as fit a budget of bytes.
 
     When classes come, the others make room by dropping their last images. An image once encoded
-    stays as it is, byte for byte; a class that comes again is replaced.
+    stays as it is, byte for byte. Of a class that comes again new and old images take turns, as
+    many of both.
 
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
@@ -395,13 +400,22 @@ class RealKeeper(Keeper):
                 "a selection by the network needs one: pass model=, or train the strategy first"
             )
         else:
-            order = self.selection(images, model)
+            order = check_order(self.selection(images, model), len(images))
         extended = _copied(memory, self.memory_type, torch.device("cpu"))
+        note: dict[str, Any] = {}
+        known = {*images.labels[order].tolist()}
         if extended is None:
-            return self.begin(images, order, seed=seed, device=device)
-        extended.budget_bytes = self.budget.num_bytes
-        extended.extend(images, order=order)
-        return extended, {}
+            extended, note = self.begin(images, order, seed=seed, device=device)
+        else:
+            known.update(extended.classes.tolist())
+            extended.budget_bytes = self.budget.num_bytes
+            extended.extend(images, order=order)
+        if missing := sorted(known - {*extended.classes.tolist()}):
+            raise BudgetError(
+                f"a budget of {self.budget.num_bytes:,} bytes does not hold one image of each of "
+                f"{len(known)} classes: there is none left of {missing[0]}; give more"
+            )
+        return extended, note
 
 
 class SubsampledKeeper(RealKeeper):
@@ -569,6 +583,27 @@ _KEEPERS: dict[type[RealMemory], type[RealKeeper]] = {
 """Kinds of real images whose settings their keepers take."""
 
 
+def check_learned_options(owner: str, takes: Callable[..., Any], options: Iterable[str]) -> None:
+    """Raise an UnknownOptionError for an option that is no setting of a condensation.
+
+    Args:
+        owner: What takes the options, for the message.
+        takes: Its class, whose other arguments are suggested as well.
+        options: The names of the options.
+    """
+    unknown = dict.fromkeys(name for name in options if name not in CondenseConfig.model_fields)
+    settings = [
+        name for name in CondenseConfig.model_fields if name not in LabelConfig.model_fields
+    ]
+    check_options(owner, unknown, [*named_arguments(takes), *settings])
+
+
+def named_arguments(function: Callable[..., Any]) -> list[str]:
+    """Return the names of a function's arguments, without ``**options``."""
+    arguments = inspect.signature(function).parameters.values()
+    return [each.name for each in arguments if each.kind is not each.VAR_KEYWORD]
+
+
 def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -> Keeper:
     """Return the keeper of a memory kind.
 
@@ -590,7 +625,7 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
     for own_type, own_keeper in _KEEPERS.items():
         if issubclass(memory_type, own_type):
             keeper_type = own_keeper
-    known = set(inspect.signature(keeper_type).parameters) - {"budget", "kind"}
+    known = {*named_arguments(keeper_type)} - {"budget", "kind"}
     check_options(f"the memory kind {kind!r}", options, sorted(known))
     return keeper_type(budget, **options)
 
@@ -608,7 +643,8 @@ def _of_type(memory: Memory, memory_type: type[AnyMemory]) -> AnyMemory:
     """Return a memory that is of a class, or raise a ConfigError."""
     if not isinstance(memory, memory_type):
         raise ConfigError(
-            f"what is extended must be a {memory_type.__name__}; the memory is {memory!r}"
+            f"what is extended must be a {memory_type.__name__}; the memory is {memory!r}: give "
+            "one of the same kind"
         )
     return memory
 

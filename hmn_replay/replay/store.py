@@ -81,14 +81,12 @@ class ReplayMemory:
 
     Attributes:
         keeper: What says how the memory is renewed.
-        memory: What was last made, or None. It may be set to a memory that was loaded.
         report: For each update a dict of JSON types: ``update`` (0, 1, ...), ``seconds``,
             ``num_images``, ``images_per_class``, ``file_bytes``, and what the keeper adds.
         gatherer: What waits for :meth:`finish`.
         device: As resolved.
     """
 
-    memory: Memory | None
     report: list[dict[str, Any]]
 
     def __init__(
@@ -115,7 +113,8 @@ class ReplayMemory:
         derive_seed(seed)  # refuses what is none
         self.max_raw_images, self.seed, self.progress = max_raw_images, seed, progress
         self.device = resolve_device(device)
-        self.memory, self.report = None, []
+        self._memory: Memory | None = None
+        self.report = []
         self.gatherer = Gatherer(max_raw_images, seed)
         self._num_updates = self._num_draws = 0
         self._decoded: DecodedImages | None = None
@@ -123,6 +122,39 @@ class ReplayMemory:
     def __len__(self) -> int:
         """Return how many images can be drawn."""
         return 0 if self.memory is None else self.memory.num_images
+
+    @property
+    def memory(self) -> Memory | None:
+        """What was last made, or None. It may be set to a memory that was loaded.
+
+        Raises:
+            ConfigError: On setting it: not a memory, or one of another kind than the keeper's.
+            BudgetError: Its file is larger than the keeper's budget.
+        """
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: Memory | None) -> None:
+        self._check_memory(memory)
+        self._memory = memory
+
+    def _check_memory(self, memory: Memory | None) -> None:
+        """Refuse what the keeper could not go on from."""
+        wanted = self.keeper.memory_type or Memory
+        if memory is None:
+            return
+        if not isinstance(memory, wanted):
+            what = f"{memory!r}" if isinstance(memory, Memory) else type(memory).__name__
+            raise ConfigError(
+                f"expected a {wanted.__name__} to go on from, got {what}: pass what "
+                f"hmn_replay.load(path) gives of such a memory's file, or choose its kind"
+            )
+        budget = getattr(self.keeper, "budget", None)
+        if isinstance(budget, Budget) and memory.file_bytes > budget.num_bytes:
+            raise BudgetError(
+                f"the memory takes {memory.file_bytes:,} bytes and the budget is "
+                f"{budget.num_bytes:,}: call memory.shrink({budget.num_bytes}) first, or give more"
+            )
 
     @property
     def memory_bytes(self) -> int:
@@ -169,8 +201,8 @@ class ReplayMemory:
     ) -> Memory:
         """Renew the memory with images.
 
-        A class that the memory has already is renewed: by a learned kind from its old and its new
-        images, by real images from the new ones alone.
+        A class that the memory has already is renewed from its old and its new images: learned
+        kinds are fitted to both, and of real images both take turns.
 
         Args:
             images: uint8, or floats in [0, 1], ``(N, C, H, W)`` or ``(N, H, W, C)``; or, without
@@ -187,10 +219,14 @@ class ReplayMemory:
             The memory, which :attr:`memory` is from now on.
 
         Raises:
-            DataError: Images or labels that cannot be used.
-            BudgetError: The budget does not hold one image of each class.
+            DataError: Images or labels that cannot be used; a label that has another name in them
+                than in the memory.
+            BudgetError: The budget does not hold one image of each class, or of each that is
+                expected; the memory stays as it was.
         """
         data, index, started = self._read(images, labels), self._num_updates, time.monotonic()
+        first = data.take([int(data.of_class(label)[0]) for label in data.classes.tolist()])
+        self.check_room(first)
         surroundings = without_autocast(self.device)
         if self.keeper.draws_globally:
             surroundings = isolated(self.device, self.seed, "update", index)
@@ -216,7 +252,7 @@ class ReplayMemory:
         }
         # Through JSON, so that what a checkpoint gives back has the same types.
         self.report.append(json.loads(json.dumps(entry)))
-        self.memory, self._num_updates = memory, index + 1
+        self._memory, self._num_updates = memory, index + 1
         if self.progress:
             reason, budget = entry.get("unused_reason"), memory.budget_bytes
             print(
@@ -274,7 +310,7 @@ class ReplayMemory:
         memory, decoded = self.memory, self._decoded
         if memory is None:
             return None
-        target = self.device if device is None else torch.device(device)
+        target = self.device if device is None else resolve_device(device)
         if decoded is None or decoded.memory is not memory or decoded.device != target:
             self._decoded = decoded = DecodedImages.of(memory, target)
         return decoded
@@ -349,6 +385,9 @@ class ReplayMemory:
         Returns:
             How many images got a label; none, with a warning, where the budget does not hold one
             image of each class beside labels.
+
+        Raises:
+            ConfigError: Another number of logits, or a memory of features.
         """
         if self.memory is None:
             return 0
@@ -364,13 +403,19 @@ class ReplayMemory:
             images = memory.decode(chosen, dtype=torch.uint8)[0].to(self.device)
             seed = derive_seed(self.seed, "labels", self._num_updates)
             rows = label_images(network, [images], views=views, seed=seed)
+        if rows.shape[1] != memory.num_classes:
+            raise ConfigError(
+                f"expected logits (B, {memory.num_classes}), one for each of memory.classes in "
+                f"their order; got {rows.shape[1]}: where the network has a logit for each label, "
+                "pass lambda images: network(images)[:, replay.memory.classes]"
+            )
         memory.set_soft_labels(rows, chosen)
         try:
             memory.shrink()
         except BudgetError as error:
             warnings.warn(f"images keep hard labels: {error}", HMNReplayWarning, stacklevel=2)
             return 0
-        self.memory = memory
+        self._memory = memory
         if self.report:
             sizes = {"num_images": memory.num_images, "file_bytes": memory.file_bytes}
             self.report[-1] |= {**sizes, "images_per_class": list(memory.images_per_class)}
@@ -409,6 +454,7 @@ class ReplayMemory:
                 raise CheckpointError("its digest does not fit: it was altered")
             memory = state["memory"].cpu().numpy().tobytes()
             loaded = loads(memory, device=self.device) if memory else None
+            self._check_memory(loaded)
             gatherer.load_state_dict(state["pending"])
             report = json.loads(state["report"])
             if not (isinstance(report, list) and all(isinstance(one, dict) for one in report)):
@@ -428,7 +474,7 @@ class ReplayMemory:
             raise CheckpointError(
                 f"not a whole state of a replay memory: {error}; take an earlier one"
             ) from error
-        self.memory, self.report, self.gatherer = loaded, report, gatherer
+        self._memory, self.report, self.gatherer = loaded, report, gatherer
         self._num_updates, self._num_draws = updates, draws
 
     def __getstate__(self) -> dict[str, Any]:
@@ -499,6 +545,8 @@ class DecodedImages:
         Raises:
             ConfigError: ``dtype`` is another.
         """
+        if not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"dtype must be a torch.dtype, such as torch.float32; got {dtype!r}")
         is_fitting = dtype == torch.uint8 and not self.memory.holds_features
         if not (dtype.is_floating_point or is_fitting):
             raise ConfigError(

@@ -132,6 +132,9 @@ def test_images_are_drawn_in_the_dtype_that_is_asked_for() -> None:
     assert memory.sample(2, dtype=torch.float16)[0].dtype == torch.float16
     with pytest.raises(ConfigError, match=r"floating one or torch.uint8; got torch.int64"):
         memory.sample(2, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"dtype must be a torch\.dtype, .* got 'uint8'"):
+        memory.sample(2, dtype="uint8")  # type: ignore[arg-type]
+    assert len(memory.sample(2, device="auto")[0]) == 2
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.5])
@@ -155,6 +158,77 @@ def test_what_a_kind_does_not_have_is_refused() -> None:
         ReplayMemory("much")
     with pytest.raises(ConfigError, match="max_raw_images"):
         ReplayMemory(6000, max_raw_images=0)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("raw", {}), ("jpeg", {"quality": 20})])
+def test_an_update_that_would_lose_a_class_is_refused_and_changes_nothing(
+    kind: str, options: dict[str, Any]
+) -> None:
+    memory = ReplayMemory(700, kind, device="cpu", **options)
+    held = 0
+    with pytest.raises(BudgetError, match="does not hold one image of each of"):
+        for held in range(20):
+            before = memory.state_dict()["digest"]
+            memory.update(batch(held, each=3))
+    assert memory.memory is not None and memory.memory.classes.tolist() == [*range(held)]
+    assert memory.state_dict()["digest"] == before and memory.num_updates == held > 0
+    expecting = ReplayMemory(700, kind, expected_classes=20, device="cpu", **options)
+    with pytest.raises(BudgetError, match="one image of each of 20 classes"):
+        expecting.update(batch(0))
+    assert expecting.memory is None
+
+
+def test_a_memory_that_cannot_be_gone_on_from_is_refused_when_it_is_set() -> None:
+    memory, other = make("raw", 6000), make("raw", 9000)
+    other.update(batch(0, 1, each=30))
+    assert other.memory is not None and other.memory_bytes > 6000
+    with pytest.raises(BudgetError, match=r"call memory\.shrink\(6000\) first"):
+        memory.memory = other.memory
+    with pytest.raises(CheckpointError, match="the budget is 6,000"):
+        memory.load_state_dict(other.state_dict())
+    with pytest.raises(ConfigError, match=r"expected a RawMemory .* got str: pass what .*load"):
+        memory.memory = "seen.hmn"  # type: ignore[assignment]
+    jpeg = make("jpeg")
+    jpeg.update(batch(0))
+    with pytest.raises(ConfigError, match=r"expected a RawMemory to go on from, got JPEGMemory"):
+        memory.memory = jpeg.memory
+    with pytest.raises(CheckpointError, match="expected a RawMemory"):
+        memory.load_state_dict(jpeg.state_dict())
+    assert memory.memory is None
+    other.memory.shrink(6000)
+    memory.memory = other.memory
+    assert memory.memory_bytes <= 6000
+    memory.memory = None
+    assert len(memory) == 0
+
+
+def test_an_option_with_a_typing_error_is_told_what_it_may_have_been() -> None:
+    for make_one in (
+        lambda: ReplayMemory(6000, expected_clases=3),
+        lambda: HMNReplay(6000, expected_clases=3),
+    ):
+        with pytest.raises(
+            TypeError, match=r"no option 'expected_clases'; did you mean 'expected_"
+        ):
+            make_one()
+    with pytest.raises(TypeError, match="HMNReplay has no option 'batch_size'") as caught:
+        HMNReplay(6000, batch_size=3)
+    assert "batch_size_mem" in str(caught.value) and "teacher_width" not in str(caught.value)
+    with pytest.raises(ConfigError, match="in a stream the network that learns makes the labels"):
+        HMNReplay(6000, teacher_width=3)
+
+
+def test_a_network_that_labels_has_a_logit_for_each_class_of_the_memory() -> None:
+    memory = make("raw")
+    memory.update(batch(3, 5))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+    with pytest.raises(
+        ConfigError, match=r"expected logits \(B, 2\), .* got 10: .*memory\.classes"
+    ):
+        memory.label(network)
+    assert memory.memory is not None
+    classes = memory.memory.classes
+    assert memory.label(lambda images: network(images)[:, classes]) == len(memory)
 
 
 def test_room_is_checked_before_it_is_needed() -> None:
