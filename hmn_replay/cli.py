@@ -40,7 +40,7 @@ from hmn_replay.errors import (
 )
 from hmn_replay.files import check_target, clear_stale
 from hmn_replay.memory.export import DD_RANKING
-from hmn_replay.memory.file import read_file
+from hmn_replay.memory.file import unpack
 from hmn_replay.objectives.trajectories import delete_checkpoint, delete_experts, experts_beside
 from hmn_replay.runtime import PRECISIONS
 from hmn_replay.settings import check_options
@@ -280,7 +280,8 @@ def inspect(args: argparse.Namespace) -> Result:
     Example:
       hmn-replay inspect cifar10.hmn --json
     """
-    memory, tensors = hmn_replay.load(args.file), read_file(args.file).tensors
+    memory = hmn_replay.load(args.file)
+    tensors = unpack(memory.to_bytes()).tensors
     summary = memory.summary()
     stored: dict[str, dict[str, Any]] = {
         name: {
@@ -453,6 +454,7 @@ def baseline(args: argparse.Namespace) -> Result:
     common = {"kind": args.kind, "selection": args.selection, "budget_bytes": budget.num_bytes}
     result = {**common, "labels": args.labels, **best, "tried": scored}
     memory = fill(args.seed, **{name: best[name] for name in codec_names})
+    result["num_classes"] = memory.num_classes
     if memory.labeller is not None:
         result["labeller_accuracy"] = hmn_replay.labeller_accuracy(memory, test)
     if args.out:
@@ -465,6 +467,9 @@ def baseline(args: argparse.Namespace) -> Result:
         rows.append((*(f"{number:,}" for number in shown), _percent(one), mark))
     lines = [("kind", args.kind), ("selection", args.selection), ("budget", str(budget))]
     lines += [("network", args.network), ("labels", args.labels)]
+    if memory.num_classes < train.num_classes:
+        missing = f"{memory.num_classes} of {train.num_classes}: no more fit"
+        lines.append(("classes", missing))
     if "labeller_accuracy" in result:
         lines.append(("labeller itself", f"{result['labeller_accuracy']:.2%}"))
     return result, f"{_table(lines)}\n\n{_table(rows, '>>>><'[-len(rows[0]) :])}"
@@ -523,7 +528,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         shown = action.default
         if isinstance(shown, (list, tuple)):
             shown = ",".join(map(str, shown))
-        has_default = action.option_strings and shown not in (None, "", False, argparse.SUPPRESS)
+        is_hidden = isinstance(shown, bool) or shown in (None, "", argparse.SUPPRESS)
+        has_default = action.option_strings and not is_hidden
         return f"{action.help}" + (f" (default: {shown})" if has_default else "")
 
 
@@ -579,8 +585,8 @@ def _add_condense(parser: _Parser) -> None:
         "--effort",
         choices=tuple(hmn_replay.EFFORTS),
         default="quick",
-        help="quick takes minutes on a CPU, standard does seven times the matching, paper has the "
-        "paper's settings and needs a GPU",
+        help="draft is made for streams, where training waits; quick takes minutes on a CPU, "
+        "standard does seven times the matching, paper has the paper's settings and needs a GPU",
     )
     names: dict[str, Iterable[str]] = {
         "objective": hmn_replay.OBJECTIVES,

@@ -63,7 +63,10 @@ def write_atomically(path: str | Path, content: bytes | Callable[[str], None]) -
         OSError: As :func:`check_target`, or the system refuses. What stood there stays.
     """
     path = check_target(path)
-    temporary, lock = _new_temporary(path)
+    try:
+        temporary, lock = _new_temporary(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         if callable(content):
             content(temporary)

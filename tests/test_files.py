@@ -56,6 +56,19 @@ def test_a_folder_that_is_not_there_is_the_systems_error(tmp_path: Path) -> None
         write_atomically(tmp_path / "absent" / "memory.hmn", b"new")
 
 
+def test_an_error_names_the_file_that_was_to_be_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, *_: object) -> int:
+        raise PermissionError(13, "Permission denied", name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.open", refuse)
+        with pytest.raises(PermissionError) as caught:
+            write_atomically(path, b"new")
+    assert caught.value.filename == os.path.realpath(path)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
 def test_a_link_is_written_through(path: Path) -> None:
     (path.parent / "folder").mkdir()

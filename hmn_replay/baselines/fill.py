@@ -101,7 +101,7 @@ def jpeg_images(
     data: ImageSource,
     budget: Budget | int | str,
     *,
-    quality: int,
+    quality: int | None = None,
     subsampling: str | None = None,
     selection: str | Tensor = "random",
     labels: LabelConfig | str = "hard",
@@ -114,7 +114,8 @@ def jpeg_images(
     Args:
         data: As in :func:`raw_images`, which takes the same images in the same order.
         budget: Bytes of the file, header and labels counted.
-        quality: libjpeg's, 1 to 100.
+        quality: libjpeg's, 1 to 100. Default: None, the one that :func:`choose_quality` finds for
+            these classes, by a training each.
         subsampling: One of :data:`hmn_replay.memory.jpeg.SUBSAMPLINGS`; not used for grey images.
             Default: the one with which more images fit.
         selection: As in :func:`raw_images`; one by name puts all images of ``data`` in order.
@@ -130,6 +131,10 @@ def jpeg_images(
     """
     data = as_labelled_images(data)
     order = _order(data, selection, None, seed)
+    if quality is None:
+        quality, _ = choose_quality(
+            data, budget, expected_classes=data.num_classes, seed=seed, device=device
+        )
     subsamplings = SUBSAMPLINGS if data.image_shape[0] == 3 else SUBSAMPLINGS[:1]
     if subsampling is not None:
         subsamplings = (subsampling,)
@@ -393,6 +398,6 @@ def _labelled(
 def _order(
     data: LabelledImages, selection: str | Tensor, num_images: int | None, seed: int
 ) -> Tensor:
-    if isinstance(selection, Tensor):
+    if not isinstance(selection, str):
         return check_order(selection, len(data))
     return select_images(data, selection, num_images=num_images, seed=seed)

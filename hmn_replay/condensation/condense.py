@@ -152,7 +152,9 @@ def condense(
     memory_type = MEMORIES[kind] if memory is None else type(memory)
     if not issubclass(memory_type, LearnedMemory):
         raise ConfigError(
-            f"memory kind {memory_type.kind!r} holds real images; nothing is condensed in it"
+            f"memory kind {memory_type.kind!r} holds real images; nothing is condensed in it: call "
+            f"hmn_replay.{memory_type.kind.replace('-', '_')}_images(data, budget), or name a "
+            "learned kind, such as hmn"
         )
     if memory is not None:
         if layout not in (None, memory.layout):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import tempfile
 from collections import Counter
@@ -291,10 +292,12 @@ def contact_sheet(
             label. Default: the memory's own names.
 
     Raises:
-        ConfigError: ``columns`` or ``rows`` is below 1.
+        ConfigError: ``columns`` or ``rows`` is below 1, or ``path`` does not end in ``.png``.
         DataError: The memory holds no image.
         OSError: The file cannot be written.
     """
+    if Path(path).suffix.lower() != ".png":
+        raise ConfigError(f"a contact sheet is a .png file; got {os.fspath(path)!r}")
     png = contact_sheet_png(memory, columns=columns, rows=rows, class_names=class_names)
     write_atomically(path, png)
 

@@ -70,25 +70,30 @@ def download(address: str, *, token: str | None = None) -> Path:
 
     Raises:
         ConfigError: An address of another form.
+        OSError: The repository or the file is not there, or the Hub does not answer.
         MissingExtraError: huggingface_hub is not installed.
     """
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise ConfigError(
             f"expected hf://OWNER/NAME, hf://OWNER/NAME@REVISION or hf://OWNER/NAME/FILE; got "
-            f"{address!r}"
+            f"'hf://{address.removeprefix('hf:/').lstrip('/')}'"
         )
     hub = import_extra("huggingface_hub", "hub")
-    return Path(
-        hub.hf_hub_download(
+    name = match["file"] or FILE_NAME
+    try:
+        found = hub.hf_hub_download(
             match["repo"],
-            match["file"] or FILE_NAME,
+            name,
             repo_type="dataset",
             revision=match["revision"],
             library_name="hmn_replay",
             token=token,
         )
-    )
+    except Exception as error:  # those of its HTTP library have no base in common
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise OSError(f"cannot fetch {name} of {match['repo']} from the Hub: {reason}") from error
+    return Path(found)
 
 
 def make_card(

@@ -206,6 +206,12 @@ def build_network(
     Raises:
         ConfigError: Unknown name, a value outside its range, or a function that returns no module.
     """
+    if isinstance(network, nn.Module):
+        raise ConfigError(
+            "a network is a name, or a function from image shape and number of classes to a "
+            f"module, so that each run has weights of its own; got a module, "
+            f"{type(network).__name__}: give a function that makes it"
+        )
     factory = NETWORKS[network] if isinstance(network, str) else network
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ConfigError(f"image_shape must be (C, H, W), got {tuple(image_shape)}")

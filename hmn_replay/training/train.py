@@ -16,7 +16,7 @@ from hmn_replay.data.augment import STRATEGIES, cutmix, draw_augmentation
 from hmn_replay.data.images import channel_stats
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
 from hmn_replay.distributed import ALONE, Team
-from hmn_replay.errors import DataError, TrainingError
+from hmn_replay.errors import ConfigError, DataError, TrainingError
 from hmn_replay.registry import name_of
 from hmn_replay.runtime import (
     PRECISIONS,
@@ -36,7 +36,14 @@ from hmn_replay.training._compiled import (
     mixes_images,
     resolve_compile,
 )
-from hmn_replay.training.networks import NETWORKS, Network, NetworkFactory, build_network
+from hmn_replay.training.networks import (
+    NETWORKS,
+    Network,
+    NetworkFactory,
+    build_network,
+    evaluating,
+    is_built_in,
+)
 
 __all__ = [
     "MAX_LEARNING_RATE",
@@ -297,9 +304,12 @@ def make_network(
         num_classes: Number of logits.
         config: ``network``, ``width`` and ``depth`` are read.
         seed: Seed of the network's weights.
+
+    Raises:
+        ConfigError: A network from outside that does not give so many logits for such images.
     """
     mean, std = channel_stats(images)
-    return build_network(
+    network = build_network(
         config.network,
         images.shape[1:],
         num_classes,
@@ -309,6 +319,25 @@ def make_network(
         std=std,
         seed=seed,
     )
+    if not is_built_in(config.network):
+        _try_network(network, as_floats(images[:2]).cpu(), num_classes)
+    return network
+
+
+def _try_network(network: Network, images: Tensor, num_classes: int) -> None:
+    """Refuse a network that cannot be trained on such images, before any work."""
+    name = type(network.body).__name__
+    try:
+        with torch.no_grad(), evaluating(network):
+            shape = tuple(network(images).shape)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ConfigError(f"{name} does not take images {tuple(images.shape)}: {error}") from error
+    if shape != (len(images), num_classes):
+        raise ConfigError(
+            f"{name} gives {shape} for {len(images)} images of {num_classes} classes; expected "
+            f"logits {(len(images), num_classes)}: make its last layer by the number of classes "
+            "that the function is given"
+        )
 
 
 def compiled_loss(

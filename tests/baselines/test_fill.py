@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Subset
 
-from hmn_replay.baselines.fill import jpeg_images, lossless_images, raw_images, subsampled_images
+from hmn_replay.baselines.fill import (
+    choose_quality,
+    jpeg_images,
+    lossless_images,
+    raw_images,
+    subsampled_images,
+)
 from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, DataError
@@ -230,6 +236,22 @@ def test_any_images_are_taken(kind: str) -> None:
     assert memory.to_bytes() == raw_images(data, 3000, selection=torch.arange(30)).to_bytes()
     with pytest.raises(DataError, match="pass it to load_dataset"):
         FILL[kind]("cifar10", 3000)
+
+
+def test_without_a_quality_jpegs_is_chosen_for_the_classes_that_are_there() -> None:
+    data = some_data(90)
+    chosen, accuracies = choose_quality(data, 6000, expected_classes=data.num_classes)
+    assert len(accuracies) > 1
+    memory = jpeg_images(data, 6000)
+    assert memory.quality == chosen
+    assert memory.to_bytes() == jpeg_images(data, 6000, quality=chosen).to_bytes()
+
+
+@pytest.mark.parametrize("order", [[4, 2, 7], np.array([4, 2, 7])])
+def test_an_order_may_be_a_list_or_an_array(order: Any) -> None:
+    data = some_data(9)
+    wanted = raw_images(data, 10**5, selection=torch.tensor([4, 2, 7]))
+    assert raw_images(data, 10**5, selection=order).to_bytes() == wanted.to_bytes()
 
 
 def test_wrong_options_are_refused() -> None:

@@ -228,7 +228,9 @@ def test_wrong_options_and_empty_memories_are_refused(
     memory.keep([])
     for export in (export_images, export_npz, contact_sheet):
         with pytest.raises(DataError, match="the memory holds no image"):
-            export(memory, tmp_path / "out")
+            export(memory, tmp_path / "out.png")
+    with pytest.raises(ConfigError, match=r"a contact sheet is a \.png file; got '.*sheet\.jpg'"):
+        contact_sheet(real("raw"), tmp_path / "sheet.jpg")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import hmn_replay
+from hmn_replay.cli import main
 from hmn_replay.errors import ConfigError, DataError, MemoryFileError, MissingExtraError
 from tests.hub import Hub
 from tests.support import any_memory, real
@@ -60,8 +61,14 @@ def test_a_token_is_for_the_hub_alone(hub: Hub, tmp_path: Path) -> None:
 
 def test_an_absent_file_is_an_os_error(hub: Hub) -> None:
     any_memory("raw").push_to_hub(NAME)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=f"cannot fetch absent.hmn of {NAME} from the Hub: "):
         hmn_replay.load(f"hf://{NAME}/absent.hmn")
+
+
+def test_the_command_inspects_what_is_there(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    any_memory("raw").push_to_hub(NAME)
+    assert main(["inspect", f"hf://{NAME}"]) == 0
+    assert "raw" in capsys.readouterr().out
 
 
 def test_the_card_says_what_the_memory_is(hub: Hub) -> None:

@@ -284,6 +284,23 @@ def test_what_a_network_lacks_is_said_when_it_is_needed() -> None:
         penultimate_features(nn.Flatten(), noise(2, 3, 8, 8))
     with pytest.raises(ConfigError, match=r"must return an nn\.Module; got list"):
         build_network(lambda *_: [], (3, 8, 8), 5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="got a module, Flatten: give a function that makes it"):
+        build_network(nn.Flatten(), (3, 8, 8), 5)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda shape, _: Linear(shape, 5), r"Linear gives \(2, 5\) for 2 images of 3 classes"),
+        (lambda shape, k: nn.Linear(7, k), r"Linear does not take images \(2, 3, 8, 8\)"),
+        (lambda *_: nn.Flatten(), r"Flatten gives \(2, 192\) .*; expected logits \(2, 3\)"),
+    ],
+)
+def test_a_network_of_other_logits_is_refused_before_it_is_trained(
+    factory: NetworkFactory, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate(stripes(12), stripes(12), network=factory, config=PLAIN)
 
 
 @pytest.mark.parametrize("factory", [plain, Linear])
