@@ -45,6 +45,7 @@ class Growth:
         num_old: How many images the old classes have; they stand first.
         num_planned: How many images of planned size the budget holds, of all classes together.
         costs: For each class, how many images of planned size one of its images counts as.
+        most: For each class, how many images it keeps at most.
         old_images: uint8 ``(M, C, H, W)``, what the old memory decodes to, on the CPU; features are
             float32.
         old_labels: int64 ``(M,)``, their labels.
@@ -59,6 +60,7 @@ class Growth:
     num_old: int
     num_planned: int
     costs: tuple[float, ...]
+    most: tuple[int, ...]
     old_images: Images
     old_labels: Tensor
     old_repeats: Tensor
@@ -77,24 +79,13 @@ class Growth:
         """
         held, size = self.memory.images_per_class, self.memory.layout.group_size
         num_groups = (self.num_planned if num_images is None else num_images) // size
-        kept = share_groups(num_groups, [count // size for count in self._most()], self.costs)
+        kept = share_groups(num_groups, [count // size for count in self.most], self.costs)
         return [count - size * own for count, own in zip(held, kept, strict=True) if count]
 
     @property
     def num_most(self) -> int:
         """The number of images, as :meth:`drops` takes it, from which on no more are kept."""
-        return math.ceil(sum(n * c for n, c in zip(self._most(), self.costs, strict=True)))
-
-    def _most(self) -> list[int]:
-        """Return how many images each class keeps at most: no old class more than a new one."""
-        held, size = self.memory.images_per_class, self.memory.layout.group_size
-        first = self.first_class
-        new = max(n * cost for n, cost in zip(held[first:], self.costs[first:], strict=True))
-        old = (
-            min(n, size * math.ceil(new / cost / size))
-            for n, cost in zip(held[:first], self.costs[:first], strict=True)
-        )
-        return [*old, *held[first:]]
+        return math.ceil(sum(n * c for n, c in zip(self.most, self.costs, strict=True)))
 
     @property
     def old_drops(self) -> int:
@@ -172,14 +163,24 @@ def make_room(
     costs = [1.0] * len(classes)
     if old is not None and first_class and layout.is_coded:
         costs[:first_class] = _costs(old, stay)
-        # New images are taken to be as large as the old ones, but not larger than planned.
-        costs[first_class:] = [min(1.0, sum(costs[:first_class]) / first_class)] * len(new_labels)
+        # New images are taken to be as large as the old ones, so that a class has as many of both.
+        costs[first_class:] = [sum(costs[:first_class]) / first_class] * len(new_labels)
     shares = share_groups(num_planned // size, most, costs)
     # Without another class there is no margin to prune by.
     over = over_budget * sum(shares) / len(classes) if len(classes) > 1 else 0
     counts = [
         size * min(share + math.ceil(over), own)
         for share, own in zip(shares[first_class:], most[first_class:], strict=True)
+    ]
+    # No old class keeps more than a new one of which there are more real images than that.
+    bounded = [
+        count * cost
+        for count, cost, own in zip(counts, costs[first_class:], most[first_class:], strict=True)
+        if count < size * own
+    ]
+    kept_at_most = [
+        min(size * own, size * math.ceil(max(bounded) / cost / size)) if bounded else size * own
+        for own, cost in zip(most[:first_class], costs[:first_class], strict=True)
     ]
     if old is None or not first_class:
         memory = memory_type(layout, new_labels, counts, seed=seed).to(device)
@@ -206,6 +207,7 @@ def make_room(
         sum(memory.images_per_class[:first_class]),
         num_planned,
         tuple(costs),
+        (*kept_at_most, *counts),
         old_images,
         old_labels_of,
         repeats,
@@ -217,7 +219,8 @@ def share_groups(num_groups: int, most: Sequence[int], costs: Sequence[float]) -
     """Return how many groups of images each class keeps where all share a number alike.
 
     Classes that have fewer than their share leave the rest to the others. Of two classes that share
-    alike, the first keeps one more where the number cannot be divided.
+    alike, the first keeps one more where the number cannot be divided. A class that has any keeps
+    one at least, though there be no room for it.
 
     Args:
         num_groups: How many groups of planned size there is room for, in all.
@@ -226,7 +229,8 @@ def share_groups(num_groups: int, most: Sequence[int], costs: Sequence[float]) -
     """
 
     def kept(level: int) -> list[int]:
-        return [min(own, math.floor(level / cost)) for own, cost in zip(most, costs, strict=True)]
+        shares = (max(1, math.floor(level / cost)) for cost in costs)
+        return [min(own, share) for own, share in zip(most, shares, strict=True)]
 
     def takes(counts: Sequence[int]) -> float:
         return sum(count * cost for count, cost in zip(counts, costs, strict=True))

@@ -349,13 +349,45 @@ def test_a_frozen_memory_can_grow(make_layout: MakeLayout, make_set: MakeSet) ->
     assert not old.class_memory.requires_grad
 
 
+def large_images(num_images: int, scale: float) -> HierarchicalMemory:
+    """Return an entropy-coded memory whose images take more bytes than planned."""
+    layout = LAYOUTS["hmn"]((3, 8, 8), "entropy")
+    assert isinstance(layout, HMNLayout)
+    memory = HierarchicalMemory(layout, [7, 8], num_images, seed=3)
+    with torch.no_grad():
+        memory.get_parameter("instance_memory").mul_(scale)
+    return memory
+
+
+def test_old_images_that_are_large_stay_while_there_is_room(make_set: MakeSet) -> None:
+    old = large_images(6, scale=100)
+    data = make_set(num_images=12, labels=(3, 4))
+    growth = room(data, room_for(old.layout, 4, 200), old.layout, old)
+    assert min(growth.costs[:2]) > 1.2
+    assert growth.memory.images_per_class == [6, 6, 6, 6] and growth.drops() == [0, 0, 0, 0]
+    # Where there is less room, a class keeps as many of the new images as of the old ones.
+    growth = room(data, room_for(old.layout, 4, 14), old.layout, old, over_budget=0)
+    kept = [n - d for n, d in zip(growth.memory.images_per_class, growth.drops(), strict=True)]
+    assert max(kept) - min(kept) <= 1 and max(kept) < 6
+
+
+def test_no_class_loses_all_images_however_large_they_are(make_set: MakeSet) -> None:
+    old = large_images(6, scale=3000)
+    growth = room(
+        make_set(num_images=12, labels=(3, 4)), room_for(old.layout, 4, 8), old.layout, old
+    )
+    assert min(growth.costs[:2]) > 1.5
+    kept = [n - d for n, d in zip(growth.memory.images_per_class, growth.drops(), strict=True)]
+    assert min(kept) >= 1
+
+
 # Who gets how many.
 
 
 def shared_by_hand(num_groups: int, most: list[int], costs: list[float]) -> list[int]:
     """Give a group to whoever has taken the least and can take one more, while there is room."""
-    counts = [0] * len(most)
-    left = float(num_groups)
+    counts = [min(1, n) for n in most]
+    left = num_groups - sum(n * cost for n, cost in zip(counts, costs, strict=True))
     while True:
         able = [k for k, n in enumerate(counts) if n < most[k] and costs[k] <= left + 1e-9]
         if not able:
@@ -383,7 +415,8 @@ def test_all_classes_share_alike_in_bytes(data: st.DataObject, num_groups: int) 
     counts = share_groups(num_groups, most, costs)
     taken = [n * cost for n, cost in zip(counts, costs, strict=True)]
     assert all(0 <= n <= own for n, own in zip(counts, most, strict=True))
-    assert sum(taken) <= num_groups + 1e-6
+    assert min(counts) >= 1
+    assert sum(taken) <= max(num_groups, sum(costs)) + 1e-6
     # Whoever could keep more has about as much as whoever has the most.
     for own, n, cost, most_own in zip(taken, counts, costs, most, strict=True):
         assert n == most_own or own > max(taken) - 1 - cost - max(costs)
