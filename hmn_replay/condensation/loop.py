@@ -200,6 +200,8 @@ class Run:
         signal.signal(signal.SIGINT, handle)
         try:
             yield
+            if self.interrupted:  # after the last step
+                raise KeyboardInterrupt
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -371,7 +373,9 @@ class Condensation(Run):
         phases += [*([] if config.labels == "hard" else ["labels"]), "pruning"]
         super().__init__(
             self.growth.memory,
-            _identity(data, budget, layout, config, seed, old, networks, self.least_images),
+            _identity(
+                data, budget, memory_type, layout, config, seed, old, networks, self.least_images
+            ),
             phases,
             measured,
             device,
@@ -1081,6 +1085,7 @@ def _kept(context: steps.StepContext) -> dict[str, _Stateful]:
 def _identity(
     data: LabelledImages,
     budget: Budget,
+    memory_type: type[LearnedMemory],
     layout: MemoryLayout,
     config: CondenseConfig,
     seed: int,
@@ -1097,6 +1102,7 @@ def _identity(
         "data": digest_tensors("", {"images": data.images, "labels": data.labels}),
         "memory": digest_tensors("", old_tensors),
         "networks": " ".join(digest_tensors("", {**each.state_dict()}) for each in networks),
+        "kind": memory_type.kind,
         "layout": repr(layout),
         "least_images": repr(least_images),
         "budget": str(budget),

@@ -29,7 +29,7 @@ from hmn_replay.condensation.steps import RealImages, StepContext, make_optimize
 from hmn_replay.data.images import LabelledImages, mean_psnr
 from hmn_replay.data.lookup import ImageLookup, Images
 from hmn_replay.errors import BudgetError, CheckpointError, DistributedError, TrainingError
-from hmn_replay.memory import MEMORIES, HierarchicalMemory, HMNLayout, load, register_memory
+from hmn_replay.memory import HierarchicalMemory, HMNLayout, load
 from hmn_replay.objectives import gradient_matching
 from tests.support import (
     HMN_FIELDS,
@@ -38,6 +38,7 @@ from tests.support import (
     TINY_MTT,
     Observer,
     at_call,
+    registered,
     room_for,
     tiny,
 )
@@ -212,9 +213,8 @@ class Lazy(HierarchicalMemory):
 @pytest.fixture
 def lazy() -> Iterator[str]:
     """A memory kind that never holds all of its images decoded."""
-    register_memory("lazy")(Lazy)
-    yield "lazy"
-    MEMORIES.remove("lazy")
+    with registered(Lazy) as kind:
+        yield kind
 
 
 def test_images_decoded_when_asked_for_are_pruned_alike(
@@ -570,6 +570,21 @@ def test_ctrl_c_during_a_recording_keeps_the_experts_that_are_done(
     assert memory.to_bytes() == expected.to_bytes()
     phases: list[Any] = [found.report["phases"] for found in (memory, expected)]
     assert phases[0]["experts"]["images"] == phases[1]["experts"]["images"] == 48
+
+
+def test_ctrl_c_after_the_last_step_is_heard(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
+) -> None:
+    class Interrupting(HierarchicalMemory):
+        def shrink(self, budget_bytes: int | None = None) -> None:
+            ctrl_c()
+            super().shrink(budget_bytes)
+
+    data, layout, path = make_set(), make_layout(), tmp_path / "run.checkpoint"
+    with registered(Interrupting) as kind, pytest.raises(KeyboardInterrupt):
+        tiny(data, layout, kind=kind, checkpoint=path)
+    with pytest.raises(CheckpointError, match="kind"):
+        tiny(data, layout, checkpoint=path)
 
 
 def test_a_second_ctrl_c_does_not_wait(
