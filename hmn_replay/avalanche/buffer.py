@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,7 +112,13 @@ class MemoryBuffer(ExemplarsBuffer):
                 "features cannot: use the plugin itself"
             )
         self.replay, self.task_labels, self.needs_logits = replay, task_labels, logits
+        if getattr(replay, "matching_networks", None) == "own":
+            raise ConfigError(
+                'matching_networks="own" is for a plugin, which sees the network from the '
+                "first; a buffer does not: leave it out"
+            )
         self._logits: Tensor | None = None
+        self._logits_of = b""
         self._made_for: tuple[Any, ...] = ()
 
     @property  # type: ignore[misc]
@@ -125,6 +132,11 @@ class MemoryBuffer(ExemplarsBuffer):
         if len(self._made_for) != len(now) or any(
             a is not b for a, b in zip(self._made_for, now, strict=True)
         ):
+            if self.needs_logits and len(memory) and self._logits_of != _digest(memory):
+                raise ConfigError(
+                    "the logits are of another memory than the plugin has now, as after "
+                    "load_state_dict(): call resize(strategy, max_size), which computes them anew"
+                )
             self._buffer = self._dataset(memory, self.replay.replay_transform, self._logits)
             self._made_for = now
         return self._buffer
@@ -174,22 +186,23 @@ class MemoryBuffer(ExemplarsBuffer):
         A piece of an online stream is gathered, as :class:`~hmn_replay.MemoryReplay` says.
         """
         self.replay.learn(agent, exp)
-        self._logits = self._compute_logits(agent)
+        self._compute_logits(agent)
 
     def resize(self, strategy: Any, new_size: int) -> None:
-        """Show at most so many images; the memory itself keeps its own."""
+        """Show at most so many images, and compute logits anew; the memory keeps its images."""
         self.max_size = new_size
-        self._logits = self._compute_logits(strategy)
+        self._compute_logits(strategy)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no image that can be decoded again."""
         return {**self.__dict__, "_buffer": None, "_made_for": ()}
 
     @torch.no_grad()
-    def _compute_logits(self, agent: Any) -> Tensor | None:
+    def _compute_logits(self, agent: Any) -> None:
         memory = self.replay.memory
         if not self.needs_logits or memory is None or not len(memory):
-            return None
+            self._logits, self._logits_of = None, b""
+            return
         # Of images that are not augmented, by a loader with a generator of its own: it would draw
         # from torch's global one.
         loader = DataLoader(self._dataset(memory), batch_size=_BATCH, generator=torch.Generator())
@@ -198,7 +211,12 @@ class MemoryBuffer(ExemplarsBuffer):
             for images, _, *rest in loader:
                 tasks = rest[0].to(agent.device) if self._with_tasks else None
                 parts.append(avalanche_forward(agent.model, images.to(agent.device), tasks))
-        return torch.cat(parts).cpu()
+        self._logits, self._logits_of = torch.cat(parts).cpu(), _digest(memory)
+
+
+def _digest(memory: Memory) -> bytes:
+    """Return what tells a memory from others, in a checkpoint too."""
+    return hashlib.blake2b(memory.to_bytes(), digest_size=16).digest()
 
 
 def count_labels(decoded: DecodedImages, num_classes: int) -> Tensor:

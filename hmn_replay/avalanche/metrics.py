@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from avalanche.benchmarks import OnlineCLExperience
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name
 from torch import Tensor
 
 from hmn_replay.avalanche.buffer import MemoryBuffer
-from hmn_replay.avalanche.plugin import MemoryReplay
+from hmn_replay.avalanche.plugin import MemoryReplay, experiences_of
 from hmn_replay.registry import UnknownNameError
 
 __all__ = ["METRICS", "CalledNew", "MemoryMetric", "memory_metrics"]
@@ -115,8 +116,17 @@ class CalledNew(PluginMetric[float | None]):
         return num_called_new / num_old if num_old else None
 
     def before_training_exp(self, strategy: Any) -> None:
-        """Note which classes are new."""
-        self._new = torch.tensor(list(strategy.experience.classes_in_this_experience))
+        """Note which classes are new: those of the experience, of all its pieces so far."""
+        experience = strategy.experience
+        labels = {
+            int(label)
+            for each in experiences_of(strategy, experience)
+            for label in getattr(each.dataset, "targets", ())
+        }
+        is_piece = isinstance(experience, OnlineCLExperience)
+        if is_piece and experience.access_task_boundaries and not experience.is_first_subexp:
+            labels.update(self._new.tolist())
+        self._new = torch.tensor(sorted(labels), dtype=torch.int64)
 
     def before_eval(self, strategy: Any) -> None:
         """Begin."""
@@ -167,7 +177,7 @@ def memory_metrics(*names: str) -> list[PluginMetric[float | None]]:
 
 
 def _find(strategy: Any) -> MemoryReplay | None:
-    for owner in strategy.plugins:
+    for owner in (strategy, *strategy.plugins):
         buffer = getattr(owner, "storage_policy", None)
         if isinstance(owner, MemoryReplay):
             return owner

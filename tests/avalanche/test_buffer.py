@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,28 @@ def test_ders_logits_are_those_of_the_network_when_the_memory_was_made() -> None
     assert torch.allclose(logits, model.eval()(1 - images), atol=1e-6)
     buffer.resize(strategy, 3)
     assert len(buffer.buffer) == 3 and len(buffer.buffer[0]) == 4
+
+
+def test_logits_of_another_memory_are_refused_until_they_are_made_anew() -> None:
+    replay = RawReplay(3000)
+    buffer, strategy = MemoryBuffer(replay, logits=True), make_strategy([])
+    first, second = streams().train_stream
+    buffer.post_adapt(strategy, first)
+    state, wanted = replay.state_dict(), [item[3] for item in items_of(buffer)]
+    buffer.post_adapt(strategy, second)
+    assert not torch.equal(items_of(buffer)[-1][3], wanted[-1])
+    replay.load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"logits are of another memory .* resize\(strategy"):
+        len(buffer.buffer)
+    buffer.resize(strategy, buffer.max_size)
+    assert all(a.equal(b[3]) for a, b in zip(wanted, items_of(buffer), strict=True))
+    restored = pickle.loads(pickle.dumps(buffer))
+    assert all(a.equal(b[3]) for a, b in zip(wanted, items_of(restored), strict=True))
+
+
+def test_a_buffer_does_not_see_the_network_from_its_beginning() -> None:
+    with pytest.raises(ConfigError, match='matching_networks="own" is for a plugin'):
+        MemoryBuffer(HMNReplay(6000, matching_networks="own"))
 
 
 def test_images_are_normalised_as_the_benchmark_does_and_not_augmented() -> None:

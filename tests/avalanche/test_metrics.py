@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.logging import TensorboardLogger, TextLogger
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from avalanche.training.plugins.replay import ReplayPlugin
+from avalanche.training.supervised.er_ace import ER_ACE
 
 from hmn_replay import HMNReplay, MemoryBuffer, RawReplay, memory_metrics
 from hmn_replay.avalanche.metrics import METRICS, CalledNew
 from hmn_replay.errors import ConfigError
-from tests.streams import KeepFirst, make_strategy, streams
+from tests.streams import KeepFirst, in_pieces, labelled_streams, make_strategy, streams
 from tests.support import TINY
 
 
@@ -84,9 +86,8 @@ def test_tensorboard_shows_them(tmp_path: Path) -> None:
 
 def test_old_images_that_are_called_new_are_counted() -> None:
     metric = CalledNew()
-    metric.before_training_exp(
-        type("", (), {"experience": type("", (), {"classes_in_this_experience": [2, 3]})})
-    )
+    stream = labelled_streams((0, 1), (2, 3)).train_stream
+    metric.before_training_exp(SimpleNamespace(experience=stream[1]))
     assert metric.result() is None
     predicted = torch.tensor([0, 2, 3, 1, 2, 0])
     logits = torch.nn.functional.one_hot(predicted, 4).float()
@@ -96,6 +97,34 @@ def test_old_images_that_are_called_new_are_counted() -> None:
     assert metric.result() == pytest.approx(0.4)
     metric.reset()
     assert metric.result() is None
+
+
+def test_the_pieces_of_an_online_experience_are_new_together() -> None:
+    metric = CalledNew()
+    stream = labelled_streams((0, 1), (2, 3)).train_stream
+    new = []
+    for piece in in_pieces(stream, 5, access_task_boundaries=True):
+        metric.before_training_exp(SimpleNamespace(experience=piece))
+        predicted = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 3]), 5).float()
+        metric.reset()
+        metric.count(predicted, torch.full((4,), 4))
+        new.append(metric.result())
+    assert new[-1] == 0.5 and len(new) == 8, "two of four classes"
+    evaluator = EvaluationPlugin(memory_metrics(), loggers=[TextLogger(io.StringIO())])
+    strategy = make_strategy([RawReplay(1500)], evaluator=evaluator)
+    for piece in in_pieces(streams().train_stream, 5, access_task_boundaries=True):
+        strategy.train(piece)
+    found = strategy.eval(streams().test_stream)
+    assert "Memory_called_new/eval_phase/test_stream" in found
+
+
+def test_the_memory_of_a_strategys_own_buffer_is_measured() -> None:
+    evaluator = EvaluationPlugin(memory_metrics("images"), loggers=[TextLogger(io.StringIO())])
+    strategy = make_strategy([], ER_ACE, batch_size_mem=6, evaluator=evaluator)
+    strategy.storage_policy = MemoryBuffer(KeepFirst())
+    for experience in streams().train_stream:
+        strategy.train(experience)
+    assert strategy.evaluator.get_last_metrics()["Memory_images/train_phase/train_stream"] == 12
 
 
 def test_names_are_checked() -> None:
