@@ -69,7 +69,10 @@ class FirstKeeper(Keeper):
         self.given.append(images)
         renewed = RawMemory(images.image_shape)
         if memory is not None:
-            renewed.extend(LabelledImages(*memory.decode(dtype=torch.uint8)))
+            old = LabelledImages(*memory.decode(dtype=torch.uint8))
+            stays = ~torch.isin(old.labels, images.classes)
+            if stays.any():
+                renewed.extend(old.take(stays))
         kept = [images.of_class(label)[: self.per_class] for label in images.classes.tolist()]
         renewed.extend(images, order=torch.cat(kept))
         return renewed, {"index": index, "draw": float(torch.rand(()))}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from hmn_replay.memory import (
     MemoryLayout,
     PixelLayout,
     RealMemory,
+    register_memory,
 )
 
 AnyLearned = TypeVar("AnyLearned", bound=LearnedMemory)
@@ -200,6 +202,17 @@ def real(
     memory = found(image_shape, budget=budget, **{**CODECS.get(kind, {}), **options})
     memory.extend(real_set(image_shape, classes, counts, seed))
     return memory
+
+
+@contextmanager
+def registered(memory_type: type[Memory]) -> Iterator[str]:
+    """Let a memory class be a kind inside the block; give its name."""
+    kind = f"a-{memory_type.__name__.lower()}"
+    register_memory(kind)(memory_type)
+    try:
+        yield kind
+    finally:
+        MEMORIES.remove(kind)
 
 
 def real_set(

@@ -92,6 +92,7 @@ __all__ = [
     "RawReplay",
     "Strategy",
     "SubsampledReplay",
+    "experiences_of",
 ]
 
 Strategy: TypeAlias = Any
@@ -384,8 +385,26 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Whether the current experience's items are ``(image, label, task label)``."""
         return self._item_length > 2
 
-    def finish(self) -> bool:
-        """Make what an online stream has left into the memory; True where there was something."""
+    def finish(self, strategy: Strategy | None = None) -> bool:
+        """Make what an online stream has left into the memory; True where there was something.
+
+        Args:
+            strategy: Its ``model`` is what a selection sees, labels are made by and is matched on.
+                Default: None, the one that was trained last, which a plugin that was loaded does
+                not know.
+
+        Raises:
+            ConfigError: The network is needed, and not known.
+        """
+        if strategy is not None:
+            self._attend(strategy.device, strategy.model)
+        if not self.num_pending:
+            return False
+        if self._model is None and (self.labels == "soft" or self._kept):
+            raise ConfigError(
+                "what is left is made into the memory by the strategy's network, which a plugin "
+                "that was loaded does not know: call finish(strategy)"
+            )
         is_new = self.store.finish(model=self._model, networks=self._networks(), note=self._note())
         if is_new:
             self._label()
@@ -402,7 +421,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             experience: An experience of Avalanche, or a piece of one.
         """
         self._attend(getattr(strategy, "device", "cpu"), getattr(strategy, "model", None))
-        self._check_data(_experiences_of(strategy, experience))
+        self._check_data(experiences_of(strategy, experience))
         if _is_piece(strategy, experience):
             self._gather(experience)
             self._end_piece(experience)
@@ -414,6 +433,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Note the device, and check that the loss can be had."""
         self._drop_hooks()  # of a training that did not come to its end
+        if sum(isinstance(plugin, MemoryReplay) for plugin in strategy.plugins) > 1:
+            raise ConfigError(
+                "a strategy has two plugins that replay from a memory, each of which takes the "
+                "images at the end of a mini-batch, and the loss, for its own: give it one"
+            )
+        if self.tune == "head" or getattr(find_loss(self.loss)[1], "needs_head", False):
+            _head_of(strategy.model)
         self._attend(strategy.device, strategy.model)
         self._num_pieces = 0
         self._settle(strategy, ())
@@ -434,7 +460,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                     f"{name} needs to know where an experience begins and ends, but an online "
                     f"stream gives experiences in pieces: leave {name} out"
                 )
-        experiences = _experiences_of(strategy, strategy.experience)
+        experiences = experiences_of(strategy, strategy.experience)
         self._check_data(experiences)
         if not _is_piece(strategy, strategy.experience):
             self._checked.clear()
@@ -484,7 +510,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         else:
             self.finish()
         self._decode()
-        experiences = _experiences_of(strategy, experience)
+        experiences = experiences_of(strategy, experience)
         self._settle(strategy, experiences)
         self._drop_hooks()
         # Data sets that do not list their labels are not checked, and may have been counted.
@@ -625,7 +651,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             weights, digest = own.pop(name, None), own.pop(f"{name}_digest", None)
             if weights is None:
                 continue
-            if digest_tensors("", weights) != digest:
+            is_whole = isinstance(weights, dict) and all(
+                isinstance(each, Tensor) for each in weights.values()
+            )
+            if not is_whole or digest_tensors("", weights) != digest:
                 raise CheckpointError(
                     "not a whole state of a replay memory: its network was altered"
                 )
@@ -678,7 +707,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             self._item_length, self._image_shape = check_experiences(experiences, self._found)
 
     def _learn(self, strategy: Strategy, experience: Any) -> LabelledImages | None:
-        experiences = _experiences_of(strategy, experience)
+        experiences = experiences_of(strategy, experience)
         if not any(len(each.dataset) for each in experiences):
             return None
         images = self._read(experiences)
@@ -698,6 +727,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         labels = memory.classes.to(self._device)
 
         def network(images: Tensor) -> Tensor:
+            images = images.to(self._device)  # the memory may be on another
             images = images if found is None else found.apply(images)
             logits: Tensor = model(images)
             return logits[:, labels]
@@ -927,9 +957,16 @@ class _Watcher:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _watch_nothing
 
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _nothing, ()  # what a module is saved with
+
 
 def _watch_nothing(*call: Any) -> None:
     """In a copy of a module, stand for what watches the module itself."""
+
+
+def _nothing() -> Callable[..., None]:
+    return _watch_nothing
 
 
 class _Teacher(_Watcher):
@@ -1188,7 +1225,7 @@ class HMNReplay(MemoryReplay):
             if is_asked or _gives_blocks(model, self._image_shape):
                 self._kept[_FIRST] = _on_cpu(model.state_dict())
         needs_labels = not get_objective(self._config.objective).matches_features
-        experiences = _experiences_of(strategy, strategy.experience)
+        experiences = experiences_of(strategy, strategy.experience)
         if self.matching_networks == "own" and needs_labels and self._has_tasks(experiences):
             raise ConfigError(
                 'matching_networks="own" is for one head, without task labels above 0, unless the '
@@ -1508,7 +1545,7 @@ def _is_piece(strategy: Strategy, experience: Any) -> bool:
     return isinstance(experience, OnlineCLExperience) and not isinstance(strategy, JointTraining)
 
 
-def _experiences_of(strategy: Strategy, experience: Any) -> Sequence[Any]:
+def experiences_of(strategy: Strategy, experience: Any) -> Sequence[Any]:
     """Return all experiences whose data a training has: of joint training several."""
     return strategy._experiences if isinstance(strategy, JointTraining) else [experience]
 

@@ -98,10 +98,11 @@ def _constants(
     normalization: Normalization, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return mean and std, ``(C, 1, 1)`` each; kept, so that no step copies them to a device."""
-    mean, std = (
-        torch.tensor(values, dtype=dtype).view(-1, 1, 1).to(device)
-        for values in (normalization.mean, normalization.std)
-    )
+    with torch.inference_mode(False):  # they serve training too
+        mean, std = (
+            torch.tensor(values, dtype=dtype).view(-1, 1, 1).to(device)
+            for values in (normalization.mean, normalization.std)
+        )
     return mean, std
 
 

@@ -468,7 +468,12 @@ class Memory(abc.ABC):
         if low < (num_held := sum(count > 0 for count in self._counts)) or not low:
             raise BudgetError(
                 f"a budget of {limit:,} bytes does not hold one image of each of {num_held} "
-                "classes, with labels and labeller; give a larger one, or take these away"
+                "classes"
+                + (
+                    ", with labels and labeller; give a larger one, or take these away"
+                    if self._soft is not None or self._labeller is not None
+                    else "; give a larger one"
+                )
             )
         self.keep(first(low))
 
@@ -519,6 +524,7 @@ class Memory(abc.ABC):
         self.class_index = torch.searchsorted(rows, self.class_index)
         self._counts = [self._counts[position] for position in stays]
         self.classes = self.classes[rows]
+        self.class_names = {k: name for k, name in self.class_names.items() if k not in gone}
         self._drop_classes(rows)
         self._rearrange_labels(torch.arange(self.num_images), stays)
 

@@ -172,12 +172,12 @@ class RealMemory(Memory):
         queue = [(next(places[label]), label, i) for i, label in enumerate(labels)]
         order = order[[i for _, _, i in sorted(queue)]]
         old, new = self._by_class(), {label: list[_Kept]() for label in places}
-        known = {payload for label in places for payload, _ in old.get(label, ())}
+        known = {(label, payload) for label in places for payload, _ in old.get(label, ())}
         num_bytes = 0
         for chunk in order.split(_ENCODED_AT_ONCE):
             encoded = self.encode(data.images[chunk])
             for label, payload in zip(data.labels[chunk].tolist(), encoded, strict=True):
-                if payload not in known:
+                if (label, payload) not in known:
                     new[label].append((payload, -1))
             num_bytes += sum(map(len, encoded))
             if self.budget_bytes is not None and num_bytes > self.budget_bytes:

@@ -104,7 +104,8 @@ class PQMemory(_RealFeatures):
             raise ConfigError(f"bits is 1 to {_MAX_BITS}; got {bits!r}")
         self.num_parts, self.code_bits = parts, own_bits
         shape = (parts, 2**own_bits, channels // parts)
-        self.codebook = torch.zeros(shape) if codebook is None else codebook.cpu().half().float()
+        codebook = torch.zeros(shape, dtype=torch.float32) if codebook is None else codebook
+        self.codebook = codebook.cpu().half().float()
         if self.codebook.shape != shape or not bool(self.codebook.isfinite().all()):
             raise ConfigError(
                 f"a codebook is finite floats {shape}; got {tuple(self.codebook.shape)}, or values "

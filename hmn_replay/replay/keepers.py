@@ -321,6 +321,8 @@ class RealKeeper(Keeper):
         memory_type = MEMORIES[kind]
         if not issubclass(memory_type, RealMemory):
             raise ConfigError(f"{kind!r} is learned, and has a LearnedKeeper")
+        if selection == "ccs" and memory_type.holds_features:
+            raise ConfigError("ccs scores by trainings on images; features take random or herding")
         for own, keeper in _KEEPERS.items():
             if issubclass(memory_type, own) and not isinstance(self, keeper):
                 raise ConfigError(f"{kind!r} has settings of its own: use a {keeper.__name__}")
@@ -623,8 +625,13 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
         return LearnedKeeper(budget, kind=kind, **options)
     keeper_type: Callable[..., RealKeeper] = partial(RealKeeper, kind=kind)
     for own_type, own_keeper in _KEEPERS.items():
-        if issubclass(memory_type, own_type):
+        if memory_type is own_type:
             keeper_type = own_keeper
+        elif issubclass(memory_type, own_type):
+            raise ConfigError(
+                f"the memory kind {kind!r} derives from {own_type.kind!r}, whose keeper makes "
+                f"memories of that kind: pass a Keeper of your own in place of the budget"
+            )
     known = {*named_arguments(keeper_type)} - {"budget", "kind"}
     check_options(f"the memory kind {kind!r}", options, sorted(known))
     return keeper_type(budget, **options)

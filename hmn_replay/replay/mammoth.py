@@ -23,6 +23,7 @@ from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayError
 from hmn_replay.memory import loads
 from hmn_replay.replay.store import DecodedImages, ReplayMemory
 from hmn_replay.runtime import make_generator
+from hmn_replay.training.networks import evaluating
 
 __all__ = ["MammothBuffer"]
 
@@ -55,6 +56,11 @@ class MammothBuffer:
     """
 
     def __init__(self, memory: ReplayMemory, device: str | torch.device = "cpu") -> None:
+        if memory.keeper.holds_features:
+            raise ConfigError(
+                "a buffer of Mammoth's holds images, which a memory of features cannot: use a "
+                "memory of images"
+            )
         self.memory, self.device = memory, device
         self.attributes = list(_NAMES)
         self._tasks: dict[int, int] = {}
@@ -168,14 +174,16 @@ class MammothBuffer:
 
         Args:
             network: From float images ``(n, C, H, W)`` in [0, 1] on the buffer's device to logits,
-                for methods that replay these (DER++). Default: None, no logits.
+                for methods that replay these (DER++); a module is in evaluation mode meanwhile, and
+                what a function calls is to be brought there by the caller. Default: None, no
+                logits.
         """
         self.memory.finish()
         self._begin_task()
         self._logits = None
         if network is not None and not self.is_empty():
             parts = torch.arange(len(self)).split(_AT_ONCE)
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(network):
                 found = [network(self._images(part).to(self.device)).cpu() for part in parts]
             self._logits = torch.cat(found)
 

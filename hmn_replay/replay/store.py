@@ -251,7 +251,7 @@ class ReplayMemory:
             "file_bytes": memory.file_bytes,
         }
         # Through JSON, so that what a checkpoint gives back has the same types.
-        self.report.append(json.loads(json.dumps(entry)))
+        self.report.append(json.loads(json.dumps(entry, default=_plain)))
         self._memory, self._num_updates = memory, index + 1
         if self.progress:
             reason, budget = entry.get("unused_reason"), memory.budget_bytes
@@ -561,6 +561,11 @@ class DecodedImages:
             images = images.to(dtype).div_(255) if is_bytes else images.to(dtype)
         soft = None if self.soft is None else self.soft[indices]
         return images, self.labels[indices], soft
+
+
+def _plain(value: Any) -> Any:
+    """Return a number, an array or anything else as JSON may have it."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _digest(state: dict[str, Any]) -> str:

@@ -195,3 +195,25 @@ def test_labels_need_no_framework() -> None:
     for image, label, row in zip(images, labels, soft, strict=True):
         same = (memory.decode()[0] == image).flatten(1).all(dim=1) & (memory.labels == label)
         assert any(row.equal(own) for own in memory.soft_labels()[same])
+
+
+def test_what_a_loaded_plugin_has_left_is_labelled_by_the_strategys_network() -> None:
+    def online(**options: Any) -> tuple[RawReplay, Any]:
+        plugin = replay(loss="balanced", renew="after", **options)
+        strategy = make_strategy([plugin])
+        pieces = in_pieces(streams().train_stream, 5, access_task_boundaries=True)
+        for piece in pieces:
+            strategy.train(piece)
+        return plugin, strategy
+
+    whole, strategy = online()
+    loaded = replay(loss="balanced", renew="after")
+    loaded.load_state_dict(whole.state_dict())
+    assert whole.finish() and not whole.finish()
+    with pytest.raises(ConfigError, match=r"a plugin that was loaded does not know: .*finish\("):
+        loaded.finish()
+    assert loaded.num_pending
+    assert loaded.finish(strategy)
+    assert whole.memory is not None and loaded.memory is not None
+    assert bool(whole.memory.is_soft.all())
+    assert loaded.memory.to_bytes() == whole.memory.to_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import random
 import warnings
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from avalanche.benchmarks import benchmark_from_datasets
+from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.core import SupervisedPlugin
 from avalanche.models import IncrementalClassifier, SCRModel
 from avalanche.models.cosine_layer import CosineIncrementalClassifier, CosineLinear
@@ -34,6 +37,7 @@ from hmn_replay.avalanche.plugin import (
     RawReplay,
     ReplayOptions,
 )
+from hmn_replay.avalanche.streams import Normalization
 from hmn_replay.errors import CheckpointError, ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory import RawMemory
 from hmn_replay.replay import Keeper
@@ -68,6 +72,15 @@ class Recorder(SupervisedPlugin[Any]):
     def before_forward(self, strategy: Any, **kwargs: Any) -> None:
         self.batches.append([part.clone() for part in strategy.mbatch])
         self.modes.append(all(module.training for module in strategy.model.modules()))
+
+
+class Dark(Images):
+    """The same images, nearly black."""
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        image, label = super().__getitem__(index)
+        assert isinstance(image, Tensor)
+        return image / 32, label
 
 
 def pixels_of(replay: KeepFirst) -> Tensor:
@@ -453,6 +466,62 @@ def test_pieces_are_made_into_the_memory_after_training_whatever_was_asked_for(
     assert all('renew="after", and so loss="balanced"' in message for message in told)
     assert (replay.renew_used, replay.loss_used) == ("after", "balanced")
     assert replay.report[0]["renew_used"] == "after" and replay.finish()
+
+
+def test_two_plugins_that_replay_are_refused() -> None:
+    strategy = make_strategy([KeepFirst(), RawReplay(3000)])
+    with pytest.raises(ConfigError, match="a strategy has two plugins that replay from a memory"):
+        strategy.train(streams().train_stream[0])
+
+
+def test_a_network_saved_in_training_has_no_teacher_in_it() -> None:
+    class Saver(SupervisedPlugin[Any]):
+        def after_training_epoch(self, strategy: Any, **_: Any) -> None:
+            file = io.BytesIO()
+            torch.save(strategy.model, file)
+            self.saved = file.getvalue()
+
+    saver = Saver()  # type: ignore[no-untyped-call]
+    replay = KeepFirst(distill=1.0)
+    train(make_strategy([replay, saver]), streams().train_stream)
+    assert replay.distill_used == 1
+    restored = torch.load(io.BytesIO(saver.saved), weights_only=False)
+    plain = io.BytesIO()
+    torch.save(make_model(), plain)
+    assert len(saver.saved) < len(plain.getvalue()) + 2000
+    assert restored(torch.rand(2, *SHAPE)).shape == (2, 4)
+
+
+def test_a_domain_that_comes_later_leaves_images_of_the_first() -> None:
+    data: list[Any] = [
+        as_classification_dataset(Images((0, 1))),
+        as_classification_dataset(Dark((0, 1))),
+    ]
+    replay = RawReplay(3000)
+    benchmark: Any = benchmark_from_datasets(train=data)
+    train(make_strategy([replay]), benchmark.train_stream)
+    assert replay.memory is not None
+    images, labels = replay.memory.decode()
+    for label in (0, 1):
+        dark = images[labels == label].mean(dim=(1, 2, 3)) < 0.05
+        assert 0 < abs(int(dark.sum()) - int((~dark).sum())) + 1 <= 2
+
+
+def test_a_head_that_is_needed_is_asked_for_before_anything_is_made() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten())
+    for replay in (KeepFirst(loss="grouped"), KeepFirst(tune="head")):
+        with pytest.raises(ConfigError, match=r"has no nn\.Linear, which would be its head"):
+            make_strategy([replay], model=model).train(streams().train_stream[0])
+        assert replay.memory is None
+
+
+def test_constants_of_a_normalisation_serve_training_too() -> None:
+    normalization = Normalization((0.31, 0.32, 0.33), (0.21, 0.22, 0.23))
+    with torch.inference_mode():
+        normalization.apply(torch.rand(2, *SHAPE))
+    images = torch.rand(2, *SHAPE, requires_grad=True)
+    normalization.apply(images * 2).sum().backward()
+    assert images.grad is not None
 
 
 def test_joint_training_may_have_its_memory_before() -> None:

@@ -174,8 +174,9 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path: Path) -> None:
     for plugin in (resumed.plugins[0], by_state):
         assert plugin.memory.to_bytes() == whole.memory.to_bytes()  # type: ignore[union-attr]
     state["first_weights"]["body.head.1.bias"][0] += 1
-    with pytest.raises(CheckpointError, match="network was altered"):
-        make_replay().load_state_dict(state)
+    for weights_of in (state["first_weights"], {"body.head.1.bias": "none"}, [1]):
+        with pytest.raises(CheckpointError, match="network was altered"):
+            make_replay().load_state_dict({**state, "first_weights": weights_of})
 
 
 def test_a_network_that_cannot_serve_is_refused_before_training() -> None:

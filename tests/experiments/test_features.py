@@ -12,7 +12,7 @@ import pytest
 from experiments.features import main, parse_row
 from hmn_replay.errors import ConfigError
 
-ARGUMENTS = ["--budgets", "4KB", "--backbone-passes", "600", "--head-passes", "300"]
+ARGUMENTS = ["--budgets", "4500", "--backbone-passes", "600", "--head-passes", "300"]
 ROWS = "features,raw-features,jpeg-20"
 if find_spec("faiss") is not None:
     ROWS += ",pq-4x2"
@@ -30,7 +30,7 @@ def test_every_row_has_an_accuracy_within_its_budget_and_a_run_goes_on(tmp_path:
     cells = [cell for cell in report["cells"] if cell["what"] == "training"]
     assert len(cells) == 2 * len(ROWS.split(","))
     for cell in cells:
-        assert 0 < cell["accuracy"] <= 1 and cell["bytes"] <= 4000 and cell["images"] > 0
+        assert 0 < cell["accuracy"] <= 1 and cell["bytes"] <= 4500 and cell["images"] > 0
     (discriminant,) = [cell for cell in report["cells"] if cell["what"] == "lda"]
     assert discriminant["accuracy"] > 0.5
     table = (tmp_path / "table.md").read_text()

@@ -251,7 +251,7 @@ def test_removing_classes_changes_no_other_image(kind: str) -> None:
     assert left.tolist() == [5] * (2 * size) + [9] * (4 * size)
     assert same_bits(after, before[(labels == 5) | (labels == 9)])
     assert len(memory.to_bytes()) == memory.file_bytes
-    assert loads(memory.to_bytes()).class_names == {5: "five"}
+    assert memory.class_names == loads(memory.to_bytes()).class_names == {5: "five"}
 
 
 @every_kind

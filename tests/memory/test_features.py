@@ -444,3 +444,14 @@ def test_saved_features_are_loaded_and_inspected(tmp_path: Path, run: Any) -> No
     assert told["kind"] == "features" and told["image_shape"] == [24, 1, 1]
     assert "features" in run("inspect", path)
     assert told["layout"]["code_channels"] <= 24
+
+
+@needs_faiss
+def test_another_default_dtype_changes_nothing_of_a_codebook() -> None:
+    data = features()
+    torch.set_default_dtype(torch.float64)
+    try:
+        memory = hmn_replay.ReplayMemory(4000, "pq", num_parts=6, device="cpu")
+        memory.check_room(data)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -213,6 +213,23 @@ def test_logits_are_the_networks_own() -> None:
     assert len(buffer.get_data(3)) == 2 and len(buffer) == 18
 
 
+def test_a_network_that_gives_logits_is_in_evaluation_mode_and_stays_as_it_is() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 4), nn.Dropout())
+    buffer = make()
+    buffer.add_data(*task(0, 1))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    buffer.end_task(network)
+    assert all(module.training for module in network.modules())
+    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+    _, _, logits = buffer.get_all_data()
+    torch.testing.assert_close(logits, network.eval()(buffer.examples).detach())
+
+
+def test_features_are_no_images() -> None:
+    with pytest.raises(ConfigError, match="holds images, which a memory of features cannot"):
+        MammothBuffer(ReplayMemory("4 KiB", "raw-features"))
+
+
 def test_a_loader_and_items_are_those_of_the_buffer() -> None:
     buffer = filled((0, 1))
     loader = buffer.get_dataloader(Namespace(), 5, shuffle=True, transform=lambda image: -image)

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ from hmn_replay.errors import (
     DataError,
     HMNReplayWarning,
 )
-from hmn_replay.memory import MEMORIES, RawMemory
+from hmn_replay.memory import MEMORIES, JPEGMemory, RawMemory
 from hmn_replay.replay import Keeper
-from tests.support import LEARNED, REAL, TINY, real_set
+from tests.support import LEARNED, REAL, TINY, real_set, registered
 
 CODECS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 30}}
 QUICK = {name: value for name, value in TINY.items() if name != "device"}
@@ -270,6 +271,32 @@ def test_a_keeper_of_ones_own() -> None:
     assert memory.update(batch(4)).classes.tolist() == [4]
     with pytest.raises(ConfigError, match="has its own kind"):
         ReplayMemory(Newest(), quality=3)
+
+
+def test_a_report_may_have_what_json_has_not() -> None:
+    class Noting(Keeper):
+        def renew(self, images: LabelledImages, **_: Any) -> Any:
+            memory = RawMemory(images.image_shape)
+            memory.extend(images)
+            return memory, {"mean": np.float32(0.5), "rows": torch.arange(2), "path": Path("a")}
+
+    memory = ReplayMemory(Noting(), device="cpu")
+    memory.update(batch(0))
+    assert {"mean": 0.5, "rows": [0, 1], "path": "a"}.items() <= memory.report[0].items()
+
+
+def test_ccs_of_features_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="ccs scores by trainings on images"):
+        ReplayMemory(6000, "raw-features", selection="ccs")
+
+
+def test_a_kind_that_derives_from_one_with_a_keeper_wants_a_keeper_of_its_own() -> None:
+    class Other(JPEGMemory):
+        """Another JPEG."""
+
+    expected = pytest.raises(ConfigError, match=r"kind 'a-other' derives from 'jpeg'.*a Keeper of")
+    with registered(Other) as kind, expected:
+        ReplayMemory(6000, kind)
 
 
 def test_progress_is_a_line_an_update(capsys: pytest.CaptureFixture[str]) -> None:

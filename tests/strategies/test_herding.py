@@ -46,7 +46,7 @@ def test_old_classes_keep_the_images_that_were_chosen_first() -> None:
         kept = now
 
 
-def test_a_class_that_comes_again_is_replaced_within_the_budget() -> None:
+def test_a_class_may_come_again_within_the_budget() -> None:
     strategy = build("herding")
     first, second = make_stream(num_per_class=8, num_experiences=2)
     for experience in (first, second, first):
