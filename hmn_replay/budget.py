@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import SupportsFloat, SupportsIndex
@@ -14,7 +14,7 @@ import numpy as np
 
 from hmn_replay.errors import BudgetError
 
-__all__ = ["Budget", "as_int", "as_number"]
+__all__ = ["Budget", "as_int", "as_number", "largest"]
 
 _UNITS = {
     "": 1,
@@ -118,6 +118,20 @@ class Budget:
 
     def __str__(self) -> str:
         return f"{self.num_bytes:,} bytes"
+
+
+def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest number from ``low`` to ``high`` that fits, found by bisection.
+
+    Args:
+        low: Returned without a question where no larger one fits.
+        high: The largest that is asked for.
+        fits: Whether a number fits; what is larger than one that does not, does not either.
+    """
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def as_int(value: object) -> int | None:

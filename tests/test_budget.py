@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmn_replay.budget import Budget, as_int
+from hmn_replay.budget import Budget, as_int, largest
 from hmn_replay.errors import BudgetError
 
 UNITS = {
@@ -177,3 +177,16 @@ def test_num_floats_rounds_down() -> None:
 def test_what_is_no_shape_is_refused(shape: Any) -> None:
     with pytest.raises(BudgetError, match=r"an image shape is \(C, H, W\)"):
         Budget.ipc(1, shape, 10)
+
+
+@given(st.integers(-20, 20), st.integers(0, 30), st.integers(-30, 60))
+def test_the_largest_number_that_fits_is_found(low: int, span: int, limit: int) -> None:
+    asked: list[int] = []
+
+    def fits(number: int) -> bool:
+        asked.append(number)
+        return number <= limit
+
+    high = low + span
+    assert largest(low, high, fits) == max(low, min(high, limit))
+    assert all(low < number <= high for number in asked)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hmn_replay.budget import Budget
+from hmn_replay.budget import Budget, largest
 from hmn_replay.condensation.labelling import LabelConfig
 from hmn_replay.data.images import LabelledImages, joined_names
 from hmn_replay.data.lookup import Images, LabelledView, join_images
@@ -235,15 +235,13 @@ def share_groups(num_groups: int, most: Sequence[int], costs: Sequence[float]) -
     def takes(counts: Sequence[int]) -> float:
         return sum(count * cost for count, cost in zip(counts, costs, strict=True))
 
-    low, high = 0, max(most, default=0) * math.ceil(max(costs, default=1.0))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if takes(kept(middle)) <= num_groups else (low, middle - 1)
-    counts = kept(low)
+    highest = max(most, default=0) * math.ceil(max(costs, default=1.0))
+    level = largest(0, highest, lambda tried: takes(kept(tried)) <= num_groups)
+    counts = kept(level)
     left = num_groups - takes(counts)
     for position, (own, cost) in enumerate(zip(most, costs, strict=True)):
         # A little is added for sums of quotients that fall short of whole numbers.
-        if counts[position] < own and counts[position] * cost <= low and cost <= left + 1e-9:
+        if counts[position] < own and counts[position] * cost <= level and cost <= left + 1e-9:
             counts[position] += 1
             left -= cost
     return counts
@@ -312,12 +310,10 @@ def fill(
         filled.keep(kept)
         return filled
 
-    low, high = 0, len(added) // size
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = takes(with_added(size * middle)) <= budget_bytes
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return with_added(size * low) if low else memory
+    num_added = largest(
+        0, len(added) // size, lambda groups: takes(with_added(size * groups)) <= budget_bytes
+    )
+    return with_added(size * num_added) if num_added else memory
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hmn_replay.budget import largest
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import BudgetError
 from hmn_replay.memory.learned import LearnedMemory
@@ -138,11 +139,7 @@ def most_that_fit(
         needed = memory.file_bytes_with(len(chosen), code_bytes, budget_bytes, labels)
         return needed <= budget_bytes
 
-    low, high = fewest, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return choose(low)
+    return choose(largest(fewest, most, fits))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hmn_replay.budget import as_int
+from hmn_replay.budget import as_int, largest
 from hmn_replay.data.lookup import ImageLookup, Images
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError, MemoryFileError
 from hmn_replay.files import write_atomically
@@ -454,18 +454,17 @@ class Memory(abc.ABC):
         size = self.images_kept_together
         place = torch.cat([torch.arange(count) for count in self._counts])
         order = (place // size).argsort(stable=True)
-        low, high = 0, len(order) // size
-        whole = copy.deepcopy(self)
 
         def first(num_groups: int) -> Tensor:
             return order[: num_groups * size].sort().values
 
-        while low < high:
-            middle = (low + high + 1) // 2
-            trial = copy.deepcopy(whole)
-            trial.keep(first(middle))
-            low, high = (middle, high) if trial.file_bytes <= limit else (low, middle - 1)
-        if low < (num_held := sum(count > 0 for count in self._counts)) or not low:
+        def fits(num_groups: int) -> bool:
+            trial = copy.deepcopy(self)
+            trial.keep(first(num_groups))
+            return trial.file_bytes <= limit
+
+        num_kept = largest(0, len(order) // size, fits)
+        if num_kept < (num_held := sum(count > 0 for count in self._counts)) or not num_kept:
             raise BudgetError(
                 f"a budget of {limit:,} bytes does not hold one image of each of {num_held} "
                 "classes"
@@ -475,7 +474,7 @@ class Memory(abc.ABC):
                     else "; give a larger one"
                 )
             )
-        self.keep(first(low))
+        self.keep(first(num_kept))
 
     @property
     def images_kept_together(self) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmn_replay.budget import Budget, as_int
+from hmn_replay.budget import Budget, as_int, largest
 from hmn_replay.data.features import FeatureSource, read_data
 from hmn_replay.data.images import ImageSource, joined_names
 from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
@@ -220,11 +220,7 @@ class RealMemory(Memory):
         if not queue or takes(1) > limit:
             smallest = f"; the smallest that does is {takes(1):,} bytes" if queue else ""
             raise BudgetError(f"a budget of {limit:,} bytes does not hold one image{smallest}")
-        low, high = 1, len(queue)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if takes(middle) <= limit else (low, middle - 1)
-        return low
+        return largest(1, len(queue), lambda num_images: takes(num_images) <= limit)
 
     def _old_places(
         self, chosen: Sequence[tuple[int, int]], images: Mapping[int, Sequence[_Kept]]
