@@ -93,8 +93,9 @@ def condense(
             already is renewed: condensed again, from its new images and its old ones. The given
             memory is not changed. Default: None, a new memory.
         expected_classes: How many classes are to come in all, where more are to be added later: the
-            layout is chosen for so many, where neither ``memory`` nor ``layout`` gives one, and
-            ``pruning="order"`` prepares for them. Default: those of ``source``.
+            layout is chosen for so many, where neither ``memory`` nor ``layout`` gives one,
+            ``pruning="order"`` prepares for them, and entropy-coded images leave room for one of
+            each. Default: those of ``source``.
         checkpoint: A file to go on from where it exists, and that is written every minute; None
             for none. It stays there in the end, and so does ``NAME.experts`` beside it, a folder
             that ``objective="mtt"`` makes where no other is named.

@@ -347,7 +347,8 @@ class Condensation(Run):
         self.first_class = self.growth.first_class
         self.num_begun = self.growth.memory.images_per_class
         self.by_order = config.pruning == "order"
-        self.least_images = self._least_images(expected_classes) if self.by_order else None
+        self.expected_classes = expected_classes
+        self.least_images = self._least_images() if self.by_order else None
         self.betas = config.beta_grid or (config.beta,)
         learned: Tensor | None = None
         self.held_out: LabelledView | None = None
@@ -374,7 +375,7 @@ class Condensation(Run):
         super().__init__(
             self.growth.memory,
             _identity(
-                data, budget, memory_type, layout, config, seed, old, networks, self.least_images
+                data, budget, memory_type, layout, config, seed, old, networks, expected_classes
             ),
             phases,
             measured,
@@ -384,10 +385,10 @@ class Condensation(Run):
             config.checkpoint_seconds,
         )
 
-    def _least_images(self, expected_classes: int | None) -> int:
+    def _least_images(self) -> int:
         """Return how many images a class will have when all expected classes have come."""
         memory = self.growth.memory
-        num_classes = max(memory.num_classes, expected_classes or 0)
+        num_classes = max(memory.num_classes, self.expected_classes or 0)
         with contextlib.suppress(BudgetError):
             num_images = memory.max_images(memory.layout, self.budget, num_classes)
             return max(1, num_images // num_classes)
@@ -528,7 +529,17 @@ class Condensation(Run):
             kept_images,
             growth.num_old,
             growth.num_old - growth.old_drops,
+            self._most_image_bytes(),
         )
+
+    def _most_image_bytes(self) -> float:
+        """Return what an image may take, so that one of each expected class can be kept."""
+        memory = self.memory
+        num_classes = max(memory.num_classes, self.expected_classes or 0)
+        with contextlib.suppress(BudgetError):
+            num_images = memory.max_images(memory.layout, self.budget, num_classes)
+            return num_images * memory.planned_image_bytes(memory.layout) / num_classes
+        return math.inf
 
     # Networks that are trained before matching.
 
@@ -1091,7 +1102,7 @@ def _identity(
     seed: int,
     old: LearnedMemory | None,
     networks: Sequence[nn.Module],
-    least_images: int | None,
+    expected_classes: int | None,
 ) -> dict[str, str]:
     """Return what tells a run from every other one, by names that an error message can show."""
     settings = config.model_dump(exclude={"checkpoint_seconds"})
@@ -1104,7 +1115,7 @@ def _identity(
         "networks": " ".join(digest_tensors("", {**each.state_dict()}) for each in networks),
         "kind": memory_type.kind,
         "layout": repr(layout),
-        "least_images": repr(least_images),
+        "expected_classes": repr(expected_classes),
         "budget": str(budget),
         "seed": repr(seed),
         **{name: repr(value) for name, value in settings.items()},

@@ -46,6 +46,7 @@ class RateControl:
         kept_images: How many images will be kept.
         num_old: The images before this position are not trained.
         kept_old: How many of them will be kept.
+        most_image_bytes: What an image may take at most, however few there are. Default: no bound.
 
     Raises:
         BudgetError: What all images share takes more already.
@@ -63,8 +64,9 @@ class RateControl:
         kept_images: int,
         num_old: int = 0,
         kept_old: int = 0,
+        most_image_bytes: float = math.inf,
     ) -> None:
-        self.memory = memory
+        self.memory, self.most_image_bits = memory, max(1.0, 8 * most_image_bytes)
         self.first_class = int(memory.class_index[num_old])
         self.kept_new = kept_images - kept_old
         device = memory.class_index.device
@@ -93,7 +95,8 @@ class RateControl:
         indices = indices.to(self.state.device, non_blocking=True)
         image_bits, shared_bits = self.memory.rate(indices, self.first_class)
         integral, smoothed, count, bits = self.state.unbind()
-        target = ((bits - shared_bits.detach()) / self.kept_new).clamp_min(1.0)
+        target = (bits - shared_bits.detach()) / self.kept_new
+        target = target.clamp(1.0, self.most_image_bits)
         now = image_bits.detach()
         smoothed = torch.where(count > 0, _SMOOTHING * smoothed + (1 - _SMOOTHING) * now, now)
         error = (smoothed / target).log().clamp(-_MAX_ERROR, _MAX_ERROR)

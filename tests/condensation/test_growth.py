@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from hmn_replay.budget import Budget
 from hmn_replay.condensation import steps
@@ -379,6 +381,32 @@ def test_no_class_loses_all_images_however_large_they_are(make_set: MakeSet) -> 
     assert min(growth.costs[:2]) > 1.5
     kept = [n - d for n, d in zip(growth.memory.images_per_class, growth.drops(), strict=True)]
     assert min(kept) >= 1
+
+
+@pytest.mark.filterwarnings("ignore:the budget of .* is planned for", "ignore:the file fills")
+def test_a_stream_of_few_images_has_room_for_the_classes_that_are_expected() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def smooth(count: int, side: int) -> Tensor:
+        grid = torch.rand(count, 3, side, side, generator=generator)
+        return F.interpolate(grid, size=(16, 16), mode="bicubic").clamp(0, 1)
+
+    memory, limit = None, 1800
+    for first in range(0, 24, 4):
+        labels = torch.arange(first, first + 4).repeat_interleave(5)
+        images = (0.6 * smooth(20, 4) + 0.4 * smooth(20, 8)).mul(255).to(torch.uint8)
+        memory = condense(
+            (images, labels),
+            limit,
+            memory=memory,
+            expected_classes=24,
+            effort="draft",
+            warm_start_steps=100,
+            outer_steps=0,
+            device="cpu",
+        )
+        assert min(memory.images_per_class) >= 1 and memory.file_bytes <= limit
+    assert memory is not None and memory.num_classes == 24
 
 
 # Who gets how many.

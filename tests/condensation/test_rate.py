@@ -115,6 +115,22 @@ def test_the_weight_grows_while_bits_are_over_the_target_and_shrinks_while_under
     assert sizes[0] > sizes[1]
 
 
+def test_an_image_takes_no_more_than_it_may() -> None:
+    memory = coded_memory()
+    image_bits, shared_bits = rate_of(memory)
+    weights = []
+    for most in (image_bits / 16, 2 * image_bits / 8, math.inf):
+        # The code may take twice what it takes: all that holds it back is what an image may.
+        code_bytes = int((shared_bits + 7 * 2 * image_bits) / 8)
+        control = RateControl(memory, code_bytes, kept_images=7, most_image_bytes=most)
+        for _ in range(5):
+            memory.zero_grad()
+            control.add_gradients(torch.arange(7), torch.tensor(1.0))
+        assert memory.instance_memory.grad is not None
+        weights.append(float(memory.instance_memory.grad.abs().sum()))
+    assert weights[0] > 2 * weights[1] >= 2 * weights[2]
+
+
 def test_the_weight_is_in_the_distances_own_unit() -> None:
     gradients = []
     for distance in (1.0, 1000.0):
