@@ -109,5 +109,3 @@ def test_without_old_or_new_classes_there_is_nothing_to_measure() -> None:
         shortcut_report(Bright(False), None, noisy_set(), new_classes=[0, 1, 2, 3])
     with pytest.raises(ConfigError, match="new_classes must have one label or more"):
         shortcut_report(Bright(False), None, noisy_set(), new_classes=[])
-    with pytest.raises(ConfigError, match="99, a label that neither the memory nor the test set"):
-        shortcut_report(Bright(False), None, noisy_set(), new_classes=[0, 99])

@@ -134,8 +134,8 @@ class MemoryBuffer(ExemplarsBuffer):
         ):
             if self.needs_logits and len(memory) and self._logits_of != _digest(memory):
                 raise ConfigError(
-                    "the logits are of another memory than the plugin has now, as after "
-                    "load_state_dict(): call resize(strategy, max_size), which computes them anew"
+                    "the logits are of another memory than the plugin has now, as after finish() "
+                    "or load_state_dict(): call resize(strategy, max_size), which makes them anew"
                 )
             self._buffer = self._dataset(memory, self.replay.replay_transform, self._logits)
             self._made_for = now

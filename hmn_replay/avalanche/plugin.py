@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import json
 import math
 import sys
 import warnings
@@ -61,7 +63,13 @@ from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
 from hmn_replay.condensation.loop import check_given_networks
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import as_floats
-from hmn_replay.errors import CheckpointError, ConfigError, DataError, HMNReplayWarning
+from hmn_replay.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HMNReplayError,
+    HMNReplayWarning,
+)
 from hmn_replay.files import digest_tensors
 from hmn_replay.memory import Memory
 from hmn_replay.memory.base import Codec
@@ -400,7 +408,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             self._attend(strategy.device, strategy.model)
         if not self.num_pending:
             return False
-        if self._model is None and (self.labels == "soft" or self._kept):
+        selection = getattr(self.store.keeper, "selection", None)
+        if self._model is None and (self.labels == "soft" or self._kept or callable(selection)):
             raise ConfigError(
                 "what is left is made into the memory by the strategy's network, which a plugin "
                 "that was loaded does not know: call finish(strategy)"
@@ -635,7 +644,14 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         With ``tune``, and where the network itself is matched on (``matching_networks``), weights
         of it are in it, too.
         """
-        state = self.store.state_dict()
+        found = self._found
+        settled = {
+            "normalization": None if found is None else [*map(list, (found.mean, found.std))],
+            "loss_used": self.loss_used,
+            "renew_used": self.renew_used,
+        }
+        text = json.dumps(settled)
+        state = {**self.store.state_dict(), "training": text, "training_digest": _digest(text)}
         for name, weights in self._kept.items():
             state |= {name: weights, f"{name}_digest": digest_tensors("", weights)}
         return state
@@ -659,8 +675,23 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                     "not a whole state of a replay memory: its network was altered"
                 )
             kept[name] = weights
+        try:
+            text, digest = own.pop("training"), own.pop("training_digest")
+            if _digest(text) != digest:
+                raise CheckpointError("it was altered")
+            settled = json.loads(text)
+            found, names = settled["normalization"], (settled["loss_used"], settled["renew_used"])
+            found = None if found is None else Normalization.of(found)
+            if not all(name is None or isinstance(name, str) for name in names):
+                raise CheckpointError(f"{names} are no names")
+        except (HMNReplayError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"not a whole state of a replay memory: what it says of the training cannot be "
+                f"read ({error}); take an earlier one"
+            ) from error
         self.store.load_state_dict(own)
-        self._kept = kept
+        self._kept, self._found = kept, self.normalization or found
+        self.loss_used, self.renew_used = names
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no network, and no decoded image."""
@@ -1384,6 +1415,10 @@ def _check_keywords(plugin: MemoryReplay, options: Mapping[str, Any]) -> None:
     """Raise an UnknownOptionError for an option that a plugin of real images does not take."""
     known = [*named_arguments(type(plugin)), *ReplayOptions.__annotations__]
     check_options(type(plugin).__name__, options, known)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _describe(criterion: object) -> str:

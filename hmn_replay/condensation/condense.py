@@ -153,8 +153,8 @@ def condense(
     memory_type = MEMORIES[kind] if memory is None else type(memory)
     if not issubclass(memory_type, LearnedMemory):
         raise ConfigError(
-            f"memory kind {memory_type.kind!r} holds real images; nothing is condensed in it: call "
-            f"hmn_replay.{memory_type.kind.replace('-', '_')}_images(data, budget), or name a "
+            f"memory kind {memory_type.kind!r} holds real images or features, and nothing is "
+            "condensed in it: fill one by ReplayMemory(budget, kind).update(data), or name a "
             "learned kind, such as hmn"
         )
     if memory is not None:

@@ -534,11 +534,13 @@ class Condensation(Run):
 
     def _most_image_bytes(self) -> float:
         """Return what an image may take, so that one of each expected class can be kept."""
-        memory = self.memory
-        num_classes = max(memory.num_classes, self.expected_classes or 0)
+        memory, expected = self.memory, self.expected_classes or 0
+        if expected <= memory.num_classes:
+            return math.inf
+        sizes = memory.names_bytes, self.growth.label_bytes
         with contextlib.suppress(BudgetError):
-            num_images = memory.max_images(memory.layout, self.budget, num_classes)
-            return num_images * memory.planned_image_bytes(memory.layout) / num_classes
+            num_images = memory.max_images(memory.layout, self.budget, expected, *sizes)
+            return num_images * memory.planned_image_bytes(memory.layout) / expected
         return math.inf
 
     # Networks that are trained before matching.
@@ -1115,7 +1117,7 @@ def _identity(
         "networks": " ".join(digest_tensors("", {**each.state_dict()}) for each in networks),
         "kind": memory_type.kind,
         "layout": repr(layout),
-        "expected_classes": repr(expected_classes),
+        "expected_classes": repr(max(data.num_classes, expected_classes or 0)),
         "budget": str(budget),
         "seed": repr(seed),
         **{name: repr(value) for name, value in settings.items()},

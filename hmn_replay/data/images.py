@@ -286,8 +286,8 @@ def joined_names(
         if (known := names.get(label, name)) != name:
             raise DataError(
                 f"label {label} is {known!r} in {where} and {name!r} in the images that are added: "
-                "give a class the same label in both, or leave the names of one out "
-                "(class_names={})"
+                "give a class the same label and name in both, or leave the names out, as "
+                "LabelledImages(images, labels) does"
             )
     return {**names, **(more or {})}
 
@@ -308,16 +308,22 @@ def check_same_names(
     Raises:
         DataError: A name has other labels in both.
     """
-    labels: dict[str, set[int]] = {}
-    for label, name in others.items():
-        labels.setdefault(name, set()).add(label)
-    for label, name in names.items():
-        if label not in labels.setdefault(name, {label}):
+    own, other = (_labels_of_names(each) for each in (names, others))
+    for name in sorted(own.keys() & other.keys()):
+        if not own[name] & other[name]:
             raise DataError(
-                f"{name!r} is label {label} in {where} and {min(labels[name])} in {elsewhere}: "
-                "number the classes of both alike (those of a folder are numbered in the order of "
-                "their names), or leave the names of one out (class_names={})"
+                f"{name!r} is label {min(own[name])} in {where} and {min(other[name])} in "
+                f"{elsewhere}: number the classes of both alike (those of a folder are numbered in "
+                "the order of their names), or leave the names of one out, as "
+                "LabelledImages(images, labels) does"
             )
+
+
+def _labels_of_names(names: Mapping[int, str]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for label, name in names.items():
+        found.setdefault(name, set()).add(label)
+    return found
 
 
 def stack_images(

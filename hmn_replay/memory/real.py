@@ -179,7 +179,7 @@ class RealMemory(Memory):
             for label, payload in zip(data.labels[chunk].tolist(), encoded, strict=True):
                 if (label, payload) not in known:
                     new[label].append((payload, -1))
-            num_bytes += sum(map(len, encoded))
+                    num_bytes += len(payload)
             if self.budget_bytes is not None and num_bytes > self.budget_bytes:
                 break
         images = {

@@ -36,7 +36,7 @@ from hmn_replay.memory import (
     SubsampledMemory,
     loads,
 )
-from hmn_replay.memory.base import MAX_CLASSES, check_num_classes
+from hmn_replay.memory.base import MAX_CLASSES, affordable_names, check_num_classes
 from hmn_replay.memory.real import check_order
 from hmn_replay.registry import suggest
 from hmn_replay.runtime import derive_seed
@@ -367,6 +367,8 @@ class RealKeeper(Keeper):
         counts = torch.tensor([count for count in tried.images_per_class if count])
         tried.keep(counts.cumsum(0) - counts)  # the first of each class
         tried.budget_bytes = self.budget.num_bytes
+        labels = tried.classes.tolist()
+        tried.class_names = affordable_names(tried.class_names, labels, tried.budget_bytes)
         payload_bytes = sum(map(len, tried.payloads)) / len(tried)
         classes = max(num_classes, self.expected_classes or 0)
         needed = tried.file_bytes + round((classes - len(tried)) * payload_bytes)
@@ -409,7 +411,8 @@ class RealKeeper(Keeper):
         if extended is None:
             extended, note = self.begin(images, order, seed=seed, device=device)
         else:
-            known.update(extended.classes.tolist())
+            counts = zip(extended.classes.tolist(), extended.images_per_class, strict=True)
+            known.update(label for label, count in counts if count)
             extended.budget_bytes = self.budget.num_bytes
             extended.extend(images, order=order)
         if missing := sorted(known - {*extended.classes.tolist()}):

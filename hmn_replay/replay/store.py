@@ -149,12 +149,18 @@ class ReplayMemory:
                 f"expected a {wanted.__name__} to go on from, got {what}: pass what "
                 f"hmn_replay.load(path) gives of such a memory's file, or choose its kind"
             )
-        budget = getattr(self.keeper, "budget", None)
-        if isinstance(budget, Budget) and memory.file_bytes > budget.num_bytes:
+        limit = self._budget_bytes
+        if limit is not None and memory.file_bytes > limit:
             raise BudgetError(
-                f"the memory takes {memory.file_bytes:,} bytes and the budget is "
-                f"{budget.num_bytes:,}: call memory.shrink({budget.num_bytes}) first, or give more"
+                f"the memory takes {memory.file_bytes:,} bytes and the budget is {limit:,}: call "
+                f"memory.shrink({limit}) first, or give more"
             )
+
+    @property
+    def _budget_bytes(self) -> int | None:
+        """The keeper's budget; None where it has none."""
+        budget = getattr(self.keeper, "budget", None)
+        return budget.num_bytes if isinstance(budget, Budget) else None
 
     @property
     def memory_bytes(self) -> int:
@@ -226,11 +232,11 @@ class ReplayMemory:
         """
         data, index, started = self._read(images, labels), self._num_updates, time.monotonic()
         first = data.take([int(data.of_class(label)[0]) for label in data.classes.tolist()])
-        self.check_room(first)
         surroundings = without_autocast(self.device)
         if self.keeper.draws_globally:
             surroundings = isolated(self.device, self.seed, "update", index)
         with surroundings:
+            self.check_room(first)
             memory, report = self.keeper.renew(
                 data,
                 memory=self.memory,
@@ -407,11 +413,12 @@ class ReplayMemory:
             raise ConfigError(
                 f"expected logits (B, {memory.num_classes}), one for each of memory.classes in "
                 f"their order; got {rows.shape[1]}: where the network has a logit for each label, "
-                "pass lambda images: network(images)[:, replay.memory.classes]"
+                "bring it to evaluation mode and pass "
+                "lambda images: network(images)[:, replay.memory.classes]"
             )
         memory.set_soft_labels(rows, chosen)
         try:
-            memory.shrink()
+            memory.shrink(self._budget_bytes)
         except BudgetError as error:
             warnings.warn(f"images keep hard labels: {error}", HMNReplayWarning, stacklevel=2)
             return 0
@@ -479,7 +486,7 @@ class ReplayMemory:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: no image that can be decoded again."""
-        left_out = dict.fromkeys(("memory", "report", "gatherer", "_decoded"))
+        left_out = dict.fromkeys(("_memory", "report", "gatherer", "_decoded"))
         return {**self.__dict__, **left_out, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

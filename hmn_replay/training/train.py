@@ -318,7 +318,7 @@ def make_network(
         mean=mean,
         std=std,
         seed=seed,
-    )
+    ).cpu()
     if not is_built_in(config.network):
         _try_network(network, as_floats(images[:2]).cpu(), num_classes)
     return network

@@ -330,6 +330,8 @@ def test_a_split_is_no_class(folder: str, tmp_path: Path) -> None:
 
 def test_a_data_set_is_no_class_of_another(tmp_path: Path) -> None:
     save_picture(tmp_path / "pets/train/cat/a.png")
+    assert load_dataset(tmp_path).class_names == {0: "pets"}
+    save_picture(tmp_path / "pets/test/cat/a.png")
     with pytest.raises(DataError, match="pets is a data set, not a class of one: give its path"):
         load_dataset(tmp_path)
 

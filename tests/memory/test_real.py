@@ -270,6 +270,17 @@ def test_as_many_new_as_old_images_of_a_class_stay_within_a_budget() -> None:
         assert abs(num_old - (len(own) - num_old)) <= 1
 
 
+def test_images_that_are_there_take_no_room_of_new_ones() -> None:
+    first, second = (real_set(classes=(0,), counts=(300,), seed=seed) for seed in (1, 2))
+    memory = empty("raw", 60_000)
+    memory.extend(first)
+    before = set(memory.payloads)
+    images = torch.cat([first.images, second.images])
+    memory.extend(LabelledImages(images, torch.cat([first.labels, second.labels])))
+    num_old = sum(payload in before for payload in memory.payloads)
+    assert abs(2 * num_old - len(memory)) <= 1
+
+
 def test_a_label_has_one_name() -> None:
     memory = real("raw", classes=(0, 1), counts=(2, 2))
     memory.class_names = {0: "cat"}

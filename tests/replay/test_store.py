@@ -203,6 +203,54 @@ def test_a_memory_that_cannot_be_gone_on_from_is_refused_when_it_is_set() -> Non
     assert len(memory) == 0
 
 
+def test_labels_keep_a_memory_of_another_budget_within_the_keepers() -> None:
+    other = make("raw", 9000)
+    other.update(batch(3, 5, each=5))
+    assert other.memory is not None and other.memory.budget_bytes == 9000
+    memory = make("raw", other.memory_bytes + 8)
+    memory.memory = other.memory
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    assert memory.label(network)
+    assert memory.memory_bytes <= other.memory_bytes + 8
+    restored = pickle.loads(pickle.dumps(memory))
+    assert restored.memory.to_bytes() == memory.memory.to_bytes()
+
+
+def test_what_is_pickled_has_the_memory_once() -> None:
+    memory = make("raw", 100_000)
+    memory.update(batch(0, 1, each=100))
+    assert len(pickle.dumps(memory)) < 1.2 * memory.memory_bytes
+
+
+def test_a_class_without_images_is_no_class_that_is_lost() -> None:
+    memory = make("raw")
+    memory.update(batch(0, 1))
+    assert memory.memory is not None
+    memory.memory.keep((memory.memory.labels == 1).nonzero().flatten())
+    assert memory.update(batch(2)).classes.tolist() == [1, 2]
+
+
+def test_names_that_take_too_much_take_no_room() -> None:
+    data = batch(0, 1, 2, 3, each=2)
+    named = LabelledImages(data.images, data.labels, {k: f"{k}" * 60 for k in range(4)})
+    assert ReplayMemory(1_150, "raw", device="cpu").update(named).num_classes == 4
+
+
+def test_room_is_checked_without_a_draw_of_the_callers() -> None:
+    class Drawing(Keeper):
+        def check_room(self, images: LabelledImages, **_: Any) -> None:
+            torch.rand(3)
+
+        def renew(self, images: LabelledImages, **_: Any) -> Any:
+            memory = RawMemory(images.image_shape)
+            memory.extend(images)
+            return memory, {}
+
+    state = torch.get_rng_state()
+    ReplayMemory(Drawing(), device="cpu").update(batch(0))
+    assert torch.get_rng_state().equal(state)
+
+
 def test_an_option_with_a_typing_error_is_told_what_it_may_have_been() -> None:
     for make_one in (
         lambda: ReplayMemory(6000, expected_clases=3),
