@@ -11,14 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from avalanche.benchmarks import OnlineCLExperience
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name
 from torch import Tensor
 
 from hmn_replay.avalanche.buffer import MemoryBuffer
-from hmn_replay.avalanche.plugin import MemoryReplay, experiences_of
+from hmn_replay.avalanche.plugin import MemoryReplay, experiences_of, is_piece
 from hmn_replay.registry import UnknownNameError
 
 __all__ = ["METRICS", "CalledNew", "MemoryMetric", "memory_metrics"]
@@ -123,8 +122,8 @@ class CalledNew(PluginMetric[float | None]):
             for each in experiences_of(strategy, experience)
             for label in getattr(each.dataset, "targets", ())
         }
-        is_piece = isinstance(experience, OnlineCLExperience)
-        if is_piece and experience.access_task_boundaries and not experience.is_first_subexp:
+        shows_where = is_piece(strategy, experience) and experience.access_task_boundaries
+        if shows_where and not experience.is_first_subexp:
             labels.update(self._new.tolist())
         self._new = torch.tensor(sorted(labels), dtype=torch.int64)
 

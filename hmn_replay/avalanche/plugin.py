@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 import math
 import sys
 import warnings
@@ -85,6 +83,7 @@ from hmn_replay.replay import (
     SubsampledKeeper,
 )
 from hmn_replay.replay.keepers import check_learned_options, named_arguments
+from hmn_replay.replay.store import digest_state
 from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.settings import check_options
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
@@ -101,6 +100,7 @@ __all__ = [
     "Strategy",
     "SubsampledReplay",
     "experiences_of",
+    "is_piece",
 ]
 
 Strategy: TypeAlias = Any
@@ -431,7 +431,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """
         self._attend(getattr(strategy, "device", "cpu"), getattr(strategy, "model", None))
         self._check_data(experiences_of(strategy, experience))
-        if _is_piece(strategy, experience):
+        if is_piece(strategy, experience):
             self._gather(experience)
             self._end_piece(experience)
             if not experience.access_task_boundaries:
@@ -458,20 +458,20 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     ) -> None:
         """Check the experience's data, find its normalisation, and settle how to train on it."""
         self._is_renewed, self._own_counts = False, Counter()
-        if self.mode == "memory_only" and _is_piece(strategy, strategy.experience):
+        if self.mode == "memory_only" and is_piece(strategy, strategy.experience):
             raise ConfigError(
                 'mode="memory_only" condenses an experience before training, but an online stream '
                 'gives it in pieces: use mode="replay"'
             )
         for name, is_wanted in (("distill", self.distill), ("tune", self.tune != "none")):
-            if is_wanted and _is_piece(strategy, strategy.experience):
+            if is_wanted and is_piece(strategy, strategy.experience):
                 raise ConfigError(
                     f"{name} needs to know where an experience begins and ends, but an online "
                     f"stream gives experiences in pieces: leave {name} out"
                 )
         experiences = experiences_of(strategy, strategy.experience)
         self._check_data(experiences)
-        if not _is_piece(strategy, strategy.experience):
+        if not is_piece(strategy, strategy.experience):
             self._checked.clear()
         with isolated(self._device, self.seed, "room"):
             images = first_of_each_class(experiences, self._found, known=self._checked)
@@ -513,7 +513,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Gather a piece of an online stream; decode the memory."""
         experience = strategy.experience
         self._current_counts = None
-        if _is_piece(strategy, experience):
+        if is_piece(strategy, experience):
             self._num_pieces += 1
             self._gather(experience)
         else:
@@ -527,8 +527,6 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         distilled = [c for c in self._old_classes.tolist() if c not in own]
         self.distill_used = self._weigh_distillation(strategy, experiences) if distilled else 0.0
         self._teacher = self._make_teacher(strategy.model, torch.tensor(distilled))
-        if self.tune == "head":
-            _head_of(strategy.model)
         if getattr(self._loss_now, "needs_head", False):
             self._head = _Head(_head_of(strategy.model))
 
@@ -615,7 +613,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Make the experience into the memory, if that was not done before."""
         self._drop_hooks()
         experience = strategy.experience
-        if _is_piece(strategy, experience):
+        if is_piece(strategy, experience):
             self._end_piece(experience)
         else:
             if not self._is_renewed:
@@ -650,8 +648,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             "loss_used": self.loss_used,
             "renew_used": self.renew_used,
         }
-        text = json.dumps(settled)
-        state = {**self.store.state_dict(), "training": text, "training_digest": _digest(text)}
+        state = {**self.store.state_dict(), "training": settled}
+        state["training_digest"] = digest_state(settled)
         for name, weights in self._kept.items():
             state |= {name: weights, f"{name}_digest": digest_tensors("", weights)}
         return state
@@ -676,17 +674,16 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 )
             kept[name] = weights
         try:
-            text, digest = own.pop("training"), own.pop("training_digest")
-            if _digest(text) != digest:
+            settled = own.pop("training")
+            if digest_state(settled) != own.pop("training_digest"):
                 raise CheckpointError("it was altered")
-            settled = json.loads(text)
             found, names = settled["normalization"], (settled["loss_used"], settled["renew_used"])
             found = None if found is None else Normalization.of(found)
             if not all(name is None or isinstance(name, str) for name in names):
                 raise CheckpointError(f"{names} are no names")
         except (HMNReplayError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"not a whole state of a replay memory: what it says of the training cannot be "
+                "not a whole state of a replay memory: what it says of the training cannot be "
                 f"read ({error}); take an earlier one"
             ) from error
         self.store.load_state_dict(own)
@@ -878,7 +875,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         elif renew == "auto":
             is_wanted = self.loss != "auto" or not is_joint
             renew = "before" if _needs_all_classes(loss) and is_wanted and not reason else "after"
-        if renew == "before" and any(_is_piece(strategy, each) for each in experiences):
+        if renew == "before" and any(is_piece(strategy, each) for each in experiences):
             renew = "after"
             if self.renew == "before" or self.loss != "auto":
                 self._warn(
@@ -1417,10 +1414,6 @@ def _check_keywords(plugin: MemoryReplay, options: Mapping[str, Any]) -> None:
     check_options(type(plugin).__name__, options, known)
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 def _describe(criterion: object) -> str:
     smoothing = getattr(criterion, "label_smoothing", 0)
     return f"{criterion}" + (f" with label_smoothing={smoothing}" if smoothing else "")
@@ -1575,7 +1568,7 @@ def _is_cross_entropy(criterion: object) -> bool:
     return isinstance(criterion, nn.CrossEntropyLoss) and not criterion.label_smoothing
 
 
-def _is_piece(strategy: Strategy, experience: Any) -> bool:
+def is_piece(strategy: Strategy, experience: Any) -> bool:
     """Return whether an experience is a piece of one, of an online stream."""
     return isinstance(experience, OnlineCLExperience) and not isinstance(strategy, JointTraining)
 

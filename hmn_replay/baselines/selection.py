@@ -26,6 +26,7 @@ from hmn_replay.training.train import TrainingConfig, train_network
 
 __all__ = [
     "SELECTIONS",
+    "check_method_of_features",
     "coverage_centric",
     "herding",
     "k_centre",
@@ -89,8 +90,8 @@ def select_images(
     if num_images is not None and (as_int(num_images) is None or num_images < 1):
         raise ConfigError(f"num_images is None, or a whole number of 1 or more; got {num_images!r}")
     data = as_labelled_images(data)
-    if method == "ccs" and isinstance(data, LabelledFeatures):
-        raise ConfigError("ccs scores by trainings on images; features take random or herding")
+    if isinstance(data, LabelledFeatures):
+        check_method_of_features(method)
     if method == "ccs" and network is not None:
         raise ConfigError("ccs scores by the epochs of a training: pass config=, and no network")
 
@@ -147,6 +148,12 @@ def select_images(
 
 
 @torch.no_grad()
+def check_method_of_features(method: str) -> None:
+    """Raise a ConfigError for a selection that features cannot be chosen by."""
+    if method == "ccs":
+        raise ConfigError("ccs scores by trainings on images; features take random or herding")
+
+
 def herding(features: Tensor, count: int) -> Tensor:
     """Choose points one by one, each bringing the mean of all chosen closest to the mean of all.
 

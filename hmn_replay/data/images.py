@@ -268,15 +268,12 @@ def as_labelled_images(source: ImageSource, *, size: int | None = None) -> Label
     return _from_dataset(source, size)
 
 
-def joined_names(
-    names: Mapping[int, str], more: Mapping[int, str] | None, where: str = "the memory"
-) -> dict[int, str]:
+def joined_names(names: Mapping[int, str], more: Mapping[int, str] | None) -> dict[int, str]:
     """Return the names of both, of which neither contradicts the other.
 
     Args:
-        names: Label to name.
+        names: Label to name, of a memory.
         more: The same of images that are added; None for no names.
-        where: What ``names`` belong to, for the message.
 
     Raises:
         DataError: A label has two names, as where the classes of two folders were numbered each by
@@ -285,8 +282,8 @@ def joined_names(
     for label, name in (more or {}).items():
         if (known := names.get(label, name)) != name:
             raise DataError(
-                f"label {label} is {known!r} in {where} and {name!r} in the images that are added: "
-                "give a class the same label and name in both, or leave the names out, as "
+                f"label {label} is {known!r} in the memory and {name!r} in the images that are "
+                "added: give a class the same label and name in both, or leave the names out, as "
                 "LabelledImages(images, labels) does"
             )
     return {**names, **(more or {})}

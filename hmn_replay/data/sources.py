@@ -215,7 +215,7 @@ def _load_folder(path: Path, split: Split, size: int | None) -> LabelledImages:
             f"{train} has a folder {found[0]!r}, which is no class but a split of a data set: "
             "expected train/CLASS/ and test/CLASS/ (or val/CLASS/), or CLASS/; rename the folder"
         )
-    if found := [name for name in names if _has_splits(train / name)]:
+    if found := [name for name in names if _is_data_set(train / name)]:
         raise DataError(f"{train / found[0]} is a data set, not a class of one: give its path")
     labels = _number_classes(names)
     if split == "train":
@@ -236,7 +236,7 @@ def _load_folder(path: Path, split: Split, size: int | None) -> LabelledImages:
     )
 
 
-def _has_splits(folder: Path) -> bool:
+def _is_data_set(folder: Path) -> bool:
     """Return whether a folder has train/ and, beside it, test/ or val/."""
     return (folder / "train").is_dir() and any((folder / name).is_dir() for name in ("test", "val"))
 

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.baselines.fill import choose_quality, jpeg_images
-from hmn_replay.baselines.selection import SELECTIONS, select_images
+from hmn_replay.baselines.selection import (
+    SELECTIONS,
+    check_method_of_features,
+    select_images,
+)
 from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.condense import check_config, condense
 from hmn_replay.condensation.config import CondenseConfig, make_config
@@ -321,8 +325,8 @@ class RealKeeper(Keeper):
         memory_type = MEMORIES[kind]
         if not issubclass(memory_type, RealMemory):
             raise ConfigError(f"{kind!r} is learned, and has a LearnedKeeper")
-        if selection == "ccs" and memory_type.holds_features:
-            raise ConfigError("ccs scores by trainings on images; features take random or herding")
+        if memory_type.holds_features and not callable(selection):
+            check_method_of_features(selection)
         for own, keeper in _KEEPERS.items():
             if issubclass(memory_type, own) and not isinstance(self, keeper):
                 raise ConfigError(f"{kind!r} has settings of its own: use a {keeper.__name__}")
@@ -633,7 +637,7 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
         elif issubclass(memory_type, own_type):
             raise ConfigError(
                 f"the memory kind {kind!r} derives from {own_type.kind!r}, whose keeper makes "
-                f"memories of that kind: pass a Keeper of your own in place of the budget"
+                "memories of that kind: pass a Keeper of your own in place of the budget"
             )
     known = {*named_arguments(keeper_type)} - {"budget", "kind"}
     check_options(f"the memory kind {kind!r}", options, sorted(known))

@@ -45,7 +45,7 @@ from hmn_replay.runtime import (
 )
 from hmn_replay.training.networks import evaluating
 
-__all__ = ["DecodedImages", "ReplayMemory"]
+__all__ = ["DecodedImages", "ReplayMemory", "digest_state"]
 
 _STATE_VERSION = 2
 
@@ -147,7 +147,7 @@ class ReplayMemory:
             what = f"{memory!r}" if isinstance(memory, Memory) else type(memory).__name__
             raise ConfigError(
                 f"expected a {wanted.__name__} to go on from, got {what}: pass what "
-                f"hmn_replay.load(path) gives of such a memory's file, or choose its kind"
+                "hmn_replay.load(path) gives of such a memory's file, or choose its kind"
             )
         limit = self._budget_bytes
         if limit is not None and memory.file_bytes > limit:
@@ -231,12 +231,12 @@ class ReplayMemory:
                 expected; the memory stays as it was.
         """
         data, index, started = self._read(images, labels), self._num_updates, time.monotonic()
-        first = data.take([int(data.of_class(label)[0]) for label in data.classes.tolist()])
+        first_of_each = first_in_turn(data.labels, torch.arange(len(data)))[: data.num_classes]
         surroundings = without_autocast(self.device)
         if self.keeper.draws_globally:
             surroundings = isolated(self.device, self.seed, "update", index)
         with surroundings:
-            self.check_room(first)
+            self.check_room(data.take(first_of_each))
             memory, report = self.keeper.renew(
                 data,
                 memory=self.memory,
@@ -444,7 +444,7 @@ class ReplayMemory:
             "num_draws": self._num_draws,
             "pending": self.gatherer.state_dict(),
         }
-        return {**state, "digest": _digest(state)}
+        return {**state, "digest": digest_state(state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; what follows is bit for bit what it would be.
@@ -457,7 +457,7 @@ class ReplayMemory:
             version, digest = state["version"], state["digest"]
             if version != _STATE_VERSION:
                 raise CheckpointError(f"version {version!r}, expected {_STATE_VERSION}")
-            if digest != _digest({key: state[key] for key in state if key != "digest"}):
+            if digest != digest_state({key: state[key] for key in state if key != "digest"}):
                 raise CheckpointError("its digest does not fit: it was altered")
             memory = state["memory"].cpu().numpy().tobytes()
             loaded = loads(memory, device=self.device) if memory else None
@@ -575,12 +575,12 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def _digest(state: dict[str, Any]) -> str:
+def digest_state(state: dict[str, Any]) -> str:
     """Return 32 hexadecimal digits of nested numbers, texts and tensors, names among them."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(state.items()):
         if isinstance(value, dict):
-            value = _digest(value)
+            value = digest_state(value)
         if isinstance(value, Tensor):
             digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())

@@ -209,7 +209,7 @@ def build_network(
     if isinstance(network, nn.Module):
         raise ConfigError(
             "a network is a name, or a function from image shape and number of classes to a "
-            f"module, so that each run has weights of its own; got a module, "
+            "module, so that each run has weights of its own; got a module, "
             f"{type(network).__name__}: give a function that makes it"
         )
     factory = NETWORKS[network] if isinstance(network, str) else network
