@@ -35,6 +35,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+if __name__ == "__main__":
+    # Python looks beside the script; what is run is this checkout, whatever is installed.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import hmn_replay
 from experiments.arguments import (
     add_data,
