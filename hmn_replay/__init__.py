@@ -104,16 +104,16 @@ from hmn_replay.training.train import TrainingConfig, train_network
 
 if TYPE_CHECKING:
     from hmn_replay.avalanche.buffer import MemoryBuffer
-    from hmn_replay.avalanche.losses import LOSSES, ReplayStep
-    from hmn_replay.avalanche.metrics import memory_metrics
-    from hmn_replay.avalanche.plugin import (
+    from hmn_replay.avalanche.kinds import (
         HMNReplay,
         JPEGReplay,
         LosslessReplay,
-        MemoryReplay,
         RawReplay,
         SubsampledReplay,
     )
+    from hmn_replay.avalanche.losses import LOSSES, ReplayStep
+    from hmn_replay.avalanche.metrics import memory_metrics
+    from hmn_replay.avalanche.plugin import MemoryReplay
 
 __version__ = "0.1.0"
 
@@ -224,15 +224,15 @@ __all__ = [
 
 # Importing Avalanche takes seconds, and a gigabyte.
 _LAZY = {
-    "HMNReplay": "plugin",
-    "JPEGReplay": "plugin",
+    "HMNReplay": "kinds",
+    "JPEGReplay": "kinds",
     "LOSSES": "losses",
-    "LosslessReplay": "plugin",
+    "LosslessReplay": "kinds",
     "MemoryBuffer": "buffer",
     "MemoryReplay": "plugin",
-    "RawReplay": "plugin",
+    "RawReplay": "kinds",
     "ReplayStep": "losses",
-    "SubsampledReplay": "plugin",
+    "SubsampledReplay": "kinds",
     "memory_metrics": "metrics",
 }
 

@@ -17,7 +17,8 @@ from avalanche.evaluation.metric_utils import get_metric_name
 from torch import Tensor
 
 from hmn_replay.avalanche.buffer import MemoryBuffer
-from hmn_replay.avalanche.plugin import MemoryReplay, experiences_of, is_piece
+from hmn_replay.avalanche.plugin import MemoryReplay
+from hmn_replay.avalanche.streams import experiences_of, is_piece
 from hmn_replay.registry import UnknownNameError
 
 __all__ = ["METRICS", "CalledNew", "MemoryMetric", "memory_metrics"]

@@ -1,32 +1,20 @@
-"""Replay inside Avalanche: plugins that keep a memory of what was learned, and train on it.
-
-replay = HMNReplay("300 KiB")
-strategy = Naive(model=model, optimizer=optimizer, criterion=criterion, plugins=[replay])
-for experience in benchmark.train_stream:
-    strategy.train(experience)
-replay.memory.save("seen.hmn")
-"""
+"""The replay plugin: trains on images of a memory beside the current ones, and renews it."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal
 
 import torch
-from avalanche.benchmarks import OnlineCLExperience
 from avalanche.core import BasePlugin, SupervisedPlugin
 from avalanche.training.supervised import JointTraining
 from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
-from typing_extensions import Unpack
 
 from hmn_replay.avalanche.buffer import (
     add_to_minibatch,
@@ -34,6 +22,7 @@ from hmn_replay.avalanche.buffer import (
     count_labels,
     finish_images,
 )
+from hmn_replay.avalanche.hooks import Head, Teacher, head_of
 from hmn_replay.avalanche.losses import (
     LOSSES,
     RENEWALS,
@@ -49,16 +38,18 @@ from hmn_replay.avalanche.losses import (
 )
 from hmn_replay.avalanche.streams import (
     Normalization,
+    Strategy,
     check_experiences,
     class_counts,
+    experiences_of,
     find_normalization,
     first_of_each_class,
+    is_piece,
     read_experiences,
     split_class_keys,
 )
-from hmn_replay.budget import Budget, as_int, as_number
-from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
-from hmn_replay.condensation.loop import check_given_networks
+from hmn_replay.avalanche.tuning import by_class, draw_balanced, tune_network
+from hmn_replay.budget import as_int, as_number
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import as_floats
 from hmn_replay.errors import (
@@ -71,44 +62,22 @@ from hmn_replay.errors import (
 from hmn_replay.files import digest_tensors
 from hmn_replay.memory import Memory
 from hmn_replay.memory.base import Codec
-from hmn_replay.objectives import get_objective
 from hmn_replay.replay import (
     DecodedImages,
-    JPEGKeeper,
     Keeper,
-    LearnedKeeper,
-    RealKeeper,
     ReplayMemory,
-    Selection,
-    SubsampledKeeper,
 )
-from hmn_replay.replay.keepers import check_learned_options, named_arguments
 from hmn_replay.replay.store import digest_state
 from hmn_replay.runtime import isolated, make_generator, resolve_device
-from hmn_replay.settings import check_options
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
 from hmn_replay.training.networks import evaluating
-from hmn_replay.training.train import TrainingConfig, cosine_rate
 
-__all__ = [
-    "MODES",
-    "HMNReplay",
-    "JPEGReplay",
-    "LosslessReplay",
-    "MemoryReplay",
-    "RawReplay",
-    "Strategy",
-    "SubsampledReplay",
-    "experiences_of",
-    "is_piece",
-]
-
-Strategy: TypeAlias = Any
-"""An Avalanche strategy; its types promise less than it has."""
+__all__ = ["FIRST_WEIGHTS", "MODES", "MemoryReplay", "on_cpu"]
 
 MODES = ("replay", "memory_only")
 
-_FIRST, _UNTUNED = "first_weights", "untuned_weights"
+FIRST_WEIGHTS, _UNTUNED_WEIGHTS = "first_weights", "untuned_weights"
+"""Weights of the network that are kept, by their names in :meth:`MemoryReplay.state_dict`."""
 
 
 class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
@@ -317,8 +286,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._has_learned = False
         # Weights of the network by name, on the CPU, that the next experience needs.
         self._kept: dict[str, dict[str, Tensor]] = {}
-        self._teacher: _Teacher | None = None
-        self._head: _Head | None = None
+        self._teacher: Teacher | None = None
+        self._head: Head | None = None
         self._codec: tuple[Any, Codec] | None = None
         _reattach_optim_modules()
 
@@ -448,7 +417,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 "images at the end of a mini-batch, and the loss, for its own: give it one"
             )
         if self.tune == "head" or getattr(find_loss(self.loss)[1], "needs_head", False):
-            _head_of(strategy.model)
+            head_of(strategy.model)
         self._attend(strategy.device, strategy.model)
         self._num_pieces = 0
         self._settle(strategy, ())
@@ -490,7 +459,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 raise ConfigError(
                     f"{name} is not for {type(strategy).__name__}, which has a loss of its own"
                 )
-        _take_weights(strategy.model, self._kept.pop(_UNTUNED, {}))
+        _take_weights(strategy.model, self._kept.pop(_UNTUNED_WEIGHTS, {}))
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
         self._old_classes, self._has_learned = old.cpu().clone(), self.store.num_updates > 0
 
@@ -528,7 +497,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self.distill_used = self._weigh_distillation(strategy, experiences) if distilled else 0.0
         self._teacher = self._make_teacher(strategy.model, torch.tensor(distilled))
         if getattr(self._loss_now, "needs_head", False):
-            self._head = _Head(_head_of(strategy.model))
+            self._head = Head(head_of(strategy.model))
 
     def before_training_iteration(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Add decoded images to the mini-batch, or augment those that it consists of."""
@@ -661,7 +630,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             CheckpointError: The state is not one of this version, or is damaged; nothing changes.
         """
         own, kept = dict(state), dict[str, dict[str, Tensor]]()
-        for name in (_FIRST, _UNTUNED):
+        for name in (FIRST_WEIGHTS, _UNTUNED_WEIGHTS):
             weights, digest = own.pop(name, None), own.pop(f"{name}_digest", None)
             if weights is None:
                 continue
@@ -715,12 +684,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         can_be = _has_plain_criterion(strategy) and not self._has_tasks(experiences)
         return float(can_be and self._has_learned and _needs_all_classes(self._loss_now))
 
-    def _make_teacher(self, model: nn.Module, classes: Tensor) -> _Teacher | None:
+    def _make_teacher(self, model: nn.Module, classes: Tensor) -> Teacher | None:
         """Return a copy of the network to distil, or None where none is wanted."""
         if not self.distill_used:
             return None
         try:
-            return _Teacher(model, classes.to(self._device))
+            return Teacher(model, classes.to(self._device))
         except Exception as error:  # what a network's own copying may raise
             reason = f"{type(model).__name__} cannot be copied, to be distilled later ({error})"
             if self.distill is not None:
@@ -769,48 +738,36 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if self.tune == "none" or decoded is None or not len(self._old_classes):
             return
         model, number = strategy.model, self.store.num_updates
-        tuned = _head_of(model) if self.tune == "head" else model
+        tuned = head_of(model) if self.tune == "head" else model
         parameters = [each for each in tuned.parameters() if each.requires_grad]
-        optimizer = torch.optim.SGD(parameters, lr=self.tune_rate, momentum=0.9)
         num_images = strategy.train_mb_size + (self.batch_size_mem or strategy.train_mb_size)
         teacher = self._make_teacher(model, decoded.memory.classes)
-        by_class = _by_class(decoded.labels)
+        positions = by_class(decoded.labels)
         ids = set(map(id, parameters))
-        self._kept[_UNTUNED] = _on_cpu(
+        self._kept[_UNTUNED_WEIGHTS] = on_cpu(
             {name: each for name, each in model.named_parameters() if id(each) in ids}
         )
-        kept = [each.grad for each in parameters]
-        modes = {module: module.training for module in model.modules()}
-        model.train()
-        for module in model.modules():
-            module.training = module.training and not isinstance(module, _BatchNorm)
+
+        def loss(step: int) -> Tensor:
+            generator = make_generator(self.seed, "tune", number, step)
+            chosen = draw_balanced(positions, num_images, generator).to(self._device)
+            images = as_floats(decoded.images[chosen])
+            images = finish_images(images, self.replay_transform, self.found_normalization)
+            labels, _ = split_class_keys(decoded.labels[chosen])
+            logits = model(images)
+            term: Tensor = strategy._criterion(logits, labels)
+            if teacher is None:
+                return term
+            teacher.mark()
+            kept = distillation(logits, teacher.logits(), teacher.classes)
+            return term + self.distill_used * kept
+
         try:
-            with isolated(self._device, self.seed, "tune", number), torch.enable_grad():
-                for step in range(self.tune_steps):
-                    generator = make_generator(self.seed, "tune", number, step)
-                    chosen = _draw_balanced(by_class, num_images, generator).to(self._device)
-                    images = as_floats(decoded.images[chosen])
-                    images = finish_images(images, self.replay_transform, self.found_normalization)
-                    labels, _ = split_class_keys(decoded.labels[chosen])
-                    logits = model(images)
-                    loss = strategy._criterion(logits, labels)
-                    if teacher is not None:
-                        teacher.mark()
-                        term = distillation(logits, teacher.logits(), teacher.classes)
-                        loss = loss + self.distill_used * term
-                    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                    for parameter, own in zip(parameters, gradients, strict=True):
-                        parameter.grad = own
-                    rate = cosine_rate(step, self.tune_steps, self.tune_rate)
-                    optimizer.param_groups[0]["lr"] = rate
-                    optimizer.step()
+            with isolated(self._device, self.seed, "tune", number):
+                tune_network(model, parameters, loss, steps=self.tune_steps, rate=self.tune_rate)
         finally:
             if teacher is not None:
                 teacher.hook.remove()
-            for parameter, gradient in zip(parameters, kept, strict=True):
-                parameter.grad = gradient
-            for module, mode in modes.items():
-                module.training = mode
 
     @contextlib.contextmanager
     def untuned(self, model: nn.Module) -> Iterator[None]:
@@ -819,8 +776,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         Args:
             model: The network; without a tuning it stays as it is.
         """
-        tuned = _on_cpu(dict(model.named_parameters()))
-        _take_weights(model, self._kept.get(_UNTUNED, {}))
+        tuned = on_cpu(dict(model.named_parameters()))
+        _take_weights(model, self._kept.get(_UNTUNED_WEIGHTS, {}))
         try:
             yield
         finally:
@@ -977,443 +934,6 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         return self.store.decoded(self._device)
 
 
-class _Watcher:
-    """A forward pre-hook that a copy of the module does not take along."""
-
-    hook: RemovableHandle
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _watch_nothing
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _nothing, ()  # what a module is saved with
-
-
-def _watch_nothing(*call: Any) -> None:
-    """In a copy of a module, stand for what watches the module itself."""
-
-
-def _nothing() -> Callable[..., None]:
-    return _watch_nothing
-
-
-class _Teacher(_Watcher):
-    """A network as it was, shown what the network is shown now.
-
-    Attributes:
-        network: A copy, in evaluation mode, compiled where the network is; it shares what does not
-            learn, such as a frozen backbone.
-        classes: int64 ``(M,)``, those whose logits are compared.
-        hook: Notes what the network is shown; to be removed in the end.
-    """
-
-    def __init__(self, model: nn.Module, classes: Tensor) -> None:
-        frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
-        self.network, self.classes = copy.deepcopy(model, frozen).eval(), classes
-        # A copy of what Module.compile() has compiled is not compiled.
-        for module, copied in zip(model.modules(), self.network.modules(), strict=True):
-            if module._compiled_call_impl is not None:
-                copied.compile(dynamic=True)
-        self._shown: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
-        self._marked = self._shown
-        # After the hooks that are there, which may augment: both see the same images.
-        self.hook = model.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(self, model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self._shown = inputs, options
-
-    def mark(self) -> None:
-        """Take what the network was last shown for what is compared."""
-        self._marked = self._shown
-
-    @torch.no_grad()
-    def logits(self) -> Tensor:
-        """Return its logits for what was marked."""
-        inputs, options = self._marked
-        logits: Tensor = self.network(*inputs, **options)
-        return logits
-
-
-class _Head(_Watcher):
-    """A network's head, and the features that it was last given in training."""
-
-    def __init__(self, head: nn.Linear) -> None:
-        self.head = head
-        self._features: Tensor | None = None
-        self.hook = head.register_forward_pre_hook(self)
-
-    def __call__(self, head: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if head.training:
-            self._features = inputs[0].detach()
-
-    def logits(self, like: Tensor) -> Tensor:
-        """Return the head's logits, without a graph to the features, of the shape of others."""
-        features = self._features
-        if features is not None:
-            logits = self.head.forward(features.to(self.head.weight.dtype))
-            if logits.shape == like.shape:
-                return logits
-        raise ConfigError(
-            'loss="grouped" lets the head alone learn: the network\'s last nn.Linear must make its '
-            f'logits {tuple(like.shape)}, and here it does not; take loss="separated"'
-        )
-
-
-class _Normalising(nn.Module):
-    """A network of normalised images, for images in [0, 1]."""
-
-    def __init__(self, network: nn.Module, normalization: Normalization) -> None:
-        super().__init__()
-        self.network, self.normalization = network, normalization
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of float images in [0, 1]."""
-        logits: Tensor = self.network(self.normalization.apply(images))
-        return logits
-
-    def features(self, images: Tensor) -> Any:
-        """Return the features of float images in [0, 1]."""
-        return self.network.features(self.normalization.apply(images))  # type: ignore[operator]
-
-
-class ReplayOptions(TypedDict, total=False):
-    """The options of :class:`MemoryReplay`, which its subclasses take too."""
-
-    batch_size_mem: int | None
-    mode: Literal["replay", "memory_only"]
-    replay_transform: Callable[[Tensor], Tensor] | None
-    replay_weight: float | None
-    loss: Loss
-    renew: Renewal
-    distill: float | None
-    recode_share: float
-    labels: Literal["hard", "soft"]
-    label_weight: float
-    tune: Literal["none", "head", "all"]
-    tune_steps: int
-    tune_rate: float
-    normalization: tuple[Sequence[float], Sequence[float]] | None
-    max_raw_images: int
-    seed: int
-    device: str | torch.device | None
-    progress: bool
-
-
-class HMNReplay(MemoryReplay):
-    """Replays a learned memory, condensed by matching, under a budget of bytes.
-
-    With each experience the memory is extended by :func:`hmn_replay.condense` with
-    ``memory=``: new classes get memories of their own, old ones give up instance memories, classes
-    that come back are renewed, and the saved file stays within the budget.
-
-    Args:
-        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        kind: A learned memory kind: ``"hmn"``, or ``"pixels"``, ``"idc"``, ``"haba"``, ``"linba"``;
-            ``"features"`` for a model with a frozen backbone.
-        expected_classes: How many classes the stream will have in all, if that is known: the
-            memory's tensors are shaped for so many. Default: None, ten times those of the first
-            experience, or as many of them as the budget can be shaped for.
-        config: Settings of the condensation, in place of ``effort`` and ``options``. Default: None,
-            those of ``effort``.
-        effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``. The default is made for
-            streams, where training waits for every update.
-        batch_size_mem: Images replayed in a step; this and the options below are explained in
-            :class:`MemoryReplay`.
-        mode: ``"replay"`` or ``"memory_only"``.
-        replay_transform: Augments decoded images.
-        replay_weight: Share of the replayed images in the loss.
-        loss: Replay loss: ``"auto"``, a name in ``LOSSES`` or a callable.
-        renew: ``"before"``, ``"after"`` or ``"auto"``: when to condense an experience.
-        distill: Weight of the distillation from the previous network.
-        recode_share: Probability with which an image of the experience is shown through the
-            memory's codec; for ``kind="hmn"``.
-        labels: ``"hard"`` or ``"soft"``: whether the network's answers are kept beside the images.
-        label_weight: Weight of these in the loss of replayed images.
-        tune: ``"none"``, ``"head"`` or ``"all"``: what is tuned on the memory after an experience.
-        tune_steps: Steps of that tuning.
-        tune_rate: Learning rate of that tuning.
-        normalization: ``(mean, std)`` that the benchmark's transforms apply.
-        max_raw_images: Bound on the raw images gathered of an online experience.
-        seed: Seed of every draw.
-        device: Where to condense. Default: None, the strategy's device.
-        progress: Whether to print a line on standard error after each update, which says its
-            images, bytes and seconds; in a terminal, bars are shown meanwhile.
-        matching_networks: ``"trained"``: what matching needs is trained from scratch on the
-            experience, as ``trained_networks`` says. ``"own"``: once the strategy's network has
-            learned anything, points between its first weights and those it has take their place,
-            which costs no training. With ``renew="before"`` these know the old classes and not yet
-            the new ones, and the first experience has none. The first weights are a copy in working
-            memory, no part of the memory's file or budget. For networks with ``features(images)``,
-            such as those of :func:`hmn_replay.build_network`, where the objective matches features;
-            unless it does, not for task labels above 0. Default: ``"auto"``, the strategy's own
-            where its ``features`` are a list, of each of its blocks, and else networks would be
-            trained for an objective that matches features, with the settings that an effort has for
-            them; otherwise ``"trained"``. The report says how many states of its own were used, as
-            ``networks_given``.
-        **options: Fields of :class:`~hmn_replay.CondenseConfig`, but those of
-            :class:`~hmn_replay.LabelConfig`.
-
-    Raises:
-        BudgetError: The budget cannot be read.
-        ConfigError: A value outside its range.
-        UnknownOptionError: An option that there is not; also a TypeError.
-    """
-
-    def __init__(
-        self,
-        budget: Budget | int | str,
-        *,
-        kind: str = "hmn",
-        expected_classes: int | None = None,
-        config: CondenseConfig | None = None,
-        effort: str = "draft",
-        batch_size_mem: int | None = None,
-        mode: Literal["replay", "memory_only"] = "replay",
-        replay_transform: Callable[[Tensor], Tensor] | None = None,
-        replay_weight: float | None = None,
-        loss: Loss = "auto",
-        renew: Renewal = "auto",
-        distill: float | None = None,
-        recode_share: float = 0.0,
-        labels: Literal["hard", "soft"] = "hard",
-        label_weight: float = 1.0,
-        tune: Literal["none", "head", "all"] = "none",
-        tune_steps: int = 100,
-        tune_rate: float = 0.01,
-        normalization: tuple[Sequence[float], Sequence[float]] | None = None,
-        max_raw_images: int = 10_000,
-        seed: int = 0,
-        device: str | torch.device | None = None,
-        progress: bool = True,
-        matching_networks: Literal["auto", "trained", "own"] = "auto",
-        **options: Any,
-    ) -> None:
-        if matching_networks not in ("auto", "trained", "own"):
-            raise ConfigError(
-                f"matching_networks is auto, trained or own; got {matching_networks!r}"
-            )
-        check_learned_options(type(self).__name__, type(self), options)
-        keeper = LearnedKeeper(
-            budget,
-            kind=kind,
-            expected_classes=expected_classes,
-            config=config,
-            effort=effort,
-            **options,
-        )
-        super().__init__(
-            keeper,
-            batch_size_mem=batch_size_mem,
-            mode=mode,
-            replay_transform=replay_transform,
-            replay_weight=replay_weight,
-            loss=loss,
-            renew=renew,
-            distill=distill,
-            recode_share=recode_share,
-            labels=labels,
-            label_weight=label_weight,
-            tune=tune,
-            tune_steps=tune_steps,
-            tune_rate=tune_rate,
-            normalization=normalization,
-            max_raw_images=max_raw_images,
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
-        if matching_networks == "own" and keeper.holds_features:
-            raise ConfigError("features are not matched: leave matching_networks out")
-        self.matching_networks = matching_networks
-        self._config = keeper.config
-        objective = get_objective(keeper.config.objective)
-        self._may_match_own = matching_networks == "own" or (
-            matching_networks == "auto"
-            and not keeper.holds_features
-            and objective.matches_features
-            and objective.matches_trained
-            and _trains_usual_networks(keeper.config)
-        )
-
-    def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
-        """Bring the memory to where it is condensed; check the network that it is matched on."""
-        super().before_training(strategy, *args, **kwargs)
-        if self.memory is not None:
-            self.memory.to(self.compute_device)
-        if self.matching_networks == "own":
-            check_given_networks(self._config.objective, [strategy.model])
-
-    def before_train_dataset_adaptation(
-        self, strategy: Strategy, *args: Any, **kwargs: Any
-    ) -> None:
-        """Check the experience's data; note the network's first weights."""
-        super().before_train_dataset_adaptation(strategy, *args, **kwargs)
-        if self._may_match_own and _FIRST not in self._kept:
-            model, is_asked = strategy.model, self.matching_networks == "own"
-            if is_asked or _gives_blocks(model, self._image_shape):
-                self._kept[_FIRST] = _on_cpu(model.state_dict())
-        needs_labels = not get_objective(self._config.objective).matches_features
-        experiences = experiences_of(strategy, strategy.experience)
-        if self.matching_networks == "own" and needs_labels and self._has_tasks(experiences):
-            raise ConfigError(
-                'matching_networks="own" is for one head, without task labels above 0, unless the '
-                "objective matches features"
-            )
-
-    def _networks(self) -> Sequence[nn.Module]:
-        """Return the network as it was at first and as it is, once it has learned anything."""
-        model, first = self._model, self._kept.get(_FIRST)
-        if not self._may_match_own or model is None or first is None:
-            return ()
-        now, start = copy.deepcopy(model), copy.deepcopy(model)
-        changed = False
-        for name, value in start.state_dict().items():
-            # A head that has grown since has nothing to begin from.
-            if name in first and first[name].shape == value.shape:
-                changed = changed or not first[name].equal(value.cpu())
-                value.copy_(first[name])
-        if not changed:
-            return ()
-        found = self._found
-        return [each if found is None else _Normalising(each, found) for each in (start, now)]
-
-
-class RawReplay(MemoryReplay):
-    """Replays real images that are stored as uint8 pixels.
-
-    Args:
-        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`. With
-            ``renew="before"`` the network has not been trained on the experience yet.
-        training: Training of the network that a selection by name needs.
-        expected_classes: How many classes the stream will have in all, if that is known: a budget
-            that does not hold one image of each is refused. Default: None, those that are there.
-        **options: Those of :class:`MemoryReplay`.
-
-    Raises:
-        BudgetError: The budget cannot be read.
-        ConfigError: A value outside its range.
-        UnknownOptionError: An option that there is not; also a TypeError.
-    """
-
-    kind = "raw"
-
-    def __init__(
-        self,
-        budget: Budget | int | str,
-        *,
-        selection: Selection = "random",
-        training: TrainingConfig | None = None,
-        expected_classes: int | None = None,
-        **options: Unpack[ReplayOptions],
-    ) -> None:
-        _check_keywords(self, options)
-        keeper = RealKeeper(
-            budget,
-            kind=self.kind,
-            selection=selection,
-            training=training,
-            expected_classes=expected_classes,
-        )
-        super().__init__(keeper, **options)
-
-
-class LosslessReplay(RawReplay):
-    """Replays real images that are stored as lossless WebP; arguments as for :class:`RawReplay`.
-
-    More of them fit than of pixels, and what is replayed has no artefacts.
-    """
-
-    kind = "lossless"
-
-
-class SubsampledReplay(MemoryReplay):
-    """Replays real images that are stored as pixels of a coarser grid.
-
-    Args:
-        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        factor: Pixels of an image for one of the grid, along each side: 2 to 8.
-        selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`.
-        training: Training of the network that a selection by name needs.
-        expected_classes: How many classes the stream will have in all, if that is known: a budget
-            that does not hold one image of each is refused. Default: None, those that are there.
-        **options: Those of :class:`MemoryReplay`.
-
-    Raises:
-        BudgetError: The budget cannot be read.
-        ConfigError: A value outside its range.
-        UnknownOptionError: An option that there is not; also a TypeError.
-    """
-
-    def __init__(
-        self,
-        budget: Budget | int | str,
-        *,
-        factor: int = 2,
-        selection: Selection = "random",
-        training: TrainingConfig | None = None,
-        expected_classes: int | None = None,
-        **options: Unpack[ReplayOptions],
-    ) -> None:
-        _check_keywords(self, options)
-        keeper = SubsampledKeeper(
-            budget,
-            factor=factor,
-            selection=selection,
-            training=training,
-            expected_classes=expected_classes,
-        )
-        super().__init__(keeper, **options)
-
-
-class JPEGReplay(MemoryReplay):
-    """Replays real images that are stored as JPEG scans under one header.
-
-    Args:
-        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        quality: libjpeg's, 1 (smallest) to 100 (best). Default: None, the one that a
-            small network learns best from, by a training each on the first experience; see
-            :func:`hmn_replay.baselines.fill.choose_quality`.
-        expected_classes: How many classes the stream will have in all, if that is known, for that
-            choice. Default: None, ten times those of the first experience.
-        training: Training of that network, and of a selection's. Default: None, that of
-            ``choose_quality``.
-        selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`.
-        **options: Those of :class:`MemoryReplay`.
-
-    Raises:
-        BudgetError: The budget cannot be read.
-        ConfigError: A value outside its range.
-        UnknownOptionError: An option that there is not; also a TypeError.
-    """
-
-    def __init__(
-        self,
-        budget: Budget | int | str,
-        *,
-        quality: int | None = None,
-        expected_classes: int | None = None,
-        training: TrainingConfig | None = None,
-        selection: Selection = "random",
-        **options: Unpack[ReplayOptions],
-    ) -> None:
-        _check_keywords(self, options)
-        keeper = JPEGKeeper(
-            budget,
-            quality=quality,
-            expected_classes=expected_classes,
-            training=training,
-            selection=selection,
-        )
-        super().__init__(keeper, **options)
-
-
-def _check_keywords(plugin: MemoryReplay, options: Mapping[str, Any]) -> None:
-    """Raise an UnknownOptionError for an option that a plugin of real images does not take."""
-    known = [*named_arguments(type(plugin)), *ReplayOptions.__annotations__]
-    check_options(type(plugin).__name__, options, known)
-
-
 def _describe(criterion: object) -> str:
     smoothing = getattr(criterion, "label_smoothing", 0)
     return f"{criterion}" + (f" with label_smoothing={smoothing}" if smoothing else "")
@@ -1438,61 +958,7 @@ def _check_tuning(mode: str, tune: str, tune_steps: int, tune_rate: float) -> No
         raise ConfigError('tune is for mode="replay"; leave it out')
 
 
-def _head_of(model: nn.Module) -> nn.Linear:
-    """Return the last linear layer of a network, or raise a ConfigError."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ConfigError(f"{type(model).__name__} has no nn.Linear, which would be its head")
-    return linear[-1]
-
-
-def _by_class(labels: Tensor) -> list[Tensor]:
-    """Return the positions of each class's images, int64 ``(n,)`` on the CPU."""
-    labels = labels.cpu()
-    return [(labels == label).nonzero().flatten() for label in labels.unique().tolist()]
-
-
-def _draw_balanced(by_class: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
-    """Draw positions of images, of each class as many or one more, in random order: ``(n,)``."""
-    order = torch.randperm(len(by_class), generator=generator).repeat(count // len(by_class) + 1)
-    drawn = torch.rand(count, generator=generator)
-    chosen = [
-        by_class[index][int(share * len(by_class[index]))]
-        for index, share in zip(order[:count].tolist(), drawn.tolist(), strict=True)
-    ]
-    return torch.stack(chosen)
-
-
-def _trains_usual_networks(config: CondenseConfig) -> bool:
-    """Return whether networks are trained to match on, and nothing was chosen about them."""
-
-    def chosen(each: CondenseConfig) -> list[Any]:
-        names = [n for n in type(each).model_fields if n.startswith(("network", "trained_"))]
-        return [getattr(each, name) for name in names]
-
-    usual = [chosen(make_config(effort)) for effort in EFFORTS]
-    return config.trained_networks > 0 and chosen(config) in usual
-
-
-@torch.no_grad()
-def _gives_blocks(model: nn.Module, image_shape: Sequence[int]) -> bool:
-    """Return whether a network gives logits of images alone, and the features of several blocks."""
-    if not callable(getattr(model, "features", None)):
-        return False
-    device = next((each.device for each in model.parameters()), torch.device("cpu"))
-    images = torch.full((2, *image_shape), 0.5, device=device)
-    try:
-        with isolated(device, 0, "features"), evaluating(model):
-            logits, blocks = model(images), model.features(images)  # type: ignore[operator]
-    except Exception:  # whatever a network's own code may raise
-        return False
-    are_blocks = isinstance(blocks, list | tuple) and all(
-        isinstance(each, Tensor) and len(each) == len(images) for each in blocks
-    )
-    return are_blocks and len(blocks) > 1 and getattr(logits, "ndim", 0) == 2
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies on the CPU, without a graph."""
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
@@ -1566,16 +1032,6 @@ def _needs_all_classes(loss: ReplayLoss) -> bool:
 
 def _is_cross_entropy(criterion: object) -> bool:
     return isinstance(criterion, nn.CrossEntropyLoss) and not criterion.label_smoothing
-
-
-def is_piece(strategy: Strategy, experience: Any) -> bool:
-    """Return whether an experience is a piece of one, of an online stream."""
-    return isinstance(experience, OnlineCLExperience) and not isinstance(strategy, JointTraining)
-
-
-def experiences_of(strategy: Strategy, experience: Any) -> Sequence[Any]:
-    """Return all experiences whose data a training has: of joint training several."""
-    return strategy._experiences if isinstance(strategy, JointTraining) else [experience]
 
 
 def _reattach_optim_modules() -> None:

@@ -11,10 +11,12 @@ import contextlib
 import functools
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from avalanche.benchmarks import OnlineCLExperience
+from avalanche.training.supervised import JointTraining
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision import transforms
@@ -25,14 +27,20 @@ from hmn_replay.errors import ConfigError, DataError
 
 __all__ = [
     "Normalization",
+    "Strategy",
     "check_experiences",
     "class_counts",
     "class_key",
+    "experiences_of",
     "find_normalization",
     "first_of_each_class",
+    "is_piece",
     "read_experiences",
     "split_class_keys",
 ]
+
+Strategy: TypeAlias = Any
+"""An Avalanche strategy; its types promise less than it has."""
 
 # A class key holds the task's label in its upper half, the class's in its lower.
 _LABEL_BITS = 32
@@ -334,3 +342,13 @@ def _walk(transform: Any) -> Iterator[Normalization]:
         inner = getattr(transform, "transform", None)
         if inner is not transform:
             yield from _walk(inner)
+
+
+def is_piece(strategy: Strategy, experience: Any) -> bool:
+    """Return whether an experience is a piece of one, of an online stream."""
+    return isinstance(experience, OnlineCLExperience) and not isinstance(strategy, JointTraining)
+
+
+def experiences_of(strategy: Strategy, experience: Any) -> Sequence[Any]:
+    """Return all experiences whose data a training has: of joint training several."""
+    return strategy._experiences if isinstance(strategy, JointTraining) else [experience]

@@ -29,7 +29,7 @@ from hmn_replay.avalanche.buffer import (
     count_labels,
     finish_images,
 )
-from hmn_replay.avalanche.plugin import HMNReplay, RawReplay
+from hmn_replay.avalanche.kinds import HMNReplay, RawReplay
 from hmn_replay.avalanche.streams import Normalization
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.replay import DecodedImages

@@ -12,7 +12,7 @@ import torch
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 
 import hmn_replay
-from hmn_replay.avalanche.plugin import HMNReplay
+from hmn_replay.avalanche.kinds import HMNReplay
 from hmn_replay.avalanche.streams import read_experiences
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import make_config

@@ -10,8 +10,9 @@ from avalanche.training.supervised.er_ace import ER_ACE
 from torch import Tensor, nn
 from torchvision import transforms
 
+from hmn_replay.avalanche.kinds import HMNReplay, JPEGReplay, RawReplay
 from hmn_replay.avalanche.losses import label_distillation
-from hmn_replay.avalanche.plugin import HMNReplay, JPEGReplay, MemoryReplay, RawReplay
+from hmn_replay.avalanche.plugin import MemoryReplay
 from hmn_replay.errors import ConfigError
 from hmn_replay.replay import ReplayMemory
 from tests.streams import (

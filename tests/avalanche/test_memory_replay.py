@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision import transforms
 
-from hmn_replay.avalanche.plugin import (
+from hmn_replay.avalanche.kinds import (
     HMNReplay,
     JPEGReplay,
-    MemoryReplay,
     RawReplay,
     ReplayOptions,
 )
+from hmn_replay.avalanche.plugin import MemoryReplay
 from hmn_replay.avalanche.streams import Normalization
 from hmn_replay.errors import CheckpointError, ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory import RawMemory

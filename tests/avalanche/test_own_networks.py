@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
 from hmn_replay import build_network
-from hmn_replay.avalanche.plugin import HMNReplay
+from hmn_replay.avalanche.kinds import HMNReplay
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig
 from hmn_replay.errors import CheckpointError, ConfigError
 from tests.streams import (

@@ -1,0 +1,425 @@
+"""The replay plugins of each kind of memory: learned ones, and real images in as many bytes.
+
+replay = HMNReplay("300 KiB")
+strategy = Naive(model=model, optimizer=optimizer, criterion=criterion, plugins=[replay])
+for experience in benchmark.train_stream:
+    strategy.train(experience)
+replay.memory.save("seen.hmn")
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from hmn_replay.avalanche.losses import Loss, Renewal
+from hmn_replay.avalanche.plugin import FIRST_WEIGHTS, MemoryReplay, on_cpu
+from hmn_replay.avalanche.streams import Normalization, Strategy, experiences_of
+from hmn_replay.budget import Budget
+from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
+from hmn_replay.condensation.loop import check_given_networks
+from hmn_replay.errors import ConfigError
+from hmn_replay.objectives import get_objective
+from hmn_replay.replay import (
+    JPEGKeeper,
+    LearnedKeeper,
+    RealKeeper,
+    Selection,
+    SubsampledKeeper,
+)
+from hmn_replay.replay.keepers import check_learned_options, named_arguments
+from hmn_replay.runtime import isolated
+from hmn_replay.settings import check_options
+from hmn_replay.training.networks import evaluating
+from hmn_replay.training.train import TrainingConfig
+
+__all__ = ["HMNReplay", "JPEGReplay", "LosslessReplay", "RawReplay", "SubsampledReplay"]
+
+
+class ReplayOptions(TypedDict, total=False):
+    """The options of :class:`MemoryReplay`, which its subclasses take too."""
+
+    batch_size_mem: int | None
+    mode: Literal["replay", "memory_only"]
+    replay_transform: Callable[[Tensor], Tensor] | None
+    replay_weight: float | None
+    loss: Loss
+    renew: Renewal
+    distill: float | None
+    recode_share: float
+    labels: Literal["hard", "soft"]
+    label_weight: float
+    tune: Literal["none", "head", "all"]
+    tune_steps: int
+    tune_rate: float
+    normalization: tuple[Sequence[float], Sequence[float]] | None
+    max_raw_images: int
+    seed: int
+    device: str | torch.device | None
+    progress: bool
+
+
+class HMNReplay(MemoryReplay):
+    """Replays a learned memory, condensed by matching, under a budget of bytes.
+
+    With each experience the memory is extended by :func:`hmn_replay.condense` with
+    ``memory=``: new classes get memories of their own, old ones give up instance memories, classes
+    that come back are renewed, and the saved file stays within the budget.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        kind: A learned memory kind: ``"hmn"``, or ``"pixels"``, ``"idc"``, ``"haba"``, ``"linba"``;
+            ``"features"`` for a model with a frozen backbone.
+        expected_classes: How many classes the stream will have in all, if that is known: the
+            memory's tensors are shaped for so many. Default: None, ten times those of the first
+            experience, or as many of them as the budget can be shaped for.
+        config: Settings of the condensation, in place of ``effort`` and ``options``. Default: None,
+            those of ``effort``.
+        effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``. The default is made for
+            streams, where training waits for every update.
+        batch_size_mem: Images replayed in a step; this and the options below are explained in
+            :class:`MemoryReplay`.
+        mode: ``"replay"`` or ``"memory_only"``.
+        replay_transform: Augments decoded images.
+        replay_weight: Share of the replayed images in the loss.
+        loss: Replay loss: ``"auto"``, a name in ``LOSSES`` or a callable.
+        renew: ``"before"``, ``"after"`` or ``"auto"``: when to condense an experience.
+        distill: Weight of the distillation from the previous network.
+        recode_share: Probability with which an image of the experience is shown through the
+            memory's codec; for ``kind="hmn"``.
+        labels: ``"hard"`` or ``"soft"``: whether the network's answers are kept beside the images.
+        label_weight: Weight of these in the loss of replayed images.
+        tune: ``"none"``, ``"head"`` or ``"all"``: what is tuned on the memory after an experience.
+        tune_steps: Steps of that tuning.
+        tune_rate: Learning rate of that tuning.
+        normalization: ``(mean, std)`` that the benchmark's transforms apply.
+        max_raw_images: Bound on the raw images gathered of an online experience.
+        seed: Seed of every draw.
+        device: Where to condense. Default: None, the strategy's device.
+        progress: Whether to print a line on standard error after each update, which says its
+            images, bytes and seconds; in a terminal, bars are shown meanwhile.
+        matching_networks: ``"trained"``: what matching needs is trained from scratch on the
+            experience, as ``trained_networks`` says. ``"own"``: once the strategy's network has
+            learned anything, points between its first weights and those it has take their place,
+            which costs no training. With ``renew="before"`` these know the old classes and not yet
+            the new ones, and the first experience has none. The first weights are a copy in working
+            memory, no part of the memory's file or budget. For networks with ``features(images)``,
+            such as those of :func:`hmn_replay.build_network`, where the objective matches features;
+            unless it does, not for task labels above 0. Default: ``"auto"``, the strategy's own
+            where its ``features`` are a list, of each of its blocks, and else networks would be
+            trained for an objective that matches features, with the settings that an effort has for
+            them; otherwise ``"trained"``. The report says how many states of its own were used, as
+            ``networks_given``.
+        **options: Fields of :class:`~hmn_replay.CondenseConfig`, but those of
+            :class:`~hmn_replay.LabelConfig`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: A value outside its range.
+        UnknownOptionError: An option that there is not; also a TypeError.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        kind: str = "hmn",
+        expected_classes: int | None = None,
+        config: CondenseConfig | None = None,
+        effort: str = "draft",
+        batch_size_mem: int | None = None,
+        mode: Literal["replay", "memory_only"] = "replay",
+        replay_transform: Callable[[Tensor], Tensor] | None = None,
+        replay_weight: float | None = None,
+        loss: Loss = "auto",
+        renew: Renewal = "auto",
+        distill: float | None = None,
+        recode_share: float = 0.0,
+        labels: Literal["hard", "soft"] = "hard",
+        label_weight: float = 1.0,
+        tune: Literal["none", "head", "all"] = "none",
+        tune_steps: int = 100,
+        tune_rate: float = 0.01,
+        normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+        max_raw_images: int = 10_000,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        progress: bool = True,
+        matching_networks: Literal["auto", "trained", "own"] = "auto",
+        **options: Any,
+    ) -> None:
+        if matching_networks not in ("auto", "trained", "own"):
+            raise ConfigError(
+                f"matching_networks is auto, trained or own; got {matching_networks!r}"
+            )
+        check_learned_options(type(self).__name__, type(self), options)
+        keeper = LearnedKeeper(
+            budget,
+            kind=kind,
+            expected_classes=expected_classes,
+            config=config,
+            effort=effort,
+            **options,
+        )
+        super().__init__(
+            keeper,
+            batch_size_mem=batch_size_mem,
+            mode=mode,
+            replay_transform=replay_transform,
+            replay_weight=replay_weight,
+            loss=loss,
+            renew=renew,
+            distill=distill,
+            recode_share=recode_share,
+            labels=labels,
+            label_weight=label_weight,
+            tune=tune,
+            tune_steps=tune_steps,
+            tune_rate=tune_rate,
+            normalization=normalization,
+            max_raw_images=max_raw_images,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+        if matching_networks == "own" and keeper.holds_features:
+            raise ConfigError("features are not matched: leave matching_networks out")
+        self.matching_networks = matching_networks
+        self._config = keeper.config
+        objective = get_objective(keeper.config.objective)
+        self._may_match_own = matching_networks == "own" or (
+            matching_networks == "auto"
+            and not keeper.holds_features
+            and objective.matches_features
+            and objective.matches_trained
+            and _trains_usual_networks(keeper.config)
+        )
+
+    def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+        """Bring the memory to where it is condensed; check the network that it is matched on."""
+        super().before_training(strategy, *args, **kwargs)
+        if self.memory is not None:
+            self.memory.to(self.compute_device)
+        if self.matching_networks == "own":
+            check_given_networks(self._config.objective, [strategy.model])
+
+    def before_train_dataset_adaptation(
+        self, strategy: Strategy, *args: Any, **kwargs: Any
+    ) -> None:
+        """Check the experience's data; note the network's first weights."""
+        super().before_train_dataset_adaptation(strategy, *args, **kwargs)
+        if self._may_match_own and FIRST_WEIGHTS not in self._kept:
+            model, is_asked = strategy.model, self.matching_networks == "own"
+            if is_asked or _gives_blocks(model, self._image_shape):
+                self._kept[FIRST_WEIGHTS] = on_cpu(model.state_dict())
+        needs_labels = not get_objective(self._config.objective).matches_features
+        experiences = experiences_of(strategy, strategy.experience)
+        if self.matching_networks == "own" and needs_labels and self._has_tasks(experiences):
+            raise ConfigError(
+                'matching_networks="own" is for one head, without task labels above 0, unless the '
+                "objective matches features"
+            )
+
+    def _networks(self) -> Sequence[nn.Module]:
+        """Return the network as it was at first and as it is, once it has learned anything."""
+        model, first = self._model, self._kept.get(FIRST_WEIGHTS)
+        if not self._may_match_own or model is None or first is None:
+            return ()
+        now, start = copy.deepcopy(model), copy.deepcopy(model)
+        changed = False
+        for name, value in start.state_dict().items():
+            # A head that has grown since has nothing to begin from.
+            if name in first and first[name].shape == value.shape:
+                changed = changed or not first[name].equal(value.cpu())
+                value.copy_(first[name])
+        if not changed:
+            return ()
+        found = self._found
+        return [each if found is None else _Normalising(each, found) for each in (start, now)]
+
+
+class RawReplay(MemoryReplay):
+    """Replays real images that are stored as uint8 pixels.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`. With
+            ``renew="before"`` the network has not been trained on the experience yet.
+        training: Training of the network that a selection by name needs.
+        expected_classes: How many classes the stream will have in all, if that is known: a budget
+            that does not hold one image of each is refused. Default: None, those that are there.
+        **options: Those of :class:`MemoryReplay`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: A value outside its range.
+        UnknownOptionError: An option that there is not; also a TypeError.
+    """
+
+    kind = "raw"
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        selection: Selection = "random",
+        training: TrainingConfig | None = None,
+        expected_classes: int | None = None,
+        **options: Unpack[ReplayOptions],
+    ) -> None:
+        _check_keywords(self, options)
+        keeper = RealKeeper(
+            budget,
+            kind=self.kind,
+            selection=selection,
+            training=training,
+            expected_classes=expected_classes,
+        )
+        super().__init__(keeper, **options)
+
+
+class LosslessReplay(RawReplay):
+    """Replays real images that are stored as lossless WebP; arguments as for :class:`RawReplay`.
+
+    More of them fit than of pixels, and what is replayed has no artefacts.
+    """
+
+    kind = "lossless"
+
+
+class SubsampledReplay(MemoryReplay):
+    """Replays real images that are stored as pixels of a coarser grid.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        factor: Pixels of an image for one of the grid, along each side: 2 to 8.
+        selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`.
+        training: Training of the network that a selection by name needs.
+        expected_classes: How many classes the stream will have in all, if that is known: a budget
+            that does not hold one image of each is refused. Default: None, those that are there.
+        **options: Those of :class:`MemoryReplay`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: A value outside its range.
+        UnknownOptionError: An option that there is not; also a TypeError.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        factor: int = 2,
+        selection: Selection = "random",
+        training: TrainingConfig | None = None,
+        expected_classes: int | None = None,
+        **options: Unpack[ReplayOptions],
+    ) -> None:
+        _check_keywords(self, options)
+        keeper = SubsampledKeeper(
+            budget,
+            factor=factor,
+            selection=selection,
+            training=training,
+            expected_classes=expected_classes,
+        )
+        super().__init__(keeper, **options)
+
+
+class JPEGReplay(MemoryReplay):
+    """Replays real images that are stored as JPEG scans under one header.
+
+    Args:
+        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
+        quality: libjpeg's, 1 (smallest) to 100 (best). Default: None, the one that a
+            small network learns best from, by a training each on the first experience; see
+            :func:`hmn_replay.baselines.fill.choose_quality`.
+        expected_classes: How many classes the stream will have in all, if that is known, for that
+            choice. Default: None, ten times those of the first experience.
+        training: Training of that network, and of a selection's. Default: None, that of
+            ``choose_quality``.
+        selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`.
+        **options: Those of :class:`MemoryReplay`.
+
+    Raises:
+        BudgetError: The budget cannot be read.
+        ConfigError: A value outside its range.
+        UnknownOptionError: An option that there is not; also a TypeError.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | int | str,
+        *,
+        quality: int | None = None,
+        expected_classes: int | None = None,
+        training: TrainingConfig | None = None,
+        selection: Selection = "random",
+        **options: Unpack[ReplayOptions],
+    ) -> None:
+        _check_keywords(self, options)
+        keeper = JPEGKeeper(
+            budget,
+            quality=quality,
+            expected_classes=expected_classes,
+            training=training,
+            selection=selection,
+        )
+        super().__init__(keeper, **options)
+
+
+class _Normalising(nn.Module):
+    """A network of normalised images, for images in [0, 1]."""
+
+    def __init__(self, network: nn.Module, normalization: Normalization) -> None:
+        super().__init__()
+        self.network, self.normalization = network, normalization
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of float images in [0, 1]."""
+        logits: Tensor = self.network(self.normalization.apply(images))
+        return logits
+
+    def features(self, images: Tensor) -> Any:
+        """Return the features of float images in [0, 1]."""
+        return self.network.features(self.normalization.apply(images))  # type: ignore[operator]
+
+
+def _check_keywords(plugin: MemoryReplay, options: Mapping[str, Any]) -> None:
+    """Raise an UnknownOptionError for an option that a plugin of real images does not take."""
+    known = [*named_arguments(type(plugin)), *ReplayOptions.__annotations__]
+    check_options(type(plugin).__name__, options, known)
+
+
+def _trains_usual_networks(config: CondenseConfig) -> bool:
+    """Return whether networks are trained to match on, and nothing was chosen about them."""
+
+    def chosen(each: CondenseConfig) -> list[Any]:
+        names = [n for n in type(each).model_fields if n.startswith(("network", "trained_"))]
+        return [getattr(each, name) for name in names]
+
+    usual = [chosen(make_config(effort)) for effort in EFFORTS]
+    return config.trained_networks > 0 and chosen(config) in usual
+
+
+@torch.no_grad()
+def _gives_blocks(model: nn.Module, image_shape: Sequence[int]) -> bool:
+    """Return whether a network gives logits of images alone, and the features of several blocks."""
+    if not callable(getattr(model, "features", None)):
+        return False
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    images = torch.full((2, *image_shape), 0.5, device=device)
+    try:
+        with isolated(device, 0, "features"), evaluating(model):
+            logits, blocks = model(images), model.features(images)  # type: ignore[operator]
+    except Exception:  # whatever a network's own code may raise
+        return False
+    are_blocks = isinstance(blocks, list | tuple) and all(
+        isinstance(each, Tensor) and len(each) == len(images) for each in blocks
+    )
+    return are_blocks and len(blocks) > 1 and getattr(logits, "ndim", 0) == 2
