@@ -22,7 +22,7 @@ from hmn_replay.avalanche.plugin import FIRST_WEIGHTS, MemoryReplay, on_cpu
 from hmn_replay.avalanche.streams import Normalization, Strategy, experiences_of
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
-from hmn_replay.condensation.loop import check_given_networks
+from hmn_replay.condensation.matchers import check_given_networks
 from hmn_replay.errors import ConfigError
 from hmn_replay.objectives import get_objective
 from hmn_replay.replay import (

@@ -19,7 +19,8 @@ from torch import nn
 
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import CondenseConfig, make_config
-from hmn_replay.condensation.loop import Condensation, check_given_networks
+from hmn_replay.condensation.loop import Condensation
+from hmn_replay.condensation.matchers import check_given_networks
 from hmn_replay.data.features import LabelledFeatures, read_data
 from hmn_replay.data.images import ImageSource
 from hmn_replay.distributed import Team, join

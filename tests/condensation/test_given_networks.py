@@ -13,7 +13,7 @@ from torch import nn
 from hmn_replay import build_network
 from hmn_replay.condensation import steps
 from hmn_replay.condensation.config import make_config
-from hmn_replay.condensation.loop import GivenNetworks
+from hmn_replay.condensation.matchers import GivenNetworks
 from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError

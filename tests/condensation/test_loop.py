@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hmn_replay.condensation.checkpoint import Checkpoint, flatten_state, write_checkpoint
 from hmn_replay.condensation.config import make_config
-from hmn_replay.condensation.loop import BatchMatcher, RandomNetworks
+from hmn_replay.condensation.matchers import BatchMatcher, RandomNetworks
 from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer, set_rate
 from hmn_replay.data.images import LabelledImages, mean_psnr
 from hmn_replay.data.lookup import ImageLookup, Images

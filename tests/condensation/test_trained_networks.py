@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hmn_replay.condensation.config import make_config
-from hmn_replay.condensation.loop import BatchMatcher, TrainedNetworks
+from hmn_replay.condensation.matchers import BatchMatcher, TrainedNetworks
 from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ExpertError

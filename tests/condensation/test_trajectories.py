@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import make_config
-from hmn_replay.condensation.loop import TrajectoryMatcher
+from hmn_replay.condensation.matchers import TrajectoryMatcher
 from hmn_replay.condensation.steps import (
     RealImages,
     StepContext,

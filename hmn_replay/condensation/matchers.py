@@ -1,0 +1,374 @@
+"""Matchers, which take the steps of matching, and the networks that they match on.
+
+A matcher takes one step at a time; :class:`BatchMatcher` asks :class:`Networks` for the network of
+each, :class:`TrajectoryMatcher` follows experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hmn_replay.condensation import steps
+from hmn_replay.condensation.checkpoint import Checkpoint, load_state
+from hmn_replay.errors import ConfigError
+from hmn_replay.objectives import ObjectiveFunction, get_objective
+from hmn_replay.objectives.trajectories import Experts
+from hmn_replay.registry import name_of
+from hmn_replay.runtime import derive_seed, make_generator
+
+__all__ = [
+    "BatchMatcher",
+    "GivenNetworks",
+    "Matcher",
+    "Networks",
+    "RandomNetworks",
+    "Stateful",
+    "TrainedNetworks",
+    "TrajectoryMatcher",
+    "check_given_networks",
+    "make_matcher",
+]
+
+_Owner: TypeAlias = "nn.Module | torch.optim.Optimizer"
+Stateful: TypeAlias = "_Owner | Tensor"
+"""What a checkpoint keeps: modules and optimizers by their state, tensors as they are."""
+
+
+def make_matcher(
+    context: steps.StepContext,
+    seed: int,
+    *,
+    networks: Sequence[nn.Module] = (),
+    experts: Experts | None = None,
+) -> Matcher:
+    """Return what takes the steps of matching, as the context's objective does it.
+
+    Args:
+        context: What the steps share.
+        seed: Seed of all draws.
+        networks: States of a network to match on, if they were given.
+        experts: Networks that were trained before, if there are any.
+    """
+    if networks:
+        return BatchMatcher(context, GivenNetworks(context, seed, networks), seed)
+    if experts is None:
+        return BatchMatcher(context, RandomNetworks(context, seed), seed)
+    if context.objective.compares_trainings:
+        return TrajectoryMatcher(context, seed, experts)
+    return BatchMatcher(context, TrainedNetworks(context, seed, experts), seed)
+
+
+class Matcher(Protocol):
+    """Takes the steps of matching, one after another.
+
+    What a step draws comes from the seed and the step's number alone, so one that goes on from a
+    checkpoint takes the same steps.
+    """
+
+    @property
+    def images_per_step(self) -> int:
+        """How many decoded images a step is over, about."""
+
+    def step(self, number: int) -> int:
+        """Take the step of that number, from 0; return how many decoded images it was over."""
+
+    def kept(self) -> dict[str, Stateful]:
+        """Return what a checkpoint must keep after a step, beside memory and optimizer."""
+
+    def resume(self, checkpoint: Checkpoint, number: int) -> None:
+        """Take over what a checkpoint kept, to go on with a step of that number, 1 or more."""
+
+    def results(self) -> dict[str, Any]:
+        """Return JSON values for the report, after the last step."""
+
+
+class Networks(Protocol):
+    """Gives the networks that batches are matched on."""
+
+    network: nn.Module
+    steps_per_network: int
+    logits: Sequence[int] | None
+    """The network's logit for each of the memory's classes. None where it has these in order."""
+
+    def draw(self, number: int) -> None:
+        """Make the network of that number, from 0, the current one."""
+
+    def learn(self, number: int) -> None:
+        """Let the current network learn, after the step of that number."""
+
+    def kept(self) -> dict[str, _Owner]:
+        """Return what a checkpoint must keep of the current network."""
+
+
+class RandomNetworks:
+    """Random networks one after another, which learn between the steps (DC, IDC).
+
+    Args:
+        context: What the steps share.
+        seed: Seed of all draws.
+    """
+
+    network: nn.Module
+    learner: torch.optim.SGD
+    logits: Sequence[int] | None = None
+
+    def __init__(self, context: steps.StepContext, seed: int) -> None:
+        self.context, self.seed = context, seed
+        fresh = context.objective.fresh_network
+        self.steps_per_network = 1 if fresh else context.config.inner_steps
+
+    def draw(self, number: int) -> None:
+        """Draw a random network."""
+        seed = derive_seed(self.seed, "network", number)
+        self.network, self.learner = steps.fresh_network(self.context, seed, number)
+
+    def learn(self, number: int) -> None:
+        """Let the network learn from what the objective says."""
+        if self.context.config.network_images:
+            generator = make_generator(self.seed, "train", number)
+            steps.train_step(self.context, self.network, self.learner, generator)
+
+    def kept(self) -> dict[str, _Owner]:
+        """Return the network, and what it learns by."""
+        return {"network": self.network, "learner": self.learner}
+
+
+class TrainedNetworks:
+    """Networks between the initial and the trained weights of a few that were trained before.
+
+    A network of few passes over the real images teaches a memory more than a random one, and a
+    point drawn between both ends gives as many different networks as there are steps (Acc-DD, Zhang
+    et al. 2023, arXiv 2212.06152; NCFM, Wang et al. 2025, arXiv 2502.20653). Process 0 alone reads
+    them, which all train together.
+
+    Args:
+        context: What the steps share.
+        seed: Seed of all draws.
+        experts: The trained networks; any that are missing are trained here.
+    """
+
+    network: nn.Module
+    logits: Sequence[int] | None = None
+
+    def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
+        self.context, self.seed, self.experts = context, seed, experts
+        self.steps_per_network = context.config.inner_steps
+        self.networks = _networks_of(experts, context)
+
+    def draw(self, number: int) -> None:
+        """Draw one of the trained networks, and a point between its initial weights and these."""
+        generator = make_generator(self.seed, "network", number)
+        expert = int(torch.randint(self.experts.num_experts, (), generator=generator))
+        share = float(torch.rand((), dtype=torch.float32, generator=generator))
+        read = partial(self.experts.read, expert, 0, self.experts.num_epochs)
+        initial, trained = self.context.team.agree(read)
+        self.network = self.networks[expert % len(self.networks)]
+        with torch.no_grad():
+            for name, parameter in self.network.named_parameters():
+                parameter.copy_(torch.lerp(initial[name], trained[name], share))
+
+    def learn(self, number: int) -> None:
+        """Leave the network as it is."""
+
+    def kept(self) -> dict[str, _Owner]:
+        """Return nothing: the network follows from its number."""
+        return {}
+
+
+class GivenNetworks:
+    """Networks between states that one had while it learned, each a point between two in a row.
+
+    They are copied, run in evaluation mode, and learn nothing.
+
+    Args:
+        context: What the steps share.
+        seed: Seed of all draws.
+        networks: Its states, the earliest first: modules of one architecture, whose logits stand
+            for the labels.
+    """
+
+    def __init__(
+        self, context: steps.StepContext, seed: int, networks: Sequence[nn.Module]
+    ) -> None:
+        self.seed, self.steps_per_network = seed, context.config.inner_steps
+        self.logits: Sequence[int] | None = context.memory.classes.tolist()
+        self.network = copy.deepcopy(networks[-1]).to(context.device).eval()
+        self.states = [
+            {name: value.detach().to(context.device) for name, value in each.state_dict().items()}
+            for each in networks
+        ]
+        self.network.requires_grad_(True)
+
+    @torch.no_grad()
+    def draw(self, number: int) -> None:
+        """Draw two states in a row, and a point between them."""
+        generator = make_generator(self.seed, "network", number)
+        first = int(torch.randint(max(1, len(self.states) - 1), (), generator=generator))
+        share = float(torch.rand((), dtype=torch.float32, generator=generator))
+        start, end = self.states[first], self.states[min(first + 1, len(self.states) - 1)]
+        for name, value in self.network.state_dict().items():
+            between = value.is_floating_point()
+            value.copy_(torch.lerp(start[name], end[name], share) if between else end[name])
+
+    def learn(self, number: int) -> None:
+        """Leave the network as it is."""
+
+    def kept(self) -> dict[str, _Owner]:
+        """Return nothing: the network follows from its number."""
+        return {}
+
+
+class BatchMatcher:
+    """Matches real and decoded batches of each class, on one network after another.
+
+    Args:
+        context: What the steps share.
+        networks: Gives the networks.
+        seed: Seed of the draws of classes, images and augmentations.
+    """
+
+    def __init__(self, context: steps.StepContext, networks: Networks, seed: int) -> None:
+        self.context, self.networks, self.seed = context, networks, seed
+
+    @property
+    def images_per_step(self) -> int:
+        """How many decoded images a step is over, about."""
+        context, config = self.context, self.context.config
+        counts = context.memory.images_per_class[context.first_class :]
+        num_classes = min(len(counts), config.classes_per_step or len(counts))
+        return num_classes * min(config.decoded_batch, max(counts))
+
+    def step(self, number: int) -> int:
+        """Match a batch of some classes, then let the network learn."""
+        drawn, position = divmod(number, self.networks.steps_per_network)
+        if position == 0:
+            self.networks.draw(drawn)
+        generator = make_generator(self.seed, "match", number)
+        networks = self.networks
+        num_decoded = steps.match_step(self.context, networks.network, generator, networks.logits)
+        self.networks.learn(number)
+        return num_decoded
+
+    def kept(self) -> dict[str, Stateful]:
+        """Return what a checkpoint must keep of the current network."""
+        return {**self.networks.kept()}
+
+    def resume(self, checkpoint: Checkpoint, number: int) -> None:
+        """Take over the network, where the step does not draw another one."""
+        drawn, position = divmod(number, self.networks.steps_per_network)
+        if position:
+            self.networks.draw(drawn)
+            for name, owner in self.networks.kept().items():
+                load_state(owner, checkpoint.group(name))
+
+    def results(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+
+class TrajectoryMatcher:
+    """Lets students follow experts (MTT): in each step one, from some epoch of some expert on.
+
+    The learning rate of the students is learned too, or rather its logarithm, by Adam: so the rate
+    stays above 0, and changes by a share of itself. MTT takes SGD on the rate, with a learning rate
+    chosen for each data set. Process 0 alone reads the experts, which all record together.
+
+    Args:
+        context: What the steps share.
+        seed: Seed of all draws.
+        experts: The experts to follow; any that are missing are recorded here.
+    """
+
+    def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
+        self.context, self.seed, self.experts = context, seed, experts
+        config, device = context.config, context.device
+        self.networks = _networks_of(experts, context)
+        logarithm = torch.tensor(
+            math.log(config.student_learning_rate), dtype=torch.float32, device=device
+        )
+        self.rate = nn.ParameterDict({"logarithm": logarithm})
+        self.learner = torch.optim.Adam(
+            self.rate.parameters(), lr=config.student_rate_learning_rate
+        )
+
+    @property
+    def images_per_step(self) -> int:
+        """How many decoded images a step is over, about."""
+        context, config = self.context, self.context.config
+        num_images = sum(context.memory.images_per_class[context.first_class :])
+        return config.student_steps * min(config.student_batch, num_images)
+
+    def step(self, number: int) -> int:
+        """Follow an expert from some epoch on."""
+        config, device = self.context.config, self.context.device
+        generator = make_generator(self.seed, "match", number)
+        expert = int(torch.randint(self.experts.num_experts, (), generator=generator))
+        epoch = int(torch.randint(config.max_start_epoch + 1, (), generator=generator))
+        read = partial(self.experts.read, expert, epoch, epoch + config.expert_epochs)
+        start, target = (
+            {name: value.to(device) for name, value in parameters.items()}
+            for parameters in self.context.team.agree(read)
+        )
+        logarithm = self.rate["logarithm"]
+        rate = logarithm.detach().exp()
+        network = self.networks[expert % len(self.networks)]
+        num_decoded, of_rate = steps.trajectory_step(
+            self.context, network, start, target, rate, generator
+        )
+        logarithm.grad = rate * of_rate
+        self.learner.step()
+        return num_decoded
+
+    def kept(self) -> dict[str, Stateful]:
+        """Return the student's learning rate, and what it is learned by."""
+        return {"rate": self.rate, "learner": self.learner}
+
+    def resume(self, checkpoint: Checkpoint, number: int) -> None:
+        """Take over the student's learning rate."""
+        load_state(self.rate, checkpoint.group("rate"))
+        load_state(self.learner, checkpoint.group("learner"))
+
+    def results(self) -> dict[str, Any]:
+        """Return the learning rate that students have in the end."""
+        return {"student_rate": float(self.rate["logarithm"].detach().exp())}
+
+
+def check_given_networks(objective: str | ObjectiveFunction, networks: Sequence[nn.Module]) -> None:
+    """Raise a ConfigError for networks that an objective cannot match on."""
+    if isinstance(networks, nn.Module):
+        raise ConfigError("networks is a list of modules; give [network]")
+    entry = get_objective(objective)
+    if networks and not entry.matches_trained:
+        raise ConfigError(
+            f"networks are for objectives that match on trained ones, such as distribution and "
+            f"gradient; {name_of(objective)} does not"
+        )
+    for network in networks:
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"networks are modules; got {network!r:.60}")
+        if entry.matches_features and not callable(getattr(network, "features", None)):
+            raise ConfigError(
+                f"objective {name_of(objective)!r} matches features, and {type(network).__name__} "
+                "has no features(images) that returns those of its blocks; add that method, or "
+                'take objective="gradient"'
+            )
+        shapes = [{k: v.shape for k, v in n.state_dict().items()} for n in (networks[0], network)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError("networks are states of one network; these differ in their tensors")
+
+
+def _networks_of(experts: Experts, context: steps.StepContext) -> list[Any]:
+    """Return a network of each architecture that experts have, after training any missing ones.
+
+    They are there after the phase that trains them, unless a run goes on without their folder.
+    """
+    for number in context.team.agree(experts.missing):
+        experts.record(number, context.device, team=context.team)
+    return [experts.network(k).to(context.device) for k in range(len(context.config.network))]
