@@ -16,10 +16,21 @@ from hmn_replay import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCKS = [
-    block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
-]
-LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+FUNCTION = re.compile(r"^(\w+)\(\) \{\n(.*?)\n\}$", re.M | re.S)
+
+
+def commands_of(page: str) -> list[str]:
+    """Return the lines of a page's blocks, each call of a function replaced by its body."""
+    text = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.S)).replace("\\\n", " ")
+    bodies = dict(FUNCTION.findall(text))
+    lines = []
+    for line in FUNCTION.sub("", text).splitlines():
+        name, _, arguments = line.strip().partition(" ")
+        lines.append(bodies[name].replace('"$@"', arguments) if name in bodies else line)
+    return lines
+
+
+LINES = [line for page in PAGES for line in commands_of(page.read_text())]
 COMMANDS = sorted({" ".join(line.split("#")[0].split()) for line in LINES})
 OURS = [line for line in COMMANDS if re.search(r"experiments/|hmn.replay ", line)]
 
@@ -30,6 +41,14 @@ class Parsed(Exception):
 
 def test_there_are_commands() -> None:
     assert len(OURS) > 15
+
+
+def test_a_function_stands_for_its_body() -> None:
+    page = '```sh\nf() {\n    run --a \\\n        "$@"\n}\n```\n```sh\nf --b 1 \\\n    --c\ng\n```'
+    assert [" ".join(line.split()) for line in commands_of(page) if line] == [
+        "run --a --b 1 --c",
+        "g",
+    ]
 
 
 @pytest.mark.parametrize("line", OURS)
