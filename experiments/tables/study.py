@@ -23,7 +23,8 @@ from experiments.tables.store import Store
 from hmn_replay.budget import Budget
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.memory.base import MEMORIES, Memory
-from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
+from hmn_replay.memory.layout import MemoryLayout
+from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives.trajectories import delete_checkpoint
 from hmn_replay.runtime import derive_seed
 from hmn_replay.training.train import TrainingConfig

@@ -26,7 +26,8 @@ from hmn_replay.data.images import ImageSource
 from hmn_replay.distributed import Team, join
 from hmn_replay.errors import ConfigError, HMNReplayWarning
 from hmn_replay.memory.base import MEMORIES, Memory, check_num_classes
-from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
+from hmn_replay.memory.layout import MemoryLayout
+from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.runtime import (
     derive_seed,
     deterministic_cudnn,

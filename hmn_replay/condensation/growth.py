@@ -25,7 +25,8 @@ from hmn_replay.data.images import LabelledImages, joined_names
 from hmn_replay.data.lookup import Images, LabelledView, join_images
 from hmn_replay.memory.base import affordable_names, stored_names_bytes
 from hmn_replay.memory.file import TensorSpec
-from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
+from hmn_replay.memory.layout import MemoryLayout
+from hmn_replay.memory.learned import LearnedMemory
 
 __all__ = ["Growth", "fill", "make_room"]
 

@@ -55,7 +55,8 @@ from hmn_replay.errors import (
 )
 from hmn_replay.evaluation import score
 from hmn_replay.files import clear_stale, digest_tensors
-from hmn_replay.memory.learned import LearnedMemory, MemoryLayout
+from hmn_replay.memory.layout import MemoryLayout
+from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import get_objective
 from hmn_replay.objectives.trajectories import Experts, experts_beside
 from hmn_replay.runtime import derive_seed, make_generator, peak_memory_bytes

@@ -11,7 +11,8 @@ from hmn_replay.memory.base import (
 from hmn_replay.memory.features import FeatureLayout, FeatureMemory
 from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.memory.hierarchical import HierarchicalMemory, HMNLayout
-from hmn_replay.memory.learned import LearnedMemory, MemoryLayout, StoredTensor
+from hmn_replay.memory.layout import MemoryLayout, StoredTensor
+from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.memory.real import (
     JPEGMemory,
     LosslessMemory,

@@ -35,7 +35,8 @@ from hmn_replay.errors import ConfigError
 from hmn_replay.memory.base import check_num_classes, register_memory
 from hmn_replay.memory.entropy import best_levels, bits
 from hmn_replay.memory.formats import NUMBER_FORMATS
-from hmn_replay.memory.learned import LearnedMemory, MemoryLayout, StoredTensor
+from hmn_replay.memory.layout import MemoryLayout, StoredTensor
+from hmn_replay.memory.learned import LearnedMemory
 
 __all__ = ["FeatureLayout", "FeatureMemory"]
 

@@ -32,7 +32,8 @@ from hmn_replay.errors import ConfigError
 from hmn_replay.memory.base import Codec, check_image_shape, check_num_classes, register_memory
 from hmn_replay.memory.file import FREE_VALUES, MAX_VALUES_PER_BYTE
 from hmn_replay.memory.formats import NUMBER_FORMATS
-from hmn_replay.memory.learned import LearnedMemory, MemoryLayout, StoredTensor
+from hmn_replay.memory.layout import MemoryLayout, StoredTensor
+from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.runtime import without_autocast
 
 __all__ = ["HMNLayout", "HierarchicalMemory"]

@@ -22,11 +22,8 @@ from torch import Tensor
 
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.base import register_memory
-from hmn_replay.memory.learned import (
-    LearnedMemory,
-    MemoryLayout,
-    StoredTensor,
-)
+from hmn_replay.memory.layout import MemoryLayout, StoredTensor
+from hmn_replay.memory.learned import LearnedMemory
 
 __all__ = [
     "HaBaLayout",
