@@ -249,6 +249,19 @@ class RealMemory(Memory):
             specs["names"] = TensorSpec(torch.uint8, (names_bytes,))
         return packed_size(self.kind, len(lengths), self.budget_bytes, self.words(), specs)
 
+    def file_bytes_with(self, num_classes: int) -> int:
+        """Return the file's bytes with one image more, as large as those here, for each new class.
+
+        Args:
+            num_classes: How many classes there are then, those that are here among them.
+        """
+        lengths, classes = list(map(len, self.payloads)), self.classes.tolist()
+        num_more = num_classes - len(classes)
+        unknown = (label for label in itertools.count() if label not in classes)
+        classes = sorted([*classes, *itertools.islice(unknown, num_more)])
+        lengths += [math.ceil(sum(lengths) / len(lengths))] * num_more
+        return self._size(classes, lengths, self.names_bytes, self.label_specs())
+
     def _specs(self, lengths: Sequence[int]) -> dict[str, TensorSpec]:
         """Return what the file stores beside labels, counts and names."""
         specs = {"images": TensorSpec(torch.uint8, (sum(lengths),))}

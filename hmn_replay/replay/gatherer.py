@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hmn_replay.data.features import LabelledFeatures
-from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import CheckpointError
+from hmn_replay.data.images import LabelledImages, joined_names
+from hmn_replay.errors import CheckpointError, DataError
 from hmn_replay.runtime import make_generator
 
 __all__ = ["Gatherer", "first_in_turn"]
@@ -30,6 +31,7 @@ class Gatherer:
 
     Attributes:
         num_seen: For each label, how many of its images were added.
+        class_names: Label to name, where the images came with names.
     """
 
     def __init__(self, capacity: int, seed: int) -> None:
@@ -42,6 +44,7 @@ class Gatherer:
     def clear(self) -> None:
         """Begin anew."""
         self.num_seen: Counter[int] = Counter()
+        self.class_names: dict[int, str] = {}
         # One tensor an image: one is replaced without a copy of the others.
         self._images: list[Tensor] = []
         # One tensor a piece, joined where the gatherer is full or asked for what it has.
@@ -49,7 +52,18 @@ class Gatherer:
         self._priorities = [torch.empty(0, dtype=torch.float32)]
 
     def add(self, data: LabelledImages) -> None:
-        """Add images or features, and drop what is beyond the capacity."""
+        """Add images or features, and drop what is beyond the capacity.
+
+        Raises:
+            DataError: They are of another size than those before, or a label has another name; none
+                is added.
+        """
+        if self._images and self._images[0].shape != data.images.shape[1:]:
+            raise DataError(
+                f"images of {tuple(self._images[0].shape)} were gathered before, and what comes is "
+                f"of {data.image_shape}; all must have the same (C, H, W)"
+            )
+        names = joined_names(self.class_names, data.class_names)
         generator = make_generator(self.seed, "raw buffer", self.num_seen.total())
         drawn = torch.rand(len(data), dtype=torch.float32, generator=generator)
         if len(self) + len(data) <= self.capacity:
@@ -67,15 +81,18 @@ class Gatherer:
             ]
             self._labels, self._priorities = [labels[kept]], [priorities[kept]]
         self.num_seen.update(data.labels.tolist())
+        self.class_names = names
 
     def images(self) -> LabelledImages | None:
         """Return the images that are kept; None where there is none."""
         if not self._images:
             return None
-        return _labelled(torch.stack(self._images), torch.cat(self._labels))
+        labels = torch.cat(self._labels)
+        names = {label: name for label, name in self.class_names.items() if label in labels}
+        return _labelled(torch.stack(self._images), labels, names)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return what was gathered, as tensors."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was gathered, as tensors and names."""
         seen = torch.tensor(sorted(self.num_seen.items()), dtype=torch.int64).view(-1, 2)
         images = torch.stack(self._images) if self._images else torch.empty(0, dtype=torch.uint8)
         return {
@@ -83,9 +100,10 @@ class Gatherer:
             "labels": torch.cat(self._labels),
             "priorities": torch.cat(self._priorities),
             "seen": seen,
+            "class_names": dict(self.class_names),
         }
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave.
 
         Raises:
@@ -101,18 +119,24 @@ class Gatherer:
         ):
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise CheckpointError(f"{name} are {tensor.dtype} {tuple(tensor.shape)}")
+        names = state["class_names"]
+        if not isinstance(names, dict) or not all(
+            isinstance(label, int) and isinstance(name, str) for label, name in names.items()
+        ):
+            raise CheckpointError(f"class_names are {names!r:.60}")
         if len(images):
-            _labelled(images, labels)  # which checks them
+            _labelled(images, labels, {})  # which checks them
         if int((seen[:, 1] < 0).sum()):
             raise CheckpointError("less than no images were seen")
         self.num_seen = Counter({label: count for label, count in state["seen"].tolist()})
+        self.class_names = dict(names)
         self._images = [image.clone() for image in state["images"]]
         self._labels, self._priorities = [state["labels"].clone()], [state["priorities"].clone()]
 
 
-def _labelled(images: Tensor, labels: Tensor) -> LabelledImages:
+def _labelled(images: Tensor, labels: Tensor, names: dict[int, str]) -> LabelledImages:
     kind = LabelledFeatures if images.is_floating_point() else LabelledImages
-    return kind(images, labels)
+    return kind(images, labels, names)
 
 
 def first_in_turn(labels: Tensor, priorities: Tensor) -> Tensor:

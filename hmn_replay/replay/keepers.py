@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hmn_replay.baselines.fill import choose_quality, jpeg_images
+from hmn_replay.baselines.fill import QUALITIES, choose_quality, jpeg_images
 from hmn_replay.baselines.selection import (
     SELECTIONS,
     check_method_of_features,
@@ -43,6 +43,7 @@ from hmn_replay.memory import (
 from hmn_replay.memory.base import MAX_CLASSES, affordable_names, check_num_classes
 from hmn_replay.memory.real import check_order
 from hmn_replay.registry import suggest
+from hmn_replay.replay.gatherer import first_in_turn
 from hmn_replay.runtime import derive_seed
 from hmn_replay.settings import check_options
 from hmn_replay.training.networks import is_built_in
@@ -373,9 +374,8 @@ class RealKeeper(Keeper):
         tried.budget_bytes = self.budget.num_bytes
         labels = tried.classes.tolist()
         tried.class_names = affordable_names(tried.class_names, labels, tried.budget_bytes)
-        payload_bytes = sum(map(len, tried.payloads)) / len(tried)
         classes = max(num_classes, self.expected_classes or 0)
-        needed = tried.file_bytes + round((classes - len(tried)) * payload_bytes)
+        needed = tried.file_bytes_with(classes)
         if needed > self.budget.num_bytes:
             raise BudgetError(
                 f"a budget of {self.budget.num_bytes:,} bytes does not hold one image of each of "
@@ -472,7 +472,8 @@ class JPEGKeeper(RealKeeper):
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
         quality: libjpeg's, 1 (smallest) to 100 (best). Default: None, the one that a small network
             learns best from, by a training each on the images that come first; see
-            :func:`hmn_replay.baselines.fill.choose_quality`.
+            :func:`hmn_replay.baselines.fill.choose_quality`. Or a lower one, where the budget would
+            not hold one image of each class that is expected.
         expected_classes: How many classes there will be in all, if that is known, for that choice.
             Default: None, ten times those that come first.
         training: Training of that network, and of a selection's; see :class:`RealKeeper`. Default:
@@ -525,7 +526,19 @@ class JPEGKeeper(RealKeeper):
                 device=device,
                 training=self.training,
             )
+            quality = self._affordable(images, quality)
         return jpeg_images(images, self.budget, quality=quality, selection=order), report
+
+    def _affordable(self, images: LabelledImages, quality: int) -> int:
+        """Return a quality, or a lower one where the budget would not hold one of each class."""
+        positions = first_in_turn(images.labels, torch.arange(len(images)))
+        first_of_each = images.take(positions[: images.num_classes])
+        for lower in (quality, *sorted(q for q in (1, 2, *QUALITIES) if q < quality)[::-1]):
+            keeper = JPEGKeeper(self.budget, quality=lower, expected_classes=self.expected_classes)
+            with contextlib.suppress(BudgetError):
+                keeper.check_room(first_of_each, memory=None, num_classes=images.num_classes)
+                return lower
+        return 1
 
     def renew(self, images: LabelledImages, **context: Any) -> tuple[RealMemory, dict[str, Any]]:
         """Add images to the memory, at the quality of those that are there."""

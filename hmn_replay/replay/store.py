@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.labelling import label_images
 from hmn_replay.data.features import read_data
-from hmn_replay.data.images import ImageSource, LabelledImages
+from hmn_replay.data.images import ImageSource, LabelledImages, joined_names
 from hmn_replay.errors import (
     BudgetError,
     CheckpointError,
     ConfigError,
+    DataError,
     HMNReplayError,
     HMNReplayWarning,
 )
@@ -47,7 +48,7 @@ from hmn_replay.training.networks import evaluating
 
 __all__ = ["DecodedImages", "ReplayMemory", "digest_state"]
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 
 class ReplayMemory:
@@ -228,25 +229,45 @@ class ReplayMemory:
             DataError: Images or labels that cannot be used; a label that has another name in them
                 than in the memory.
             BudgetError: The budget does not hold one image of each class, or of each that is
-                expected; the memory stays as it was.
+                expected, by hard labels; or a keeper made a memory above its budget. The memory
+                stays as it was.
         """
-        data, index, started = self._read(images, labels), self._num_updates, time.monotonic()
+        started, index = time.monotonic(), self._num_updates
+        data = self._read(images, labels)
         first_of_each = first_in_turn(data.labels, torch.arange(len(data)))[: data.num_classes]
-        surroundings = without_autocast(self.device)
-        if self.keeper.draws_globally:
-            surroundings = isolated(self.device, self.seed, "update", index)
-        with surroundings:
-            self.check_room(data.take(first_of_each))
-            memory, report = self.keeper.renew(
-                data,
-                memory=self.memory,
-                index=index,
-                seed=self.seed,
-                device=self.device,
-                model=model,
-                networks=networks,
-                progress=self.progress,
+
+        def renew(memory: Memory | None) -> tuple[Memory, dict[str, Any]]:
+            surroundings = without_autocast(self.device)
+            if self.keeper.draws_globally:
+                surroundings = isolated(self.device, self.seed, "update", index)
+            with surroundings:
+                first, num_classes = data.take(first_of_each), self.count_classes(data)
+                self.keeper.check_room(first, memory=memory, num_classes=num_classes)
+                return self.keeper.renew(
+                    data,
+                    memory=memory,
+                    index=index,
+                    seed=self.seed,
+                    device=self.device,
+                    model=model,
+                    networks=networks,
+                    progress=self.progress,
+                )
+
+        try:
+            memory, report = renew(self.memory)
+        except BudgetError as error:
+            if self.memory is None or not self.memory.has_soft_labels:
+                raise
+            warnings.warn(
+                f"images lose their soft labels, to make room: {error}",
+                HMNReplayWarning,
+                stacklevel=2,
             )
+            hard = copy.deepcopy(self.memory)
+            hard.set_soft_labels(None)
+            memory, report = renew(hard)
+        self._check_memory(memory)
         entry = {
             "update": index,
             **report,
@@ -280,8 +301,20 @@ class ReplayMemory:
         Args:
             images: As in :meth:`update`.
             labels: As in :meth:`update`.
+
+        Raises:
+            DataError: As :meth:`update`, and images of another size than those that were gathered
+                or are in the memory; what was gathered stays as it was.
         """
-        self.gatherer.add(self._read(images, labels))
+        data = self._read(images, labels)
+        if self.memory is not None:
+            if data.image_shape != self.memory.image_shape:
+                raise DataError(
+                    f"the memory has images of {self.memory.image_shape}, and what comes is of "
+                    f"{data.image_shape}; both must have the same (C, H, W)"
+                )
+            joined_names(self.memory.class_names, data.class_names)  # which checks them
+        self.gatherer.add(data)
 
     def finish(
         self,
@@ -305,7 +338,9 @@ class ReplayMemory:
 
     def _read(self, images: ImageSource, labels: Any) -> LabelledImages:
         source = images if labels is None else (images, labels)
-        return read_data(source, holds_features=self.keeper.holds_features)
+        # A data set may have transforms that draw.
+        with isolated(self.device, self.seed, "read", self._num_updates, len(self.gatherer)):
+            return read_data(source, holds_features=self.keeper.holds_features)
 
     def decoded(self, device: str | torch.device | None = None) -> DecodedImages | None:
         """Return all images, decoded once until the memory is another one; None without a memory.
@@ -490,9 +525,13 @@ class ReplayMemory:
         return {**self.__dict__, **left_out, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become what :meth:`__getstate__` described."""
+        """Become what :meth:`__getstate__` described; on the CPU where its device is not here."""
         learned = state.pop("state")
         self.__dict__.update(state)
+        try:
+            self.device = resolve_device(self.device)
+        except ConfigError:  # of a machine with another device
+            self.device = torch.device("cpu")
         self.load_state_dict(learned)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hmn_replay import HMNReplay, LabelledImages, ReplayMemory, load_dataset
+from hmn_replay import Budget, HMNReplay, LabelledImages, ReplayMemory, load_dataset
 from hmn_replay.errors import (
     BudgetError,
     CheckpointError,
@@ -216,6 +216,75 @@ def test_labels_keep_a_memory_of_another_budget_within_the_keepers() -> None:
     assert restored.memory.to_bytes() == memory.memory.to_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:images keep hard labels")
+def test_images_lose_their_labels_before_an_update_is_refused() -> None:
+    digits = load_dataset("digits", "train")
+
+    def two_digits(first: int) -> LabelledImages:
+        chosen = torch.cat([digits.of_class(label)[:10] for label in (first, first + 1)])
+        return LabelledImages(digits.images[chosen], digits.labels[chosen])
+
+    memory = ReplayMemory(958, "raw", expected_classes=10, device="cpu")
+    with pytest.warns(HMNReplayWarning, match="images lose their soft labels, to make room"):
+        for first in (0, 2, 4, 6, 8):
+            count = memory.update(two_digits(first)).num_classes
+            memory.label(lambda images, k=count: torch.zeros(len(images), k))  # type: ignore[misc]
+    assert memory.memory is not None and memory.memory_bytes <= 958
+    assert memory.memory.images_per_class == [1] * 10
+
+
+@pytest.mark.parametrize("known", ["gathered", "in the memory"])
+def test_gathered_images_are_of_one_size(known: str) -> None:
+    memory = make("raw")
+    (memory.gather if known == "gathered" else memory.update)(batch(0, 1))
+    wrong = LabelledImages(torch.zeros(2, 3, 9, 9, dtype=torch.uint8), torch.tensor([2, 3]))
+    with pytest.raises(DataError, match=r"\(3, 9, 9\); (all|both) must have the same"):
+        memory.gather(wrong)
+    memory.gather(batch(2))
+    assert memory.finish() and set(memory.memory.classes.tolist()) >= {2}  # type: ignore[union-attr]
+
+
+def test_gathered_images_keep_their_names(untouched_random_state: None) -> None:
+    named = LabelledImages(batch(0, 1).images, batch(0, 1).labels, {0: "cat", 1: "dog"})
+    memory = make("raw")
+    memory.gather(named)
+    with pytest.raises(DataError, match="label 0 is 'cat'"):
+        memory.gather(LabelledImages(named.images, named.labels, {0: "cow"}))
+    again = pickle.loads(pickle.dumps(memory))
+    for each in (memory, again):
+        assert each.finish() and each.memory.class_names == {0: "cat", 1: "dog"}
+        with pytest.raises(DataError, match="label 1 is 'dog'"):
+            each.gather(LabelledImages(named.images, named.labels, {1: "cow"}))
+
+
+def test_a_data_set_that_draws_is_read_with_draws_of_the_memorys_own(
+    untouched_random_state: None,
+) -> None:
+    class Drawing(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.rand(3, 8, 8), index % 2
+
+    one, two = make("raw"), make("raw")
+    first = one.update(Drawing()).to_bytes()
+    torch.rand(1, generator=torch.Generator())
+    assert two.update(Drawing()).to_bytes() == first
+    two.gather(Drawing())
+    assert two.finish()
+
+
+def test_what_was_pickled_elsewhere_goes_on_where_it_is() -> None:
+    memory = make("raw")
+    memory.update(batch(0, 1))
+    memory.device = torch.device("cuda", 99)  # as on a machine that has one
+    again = pickle.loads(pickle.dumps(memory))
+    assert again.device == torch.device("cpu") and len(again) == len(memory)
+    again.update(batch(2))
+    assert again.sample(4)[0].device.type == "cpu"
+
+
 def test_what_is_pickled_has_the_memory_once() -> None:
     memory = make("raw", 100_000)
     memory.update(batch(0, 1, each=100))
@@ -319,6 +388,21 @@ def test_a_keeper_of_ones_own() -> None:
     assert memory.update(batch(4)).classes.tolist() == [4]
     with pytest.raises(ConfigError, match="has its own kind"):
         ReplayMemory(Newest(), quality=3)
+
+
+def test_a_keeper_that_goes_beyond_its_budget_is_stopped() -> None:
+    class Beyond(Keeper):
+        budget = Budget(1000)
+
+        def renew(self, images: LabelledImages, **context: Any) -> tuple[RawMemory, dict[str, Any]]:
+            memory = RawMemory(images.image_shape)
+            memory.extend(images)
+            return memory, {}
+
+    memory = ReplayMemory(Beyond(), device="cpu")
+    with pytest.raises(BudgetError, match=r"takes [\d,]+ bytes and the budget is 1,000"):
+        memory.update(batch(0, 1))
+    assert memory.memory is None and memory.report == [] and memory.num_updates == 0
 
 
 def test_a_report_may_have_what_json_has_not() -> None:
