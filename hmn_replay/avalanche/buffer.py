@@ -53,8 +53,10 @@ class MemoryBuffer(ExemplarsBuffer):
     """A memory as a storage policy of Avalanche: for ReplayPlugin, GDumb, ER-ACE, DER and others.
 
     :attr:`buffer` is the memory's decoded images, normalised as the benchmark normalises them,
-    without its train transforms; ``replay_transform`` of the plugin augments them. Items are
-    ``(image, label)``, or ``(image, label, task label)`` where the benchmark's are.
+    without its train transforms; ``replay_transform`` of the plugin augments them, and has to draw
+    from the global generators where a loader's workers read them: each worker has a copy of a
+    generator of its own, all at the same place. Items are ``(image, label)``, or ``(image, label,
+    task label)`` where the benchmark's are.
 
     ``ReplayPlugin`` takes it as ``storage_policy``; to methods that make a buffer of their own it
     is given afterwards: ``plugin.storage_policy = MemoryBuffer(...)``. What Avalanche's code

@@ -127,8 +127,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             strategy's ``train_mb_size``. ``"memory_only"`` does not use it.
         mode: ``"replay"`` or ``"memory_only"``.
         replay_transform: Augments decoded images, float ``(N, C, H, W)`` in [0, 1], on the
-            strategy's device, before normalisation; returns as many of the same shape. It
-            should draw from a generator of its own.
+            strategy's device, before normalisation; returns as many of the same shape. It may draw
+            from the global generators of torch, numpy and Python, which are seeded for each
+            mini-batch and restored afterwards.
         replay_weight: Share w in [0, 1] of the replayed images in the loss: ``(1 - w) *
             criterion(current) + w * criterion(replayed)``, whatever the batch sizes. Default:
             ``None``, the criterion of the whole mini-batch.
@@ -284,8 +285,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._checked: set[int] = set()
         self._old_classes = torch.empty(0, dtype=torch.int64)
         self._has_learned = False
+        # How many updates there were before those of the network that is trained.
+        self._num_updates_before = 0
         # Weights of the network by name, on the CPU, that the next experience needs.
         self._kept: dict[str, dict[str, Tensor]] = {}
+        self._tuned_digest = ""
+        # Since the experience, or the piece of one, began.
+        self._num_augmented = 0
         self._teacher: Teacher | None = None
         self._head: Head | None = None
         self._codec: tuple[Any, Codec] | None = None
@@ -459,9 +465,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 raise ConfigError(
                     f"{name} is not for {type(strategy).__name__}, which has a loss of its own"
                 )
-        _take_weights(strategy.model, self._kept.pop(_UNTUNED_WEIGHTS, {}))
+        self._undo_tuning(strategy.model)
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
-        self._old_classes, self._has_learned = old.cpu().clone(), self.store.num_updates > 0
+        self._old_classes = old.cpu().clone()
+        self._has_learned = self.store.num_updates > self._num_updates_before
 
     def after_train_dataset_adaptation(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Renew the memory, if it is before training; in ``"memory_only"``, train from it alone."""
@@ -481,7 +488,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def before_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Gather a piece of an online stream; decode the memory."""
         experience = strategy.experience
-        self._current_counts = None
+        self._current_counts, self._num_augmented = None, 0
         if is_piece(strategy, experience):
             self._num_pieces += 1
             self._gather(experience)
@@ -510,7 +517,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                     found = self.found_normalization
                     images = mbatch[0] if found is None else found.undo(mbatch[0])
                     images = images if self.holds_features else images.clamp(0, 1)
-                    mbatch[0] = finish_images(images, self.replay_transform, found)
+                    mbatch[0] = self._finished(images)
             return
         decoded = self._decode()
         if decoded is None or not len(decoded):
@@ -529,7 +536,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             count, dtype=mbatch[0].dtype, device=self._device
         )
         self._note_replayed(len(mbatch[0]), len(images))
-        images = finish_images(images, self.replay_transform, self.found_normalization)
+        images = self._finished(images)
         add_to_minibatch(mbatch, images, *split_class_keys(keys))
 
     def after_forward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -616,6 +623,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             "normalization": None if found is None else [*map(list, (found.mean, found.std))],
             "loss_used": self.loss_used,
             "renew_used": self.renew_used,
+            "num_updates_before": self._num_updates_before,
+            "tuned_digest": self._tuned_digest,
         }
         state = {**self.store.state_dict(), "training": settled}
         state["training_digest"] = digest_state(settled)
@@ -650,6 +659,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             found = None if found is None else Normalization.of(found)
             if not all(name is None or isinstance(name, str) for name in names):
                 raise CheckpointError(f"{names} are no names")
+            num_before, tuned = as_int(settled["num_updates_before"]), settled["tuned_digest"]
+            if num_before is None or not isinstance(tuned, str):
+                raise CheckpointError("it counts updates otherwise than from 0 on")
         except (HMNReplayError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 "not a whole state of a replay memory: what it says of the training cannot be "
@@ -658,6 +670,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self.store.load_state_dict(own)
         self._kept, self._found = kept, self.normalization or found
         self.loss_used, self.renew_used = names
+        self._num_updates_before, self._tuned_digest = num_before, tuned
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no network, and no decoded image."""
@@ -670,6 +683,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def _attend(self, device: str | torch.device, model: nn.Module | None) -> None:
         """Note what is trained, and where."""
+        known = self._model
+        if known is not None and model is not None and not _is_same_network(known, model):
+            # What is known of one network does not hold for another.
+            self._kept.clear()
+            self._num_updates_before = self.store.num_updates
         self._device, self._model = torch.device(device), model
         self.store.device = self.compute_device
 
@@ -768,6 +786,20 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         finally:
             if teacher is not None:
                 teacher.hook.remove()
+            self._tuned_digest = _digest_like(self._kept[_UNTUNED_WEIGHTS], model)
+
+    def _undo_tuning(self, model: nn.Module) -> None:
+        """Give the network its weights from before the tuning, unless it was changed since."""
+        untuned = self._kept.pop(_UNTUNED_WEIGHTS, None)
+        if untuned is None:
+            return
+        if _digest_like(untuned, model) == self._tuned_digest:
+            _take_weights(model, untuned)
+        else:
+            self._warn(
+                "the network was changed after it was tuned, and goes on as it is; otherwise it "
+                "would go on from its weights before the tuning"
+            )
 
     @contextlib.contextmanager
     def untuned(self, model: nn.Module) -> Iterator[None]:
@@ -904,6 +936,16 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         coded = coded if self._found is None else self._found.apply(coded)
         return images.index_copy(0, chosen, coded)
 
+    def _finished(self, images: Tensor) -> Tensor:
+        """Return a mini-batch of replayed images, augmented and normalised."""
+        found, transform = self.found_normalization, self.replay_transform
+        if transform is None:
+            return finish_images(images, None, found)
+        self._num_augmented += 1
+        number = self.store.num_updates, self.store.num_draws, self._num_augmented
+        with isolated(self._device, self.seed, "augment", *number):
+            return finish_images(images, transform, found)
+
     def _drop_hooks(self) -> None:
         for owner in (self._teacher, self._head):
             if owner is not None:
@@ -969,6 +1011,23 @@ def _take_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if name in weights and weights[name].shape == parameter.shape:
             parameter.copy_(weights[name])
+
+
+def _digest_like(weights: Mapping[str, Tensor], model: nn.Module) -> str:
+    """Return a digest of those of a network's weights whose names are given."""
+    own = {name: each for name, each in model.named_parameters() if name in weights}
+    return digest_tensors("", on_cpu(own))
+
+
+def _is_same_network(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two modules are one, or copies with the same weights."""
+    if one is other:
+        return True
+    own, others = one.state_dict(), other.state_dict()
+    return own.keys() == others.keys() and all(
+        isinstance(value, Tensor) and value.cpu().equal(others[name].cpu())
+        for name, value in own.items()
+    )
 
 
 def _is_in(value: object, low: float, high: float = math.inf) -> bool:

@@ -623,6 +623,29 @@ def test_images_of_another_size_than_the_minibatch_are_refused() -> None:
         strategy.train(streams().train_stream[1])
 
 
+@pytest.mark.parametrize("mode", ["replay", "memory_only"])
+def test_a_transform_may_draw_from_the_global_generators(mode: Any) -> None:
+    shown: list[Tensor] = []
+
+    def noisy(images: Tensor) -> Tensor:
+        shown.append(torch.rand(()) + random.random() + np.random.random())
+        return images + 0.1 * torch.rand_like(images)
+
+    def run(**options: Any) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        strategy = make_strategy([KeepFirst(batch_size_mem=4, mode=mode, **options)])
+        train(strategy, streams().train_stream)
+        return weights(strategy), torch.rand(())
+
+    plain, after_plain = run()
+    drawn, after_drawn = run(replay_transform=noisy)
+    again, _ = run(replay_transform=noisy)
+    half = len(shown) // 2
+    assert shown[:half] == shown[half:] and len({float(each) for each in shown[:half]}) == half
+    assert after_drawn.equal(after_plain)  # nothing was drawn from the caller's
+    assert drawn.equal(again) and not drawn.equal(plain)
+
+
 def test_a_transform_that_changes_the_shape_is_refused() -> None:
     strategy = make_strategy([KeepFirst(replay_transform=lambda images: images[:, :, :4])])
     with pytest.raises(DataError, match="replay_transform returned"):
@@ -723,7 +746,9 @@ def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
     broken += [
         {**state, "pending": {**state["pending"], name: flipped(values)}}
         for name, values in state["pending"].items()
+        if name != "class_names"
     ]
+    broken += [{**state, "pending": {**state["pending"], "class_names": {0: "cat"}}}]
     for wrong in broken:
         with pytest.raises(CheckpointError, match="not a whole state of a replay memory"):
             replay.load_state_dict(wrong)

@@ -67,6 +67,14 @@ def test_it_serves_once_it_has_learned(options: dict[str, Any], expected: list[b
     assert replay.memory is not None and replay.memory.num_classes == 4
 
 
+def test_another_network_has_first_weights_of_its_own() -> None:
+    stream = streams(num_experiences=4).train_stream
+    replay = make_replay()
+    learn(replay, stream[:2])
+    learn(replay, stream[2:])
+    assert trains_networks(replay) == [True, False, True, False]
+
+
 def test_features_are_matched_where_task_labels_tell_classes_apart() -> None:
     replay = make_replay(loss="plain")
     strategy = make_strategy([replay], model=convnet())

@@ -12,7 +12,7 @@ from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
-from hmn_replay.errors import CheckpointError, ConfigError
+from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayWarning
 from tests.streams import (
     KeepFirst,
     in_pieces,
@@ -167,6 +167,8 @@ class Begun(SupervisedPlugin[Any]):
     """Notes the weights that an experience begins with."""
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        if not hasattr(self, "first"):
+            self.first = weights(strategy)
         self.weights = weights(strategy)
 
 
@@ -180,6 +182,44 @@ def test_the_next_experience_goes_on_from_the_network_before_the_tuning(tune: An
         found.append((begun.weights, weights(strategy)))
     assert found[0][0].equal(found[1][0])
     assert not found[0][1].equal(found[1][1])
+
+
+@pytest.mark.parametrize("which", ["another network", "a changed one"])
+def test_a_network_that_was_not_tuned_goes_on_as_it_is(which: str) -> None:
+    stream = streams(num_experiences=4).train_stream
+    begun = Begun()  # type: ignore[no-untyped-call]
+    replay = KeepFirst(batch_size_mem=4, tune="all")
+    strategy = make_strategy([replay])
+    train(strategy, stream[:2])
+    if which == "another network":
+        strategy = make_strategy([replay, begun], model=make_model())
+        expected = weights(strategy)
+        train(strategy, stream[2:3])
+        assert replay.distill_used == 0  # it has learned no old class
+        train(strategy, stream[3:4])
+        assert replay.distill_used == 1
+    else:
+        with torch.no_grad():
+            for parameter in strategy.model.parameters():
+                parameter.mul_(0.5)
+        expected = weights(strategy)
+        strategy.plugins.append(begun)
+        with pytest.warns(HMNReplayWarning, match="changed after it was tuned, and goes on as it"):
+            train(strategy, stream[2:3])
+        assert replay.distill_used == 1
+    assert begun.first.equal(expected)
+
+
+def test_a_state_knows_which_updates_another_network_has_learned() -> None:
+    stream = streams(num_experiences=4).train_stream
+    replay = KeepFirst(batch_size_mem=4)
+    train(make_strategy([replay]), stream[:2])
+    strategy = make_strategy([replay], model=make_model())
+    strategy.plugins[0].before_training(strategy)  # such as a run that was stopped there
+    again = KeepFirst(batch_size_mem=4)
+    again.load_state_dict(replay.state_dict())
+    train(make_strategy([again], model=make_model()), stream[2:3])
+    assert again.distill_used == 0
 
 
 def test_a_state_has_the_weights_before_the_tuning() -> None:
