@@ -17,7 +17,7 @@ from hmn_replay.settings import check_options, one_of
 from hmn_replay.training.networks import NETWORKS, NetworkFactory
 from hmn_replay.training.train import MAX_LEARNING_RATE, Compile, TrainingConfig
 
-__all__ = ["EFFORTS", "PRUNINGS", "CondenseConfig", "make_config", "parse_option"]
+__all__ = ["EFFORTS", "PRUNINGS", "CondenseConfig", "make_config"]
 
 PRUNINGS = ("aum", "order")
 """Which images are dropped: what ``pruning`` of a :class:`CondenseConfig` takes."""
@@ -344,17 +344,3 @@ def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
     if {"beta", "beta_grid"} & options.keys() and "pruning" not in options:
         settings["pruning"] = "aum"
     return CondenseConfig(**settings)
-
-
-def parse_option(name: str, text: str) -> Any:
-    """Read the value of a :class:`CondenseConfig` field as a person types it.
-
-    Args:
-        name: A field's name.
-        text: ``"3"``, ``"0.5"``, ``"none"``, a word, or several, comma-separated.
-
-    Raises:
-        ConfigError: A text that is not a value of the field.
-        UnknownOptionError: No such field.
-    """
-    return getattr(make_config(**{name: text}), name)

@@ -12,11 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config, parse_option
+from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
 from hmn_replay.errors import ConfigError, UnknownOptionError
 from hmn_replay.objectives.trajectories import EXPERT_TRAINING
 
 FIELDS = list(CondenseConfig.model_fields)
+
+
+def read_option(name: str, text: str) -> Any:
+    """Return the value of a field from how a person types it."""
+    return getattr(make_config(**{name: text}), name)
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -148,7 +153,7 @@ def test_another_effort_or_option_is_refused_with_the_nearest() -> None:
     with pytest.raises(TypeError, match="no option 'outer_step'; did you mean 'outer_steps'"):
         make_config(outer_step=3)
     with pytest.raises(UnknownOptionError, match="no option 'depth'; it has labels"):
-        parse_option("depth", "3")
+        read_option("depth", "3")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +224,7 @@ def test_a_value_outside_its_range_is_refused_by_name(name: str, value: Any) -> 
     ],
 )
 def test_an_option_is_read_as_a_person_types_it(name: str, text: str, value: Any) -> None:
-    parsed = parse_option(name, text)
+    parsed = read_option(name, text)
     assert parsed == value
     assert type(parsed) is type(value)
     assert getattr(make_config(**{name: parsed}), name) == value
@@ -229,7 +234,7 @@ def test_an_option_is_read_as_a_person_types_it(name: str, text: str, value: Any
 def test_every_default_can_be_typed(name: str) -> None:
     value = getattr(CondenseConfig(), name)
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    assert parse_option(name, text) == value
+    assert read_option(name, text) == value
 
 
 @pytest.mark.parametrize(
@@ -243,7 +248,7 @@ def test_a_hostile_text_is_refused_like_any_other(text: str) -> None:
 @given(st.sampled_from(FIELDS), st.text(max_size=10))
 def test_any_text_is_read_or_refused(name: str, text: str) -> None:
     with contextlib.suppress(ConfigError):
-        make_config(**{name: parse_option(name, text)})
+        make_config(**{name: read_option(name, text)})
 
 
 @pytest.mark.parametrize("effort", [["quick"], None, 1])
