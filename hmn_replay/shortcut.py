@@ -54,8 +54,9 @@ def shortcut_report(
             labels; or an Avalanche strategy, whose ``model`` is taken. Features are the inputs of
             its last ``nn.Linear``; its logits, where it has none.
         memory: What was replayed, of any kind; None for none, and then only images as they are.
-        test_set: Real images with labels, such as a test split; those of other classes than the
-            new ones are the old classes'.
+        test_set: Real images with labels, such as a test split. The old classes are those of the
+            memory, or of the test set where there is no memory, but for the new ones; images of
+            others are left out.
         new_classes: Labels of the newest experience.
         real_set: Clean images that the probe tells from the memory's. Default: ``test_set``. Images
             that were trained on may be told from others by that alone, so take the training images
@@ -63,7 +64,8 @@ def shortcut_report(
         codec: Function from uint8 images ``(N, C, H, W)`` on the CPU to as many of the same shape,
             in place of the memory's own codec.
         transform: Applied to float images ``(N, C, H, W)`` in [0, 1] before the network, such as
-            the normalisation of a benchmark. Default: None, none.
+            the normalisation of a benchmark. Default: None, that which a replay plugin of the
+            strategy has found in its benchmark; none for a network.
         seed: Seed of the probe's draws.
 
     Returns:
@@ -82,17 +84,25 @@ def shortcut_report(
         DataError: No image of an old class.
     """
     network = model if isinstance(model, nn.Module) else model.model
+    if transform is None:
+        transform = _normalization_of(model)
     new = torch.as_tensor(list(new_classes), dtype=torch.int64)
     if not len(new):
         raise ConfigError("new_classes must have one label or more; got none")
-    test = _old(as_labelled_images(test_set), new)
+    tested = as_labelled_images(test_set)
+    known = (tested.classes if memory is None else memory.classes).cpu()
+    old = known[~torch.isin(known, new)]
+    test = _of_classes(tested, old)
     if test is None:
-        raise DataError("the test set has no image of another class than new_classes")
-    real = test if real_set is None else _old(as_labelled_images(real_set), new)
+        raise DataError(
+            "the test set has no image of an old class: of one that is in the memory and not among "
+            "new_classes"
+        )
+    real = test if real_set is None else _of_classes(as_labelled_images(real_set), old)
     decoded = None
     if memory is not None and memory.num_images:
         images, labels = memory.decode(dtype=torch.uint8)
-        decoded = _old(LabelledImages(images.cpu(), labels.cpu()), new)
+        decoded = _of_classes(LabelledImages(images.cpu(), labels.cpu()), old)
     if codec is None and memory is not None:
         codec = memory.codec()
     coded = None if codec is None else LabelledImages(_coded(codec, test.images), test.labels)
@@ -135,9 +145,19 @@ def shortcut_report(
     }
 
 
-def _old(data: LabelledImages, new: Tensor) -> LabelledImages | None:
-    is_old = ~torch.isin(data.labels, new)
-    return data.take(is_old.nonzero()[:, 0]) if bool(is_old.any()) else None
+def _normalization_of(strategy: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return what a strategy's replay plugin found that its benchmark does to images in [0, 1]."""
+    for plugin in getattr(strategy, "plugins", ()):
+        found = getattr(plugin, "found_normalization", None)
+        if found is not None:
+            apply: Callable[[Tensor], Tensor] = found.apply
+            return apply
+    return None
+
+
+def _of_classes(data: LabelledImages, classes: Tensor) -> LabelledImages | None:
+    is_one = torch.isin(data.labels, classes)
+    return data.take(is_one.nonzero()[:, 0]) if bool(is_one.any()) else None
 
 
 def _coded(codec: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

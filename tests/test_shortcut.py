@@ -104,8 +104,32 @@ def test_any_strategy_and_no_memory_will_do_and_nothing_is_changed() -> None:
     assert all(module.training for module in model.modules())
 
 
+def test_classes_that_the_memory_does_not_have_yet_are_not_old() -> None:
+    first = noisy_set().take(noisy_set().labels < 3)
+    memory = raw_images(first, "100 KiB")
+    report = shortcut_report(Bright(True), memory, noisy_set(seed=1), new_classes=[2])
+    assert report["num_old_classes"] == 2 and report["num_new_classes"] == 1
+    known = noisy_set(seed=1).take(noisy_set(seed=1).labels < 3)
+    assert report == shortcut_report(Bright(True), memory, known, new_classes=[2])
+
+
+def test_images_are_normalised_as_the_strategys_plugin_has_found() -> None:
+    normalization = SimpleNamespace(apply=lambda images: (images - 0.5) / 0.25)
+
+    class Normalised(Bright):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images * 0.25 + 0.5)
+
+    plugins = [SimpleNamespace(), SimpleNamespace(found_normalization=normalization)]
+    strategy = SimpleNamespace(model=Normalised(False), plugins=plugins)
+    report = shortcut_report(strategy, None, noisy_set(), new_classes=NEW)
+    assert report["clean"]["accuracy"] == 1
+    bare = shortcut_report(strategy.model, None, noisy_set(), new_classes=NEW)
+    assert bare["clean"]["accuracy"] < 1
+
+
 def test_without_old_or_new_classes_there_is_nothing_to_measure() -> None:
-    with pytest.raises(DataError, match="no image of another class"):
+    with pytest.raises(DataError, match="no image of an old class"):
         shortcut_report(Bright(False), None, noisy_set(), new_classes=[0, 1, 2, 3])
     with pytest.raises(ConfigError, match="new_classes must have one label or more"):
         shortcut_report(Bright(False), None, noisy_set(), new_classes=[])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hmn_replay.avalanche.buffer import MemoryBuffer
 from hmn_replay.avalanche.plugin import MemoryReplay
-from hmn_replay.avalanche.streams import experiences_of, is_piece
+from hmn_replay.avalanche.streams import experiences_of, is_piece, split_class_keys
 from hmn_replay.registry import UnknownNameError
 
 __all__ = ["METRICS", "CalledNew", "MemoryMetric", "memory_metrics"]
@@ -103,7 +103,8 @@ class CalledNew(PluginMetric[float | None]):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._new = torch.empty(0, dtype=torch.int64)
+        self._new = self._old = torch.empty(0, dtype=torch.int64)
+        self._seen: set[int] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -116,7 +117,10 @@ class CalledNew(PluginMetric[float | None]):
         return num_called_new / num_old if num_old else None
 
     def before_training_exp(self, strategy: Any) -> None:
-        """Note which classes are new: those of the experience, of all its pieces so far."""
+        """Note which classes are new, those of the experience, of all its pieces so far; and old.
+
+        The old ones are those of earlier experiences, or that the memory has, and are not new.
+        """
         experience = strategy.experience
         labels = {
             int(label)
@@ -126,7 +130,12 @@ class CalledNew(PluginMetric[float | None]):
         shows_where = is_piece(strategy, experience) and experience.access_task_boundaries
         if shows_where and not experience.is_first_subexp:
             labels.update(self._new.tolist())
+        self._seen.update(self._new.tolist())
+        replay = _find(strategy)
+        if replay is not None and replay.memory is not None:
+            self._seen.update(split_class_keys(replay.memory.classes)[0].tolist())
         self._new = torch.tensor(sorted(labels), dtype=torch.int64)
+        self._old = torch.tensor(sorted(self._seen - labels), dtype=torch.int64)
 
     def before_eval(self, strategy: Any) -> None:
         """Begin."""
@@ -140,7 +149,7 @@ class CalledNew(PluginMetric[float | None]):
     def count(self, logits: Tensor, labels: Tensor) -> None:
         """Count a mini-batch: logits ``(N, K)`` and labels ``(N,)``."""
         new = self._new.to(labels.device)
-        is_old = ~torch.isin(labels, new)
+        is_old = torch.isin(labels, self._old.to(labels.device))
         # Summed where they are: a GPU is not waited for.
         called_new = torch.isin(logits.argmax(1), new) & is_old
         self._num_old = self._num_old.to(labels.device) + is_old.sum()

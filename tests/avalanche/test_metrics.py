@@ -87,7 +87,8 @@ def test_tensorboard_shows_them(tmp_path: Path) -> None:
 def test_old_images_that_are_called_new_are_counted() -> None:
     metric = CalledNew()
     stream = labelled_streams((0, 1), (2, 3)).train_stream
-    metric.before_training_exp(SimpleNamespace(experience=stream[1]))
+    for experience in stream:
+        metric.before_training_exp(SimpleNamespace(experience=experience, plugins=[]))
     assert metric.result() is None
     predicted = torch.tensor([0, 2, 3, 1, 2, 0])
     logits = torch.nn.functional.one_hot(predicted, 4).float()
@@ -99,17 +100,34 @@ def test_old_images_that_are_called_new_are_counted() -> None:
     assert metric.result() is None
 
 
+def test_classes_to_come_are_not_old() -> None:
+    evaluator = EvaluationPlugin(memory_metrics("called_new"), loggers=[TextLogger(io.StringIO())])
+    strategy = make_strategy([RawReplay(1500)], evaluator=evaluator)
+    name, found = "Memory_called_new/eval_phase/test_stream", []
+    for experience in streams().train_stream:
+        strategy.train(experience)
+        found.append(strategy.eval(streams().test_stream).get(name))
+    assert found[0] is None and found[1] is not None
+    # A memory that was loaded has old classes, too.
+    metric, replay = CalledNew(), RawReplay(1500)
+    replay.memory = strategy.plugins[0].memory
+    first = streams().train_stream[0]
+    metric.before_training_exp(SimpleNamespace(experience=first, plugins=[replay]))
+    metric.count(torch.eye(4)[[0, 0]], torch.tensor([2, 0]))
+    assert metric.result() == 1
+
+
 def test_the_pieces_of_an_online_experience_are_new_together() -> None:
     metric = CalledNew()
     stream = labelled_streams((0, 1), (2, 3)).train_stream
     new = []
     for piece in in_pieces(stream, 5, access_task_boundaries=True):
-        metric.before_training_exp(SimpleNamespace(experience=piece))
+        metric.before_training_exp(SimpleNamespace(experience=piece, plugins=[]))
         predicted = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 3]), 5).float()
         metric.reset()
-        metric.count(predicted, torch.full((4,), 4))
+        metric.count(predicted, torch.ones(4, dtype=torch.int64))
         new.append(metric.result())
-    assert new[-1] == 0.5 and len(new) == 8, "two of four classes"
+    assert new == [None] * 4 + [new[4], 0.5, 0.5, 0.5], "two of four classes"
     evaluator = EvaluationPlugin(memory_metrics(), loggers=[TextLogger(io.StringIO())])
     strategy = make_strategy([RawReplay(1500)], evaluator=evaluator)
     for piece in in_pieces(streams().train_stream, 5, access_task_boundaries=True):
