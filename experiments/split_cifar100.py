@@ -58,7 +58,6 @@ from experiments.results import make_table, reset_peak_memory, resumed, summaris
 from hmn_replay.avalanche.losses import LOSSES, RENEWALS, TUNED
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import make_config
-from hmn_replay.data.augment import draw_augmentation
 from hmn_replay.data.images import LabelledImages, channel_stats
 from hmn_replay.data.sources import TORCHVISION, Split
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError
@@ -308,7 +307,7 @@ def run(
         model = MixedPrecision(model, args.precision, args.device)
     names = ("crop",) if args.data in DIGITS else ("crop", "flip")
     fill = channel_stats(train.images)[0] if args.crop_fill == "mean" else 0.0
-    augment_training(model, names, seed, fill)
+    hmn_replay.augment_training(model, names, fill=fill, seed=seed)
     options: dict[str, dict[str, Any]] = {
         "hmn": {
             "kind": args.kind,
@@ -474,29 +473,6 @@ class MixedPrecision(nn.Module):
     def features(self, images: Tensor) -> Any:
         """Return the network's features, where it has any, in the caller's precision."""
         return self.network.features(images)  # type: ignore[operator]
-
-
-def augment_training(
-    model: nn.Module, names: Sequence[str], seed: int, fill: Tensor | float = 0.0
-) -> None:
-    """Augment every batch that the model is trained on, each image by a draw of its own.
-
-    Crops are padded with ``fill``, a value for all channels or one for each.
-
-    At the model's door rather than in a plugin's `before_forward`: DER++ adds its buffer's images
-    to the batch after that, and ER-ACE shows them to the model in a second batch.
-    """
-    generator = make_generator(seed, "augment")
-
-    def augment(module: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
-        (images,) = inputs
-        if not module.training:
-            return None
-        height, width = images.shape[2:]
-        draw = draw_augmentation(names, (height, width), generator, batch=len(images), fill=fill)
-        return draw(images)
-
-    model.register_forward_pre_hook(augment)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig
 from hmn_replay.condensation.labelling import LabelConfig, label_images, train_teacher
 from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
+from hmn_replay.data.augment import RandomAugmentation, augment_training
 from hmn_replay.data.features import LabelledFeatures, as_labelled_features
 from hmn_replay.data.images import LabelledImages, as_labelled_images
 from hmn_replay.data.sources import DATASETS, load_dataset
@@ -111,9 +112,10 @@ if TYPE_CHECKING:
         RawReplay,
         SubsampledReplay,
     )
-    from hmn_replay.avalanche.losses import LOSSES, ReplayStep
+    from hmn_replay.avalanche.losses import LOSSES, ReplayStep, label_distillation
     from hmn_replay.avalanche.metrics import memory_metrics
     from hmn_replay.avalanche.plugin import MemoryReplay
+    from hmn_replay.avalanche.streams import split_class_keys
 
 __version__ = "0.1.0"
 
@@ -167,6 +169,7 @@ __all__ = [
     "Objective",
     "PQKeeper",
     "PQMemory",
+    "RandomAugmentation",
     "RawFeatureMemory",
     "RawMemory",
     "RawReplay",
@@ -183,6 +186,7 @@ __all__ = [
     "UnknownOptionError",
     "as_labelled_features",
     "as_labelled_images",
+    "augment_training",
     "aum",
     "build_network",
     "condense",
@@ -197,6 +201,7 @@ __all__ = [
     "extract_features",
     "gradient_matching",
     "jpeg_images",
+    "label_distillation",
     "label_images",
     "labeller_accuracy",
     "last_block_matching",
@@ -216,6 +221,7 @@ __all__ = [
     "scores",
     "select_images",
     "shortcut_report",
+    "split_class_keys",
     "subsampled_images",
     "train_network",
     "train_teacher",
@@ -233,7 +239,9 @@ _LAZY = {
     "RawReplay": "kinds",
     "ReplayStep": "losses",
     "SubsampledReplay": "kinds",
+    "label_distillation": "losses",
     "memory_metrics": "metrics",
+    "split_class_keys": "streams",
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from avalanche.core import BasePlugin, SupervisedPlugin
+from avalanche.models import MultiTaskModule
 from avalanche.training.supervised import JointTraining
 from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import Tensor, nn
@@ -422,6 +423,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 "a strategy has two plugins that replay from a memory, each of which takes the "
                 "images at the end of a mini-batch, and the loss, for its own: give it one"
             )
+        if any(isinstance(module, MultiTaskModule) for module in strategy.model.modules()):
+            self._refuse_tasks()
         if self.tune == "head" or getattr(find_loss(self.loss)[1], "needs_head", False):
             head_of(strategy.model)
         self._attend(strategy.device, strategy.model)
@@ -454,17 +457,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 self.store.check_room(self._embedded(images))
                 self._checked.update(images.labels.tolist())
         self._settle(strategy, experiences)
-        for name, is_wanted in (
-            ("distill", self.distill),
-            ("tune", self.tune != "none"),
-            ('labels="soft"', self.labels == "soft"),
-        ):
-            if is_wanted and self._has_tasks(experiences):
-                raise ConfigError(f"{name} is for one head, without task labels above 0")
-            if is_wanted and not _has_plain_criterion(strategy):
-                raise ConfigError(
-                    f"{name} is not for {type(strategy).__name__}, which has a loss of its own"
-                )
+        if self._has_tasks(experiences):
+            self._refuse_tasks()
+        if not _has_plain_criterion(strategy) and (wanted := self._for_one_head()):
+            raise ConfigError(
+                f"{wanted[0]} is not for {type(strategy).__name__}, which has a loss of its own"
+            )
         self._undo_tuning(strategy.model)
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
         self._old_classes = old.cpu().clone()
@@ -694,6 +692,23 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def _note(self) -> dict[str, Any]:
         """Return what the report says of the training, beside what it says of the memory."""
         return {"loss_used": self.loss_used, "renew_used": self.renew_used}
+
+    def _for_one_head(self) -> list[str]:
+        """Return the options that were asked for and need one head and a loss that can be had."""
+        asked = {
+            "distill": bool(self.distill),
+            "tune": self.tune != "none",
+            'labels="soft"': self.labels == "soft",
+        }
+        return [name for name, is_asked in asked.items() if is_asked]
+
+    def _refuse_tasks(self) -> None:
+        """Raise a ConfigError for an option that was asked for and that task labels rule out."""
+        for name in self._for_one_head():
+            raise ConfigError(
+                f"{name} is for one head, without task labels above 0; leave it out where a stream "
+                "has a head for each task"
+            )
 
     def _weigh_distillation(self, strategy: Strategy, experiences: Sequence[Any]) -> float:
         """Return the weight of the distillation in an experience; by default where it can be."""

@@ -237,7 +237,8 @@ def choose_quality(
         training: How each network is trained. Default: a ConvNet of width 32, 6,000 image passes.
 
     Returns:
-        The quality, the lower one of two as good, and the accuracy of each that fits, in [0, 1].
+        The quality, the lower one of two as good, and the accuracy of each that fits, in [0, 1]. Of
+        qualities at which all images fit, the highest: there fewer bytes would buy nothing.
         Where there is nothing to choose by (one class alone, no image to hold out, no room), 20 and
         no accuracy.
 
@@ -254,7 +255,7 @@ def choose_quality(
     share = num_bytes * data.num_classes // max(num_classes, data.num_classes)
     training = training or TrainingConfig(width=32, num_passes=6000)
     accuracies: dict[int, float] = {}
-    most = 100
+    most, holds_all = 100, 0
     waiting = list(QUALITIES if qualities is None else qualities)
     while waiting:
         quality = waiting.pop(0)
@@ -263,6 +264,8 @@ def choose_quality(
         except BudgetError:  # better ones take more bytes
             most, waiting = quality - 1, []
         else:
+            if len(memory) == len(train):
+                holds_all = quality
             _, accuracies[quality] = evaluate(
                 memory, held_out, seed=seed, device=device, config=training
             )
@@ -270,7 +273,8 @@ def choose_quality(
             further = next_quality(accuracies)
             waiting = [further] if further is not None and further <= most else []
     found = dict(sorted(accuracies.items()))
-    best = max(found, key=lambda quality: found[quality], default=_USUAL_QUALITY)
+    of_use = [quality for quality in found if quality >= holds_all]
+    best = max(of_use, key=lambda quality: found[quality], default=_USUAL_QUALITY)
     return best, {str(quality): accuracy for quality, accuracy in found.items()}
 
 

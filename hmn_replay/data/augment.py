@@ -6,14 +6,24 @@ import math
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.runtime import make_generator
 
-__all__ = ["STRATEGIES", "Augmentation", "cutmix", "draw_augmentation"]
+__all__ = [
+    "STRATEGIES",
+    "Augmentation",
+    "RandomAugmentation",
+    "augment_training",
+    "cutmix",
+    "draw_augmentation",
+]
 
 STRATEGIES = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
@@ -28,7 +38,7 @@ _NUM_UNIFORM = 11
 def draw_augmentation(
     names: Collection[str],
     image_size: tuple[int, int],
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     *,
     batch: int | None = None,
     fill: float | Sequence[float] | Tensor = 0.5,
@@ -56,7 +66,8 @@ def draw_augmentation(
     Args:
         names: Some of :data:`STRATEGIES`, in any order; none of them gives the identity.
         image_size: Height and width in pixels.
-        generator: A CPU generator; it gives the same draws whatever the device of the images.
+        generator: A CPU generator; it gives the same draws whatever the device of the images. None
+            for torch's global one.
         batch: None for one draw that all images share, or the number of images for a draw each.
         fill: Value of pixels that come from outside the image, and of the cutout square: one, or
             one a channel.
@@ -105,6 +116,95 @@ def draw_augmentation(
         pixels=torch.stack((mirror, down, right, top, left)).long(),
         affine=torch.stack((*(mirror * value for value in row_x), *row_y)),
     )
+
+
+class RandomAugmentation:
+    """Augments every image by a draw of its own, from torch's global generator.
+
+    For ``replay_transform=`` of a replay plugin, which seeds that generator for each mini-batch and
+    restores it. torchvision's transforms, given a batch, make one draw for all of it.
+
+    Args:
+        names: Some of :data:`STRATEGIES`, as :func:`draw_augmentation` describes them; or one text
+            of them with commas between.
+        fill: As in :func:`draw_augmentation`: what pads a crop, best the data's mean colour.
+        std: As in :func:`draw_augmentation`.
+
+    Raises:
+        ConfigError: An unknown name.
+    """
+
+    def __init__(
+        self,
+        names: str | Collection[str] = ("crop", "flip"),
+        *,
+        fill: float | Sequence[float] | Tensor = 0.5,
+        std: float | Sequence[float] | Tensor = 0.25,
+    ) -> None:
+        self.names = tuple(names.split(",")) if isinstance(names, str) else tuple(names)
+        self.fill, self.std = fill, std
+        draw_augmentation(self.names, (1, 1), torch.Generator())  # which checks the names
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return images ``(N, C, H, W)``, each augmented by itself.
+
+        Args:
+            images: Floats in [0, 1], or such as were normalised, in which case ``fill`` and ``std``
+                are, too.
+            generator: A CPU generator. Default: torch's global one.
+        """
+        if not len(images):
+            return images
+        height, width = images.shape[2:]
+        draw = draw_augmentation(
+            self.names,
+            (height, width),
+            generator,
+            batch=len(images),
+            fill=self.fill,
+            std=self.std,
+        )
+        return draw(images)
+
+
+def augment_training(
+    model: nn.Module,
+    names: str | Collection[str] = ("crop", "flip"),
+    *,
+    fill: float | Sequence[float] | Tensor = 0.5,
+    std: float | Sequence[float] | Tensor = 0.25,
+    seed: int = 0,
+) -> RemovableHandle:
+    """Augment every image that a network is trained on, current and replayed ones alike.
+
+    By a hook before its forward pass, in training mode alone, so that it does not matter where a
+    method adds its replayed images to the batch. Give the benchmark no augmentation then. A
+    previous network that is distilled sees the same augmented images.
+
+    Args:
+        model: The network; its first input is images, float ``(N, C, H, W)``.
+        names: As in :class:`RandomAugmentation`.
+        fill: As in :class:`RandomAugmentation`: the data's mean colour is best; of normalised
+            images it is 0.
+        std: As in :class:`RandomAugmentation`; of normalised images it is 1.
+        seed: Seed of the draws, which leave torch's global generator alone.
+
+    Returns:
+        What removes the hook, by its ``remove()``.
+
+    Raises:
+        ConfigError: An unknown name.
+    """
+    augmentation = RandomAugmentation(names, fill=fill, std=std)
+    generator = make_generator(seed, "augment")
+
+    def augment(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not module.training:
+            return None
+        images, *others = inputs
+        return augmentation(images, generator), *others
+
+    return model.register_forward_pre_hook(augment)
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,7 +83,8 @@ class ReplayMemory:
     Attributes:
         keeper: What says how the memory is renewed.
         report: For each update a dict of JSON types: ``update`` (0, 1, ...), ``seconds``,
-            ``num_images``, ``images_per_class``, ``file_bytes``, and what the keeper adds.
+            ``num_images``, ``images_per_class``, ``file_bytes``, ``fill``, its share of the budget
+            (None where the memory has none), and what the keeper adds.
         gatherer: What waits for :meth:`finish`.
         device: As resolved.
     """
@@ -268,8 +269,10 @@ class ReplayMemory:
             hard.set_soft_labels(None)
             memory, report = renew(hard)
         self._check_memory(memory)
+        budget_bytes = memory.budget_bytes
         entry = {
             "update": index,
+            "fill": None if budget_bytes is None else memory.file_bytes / budget_bytes,
             **report,
             **(note or {}),
             "seconds": time.monotonic() - started,

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn_replay.data.augment import (
     STRATEGIES,
     Augmentation,
+    RandomAugmentation,
+    augment_training,
     cutmix,
     draw_augmentation,
 )
@@ -292,3 +294,50 @@ def test_cutmix_refuses_impossible_parameters() -> None:
         cutmix(images, labels, generator(), 1.5)
     with pytest.raises(ConfigError, match="alpha must be above 0"):
         cutmix(images, labels, generator(), alpha=0.0)
+
+
+def test_training_is_augmented_and_nothing_else(untouched_random_state: None) -> None:
+    model = nn.Flatten()
+    handle = augment_training(model, "crop,flip", seed=0)
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    assert model(images).equal(images.flatten(1))
+    model.train()
+    first, second = model(images), model(images)
+    assert not first.equal(images.flatten(1)) and not first.equal(second)
+    augment_training(again := nn.Flatten(), ("crop", "flip"), seed=0)
+    assert again(images).equal(first)
+    handle.remove()
+    assert model(images).equal(images.flatten(1))
+
+
+def test_crops_are_padded_with_what_is_asked() -> None:
+    fill = torch.tensor([0.25, 0.5, 0.75])
+    augment_training(model := nn.Identity(), ("crop",), fill=fill)
+    found = model.train()(fill.view(3, 1, 1).expand(20, 3, 8, 8))
+    assert found.equal(fill.view(3, 1, 1).expand_as(found))
+    augment_training(black := nn.Identity(), ("crop",), fill=0.0)
+    assert black.train()(torch.ones(20, 3, 8, 8)).min() == 0
+
+
+def test_other_inputs_of_a_network_are_passed_on() -> None:
+    class Multi(nn.Module):
+        def forward(self, images: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor]:
+            return images, tasks
+
+    augment_training(model := Multi(), "flip")
+    images, tasks = model(torch.rand(4, 1, 8, 8), torch.arange(4))
+    assert images.shape == (4, 1, 8, 8) and tasks.tolist() == [0, 1, 2, 3]
+
+
+def test_each_image_is_augmented_by_draws_of_the_global_generator() -> None:
+    augment = RandomAugmentation("crop,flip", fill=0.0)
+    images = torch.arange(64.0).view(1, 1, 8, 8).expand(16, 3, 8, 8)
+    torch.manual_seed(3)
+    first, second = augment(images), augment(images)
+    torch.manual_seed(3)
+    assert augment(images).equal(first) and not first.equal(second)
+    assert len({tuple(image.flatten().tolist()) for image in first}) > 4
+    assert augment(images[:0]).shape == (0, 3, 8, 8)
+    with pytest.raises(ConfigError, match="unknown augmentation 'blur'"):
+        RandomAugmentation("crop,blur")

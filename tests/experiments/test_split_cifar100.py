@@ -14,7 +14,7 @@ from torch import nn
 
 import hmn_replay
 from experiments import split_cifar100
-from experiments.split_cifar100 import augment_training, main
+from experiments.split_cifar100 import main
 from hmn_replay.errors import ConfigError, DataError, HMNReplayError
 
 MemoryUse = namedtuple("MemoryUse", "num_bytes, num_images, seconds")
@@ -179,30 +179,6 @@ def test_experiences_may_differ_by_a_class(tmp_path: Path, fake_strategies: dict
         "shortcut.svg", "shortcut.pdf",
         "memory-naive-seed0.png",
     }  # fmt: skip
-
-
-def test_augmentation_meets_every_training_batch_and_no_other() -> None:
-    model = nn.Flatten()
-    augment_training(model, ("crop", "flip"), seed=0)
-    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    model.eval()
-    assert model(images).equal(images.flatten(1))
-    model.train()
-    first, second = model(images), model(images)
-    assert not first.equal(images.flatten(1)) and not first.equal(second)
-    again = nn.Flatten()
-    augment_training(again, ("crop", "flip"), seed=0)
-    assert again(images).equal(first)
-
-
-def test_crops_are_padded_with_what_is_asked() -> None:
-    fill = torch.tensor([0.25, 0.5, 0.75])
-    model = nn.Identity()
-    augment_training(model, ("crop",), 0, fill)
-    found = model.train()(fill.view(3, 1, 1).expand(20, 3, 8, 8))
-    assert found.equal(fill.view(3, 1, 1).expand_as(found))
-    augment_training(black := nn.Identity(), ("crop",), 0)
-    assert black.train()(torch.ones(20, 3, 8, 8)).min() == 0
 
 
 def test_slim_resnet18_normalises_and_depends_on_the_seed(make_set: Any) -> None:
