@@ -10,6 +10,7 @@ import pytest
 import torch
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.core import SupervisedPlugin
+from avalanche.models import MTSimpleMLP
 from torch import Tensor, nn
 
 from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayWarning
@@ -255,6 +256,14 @@ def test_what_cannot_be_tuned_is_refused() -> None:
             KeepFirst(**options)
     with pytest.raises(ConfigError, match="tune is for mode="):
         KeepFirst(tune="all", mode="memory_only")
+
+
+@pytest.mark.parametrize("options", [{"tune": "all"}, {"distill": 1.0}, {"labels": "soft"}])
+def test_a_head_for_each_task_is_refused_before_the_first_step(options: Any) -> None:
+    model = MTSimpleMLP(input_size=192)
+    strategy = make_strategy([KeepFirst(loss="plain", **options)], model=model)
+    with pytest.raises(ConfigError, match="is for one head, without task labels above 0; leave"):
+        train(strategy, streams("nc_tasks").train_stream[:1])
 
 
 def test_the_weights_before_the_tuning_can_be_had() -> None:

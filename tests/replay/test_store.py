@@ -64,6 +64,7 @@ def test_it_keeps_every_class_within_the_budget_and_draws_from_all(kind: str) ->
     assert sorted(zip(labels.tolist(), pixels.tolist(), strict=True)) == expected
     assert [entry["update"] for entry in memory.report] == [0, 1]
     assert memory.report[1]["file_bytes"] == memory.memory_bytes
+    assert memory.report[1]["fill"] == pytest.approx(memory.memory_bytes / 6000, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["hmn", "jpeg"])
