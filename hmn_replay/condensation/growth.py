@@ -190,7 +190,7 @@ def make_room(
         memory.budget_bytes, memory.report = None, {}
         if again:
             memory.remove(again)
-        memory.extend(new_labels, counts, seed=seed)
+        memory.add_classes(new_labels, counts, seed=seed)
         memory.freeze_shared()
     memory.class_names = names
     old_images: Images = data.images[:0]
@@ -298,7 +298,7 @@ def fill(
     sources = torch.full((tried.num_images,), -1)
     parts = [own[:count] for own, count in zip(more, wanted[first_class:], strict=True)]
     sources[added] = torch.cat(parts)
-    if not len(added) or not tried.encode(added, lambda chosen: real_images(sources[chosen])):
+    if not len(added) or not tried.set_images(added, lambda chosen: real_images(sources[chosen])):
         return memory
     is_added = torch.zeros(tried.num_images, dtype=torch.bool).index_fill(0, added, True)
     held = memory.images_per_class

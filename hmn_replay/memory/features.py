@@ -289,11 +289,11 @@ class FeatureMemory(LearnedMemory):
             offsets.index_add_(0, index, (rows - self.value("offset")) / counts[index].unsqueeze(1))
         if not first_image:
             self._fit_decoder(positions, real_images)
-        self.encode(positions, real_images)
+        self.set_images(positions, real_images)
         return False
 
     @torch.no_grad()
-    def encode(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
+    def set_images(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
         """Set codes to what the decoder makes features of that are nearest to real ones."""
         decoder = self.value("decoder").double()
         squares = decoder.T @ decoder

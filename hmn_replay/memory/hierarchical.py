@@ -453,7 +453,7 @@ class HierarchicalMemory(LearnedMemory):
         return codes
 
     @torch.no_grad()
-    def encode(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
+    def set_images(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
         """Set instance memories by a linear map, as :meth:`codec` does, and improve them.
 
         By some steps of gradient descent on the squared error, where classes are known and nothing

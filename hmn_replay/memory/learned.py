@@ -132,7 +132,7 @@ class LearnedMemory(Memory, nn.Module):
                 self.register_buffer(f"{name}_scale", scale)
         self.register_buffer("classes", torch.empty(0, dtype=torch.int64))
         self.register_buffer("class_index", torch.empty(0, dtype=torch.int64))
-        self.extend(labels, counts, seed=seed)
+        self.add_classes(labels, counts, seed=seed)
 
     @classmethod
     @abc.abstractmethod
@@ -250,7 +250,7 @@ class LearnedMemory(Memory, nn.Module):
         del first_image, real_images
         return False
 
-    def encode(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
+    def set_images(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
         """Set images to what comes near to real ones, as far as the others' decoding allows.
 
         Nothing changes that other images are decoded from.
@@ -704,7 +704,7 @@ class LearnedMemory(Memory, nn.Module):
     # Growing and dropping.
 
     @torch.no_grad()
-    def extend(
+    def add_classes(
         self,
         classes: Sequence[int] | Tensor,
         images_per_class: int | Sequence[int],
@@ -730,9 +730,7 @@ class LearnedMemory(Memory, nn.Module):
         counts = check_counts(images_per_class, len(new), size)
         old = self.classes.tolist()
         if repeated := sorted(set(old).intersection(new)):
-            raise ConfigError(
-                f"classes {repeated} are in the memory already; extend it with new ones only"
-            )
+            raise ConfigError(f"classes {repeated} are in the memory already; add new ones only")
         if len(old) + len(new) > MAX_CLASSES:
             raise ConfigError(
                 f"a memory has up to {MAX_CLASSES} classes; got {len(old)} + {len(new)}"

@@ -124,7 +124,7 @@ def test_an_encoded_image_is_nearer_than_a_random_one() -> None:
         return float((memory.decode(added)[0] - real).square().mean())
 
     random = error()
-    assert memory.encode(added, lambda positions: wanted[positions])
+    assert memory.set_images(added, lambda positions: wanted[positions])
     assert error() < 0.7 * random
     assert memory.decode(others.nonzero().flatten())[0].equal(before)
 
@@ -132,9 +132,9 @@ def test_an_encoded_image_is_nearer_than_a_random_one() -> None:
 def test_a_kind_that_encodes_nothing_says_so() -> None:
     memory = made("haba", "float32")
     before = memory.to_bytes()
-    assert not memory.encode(torch.tensor([0]), lambda positions: torch.zeros(1, 3, 8, 8))
+    assert not memory.set_images(torch.tensor([0]), lambda positions: torch.zeros(1, 3, 8, 8))
     lone = HierarchicalMemory(hmn_layout((3, 8, 8)), [0], 1)
-    assert not lone.encode(torch.tensor([0]), lambda positions: torch.zeros(1, 3, 8, 8))
+    assert not lone.set_images(torch.tensor([0]), lambda positions: torch.zeros(1, 3, 8, 8))
     assert memory.to_bytes() == before
 
 

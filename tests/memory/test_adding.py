@@ -141,7 +141,7 @@ def test_a_tier_grows_and_shrinks_with_the_images(
 ) -> None:
     memory = shaded_memory(number_format)
     images, _ = memory.decode()
-    memory.extend([9], 2, seed=3)
+    memory.add_classes([9], 2, seed=3)
     assert memory.get_parameter("extra").shape == (9, 8)
     assert same_bits(memory.decode()[0][:7], images)
     memory.keep([0, 3, 5, 8])
@@ -217,7 +217,7 @@ def test_every_kind_has_a_number_format_that_was_added(kind: str, bfloat16: str)
         parameter = loaded.state_dict()[name]  # type: ignore[attr-defined]
         latent = memory.get_parameter(name).detach()
         assert parameter.equal(latent.to(torch.bfloat16).float()), name
-    memory.extend([5], size)
+    memory.add_classes([5], size)
     memory.keep(range(size, 4 * size))
     assert len(memory.to_bytes()) == memory.file_bytes
 

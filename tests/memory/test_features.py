@@ -133,7 +133,7 @@ def test_bits_do_not_depend_on_the_others_and_a_file_gives_the_same(number_forma
     kept = copy.deepcopy(memory)
     kept.keep([0, 3])
     assert kept.decode()[0].equal(decoded[[0, 3]])
-    kept.extend([5], 2)
+    kept.add_classes([5], 2)
     assert kept.decode([0, 1])[0].equal(decoded[[0, 3]])
 
 
@@ -288,7 +288,7 @@ def test_encoded_features_come_near_and_the_others_stay() -> None:
     before = memory.decode()[0]
     chosen = torch.tensor([5, 17])
     wanted = torch.stack([data.images[data.labels == label][0] for label in memory.labels[chosen]])
-    assert memory.encode(chosen, lambda indices: wanted[torch.searchsorted(chosen, indices)])
+    assert memory.set_images(chosen, lambda indices: wanted[torch.searchsorted(chosen, indices)])
     after = memory.decode()[0]
     others = torch.tensor([i for i in range(len(memory)) if i not in chosen.tolist()])
     assert after[others].equal(before[others])

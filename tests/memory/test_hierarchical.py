@@ -332,7 +332,7 @@ def test_images_added_to_others_are_encoded_by_what_undoes_the_decoder(
     with torch.no_grad():
         memory.instance_memory.normal_(generator=torch.Generator().manual_seed(1))
     memory.update_scales()
-    memory.extend([5], [4], seed=0)
+    memory.add_classes([5], [4], seed=0)
     memory.update_scales(2)
     generator = torch.Generator().manual_seed(3)
     real = torch.rand(4, 3, 9, 14, generator=generator)

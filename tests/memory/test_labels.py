@@ -141,7 +141,7 @@ def test_an_image_keeps_its_label_while_others_go_and_come(kind: str) -> None:
     assert memory.soft_labels().equal(before[kept])
     before = memory.soft_labels()
     if isinstance(memory, LearnedMemory):
-        memory.extend([100], size)
+        memory.add_classes([100], size)
         new = torch.arange(len(memory)) >= len(kept)
     else:
         assert isinstance(memory, RealMemory)
@@ -293,7 +293,7 @@ def test_a_labeller_follows_the_classes() -> None:
     assert memory.labeller is not None
     torch.testing.assert_close(memory.labeller(images), before[:, [0, 2]])
     assert loads(memory.to_bytes()).labeller is not None
-    memory.extend([9], 1)
+    memory.add_classes([9], 1)
     assert memory.labeller is None, "it does not know the new class"
 
 

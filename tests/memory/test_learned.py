@@ -300,7 +300,7 @@ def test_a_memory_on_a_gpu_is_the_same(kind: str, number_format: str) -> None:
     assert own_labels.cpu().equal(labels)
     size = memory.layout.group_size
     for one in (memory, moved):
-        one.extend([1], 2 * size)
+        one.add_classes([1], 2 * size)
         one.keep(range(size, one.num_images))
         one.remove([7])
     assert moved.to_bytes() == memory.to_bytes()
@@ -405,7 +405,7 @@ def test_images_that_share_values_are_added_together(kind: str) -> None:
     size = memory.layout.group_size
     for counts in (size + 1, [size, 1], 1):
         with pytest.raises(ConfigError, match=f"{size} images share stored values"):
-            memory.extend([1, 2], counts)
+            memory.add_classes([1, 2], counts)
         with pytest.raises(ConfigError, match=f"{size} images share stored values"):
             type(memory)(memory.layout, [1, 2], counts)
 
@@ -415,7 +415,7 @@ def test_extend_leaves_every_old_image_as_it_was(kind: str, number_format: str) 
     memory = made(kind, number_format, classes=(4, -9), groups=(3, 2))
     size, num_old = memory.layout.group_size, memory.num_images
     images, _ = memory.decode()
-    memory.extend([10**12, 0], [2 * size, 4 * size], seed=3)
+    memory.add_classes([10**12, 0], [2 * size, 4 * size], seed=3)
     assert memory.classes.tolist() == [4, -9, 10**12, 0]
     assert memory.images_per_class == [3 * size, 2 * size, 2 * size, 4 * size]
     grown, labels = memory.decode()
@@ -423,7 +423,7 @@ def test_extend_leaves_every_old_image_as_it_was(kind: str, number_format: str) 
     assert labels[num_old:].tolist() == [10**12] * (2 * size) + [0] * (4 * size)
     assert memory.file_bytes == len(memory.to_bytes())
     memory.keep(range(2 * size, memory.num_images))
-    memory.extend(torch.tensor([77]), size)
+    memory.add_classes(torch.tensor([77]), size)
     assert same_bits(memory.decode()[0][:-size], grown[2 * size :])
 
 
@@ -432,7 +432,7 @@ def test_new_classes_that_learn_leave_old_images_as_they_were(kind: str) -> None
     """As a condensation does it: shared values frozen, scales of old classes left alone."""
     memory = made(kind)
     images, _ = memory.decode()
-    memory.extend([1, 2], memory.layout.group_size)
+    memory.add_classes([1, 2], memory.layout.group_size)
     memory.freeze_shared()
     learned = [p for p in memory.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=0.5)
@@ -451,7 +451,7 @@ def test_new_classes_that_learn_leave_old_images_as_they_were(kind: str) -> None
 def test_extend_depends_on_its_seed_and_not_on_how_often_it_is_called(kind: str) -> None:
     memories = [made(kind) for _ in range(3)]
     for memory, seed in zip(memories, (5, 5, 6), strict=True):
-        memory.extend([1], memory.layout.group_size, seed=seed)
+        memory.add_classes([1], memory.layout.group_size, seed=seed)
     one, two, other = map(state_of, memories)
     assert one == two
     assert one != other
@@ -463,18 +463,18 @@ def test_extend_that_fails_changes_nothing(kind: str, number_format: str) -> Non
     size, before = memory.layout.group_size, state_of(memory)
     images, _ = memory.decode()
     grown = copy.deepcopy(memory)
-    grown.extend([2], 3 * size)
+    grown.add_classes([2], 3 * size)
     memory.budget_bytes = memory.file_bytes + 1
     with pytest.raises(BudgetError) as error:
-        memory.extend([2], 3 * size)
+        memory.add_classes([2], 3 * size)
     # What is named is the real size of the file, the code among it.
     grown.budget_bytes = memory.budget_bytes
     wanted = f"{len(grown)} images of 3 classes take {len(grown.to_bytes()):,} bytes, over the bud"
     assert wanted in str(error.value)
     with pytest.raises(ConfigError, match=r"classes \[7\] are in the memory already"):
-        memory.extend([2, 7], size)
+        memory.add_classes([2, 7], size)
     with pytest.raises(ConfigError, match="an integer of 0 or more, or 1 of them"):
-        memory.extend([2], [size, size])
+        memory.add_classes([2], [size, size])
     assert state_of(memory) == before
     assert memory.images_per_class == [2 * size, 3 * size]
     assert same_bits(memory.decode()[0], images)
@@ -488,7 +488,7 @@ def test_changes_of_shape_leave_what_is_frozen(kind: str) -> None:
     for name in frozen:
         memory.get_parameter(name).requires_grad_(False)
     memory.keep(range(2 * size, 6 * size))
-    memory.extend([9], size)
+    memory.add_classes([9], size)
     memory.remove([5])
     assert {name for name, p in memory.named_parameters() if not p.requires_grad} == frozen
 
@@ -523,7 +523,7 @@ def test_a_memory_holds_a_thousand_classes_and_no_more() -> None:
     memory = made("linba", classes=range(MAX_CLASSES), groups=[1] * MAX_CLASSES)
     assert memory.num_classes == MAX_CLASSES
     with pytest.raises(ConfigError, match=r"up to 1000 classes; got 1000 \+ 1"):
-        memory.extend([-1], 1)
+        memory.add_classes([-1], 1)
     with pytest.raises(ConfigError, match="1 to 1000 classes; got 1001"):
         type(memory)(memory.layout, range(MAX_CLASSES + 1), 1)
 
@@ -533,7 +533,7 @@ def test_labels_may_be_any_integers_of_64_bits() -> None:
     memory = made("hmn", classes=ends, groups=(1, 1))
     assert memory.classes.tolist() == ends
     with pytest.raises(ConfigError, match="integers of 64 bits"):
-        memory.extend([2**63], 1)
+        memory.add_classes([2**63], 1)
     assert loads(memory.to_bytes()).decode()[1].tolist() == ends
 
 
@@ -962,7 +962,7 @@ def test_what_is_decoded_after_load_is_what_was_decoded_before_save(
         memory.keep([i for i in range(memory.num_images) if i // size % 2 == 0])
     if data.draw(st.booleans()):
         new = data.draw(st.integers().filter(lambda v: v not in labels and abs(v) < 9**18))
-        memory.extend([new], 2 * size)
+        memory.add_classes([new], 2 * size)
 
     loaded = loads(memory.to_bytes())
 
@@ -983,7 +983,7 @@ def test_a_loaded_memory_goes_on_like_the_one_saved(kind: str, number_format: st
     size = memory.layout.group_size
     for one in (memory, loaded):
         one.keep([*range(2 * size), *range(5 * size, 6 * size)])
-        one.extend([9], 3 * size, seed=1)
+        one.add_classes([9], 3 * size, seed=1)
     assert same_bits(memory.decode()[0], loaded.decode()[0])
     assert memory.to_bytes() == loaded.to_bytes()
 

@@ -123,7 +123,7 @@ def with_soft_labels(memory: Memory) -> Memory:
     rows = rng.dirichlet(np.full(memory.num_classes, 0.4), memory.num_images)
     memory.set_soft_labels(torch.from_numpy(rows))
     if isinstance(memory, LearnedMemory):
-        memory.extend([11], 1)
+        memory.add_classes([11], 1)
     return memory
 
 
