@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hmn_replay.budget import as_int
 from hmn_replay.data.images import CHANNELS, check_tensor
 from hmn_replay.errors import ConfigError, DataError
 
@@ -65,7 +66,8 @@ def encode_jpeg_scans(
     """
     from PIL import Image
 
-    if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
+    level = as_int(quality) or 0
+    if not 1 <= level <= 100:
         raise ConfigError(f"quality is a whole number from 1 to 100; got {quality!r}")
     if subsampling not in SUBSAMPLINGS:
         raise ConfigError(f"subsampling is one of {SUBSAMPLINGS}; got {subsampling!r}")
@@ -81,7 +83,7 @@ def encode_jpeg_scans(
     for pixels in images.movedim(1, -1).contiguous().numpy():
         file = io.BytesIO()
         image = Image.fromarray(pixels[..., 0] if is_grey else pixels)
-        image.save(file, "JPEG", quality=quality, optimize=False, progressive=False, **options)
+        image.save(file, "JPEG", quality=level, optimize=False, progressive=False, **options)
         data = file.getvalue()
         prefix = prefix or data[: _segments(data)[-1][2]]
         assert data.startswith(prefix) and data.endswith(_END)

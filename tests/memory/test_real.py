@@ -153,6 +153,19 @@ def test_options_of_jpeg_out_of_range_are_refused(options: Any, message: str) ->
         JPEGMemory((3, 8, 8), **options)
 
 
+@pytest.mark.parametrize("number", [np.int64(4), np.uint8(4), torch.tensor(4)])
+def test_settings_may_be_whole_numbers_of_any_library(number: Any) -> None:
+    data = real_set()
+    for plain, memory in (
+        (JPEGMemory((3, 8, 8), quality=4), JPEGMemory((3, 8, 8), quality=number)),
+        (SubsampledMemory((3, 8, 8), factor=4), SubsampledMemory((3, 8, 8), factor=number)),
+    ):
+        plain.extend(data)
+        memory.extend(data)
+        assert memory.to_bytes() == plain.to_bytes()
+    assert encode_jpeg_scans(data.images, number) == encode_jpeg_scans(data.images, 4)
+
+
 def test_long_scans_have_their_lengths_in_two_bytes() -> None:
     rng = np.random.default_rng(0)
     noise = torch.from_numpy(rng.integers(0, 256, (6, 3, 32, 32), np.uint8))

@@ -163,6 +163,15 @@ def test_what_a_kind_does_not_have_is_refused() -> None:
         ReplayMemory(6000, max_raw_images=0)
 
 
+@pytest.mark.parametrize("options", [("jpeg", "quality"), ("subsampled", "factor")])
+def test_settings_of_codecs_may_be_numpys(options: tuple[str, str]) -> None:
+    kind, name = options
+    codecs: list[dict[str, Any]] = [{name: np.int64(5)}, {name: 5}]
+    memory, other = (make(kind, **codec) for codec in codecs)
+    assert memory.update(batch(0, 1)).to_bytes() == other.update(batch(0, 1)).to_bytes()
+    assert memory.report[0].get(name) == other.report[0].get(name)
+
+
 @pytest.mark.parametrize(("kind", "options"), [("raw", {}), ("jpeg", {"quality": 20})])
 def test_an_update_that_would_lose_a_class_is_refused_and_changes_nothing(
     kind: str, options: dict[str, Any]
