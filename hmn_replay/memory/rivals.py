@@ -468,12 +468,12 @@ class _UnitInterval(torch.autograd.Function):
 
 
 def _pixels(name: str, shape: tuple[int, ...]) -> StoredTensor:
-    def draw(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-        return (
-            torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.2).clamp_(-0.5, 0.5)
-        )
+    return StoredTensor(name, "image", shape, init=_noise, scale=_PIXEL_SCALE, rate=10.0)
 
-    return StoredTensor(name, "image", shape, init=draw, scale=_PIXEL_SCALE, rate=10.0)
+
+def _noise(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+    return noise.mul_(0.2).clamp_(-0.5, 0.5)
 
 
 def _ones(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:

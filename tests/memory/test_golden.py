@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hmn_replay.memory import LearnedMemory, load
+from hmn_replay.memory import MEMORIES, LearnedMemory, load
 from hmn_replay.memory.file import unpack
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from tests.support import LEARNED_FORMATS, REAL
@@ -128,3 +130,18 @@ def test_a_golden_file_is_read_to_the_same_values_on_every_machine(name: str) ->
     assert isinstance(memory, LearnedMemory)
     values = [memory.get_parameter(own).detach().numpy().tobytes() for own in memory.tensors]
     assert digest(b"".join(values)) == DIGESTS[name]["values"]
+
+
+@pytest.mark.parametrize("name", [*EVERY, *EVERY_FEATURE])
+def test_copies_and_pickles_of_every_kind_give_the_same_images(name: str) -> None:
+    memory = load(FOLDER / f"{name}.hmn")
+    images, labels = memory.decode()
+    for same in (pickle.loads(pickle.dumps(memory)), copy.deepcopy(memory)):
+        assert type(same) is type(memory) and same.to_bytes() == memory.to_bytes()
+        again, its_labels = same.decode()
+        assert again.equal(images) and its_labels.equal(labels)
+
+
+def test_every_kind_has_a_file() -> None:
+    files = (FOLDER / f"{name}.hmn" for name in (*EVERY, *EVERY_FEATURE))
+    assert {load(file).kind for file in files} == set(MEMORIES)
