@@ -19,7 +19,7 @@ from hmn_replay.data.lookup import as_floats, images_at_once
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
 from hmn_replay.runtime import make_generator, without_autocast
-from hmn_replay.training.networks import evaluating
+from hmn_replay.training.networks import evaluating, find_head, logits_and_features
 
 __all__ = ["shortcut_report"]
 
@@ -52,7 +52,7 @@ def shortcut_report(
     Args:
         model: From float images ``(N, C, H, W)`` to logits ``(N, K)`` whose positions are the
             labels; or an Avalanche strategy, whose ``model`` is taken. Features are the inputs of
-            its last ``nn.Linear``; its logits, where it has none.
+            the ``nn.Linear`` whose output the logits are; the logits, where there is none.
         memory: What was replayed, of any kind; None for none, and then only images as they are.
         test_set: Real images with labels, such as a test split. The old classes are those of the
             memory, or of the test set where there is no memory, but for the new ones; images of
@@ -108,13 +108,13 @@ def shortcut_report(
     coded = None if codec is None else LabelledImages(_coded(codec, test.images), test.labels)
 
     generator = make_generator(seed, "shortcut")
-    with _features_of(network) as features:
+    with _features_of(network, test.images[:2], transform) as features:
 
         def run(data: LabelledImages | None) -> tuple[dict[str, float] | None, Tensor]:
             """Return what becomes of some images, and their features."""
             if data is None:
                 return None, torch.empty(0)
-            predicted, rows = features(data.images, transform)
+            predicted, rows = features(data.images)
             called_new = torch.isin(predicted, new).float().mean()
             accuracy = (predicted == data.labels).float().mean()
             return {"accuracy": float(accuracy), "called_new": float(called_new)}, rows
@@ -171,32 +171,32 @@ def _coded(codec: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _features_of(network: nn.Module) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
+def _features_of(
+    network: nn.Module, some_images: Tensor, transform: Callable[[Tensor], Tensor] | None
+) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """Give a function from images to predicted labels ``(N,)`` and features ``(N, D)``."""
-    seen: list[Tensor] = []
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
     device = next(network.parameters(), torch.empty(0)).device
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
+    def shown(images: Tensor) -> Tensor:
+        floats = as_floats(images.to(device))
+        return floats if transform is None else transform(floats)
 
-    def run(images: Tensor, transform: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
         predicted, rows = [], []
         for chunk in images.split(images_at_once(images.shape[1:])):
-            floats = as_floats(chunk.to(device))
-            seen.clear()
-            logits = network(floats if transform is None else transform(floats))
+            if head is None:
+                logits = features = network(shown(chunk))
+            else:
+                logits, features = logits_and_features(network, head, shown(chunk))
             predicted.append(logits.argmax(dim=1).cpu())
-            rows.append((seen[-1] if seen else logits).flatten(1).float().cpu())
+            rows.append(features.flatten(1).float().cpu())
         return torch.cat(predicted), torch.cat(rows)
 
-    hook = linear[-1].register_forward_pre_hook(note) if linear else None
-    try:
-        with evaluating(network), torch.no_grad(), without_autocast(device):
-            yield run
-    finally:
-        if hook is not None:
-            hook.remove()
+    with evaluating(network), torch.no_grad(), without_autocast(device):
+        head = None
+        with contextlib.suppress(ConfigError):
+            head = find_head(network, shown(some_images))
+        yield run
 
 
 def _pairs(ours: Tensor, theirs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

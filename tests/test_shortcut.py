@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hmn_replay import LabelledImages, jpeg_images, raw_images, shortcut_report
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory import HierarchicalMemory, PixelMemory
+from hmn_replay.runtime import seeded
 from tests.support import hmn_layout
 
 NEW = [2, 3]
@@ -126,6 +127,28 @@ def test_images_are_normalised_as_the_strategys_plugin_has_found() -> None:
     assert report["clean"]["accuracy"] == 1
     bare = shortcut_report(strategy.model, None, noisy_set(), new_classes=NEW)
     assert bare["clean"]["accuracy"] < 1
+
+
+class HeadFirst(nn.Module):
+    """Registers its head first, and a layer that is never called last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Linear(4, 4), nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
+        self.unused = nn.Linear(9, 9)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(images).relu())
+        return logits
+
+
+def test_features_are_what_the_head_takes_in_wherever_it_is_registered() -> None:
+    with seeded(0):
+        model = HeadFirst()
+    memory, test_set = jpeg_images(noisy_set(), "100 KiB", quality=5), noisy_set(seed=1)
+    ordered = nn.Sequential(model.body, nn.ReLU(), model.head)
+    report = shortcut_report(model, memory, test_set, new_classes=NEW)
+    assert report == shortcut_report(ordered, memory, test_set, new_classes=NEW)
 
 
 def test_without_old_or_new_classes_there_is_nothing_to_measure() -> None:

@@ -7,21 +7,28 @@ an order, the first to be kept first: what is chosen for a small budget is kept 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn_replay.budget import as_int
 from hmn_replay.condensation.pruning import aum, margins
 from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import ImageSource, as_labelled_images
+from hmn_replay.data.lookup import as_floats
 from hmn_replay.errors import ConfigError
 from hmn_replay.runtime import derive_seed, make_generator
-from hmn_replay.training.networks import Network, evaluating, penultimate_features
+from hmn_replay.training.networks import (
+    Network,
+    evaluating,
+    find_head,
+    logits_and_features,
+)
 from hmn_replay.training.train import TrainingConfig, train_network
 
 __all__ = [
@@ -45,7 +52,7 @@ def select_images(
     method: str = "random",
     *,
     num_images: int | None = None,
-    network: Network | None = None,
+    network: nn.Module | None = None,
     hard_share: float = 0.3,
     config: TrainingConfig | None = None,
     seed: int = 0,
@@ -63,9 +70,10 @@ def select_images(
         data: Where to choose from; see :func:`hmn_replay.as_labelled_images`.
         method: One of :data:`SELECTIONS`.
         num_images: How many to choose, 1 or more: the first ones of the order. Default: all.
-        network: A trained network, for herding and k-centre; used where it is, and the mode of
-            every module is as it was afterwards. Default: one that is trained here on all images;
-            for features none, as they are compared themselves.
+        network: A trained network, for herding and k-centre: any module from float images
+            ``(N, C, H, W)`` in [0, 1] to logits that are the output of an ``nn.Linear``. It is used
+            where it is, and the mode of every module is as it was afterwards. Default: one that is
+            trained here on all images; for features none, as they are compared themselves.
         hard_share: For :func:`coverage_centric`, in [0, 1). Default: 0.3, with which its authors
             keep a tenth of CIFAR-10.
         config: The training here, where the method needs one. An AUM has as many margins as that
@@ -92,6 +100,11 @@ def select_images(
     data = as_labelled_images(data)
     if isinstance(data, LabelledFeatures):
         check_method_of_features(method)
+    if network is not None and not isinstance(network, nn.Module):
+        raise ConfigError(
+            f"network is a trained nn.Module, or None to train one; got {network!r}: the network "
+            "to train is named in config=TrainingConfig(network=...)"
+        )
     if method == "ccs" and network is not None:
         raise ConfigError("ccs scores by the epochs of a training: pass config=, and no network")
 
@@ -133,11 +146,12 @@ def select_images(
     else:
         holds_features = isinstance(data, LabelledFeatures)
         trained = train() if network is None and not holds_features else network
+        embed: Callable[[Tensor], Tensor] = partial(torch.flatten, start_dim=1)
+        if trained is not None:
+            embed = _embedding(trained, data.images[:2])
         orders = []
         for own in members.values():
-            features = data.images[own].flatten(1)
-            if trained is not None:
-                features = _penultimate(trained, data.images[own])
+            features = embed(data.images[own])
             if method == "herding":
                 order = herding(F.normalize(features), count)
             else:
@@ -147,13 +161,13 @@ def select_images(
     return round_robin(ordered)[:num_images]
 
 
-@torch.no_grad()
 def check_method_of_features(method: str) -> None:
     """Raise a ConfigError for a selection that features cannot be chosen by."""
     if method == "ccs":
         raise ConfigError("ccs scores by trainings on images; features take random or herding")
 
 
+@torch.no_grad()
 def herding(features: Tensor, count: int) -> Tensor:
     """Choose points one by one, each bringing the mean of all chosen closest to the mean of all.
 
@@ -319,14 +333,22 @@ def _empty_order(features: Tensor, count: int) -> Tensor:
     return torch.empty(num_chosen, dtype=torch.int64, device=features.device)
 
 
-def _penultimate(network: Network, images: Tensor) -> Tensor:
-    """Return what the network's last layer takes in, ``(N, D)``, where the network is."""
-    return _in_chunks(network, lambda batch: penultimate_features(network, batch), images)
+def _embedding(network: nn.Module, some_images: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function from images to what the network's head takes in, ``(N, D)``."""
+    head = find_head(network, _shown(network, some_images))
+    return lambda images: _in_chunks(
+        network, lambda batch: logits_and_features(network, head, batch)[1], images
+    )
 
 
 @torch.no_grad()
-def _in_chunks(network: Network, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def _in_chunks(network: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Return ``forward`` of uint8 images as floats, the network in evaluation mode meanwhile."""
     with evaluating(network):
-        chunks = images.split(_CHUNK)
-        return torch.cat([forward(x.to(network.mean.device).float().div_(255)) for x in chunks])
+        return torch.cat([forward(_shown(network, chunk)) for chunk in images.split(_CHUNK)])
+
+
+def _shown(network: nn.Module, images: Tensor) -> Tensor:
+    """Return images as floats in [0, 1], where the network is."""
+    home = next(itertools.chain(network.parameters(), network.buffers()), images).device
+    return as_floats(images.to(home))

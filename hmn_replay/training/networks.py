@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,9 @@ __all__ = [
     "StagedNetwork",
     "build_network",
     "default_depth",
+    "find_head",
     "is_built_in",
+    "logits_and_features",
     "penultimate_features",
 ]
 
@@ -271,23 +273,98 @@ def evaluating(network: object) -> Iterator[None]:
             module.training = mode
 
 
-def penultimate_features(network: nn.Module, images: Tensor) -> Tensor:
-    """Return the inputs of a network's last linear layer, ``(N, D)``.
+def find_head(network: nn.Module, *inputs: Tensor) -> nn.Linear:
+    """Return the linear layer whose output is what a network returns: its logits.
+
+    It is found by a forward pass, in evaluation mode and without gradients; the mode of every
+    module is as it was afterwards.
 
     Args:
         network: Maps images to logits.
+        *inputs: What it is called with: a few images, float ``(N, C, H, W)``, and what else it
+            takes, such as task labels.
+
+    Raises:
+        ConfigError: No linear layer makes the logits.
+    """
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    with torch.no_grad(), evaluating(network):
+        logits, calls = _watch(network, layers, *inputs)
+    making = _making(logits, calls)
+    if making:
+        return making[-1].layer
+    name = type(network).__name__
+    if not layers:
+        problem = f"{name} has no linear layer"
+    elif isinstance(logits, Tensor):
+        problem = f"none of {name}'s {len(layers)} makes its logits {tuple(logits.shape)}"
+    else:
+        problem = f"{name} returns {type(logits).__name__}"
+    raise ConfigError(
+        f"{problem}, and a network is needed whose logits (N, K) are the output of an nn.Linear: "
+        "return that output as it is"
+    )
+
+
+def logits_and_features(
+    network: nn.Module, head: nn.Linear, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a network's logits ``(N, K)``, and what its head makes them from, ``(N, D)``.
+
+    Args:
+        network: Maps images to logits, in the mode that it is in.
+        head: What :func:`find_head` returns.
+        images: float ``(N, C, H, W)``.
+    """
+    logits, calls = _watch(network, [head], images)
+    return logits, (_making(logits, calls) or calls)[-1].given.flatten(1)
+
+
+def penultimate_features(network: nn.Module, images: Tensor) -> Tensor:
+    """Return what a network's head makes its logits from, ``(N, D)``.
+
+    Args:
+        network: Maps images to logits, in the mode that it is in.
         images: float ``(N, C, H, W)``.
 
     Raises:
-        ConfigError: The network has no linear layer.
+        ConfigError: No linear layer makes the logits.
     """
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        raise ConfigError(f"{type(network).__name__} has no linear layer, whose inputs are needed")
-    inputs: list[Tensor] = []
-    with layers[-1].register_forward_pre_hook(lambda _, given: inputs.append(given[0])):
-        network(images)
-    return inputs[-1].flatten(1)
+    return logits_and_features(network, find_head(network, images[:2]), images)[1]
+
+
+class _Call(NamedTuple):
+    """A call of a linear layer."""
+
+    layer: nn.Linear
+    given: Tensor
+    output: Tensor
+
+
+def _watch(
+    network: nn.Module, layers: Sequence[nn.Linear], *inputs: Tensor
+) -> tuple[Any, list[_Call]]:
+    """Return what a network returns, and the calls of some of its layers, in their order."""
+    calls: list[_Call] = []
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append(_Call(cast(nn.Linear, layer), given[0], output))
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(note))
+        # What torch.compile has made before would not call the hooks.
+        plain = cast(nn.Module, getattr(network, "_orig_mod", network))
+        return plain._call_impl(*inputs), calls
+
+
+def _making(logits: Any, calls: Sequence[_Call]) -> list[_Call]:
+    """Return the calls whose output is the logits, or else those whose output equals them."""
+    if not isinstance(logits, Tensor):
+        return []
+    return [call for call in calls if call.output is logits] or [
+        call for call in calls if call.output.to(logits.dtype).equal(logits)
+    ]
 
 
 def _max_depth(side: int) -> int:

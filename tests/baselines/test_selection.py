@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import combinations
+from typing import Any, NoReturn
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from hmn_replay.baselines import selection
@@ -373,10 +374,34 @@ def test_images_run_through_the_network_in_chunks(monkeypatch: pytest.MonkeyPatc
         lambda _, inputs: sizes.append(len(inputs[0]))
     )
     whole = select_images(data, "k-centre", network=network)
-    assert sizes == [9, 9, 9]
+    assert sizes == [2, 9, 9, 9]  # two show what its head is
     monkeypatch.setattr(selection, "_CHUNK", 4)
     assert select_images(data, "k-centre", network=network).equal(whole)
-    assert sizes[3:] == [4, 4, 1] * 3
+    assert sizes[4:] == [2, *[4, 4, 1] * 3]
+
+
+@pytest.mark.parametrize("method", ["herding", "k-centre"])
+def test_any_module_may_give_the_features(method: str) -> None:
+    data = an_uneven_set((6, 6, 6))
+    ours = build_network("convnet", (3, 8, 8), 3, width=4)
+    plain = nn.Sequential(ours.body, nn.Identity())
+    wanted = select_images(data, method, network=ours)
+    assert select_images(data, method, network=plain).equal(wanted)
+    without_parameters = nn.Sequential(nn.Flatten(), nn.ReLU())
+    with pytest.raises(ConfigError, match="Sequential has no linear layer"):
+        select_images(data, method, network=without_parameters)
+    with pytest.raises(ConfigError, match=r"a trained nn\.Module, or None .* got 'convnet'"):
+        select_images(data, method, network="convnet")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", [herding, k_centre])
+def test_kernels_make_no_graph(kernel: Callable[[Tensor, int], Tensor]) -> None:
+    def keep(_: Any) -> NoReturn:
+        raise AssertionError("a graph is made")
+
+    features = points(9, 3).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        kernel(features, 4)
 
 
 def test_wrong_options_are_refused() -> None:

@@ -23,10 +23,12 @@ from hmn_replay.training.networks import (
     StagedNetwork,
     build_network,
     default_depth,
+    find_head,
+    logits_and_features,
     penultimate_features,
 )
 from tests.stripes import PLAIN, stripes
-from tests.support import TINY_MTT, tiny
+from tests.support import TINY_MTT, CountingBackend, tiny
 
 
 def conv_weights(network: Network) -> list[torch.Tensor]:
@@ -286,6 +288,93 @@ def test_what_a_network_lacks_is_said_when_it_is_needed() -> None:
         build_network(lambda *_: [], (3, 8, 8), 5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="got a module, Flatten: give a function that makes it"):
         build_network(nn.Flatten(), (3, 8, 8), 5)
+
+
+class Tangled(nn.Module):
+    """A network whose head is registered first, beside layers that make no logits.
+
+    Args:
+        convert: From the head's output to what the network returns. Default: as it is.
+    """
+
+    def __init__(self, convert: Callable[[Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Dropout(0.5))
+        self.called, self.unused = nn.Linear(6, 3), nn.Linear(6, 3)
+        self.convert = convert
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.body(images)
+        logits = self.head(features)
+        self.projected = self.called(features)
+        return logits if self.convert is None else self.convert(logits)
+
+
+@pytest.mark.parametrize("convert", [None, Tensor.double])
+def test_the_head_is_the_layer_that_makes_the_logits(
+    convert: Callable[[Tensor], Tensor] | None,
+) -> None:
+    network, images = Tangled(convert), noise(5, 3, 8, 8)
+    network.body[0].eval()
+    modes = [module.training for module in network.modules()]
+    state = torch.get_rng_state()
+    assert find_head(network, images[:2]) is network.head
+    assert [module.training for module in network.modules()] == modes
+    assert torch.get_rng_state().equal(state)
+    network.eval()
+    features = network.body(images)
+    assert penultimate_features(network, images).equal(features)
+    logits, found = logits_and_features(network, network.head, images)
+    assert logits.float().equal(network.head(features)) and found.equal(features)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("compiled", ["in place", "wrapped"])
+def test_the_head_of_a_compiled_network_is_found_too(compiled: str) -> None:
+    network, images = Tangled().eval(), noise(5, 3, 8, 8)
+    features = network.body(images)
+    shown: Any = network
+    if compiled == "wrapped":
+        shown = torch.compile(network, backend=CountingBackend())
+    else:
+        network.compile(backend=CountingBackend())
+    for _ in range(2):  # before and after it is compiled
+        assert find_head(shown, images) is network.head
+        assert penultimate_features(shown, images).equal(features)
+        shown(images)
+
+
+def test_a_head_may_take_more_than_images() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(192, 3), nn.Linear(192, 3)])
+
+        def forward(self, images: Tensor, tasks: Tensor) -> Any:
+            return self.heads[int(tasks[0])](images.flatten(1))
+
+    network, images = Heads(), noise(2, 3, 8, 8)
+    for task in (0, 1):
+        assert find_head(network, images, torch.tensor([task] * 2)) is network.heads[task]
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (
+            lambda logits: -logits,
+            r"none of Tangled's 4 makes its logits \(2, 3\), and a network is",
+        ),
+        (lambda logits: (logits,), "Tangled returns tuple, and a network is needed whose logits"),
+    ],
+)
+def test_where_no_layer_makes_the_logits_there_is_no_head(
+    convert: Callable[[Tensor], Any], message: str
+) -> None:
+    for find in (find_head, penultimate_features):
+        with pytest.raises(ConfigError, match=message):
+            find(Tangled(convert), noise(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize(
