@@ -17,7 +17,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, partial
-from inspect import cleandoc
+from inspect import cleandoc, signature
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeAlias, Union, get_args, get_origin
@@ -26,7 +26,7 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 import hmn_replay
-from hmn_replay.baselines.fill import QUALITIES, next_quality
+from hmn_replay.baselines.fill import QUALITIES, next_quality, real_images
 from hmn_replay.condensation.config import make_config
 from hmn_replay.data.sources import Split, dataset_name
 from hmn_replay.distributed import Team, launched
@@ -416,7 +416,9 @@ def baseline(args: argparse.Namespace) -> Result:
 
     @cache
     def fill(seed: int, **codec: int) -> hmn_replay.RealMemory:
-        make: Any = getattr(hmn_replay, f"{args.kind}_images")  # such as hmn_replay.jpeg_images
+        kind: Any = hmn_replay.MEMORIES[args.kind]
+        jpeg = hmn_replay.jpeg_images  # which chooses the subsampling, too
+        make: Any = jpeg if args.kind == "jpeg" else partial(real_images, kind)
         memory: hmn_replay.RealMemory = make(
             train,
             budget,
@@ -580,7 +582,8 @@ def _add_condense(parser: _Parser) -> None:
     _add_data(parser)
     add("--budget", required=True, help="bytes of the file, header and all: 122880, 120KiB, ...")
     add("--out", required=True, type=Path, help="the memory file to write")
-    add("--kind", choices=_kinds(learned=True), default="hmn", help="memory kind")
+    kinds = _kinds(hmn_replay.LearnedMemory)
+    add("--kind", choices=kinds, default="hmn", help="memory kind")
     add(
         "--effort",
         choices=tuple(hmn_replay.EFFORTS),
@@ -672,7 +675,10 @@ def _add_gallery(parser: _Parser) -> None:
 def _add_baseline(parser: _Parser) -> None:
     add = parser.add_argument
     _add_data(parser)
-    add("--kind", choices=_kinds(learned=False), required=True, help="how pixels are stored")
+    kinds = [
+        name for name in _kinds(hmn_replay.RealMemory) if name == "jpeg" or _needs_no_settings(name)
+    ]
+    add("--kind", choices=kinds, required=True, help="how pixels are stored")
     add("--budget", required=True, help="bytes of the file, header and labels counted")
     add("--out", type=Path, help="write the memory of the first seed, and best quality, here")
     add(
@@ -781,12 +787,18 @@ def _add_common(parser: _Parser) -> None:
     add("--quiet", action="store_true", help="show no progress on standard error")
 
 
-def _kinds(*, learned: bool) -> list[str]:
+def _kinds(base: type[Any]) -> list[str]:
     return [
         name
         for name, kind in hmn_replay.MEMORIES.items()
-        if issubclass(kind, hmn_replay.LearnedMemory) == learned and not kind.holds_features
+        if issubclass(kind, base) and not kind.holds_features
     ]
+
+
+def _needs_no_settings(kind: str) -> bool:
+    """Return whether a kind of real images is made from image shape and budget alone."""
+    _, *settings = signature(hmn_replay.MEMORIES[kind]).parameters.values()
+    return all(setting.default is not setting.empty for setting in settings)
 
 
 def _label_settings() -> list[str]:

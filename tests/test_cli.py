@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from hmn_replay.errors import CheckpointError, DataError
 from tests.console import BUDGET, TINY_CONDENSATION, TINY_TRAINING, Console
 from tests.support import KINDS
 from tests.support import REAL as REAL_KINDS
+from tests.support import registered as memory_kind
 
 
 def test_the_whole_way_on_the_digits(run: Console, tmp_path: Path) -> None:
@@ -259,6 +260,31 @@ def test_baseline_chooses_once_a_seed(
     assert asked[0]["config"] == hmn_replay.TrainingConfig(width=4)
     assert asked[0]["device"] == "cpu"
     assert asked[0]["progress"] is False
+
+
+class Negative(hmn_replay.RawMemory):
+    """Pixels, stored as a negative."""
+
+    def encode(self, images: torch.Tensor) -> list[bytes]:
+        return super().encode(255 - images)
+
+    def _read(self, payloads: Sequence[bytes]) -> torch.Tensor:
+        return 255 - super()._read(payloads)
+
+
+class Graded(hmn_replay.JPEGMemory):
+    """JPEG, whose quality is to be given."""
+
+
+def test_baseline_of_a_registered_kind(run: Console, tmp_path: Path) -> None:
+    options = ["--budget", 5000, *TINY_TRAINING, "--repeats", 1, "--device", "cpu"]
+    with memory_kind(Negative) as kind, memory_kind(Graded) as other:
+        result = run.json("baseline", "--kind", kind, *options, "--out", tmp_path / "own.hmn")
+        assert isinstance(hmn_replay.load(tmp_path / "own.hmn"), Negative)
+        run("baseline", "--kind", other, *options, code=2)
+        assert f"invalid choice: {other!r}" in run.err
+    raw = run.json("baseline", "--kind", "raw", *options)
+    assert abs(result["num_images"] - raw["num_images"]) <= 1
 
 
 @pytest.mark.parametrize("selection", hmn_replay.SELECTIONS)

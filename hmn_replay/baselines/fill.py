@@ -19,7 +19,7 @@ from hmn_replay.condensation.labelling import (
     as_label_config,
     train_teacher,
 )
-from hmn_replay.data.features import FeatureSource, as_labelled_features
+from hmn_replay.data.features import FeatureSource, as_labelled_features, read_data
 from hmn_replay.data.images import ImageSource, LabelledImages, as_labelled_images
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.evaluation import evaluate
@@ -45,6 +45,7 @@ __all__ = [
     "pq_features",
     "raw_features",
     "raw_images",
+    "real_images",
     "subsampled_images",
 ]
 
@@ -90,11 +91,16 @@ def raw_images(
         ConfigError: The selection is not as said above, or the teacher has other classes.
         DataError: Images or labels that cannot be used.
     """
-    data = as_labelled_images(data)
-    most = max(1, Budget.parse(budget).num_bytes // data.images[0].numel())
-    order = _order(data, selection, most, seed)
-    memory = _fill(RawMemory, data, budget, order)
-    return _labelled(memory, data, order, labels, teacher, seed, device)
+    return real_images(
+        RawMemory,
+        data,
+        budget,
+        selection=selection,
+        labels=labels,
+        teacher=teacher,
+        seed=seed,
+        device=device,
+    )
 
 
 def jpeg_images(
@@ -139,7 +145,7 @@ def jpeg_images(
     if subsampling is not None:
         subsamplings = (subsampling,)
     candidates = [
-        _fill(JPEGMemory, data, budget, order, quality=quality, subsampling=name)
+        real_images(JPEGMemory, data, budget, selection=order, quality=quality, subsampling=name)
         for name in subsamplings
     ]
     return _labelled(max(candidates, key=len), data, order, labels, teacher, seed, device)
@@ -171,10 +177,16 @@ def lossless_images(
         ConfigError: ``selection`` is not as said above.
         DataError: As :func:`raw_images`.
     """
-    data = as_labelled_images(data)
-    order = _order(data, selection, None, seed)
-    memory = _fill(LosslessMemory, data, budget, order)
-    return _labelled(memory, data, order, labels, teacher, seed, device)
+    return real_images(
+        LosslessMemory,
+        data,
+        budget,
+        selection=selection,
+        labels=labels,
+        teacher=teacher,
+        seed=seed,
+        device=device,
+    )
 
 
 def subsampled_images(
@@ -194,7 +206,7 @@ def subsampled_images(
         data: As in :func:`raw_images`, which takes the same images in the same order.
         budget: Bytes of the file, header and labels counted.
         factor: Pixels of an image for one of the grid, along each side: 2 to 8.
-        selection: As in :func:`raw_images`; one by name puts all images of ``data`` in order.
+        selection: As in :func:`raw_images`.
         labels: As in :func:`raw_images`.
         teacher: As in :func:`raw_images`.
         seed: As in :func:`raw_images`.
@@ -205,9 +217,57 @@ def subsampled_images(
         ConfigError: ``factor`` or ``selection`` is not as said above.
         DataError: As :func:`raw_images`.
     """
-    data = as_labelled_images(data)
-    order = _order(data, selection, None, seed)
-    memory = _fill(SubsampledMemory, data, budget, order, factor=factor)
+    return real_images(
+        SubsampledMemory,
+        data,
+        budget,
+        selection=selection,
+        labels=labels,
+        teacher=teacher,
+        seed=seed,
+        device=device,
+        factor=factor,
+    )
+
+
+def real_images(
+    memory_type: type[AnyReal],
+    data: ImageSource | FeatureSource,
+    budget: Budget | int | str,
+    *,
+    selection: str | Tensor = "random",
+    labels: LabelConfig | str = "hard",
+    teacher: Network | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    **settings: Any,
+) -> AnyReal:
+    """Take real images, as many as fit a budget, into a memory of any kind; features likewise.
+
+    Args:
+        memory_type: The class of the kind, such as one that was registered.
+        data: As in :func:`raw_images`; for a kind of features as in :func:`raw_features`.
+        budget: Bytes of the file, header and labels counted.
+        selection: As in :func:`raw_images`. Where images differ in their bytes, one by name puts
+            all of ``data`` in order.
+        labels: As in :func:`raw_images`.
+        teacher: As in :func:`raw_images`.
+        seed: As in :func:`raw_images`.
+        device: As in :func:`raw_images`.
+        **settings: What the class takes beside the image shape and ``budget``.
+
+    Raises:
+        BudgetError: Not one image fits; the message gives the smallest budget that does.
+        ConfigError: ``selection`` is not as said above, or a setting out of its range.
+        DataError: As :func:`raw_images`.
+    """
+    data = read_data(data, holds_features=memory_type.holds_features)
+    memory = memory_type(data.image_shape, budget=budget, **settings)
+    most = None
+    if not memory.sizes_differ:
+        most = max(1, Budget.parse(budget).num_bytes // memory.payload_bytes)
+    order = _order(data, selection, most, seed)
+    memory.extend(data, order=order)
     return _labelled(memory, data, order, labels, teacher, seed, device)
 
 
@@ -317,9 +377,7 @@ def raw_features(
         ConfigError: The selection is not as said above.
         DataError: Features or labels that cannot be used.
     """
-    data = as_labelled_features(data)
-    most = max(1, Budget.parse(budget).num_bytes // (2 * data.images[0].numel()))
-    return _fill(RawFeatureMemory, data, budget, _order(data, selection, most, seed))
+    return real_images(RawFeatureMemory, data, budget, selection=selection, seed=seed)
 
 
 def pq_features(
@@ -353,18 +411,6 @@ def pq_features(
     data = as_labelled_features(data)
     memory = PQMemory.train(data, num_parts=num_parts, bits=bits, budget=budget, seed=seed)
     memory.extend(data, order=_order(data, selection, None, seed))
-    return memory
-
-
-def _fill(
-    memory_type: type[AnyReal],
-    data: LabelledImages,
-    budget: Budget | int | str,
-    order: Tensor,
-    **options: Any,
-) -> AnyReal:
-    memory = memory_type(data.image_shape, budget=budget, **options)
-    memory.extend(data, order=order)
     return memory
 
 
