@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def scores(
     config: TrainingConfig | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
-    progress: Callable[[str], None] | None = None,
+    progress: bool | Callable[[str], None] = False,
 ) -> dict[str, Any]:
     """Score a memory beside the real images that it was made from.
 
@@ -56,14 +57,15 @@ def scores(
         config: The training, with its augmentation. Default: ``TrainingConfig()``.
         seed: The first seed, of draws and trainings.
         device: Where to train.
-        progress: Called with a line after each training. Default: None.
+        progress: Whether to print a line on standard error after each training, or a function that
+            is called with it.
 
     Returns:
         A dict of JSON types. ``accuracies``: for ``memory``, ``real``, ``random_count``,
         ``random_bytes_raw``, ``random_bytes_jpeg``, and ``memory`` and ``random_count``
         ``_unaugmented``, the accuracy in [0, 1] of each seed; JPEG and raw may be absent, where not
-        one image of each class fits. Then, as ``{"mean": ..., "std": ...}`` over the seeds, in
-        accuracy, not per cent:
+        one image of each class fits for every seed. Then, as ``{"mean": ..., "std": ...}`` over the
+        seeds, in accuracy, not per cent:
 
         * ``hard_label_recovery``: real less memory, DD-Ranking's HLR; the smaller, the better;
         * ``improvement_over_random``: memory less random, by ``count`` (DD-Ranking's IOR), by
@@ -98,6 +100,17 @@ def scores(
             width=min(config.width, 32), num_passes=min(config.num_passes, 6000)
         ),
     )
+    seeds = range(seed, seed + repeats)
+    fills: dict[str, Callable[[int], Memory]] = {
+        "random_bytes_raw": lambda own: raw_images(train, num_bytes, seed=own),
+        "random_bytes_jpeg": lambda own: jpeg_images(train, num_bytes, quality=quality, seed=own),
+    }
+    by_bytes: dict[str, list[Memory]] = {}
+    for name, fill in fills.items():
+        with contextlib.suppress(BudgetError):
+            filled = [fill(own) for own in seeds]
+            if all(each.num_classes == train.num_classes for each in filled):
+                by_bytes[name] = filled
     accuracies: dict[str, list[float]] = {}
 
     def score(name: str, source: Any, own: int, training: TrainingConfig) -> None:
@@ -105,24 +118,20 @@ def scores(
             source, test, labels="hard", seed=own, device=device, config=training
         )
         accuracies.setdefault(name, []).append(accuracy)
-        if progress is not None:
-            progress(f"seed {own}, {name.replace('_', ' ')}: {accuracy:.2%}")
+        line = f"seed {own}, {name.replace('_', ' ')}: {accuracy:.2%}"
+        if callable(progress):
+            progress(line)
+        elif progress:
+            print(f"hmn_replay, {line}", file=sys.stderr, flush=True)
 
-    for own in range(seed, seed + repeats):
+    for place, own in enumerate(seeds):
         order = select_images(train, num_images=min(memory.num_images, len(train)), seed=own)
         as_many = train.take(order)
         score("memory", memory, own, config)
         score("real", train, own, config)
         score("random_count", as_many, own, config)
-        fits: dict[str, Any] = {
-            "raw": lambda own=own: raw_images(train, num_bytes, seed=own),
-            "jpeg": lambda own=own: jpeg_images(train, num_bytes, quality=quality, seed=own),
-        }
-        for kind, fill in fits.items():
-            with contextlib.suppress(BudgetError):
-                filled = fill()
-                if filled.num_classes == train.num_classes:
-                    score(f"random_bytes_{kind}", filled, own, config)
+        for name, filled in by_bytes.items():
+            score(name, filled[place], own, config)
         score("memory_unaugmented", memory, own, plain)
         score("random_count_unaugmented", as_many, own, plain)
 
@@ -136,10 +145,10 @@ def scores(
         if f"random_{name}" in accuracies
     }
     bare = differences("memory_unaugmented", "random_count_unaugmented")
-    by_bytes = [values for name, values in ior.items() if name != "count"]
     gains = {"count": ior["count"]}
     if by_bytes:
-        gains["bytes"] = [min(values) for values in zip(*by_bytes, strict=True)]
+        others = [values for name, values in ior.items() if name != "count"]
+        gains["bytes"] = [min(values) for values in zip(*others, strict=True)]
     lrs = {
         name: [ddranking_score(gain, -loss, weight) for gain, loss in zip(values, hlr, strict=True)]
         for name, values in gains.items()

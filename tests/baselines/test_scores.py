@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from hmn_replay import LabelledImages, evaluate, raw_images, scores, select_images
+from hmn_replay import (
+    LabelledImages,
+    RealMemory,
+    evaluate,
+    jpeg_images,
+    raw_images,
+    scores,
+    select_images,
+)
 from hmn_replay.baselines.scores import ddranking_score
 from hmn_replay.errors import ConfigError
 from hmn_replay.training.train import TrainingConfig
@@ -91,6 +99,33 @@ def test_what_does_not_fit_is_left_out() -> None:
     found = scores(memory, data(60), data(12, seed=1), repeats=1, **OPTIONS)
     assert "bytes_raw" not in found["improvement_over_random"]
     assert found["hard_label_recovery"]["std"] == 0.0
+
+
+def test_what_fits_for_some_seeds_alone_is_left_out() -> None:
+    # Some images take many more bytes as JPEG than others. Of a class of one image, no fifth can be
+    # held out, and the quality is 20.
+    images = torch.full((21, 3, 32, 32), 90, dtype=torch.uint8)
+    images[:10] = torch.randint(256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    train = LabelledImages(images, torch.tensor([*[0, 1] * 10, 2]))
+
+    def filled(budget: int, seed: int) -> RealMemory:
+        return jpeg_images(train, budget, quality=20, seed=seed)
+
+    memory = filled(1000, 2)
+    assert len({filled(memory.file_bytes, seed).num_classes for seed in (0, 1)}) > 1
+    found = scores(memory, train, train, repeats=2, **OPTIONS)
+    assert "random_bytes_jpeg" not in found["accuracies"] and found["jpeg_quality"] is None
+    assert all(len(values) == 2 for values in found["accuracies"].values())
+
+
+def test_progress_is_printed_or_given_to_a_function(capsys: pytest.CaptureFixture[str]) -> None:
+    memory, lines = real("jpeg", classes=(0, 1, 2), counts=(1, 1, 1)), list[str]()
+    for progress in (True, False, None, lines.append):
+        scores(memory, data(9), data(6), repeats=1, progress=progress, **OPTIONS)  # type: ignore[arg-type]
+        printed = capsys.readouterr().err.splitlines()
+        assert bool(printed) == (progress is True)
+        assert not printed or "seed 0, random count unaugmented: " in printed[-1]
+    assert len(lines) >= 5
 
 
 @pytest.mark.parametrize(("option", "value"), [("repeats", 0), ("weight", 1.5)])
