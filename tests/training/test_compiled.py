@@ -119,16 +119,22 @@ def test_a_network_may_keep_parameters_out_of_the_loss(backend: CountingBackend)
     assert backend.count == 1
 
 
-def test_what_cannot_be_compiled_is_computed_without_with_one_warning() -> None:
+def test_a_compiler_that_fails_is_tried_once_in_a_process_with_one_warning() -> None:
+    tried = []
+
     def fail(*_: Any) -> Any:
+        tried.append(1)
         raise RuntimeError("no compiler found")
 
-    compiled = CompiledLoss("float32", fail)
     with pytest.warns(HMNReplayWarning, match=r"torch.compile failed .*; going on without"):
-        assert_same_step(convnet(), draw(6), 0.5, compiled)
+        assert_same_step(convnet(), draw(6), 0.5, CompiledLoss("float32", fail))
+    arguments = convnet(width=5), draw(6)[0], torch.rand(2, 6), 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_same_step(convnet(), draw(6), 0.5, compiled)
+        for width in (4, 5):  # two trainings more, of which one has another network
+            assert_same_step(convnet(width=width), draw(6), 0.5, CompiledLoss("float32", fail))
+        assert CompiledFunction(sums, image_dim=1, backend=fail)(*arguments).equal(sums(*arguments))
+    assert len(tried) == 1
 
 
 def test_the_networks_own_error_is_raised_as_it_is(backend: CountingBackend) -> None:
@@ -138,6 +144,8 @@ def test_the_networks_own_error_is_raised_as_it_is(backend: CountingBackend) -> 
         pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
     ):
         add_gradients(network, *draw(4), 0.5, compiled=CompiledLoss("float32", backend))
+    assert_same_step(convnet(), draw(4), 0.5, CompiledLoss("float32", backend))
+    assert backend.count == 1, "that another network fails is no reason not to compile"
 
 
 @pytest.mark.skipif(not can_compile, reason="needs a C++ compiler and Python's headers")
