@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from hmn_replay.budget import as_int
 from hmn_replay.data.images import as_labelled_images
 from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayError
-from hmn_replay.memory import loads
+from hmn_replay.memory import Memory, loads
 from hmn_replay.replay.store import DecodedImages, ReplayMemory
 from hmn_replay.runtime import make_generator
 from hmn_replay.training.networks import evaluating
@@ -35,14 +35,16 @@ class MammothBuffer:
     """A :class:`~hmn_replay.ReplayMemory` behind the interface of Mammoth's ``Buffer``.
 
     A method gives its buffer each mini-batch, epoch after epoch. Here, they are gathered, every
-    image once, and taken into the memory when :meth:`end_task` is called, which a model does in its
-    own ``end_task``. So what is replayed is decoded images of earlier tasks. Their number is the
-    memory's; ``buffer_size`` bounds nothing.
+    image once with its label, and taken into the memory when :meth:`end_task` is called, which a
+    model does in its own ``end_task``. So what is replayed is decoded images of earlier tasks.
+    Their number is the memory's; ``buffer_size`` bounds nothing.
 
     Kept are images and labels. Task labels are those that the classes came with, so a class
     belongs to one task. Logits are the network's own for the decoded images, where :meth:`end_task`
     is given the network; like the decoded images they are in working memory, and no part of the
-    memory's file or budget. ``true_labels`` and ``sample_selection_scores`` are not used.
+    memory's file or budget. Once the memory is another, as after ``memory.update()``, a draw is
+    refused until :meth:`end_task` has made them anew. ``true_labels`` and
+    ``sample_selection_scores`` are not used.
 
     Args:
         memory: What keeps the images. Its ``max_raw_images`` bounds those gathered of a task, which
@@ -66,6 +68,9 @@ class MammothBuffer:
         self._tasks: dict[int, int] = {}
         self._seen: set[bytes] = set()
         self._logits: Tensor | None = None
+        # What they are of: as it is, and what tells it from others once it was loaded anew.
+        self._logits_of: Memory | None = None
+        self._digest = b""
         self._num_draws = 0
 
     def __len__(self) -> int:
@@ -97,9 +102,19 @@ class MammothBuffer:
 
     @property
     def used_attributes(self) -> list[str]:
-        """The names of what ``get_data`` returns, in its order; none while there is nothing."""
+        """The names of what ``get_data`` returns, in its order; none while there is nothing.
+
+        Raises:
+            ConfigError: The logits are of another memory than the buffer's.
+        """
         if self.is_empty():
             return []
+        if self._logits is not None and not self._logits_fit():
+            raise ConfigError(
+                "the logits are of another memory than the buffer has now, as after "
+                "memory.update(): call end_task(network), which makes them anew, or end_task(), "
+                "which leaves them out"
+            )
         absent = {
             *(["logits"] if self._logits is None else []),
             *([] if self._tasks else ["task_labels"]),
@@ -121,7 +136,8 @@ class MammothBuffer:
 
     def empty(self) -> None:
         """Begin anew, with nothing to replay and nothing gathered."""
-        self.memory.memory, self._logits = None, None
+        self.memory.memory = None
+        self._set_logits(None)
         self._begin_task()
         self._tasks.clear()
 
@@ -135,7 +151,7 @@ class MammothBuffer:
         true_labels: Tensor | None = None,
         sample_selection_scores: Tensor | None = None,
     ) -> None:
-        """Gather a mini-batch of the current task; an image that came before is left out.
+        """Gather a mini-batch of the current task, less what came before with the same label.
 
         Args:
             examples: float ``(n, C, H, W)`` in [0, 1], neither augmented nor normalised: Mammoth's
@@ -158,8 +174,11 @@ class MammothBuffer:
             )
         data = as_labelled_images((examples, labels))
         new = []
-        for position, image in enumerate(data.images):
-            digest = hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest()
+        for position, (image, label) in enumerate(
+            zip(data.images, data.labels.tolist(), strict=True)
+        ):
+            key = image.numpy().tobytes() + label.to_bytes(8, "little", signed=True)
+            digest = hashlib.blake2b(key, digest_size=8).digest()
             if digest not in self._seen:
                 self._seen.add(digest)
                 new.append(position)
@@ -180,12 +199,12 @@ class MammothBuffer:
         """
         self.memory.finish()
         self._begin_task()
-        self._logits = None
+        self._set_logits(None)
         if network is not None and not self.is_empty():
             parts = torch.arange(len(self)).split(_AT_ONCE)
             with torch.no_grad(), evaluating(network):
                 found = [network(self._images(part).to(self.device)).cpu() for part in parts]
-            self._logits = torch.cat(found)
+            self._set_logits(torch.cat(found))
 
     def learn(self, examples: Any, labels: Any = None) -> None:
         """Make images into the memory at once, such as a task's before it is trained on.
@@ -195,7 +214,7 @@ class MammothBuffer:
             labels: The same.
         """
         self.memory.update(examples, labels)
-        self._logits = None
+        self._set_logits(None)
 
     def get_data(
         self,
@@ -319,13 +338,19 @@ class MammothBuffer:
         """Return what :meth:`load_state_dict` takes, for Mammoth's checkpoints."""
         del out_device
         tasks = torch.tensor(sorted(self._tasks.items()), dtype=torch.int64).view(-1, 2)
-        state = {
+        state: dict[str, Any] = {
             "memory": self.memory.state_dict(),
             "tasks": tasks,
             "num_draws": self._num_draws,
             "seen": torch.tensor(list(map(list, sorted(self._seen))), dtype=torch.uint8),
         }
-        return state if self._logits is None else {**state, "logits": self._logits}
+        if self._logits is not None and self._logits_fit():
+            state["logits"] = self._logits
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: the memory once."""
+        return {**self.__dict__, "_logits_of": None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`serialize` gave; a model's ``load_buffer`` calls it.
@@ -351,7 +376,21 @@ class MammothBuffer:
         except (HMNReplayError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"not a state of a MammothBuffer: {error}") from error
         self._tasks, self._seen = dict(tasks.tolist()), set(map(bytes, seen.tolist()))
-        self._logits, self._num_draws = logits, draws
+        self._num_draws = draws
+        self._set_logits(logits)
+
+    def _set_logits(self, logits: Tensor | None) -> None:
+        """Take over logits of the memory that there is now, or none."""
+        memory = self.memory.memory if logits is not None else None
+        self._logits, self._logits_of = logits, memory
+        self._digest = b"" if memory is None else _digest(memory)
+
+    def _logits_fit(self) -> bool:
+        """Return whether the logits are of the memory that there is now."""
+        memory = self.memory.memory
+        if memory is not self._logits_of and memory is not None and _digest(memory) == self._digest:
+            self._logits_of = memory
+        return memory is self._logits_of
 
     def _begin_task(self) -> None:
         self.memory.gatherer.clear()
@@ -407,8 +446,12 @@ class MammothBuffer:
         return tuple(part.to(target) for part in parts)
 
 
+def _digest(memory: Memory) -> bytes:
+    return hashlib.blake2b(memory.to_bytes(), digest_size=16).digest()
+
+
 def _transformed(images: Tensor, transform: Callable[[Tensor], Tensor] | None) -> Tensor:
-    if transform is None:
+    if transform is None or not len(images):
         return images
     if any(kind.__name__ == "KorniaAugNoGrad" for kind in type(transform).__mro__):
         return transform(images)

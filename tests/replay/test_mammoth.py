@@ -6,8 +6,10 @@ models/er.py, er_ace.py and derpp.py, at e75a491.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
+import pickle
 from argparse import Namespace
 from typing import Any
 
@@ -211,6 +213,45 @@ def test_logits_are_the_networks_own() -> None:
         torch.testing.assert_close(network(images), logits)
     buffer.learn(*task(2))
     assert len(buffer.get_data(3)) == 2 and len(buffer) == 18
+
+
+def test_logits_of_another_memory_are_not_returned() -> None:
+    buffer, network = filled((0, 1)), nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    buffer.end_task(network)
+    for same in (copy.deepcopy(buffer), pickle.loads(pickle.dumps(buffer))):
+        assert same.get_all_data()[2].equal(buffer.get_all_data()[2])
+    assert len(pickle.dumps(buffer)) < len(pickle.dumps(filled((0, 1)))) + 2000
+    buffer.memory.update(*task(2))
+    for ask in (buffer.get_all_data, lambda: buffer.get_data(3), lambda: buffer.used_attributes):
+        with pytest.raises(ConfigError, match=r"of another memory .* call end_task\(network\)"):
+            ask()
+    assert len(buffer) == 18 and len(buffer.labels) == 18
+    later = make()
+    later.load_state_dict(buffer.serialize())
+    assert later.used_attributes == ["examples", "labels"]
+    buffer.end_task(network)
+    assert len(buffer.get_all_data()[2]) == 18
+    buffer.memory.update(*task(3))
+    buffer.end_task()
+    assert buffer.used_attributes == ["examples", "labels"]
+
+
+def test_equal_images_of_several_classes_are_all_kept() -> None:
+    buffer, image = make(), task(0)[0][:1]
+    for _ in range(2):
+        buffer.add_data(image.expand(4, -1, -1, -1), torch.arange(4))
+    buffer.end_task()
+    images, labels = buffer.get_all_data()
+    assert labels.tolist() == [0, 1, 2, 3]
+    assert all(each.equal(image[0]) for each in images)
+
+
+def test_a_draw_of_none_is_empty() -> None:
+    buffer = filled((0, 1))
+    for draw in (buffer.get_data, buffer.get_balanced_data):
+        images, labels = draw(0, transform=lambda image: image.flip(2))
+        assert images.shape == (0, 3, 8, 8) and labels.shape == (0,)
+        assert images.dtype == torch.float32
 
 
 def test_a_network_that_gives_logits_is_in_evaluation_mode_and_stays_as_it_is() -> None:
