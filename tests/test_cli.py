@@ -598,8 +598,8 @@ def test_a_large_picture_that_is_refused_is_one_line(run: Console, tmp_path: Pat
     (tmp_path / "train" / "a").mkdir(parents=True)
     picture = Image.new("1", (9600, 9400))
     picture.save(tmp_path / "train" / "a" / "large.png")
-    run("condense", "--data", tmp_path, "--budget", "9kB", "--out", tmp_path / "x", code=2)
-    assert "image_shape is (C, H, W)" in run.err
+    run("condense", "--data", tmp_path, "--budget", "9kB", "--out", tmp_path / "x", code=1)
+    assert "sides of 8 to 224 pixels; got 9400 x 9600" in run.err and "(--size)" in run.err
     assert run.err.count("\n") == 1
 
 

@@ -815,17 +815,28 @@ def check_num_classes(num_classes: int, name: str = "num_classes") -> int:
 
 
 def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-    """Return an image shape that a memory can have, or raise :class:`ConfigError`."""
+    """Return an image shape that a memory can have.
+
+    Raises:
+        ConfigError: It is no ``(C, H, W)``, or C is neither 1 nor 3.
+        DataError: H or W is not in 8 to 224.
+    """
     sides = [as_int(side) for side in image_shape] if isinstance(image_shape, Sequence) else []
     whole = [side for side in sides if side is not None]
-    if len(whole) == len(sides) == 3 and whole[0] in (1, 3):
-        channels, height, width = whole
-        if MIN_SIDE <= min(height, width) <= max(height, width) <= MAX_SIDE:
-            return channels, height, width
-    raise ConfigError(
-        f"image_shape is (C, H, W) with C 1 or 3 and H, W from {MIN_SIDE} to {MAX_SIDE}; "
-        f"got {image_shape!r}"
-    )
+    if not (len(whole) == len(sides) == 3 and whole[0] in (1, 3) and min(whole) > 0):
+        raise ConfigError(
+            f"image_shape is (C, H, W) with C 1 or 3 and H, W from {MIN_SIDE} to {MAX_SIDE}; "
+            f"got {image_shape!r}"
+        )
+    channels, height, width = whole
+    if not MIN_SIDE <= min(height, width) <= max(height, width) <= MAX_SIDE:
+        size = MIN_SIDE if min(height, width) < MIN_SIDE else MAX_SIDE
+        raise DataError(
+            f"expected images with sides of {MIN_SIDE} to {MAX_SIDE} pixels; got {height} x "
+            f"{width} (height x width): resize and crop them all, as by as_labelled_images(data, "
+            f"size={size}) (--size)"
+        )
+    return channels, height, width
 
 
 def check_classes(classes: Sequence[int] | Tensor) -> list[int]:

@@ -96,6 +96,7 @@ class MemoryLayout:
 
     Raises:
         ConfigError: A value outside these ranges.
+        DataError: A height or width outside them.
     """
 
     image_shape: tuple[int, int, int]
@@ -116,7 +117,7 @@ class MemoryLayout:
 
     @staticmethod
     def check_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Return a shape that decoded images can have, or raise :class:`ConfigError`."""
+        """Return a shape that decoded images can have, or raise an error that says which."""
         return check_image_shape(image_shape)
 
     @classmethod

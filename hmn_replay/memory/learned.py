@@ -180,6 +180,7 @@ class LearnedMemory(Memory, nn.Module):
                 message gives the smallest budget that does.
             ConfigError: A shape, a number of classes, a number format or ``image_bytes`` outside
                 its range.
+            DataError: Images of another height or width than a memory can hold.
         """
         del real_images_per_class
         shape, limit = cls.Layout.check_shape(image_shape), Budget.parse(budget).num_bytes

@@ -73,7 +73,8 @@ class RealMemory(Memory):
         budget: Bytes that the saved file may take. Default: None, no bound.
 
     Raises:
-        ConfigError: Another image shape.
+        ConfigError: Another number of channels, or what is no image shape.
+        DataError: Another height or width.
 
     Attributes:
         payloads: The bytes of every image, in the order of the images.
@@ -95,7 +96,7 @@ class RealMemory(Memory):
 
     @staticmethod
     def check_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Return a shape that images of the kind can have, or raise :class:`ConfigError`."""
+        """Return a shape that images of the kind can have, or raise an error that says which."""
         return check_image_shape(image_shape)
 
     @abc.abstractmethod

@@ -246,8 +246,8 @@ class MammothBuffer:
             Images, labels, logits and task labels, those of :attr:`used_attributes`.
 
         Raises:
-            ConfigError: There is nothing to draw, or ``mask_task_out`` needs task labels or
-                ``cpt``.
+            ConfigError: There is nothing to draw, ``mask_task_out`` needs task labels or ``cpt``,
+                or the logits are of another memory.
         """
         available = torch.arange(len(self))
         if mask_task_out is not None:

@@ -531,7 +531,7 @@ def test_data_that_cannot_be_is_refused(make_set: MakeSet, make_layout: MakeLayo
         ConfigError, match=r"the layout is for int8 images of \(3, 8, 8\); the data"
     ):
         tiny(make_set(image_shape=(3, 9, 8)), make_layout())
-    with pytest.raises(ConfigError, match="image_shape is"):
+    with pytest.raises(DataError, match=r"8 to 224 pixels; got 6 x 6 .*\(data, size=8\)"):
         condense(make_set(image_shape=(3, 6, 6)), "1 MiB", **TINY)
     with pytest.raises(DataError):
         condense((torch.full((4, 3, 8, 8), float("nan")), torch.zeros(4)), "1 MiB", **TINY)

@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hmn_replay.baselines.fill import raw_images
+from hmn_replay.condensation.condense import condense
+from hmn_replay.data.images import LabelledImages, as_labelled_images
 from hmn_replay.data.lookup import ImageLookup
-from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError
+from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
 from hmn_replay.memory import MEMORIES, LearnedMemory, Memory, load, loads
 from hmn_replay.memory.base import check_classes, check_counts, check_image_shape, check_indices
 from tests.support import CODECS, KINDS, REAL, any_memory, made, real, same_bits
@@ -474,7 +477,7 @@ def test_what_are_no_counts_is_refused(counts: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [(2, 8, 8), (3, 7, 8), (3, 8, 225), (3, 8), (3, 8, 8, 8), (True, 8, 8), (3, 8.0, 8), (), None],
+    [(2, 8, 8), (3, 0, 8), (3, 8, -8), (3, 8), (3, 8, 8, 8), (True, 8, 8), (3, 8.0, 8), (), None],
 )
 def test_an_image_shape_out_of_range_is_refused(shape: Any) -> None:
     message = r"\(C, H, W\) with C 1 or 3 and H, W from 8 to 224; got"
@@ -483,3 +486,26 @@ def test_an_image_shape_out_of_range_is_refused(shape: Any) -> None:
     for kind in REAL:
         with pytest.raises(ConfigError, match=message):
             MEMORIES[kind](shape, **CODECS.get(kind, {}))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((3, 7, 8), 8), ((1, 4, 4), 8), ((3, 8, 225), 224), ((3, 256, 256), 224)]
+)
+def test_images_too_small_or_too_large_are_to_be_resized(
+    shape: tuple[int, int, int], size: int
+) -> None:
+    wanted = (
+        rf"8 to 224 pixels; got {shape[1]} x {shape[2]} .* as_labelled_images\(data, size={size}"
+    )
+    images = torch.zeros((4, *shape), dtype=torch.uint8)
+    data = LabelledImages(images, torch.tensor([0, 1, 0, 1]))
+    for kind in REAL:
+        with pytest.raises(DataError, match=wanted):
+            MEMORIES[kind](shape, **CODECS.get(kind, {}))  # type: ignore[call-arg]
+    with pytest.raises(DataError, match=wanted):
+        check_image_shape(shape)
+    for refuse in (raw_images, condense):
+        with pytest.raises(DataError, match=wanted):
+            refuse(data, "9 MiB")
+    resized = as_labelled_images(data, size=size)
+    assert raw_images(resized, "9 MiB").image_shape == (shape[0], size, size)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmn_replay.errors import BudgetError, ConfigError, TrainingError
+from hmn_replay.errors import BudgetError, ConfigError, DataError, TrainingError
 from hmn_replay.memory import (
     NUMBER_FORMATS,
     HaBaLayout,
@@ -673,11 +673,16 @@ def test_fields_of_a_layout_are_brought_to_their_types(kind: str) -> None:
 def test_what_is_no_image_shape_or_number_format_is_refused(kind: str) -> None:
     choose = learned_type(kind).choose_layout
     message = r"\(C, H, W\) with C 1 or 3 and H, W from 8"
-    shapes: list[Any] = [(2, 8, 8), (3, 7, 8), (3, 8, 225), (3, 8), None]
+    shapes: list[Any] = [(2, 8, 8), (3, 0, 8), (3, 8), None]
     for shape in shapes:
         with pytest.raises(ConfigError, match=message):
             LAYOUTS[kind](shape, "int8")
         with pytest.raises(ConfigError, match=message):
+            choose("1 MiB", shape, 2)
+    for shape in [(3, 7, 8), (3, 8, 225)]:
+        with pytest.raises(DataError, match="sides of 8 to 224 pixels"):
+            LAYOUTS[kind](shape, "int8")
+        with pytest.raises(DataError, match="sides of 8 to 224 pixels"):
             choose("1 MiB", shape, 2)
     message = rf"number format must be one of {', '.join(NUMBER_FORMATS)}; got 'int4'; did you mea"
     with pytest.raises(ConfigError, match=message):
