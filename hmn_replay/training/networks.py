@@ -276,13 +276,14 @@ def evaluating(network: object) -> Iterator[None]:
 def find_head(network: nn.Module, *inputs: Tensor) -> nn.Linear:
     """Return the linear layer whose output is what a network returns: its logits.
 
-    It is found by a forward pass, in evaluation mode and without gradients; the mode of every
-    module is as it was afterwards.
+    Some of these may be masked, as Avalanche's ``IncrementalClassifier`` does. The layer is found
+    by a forward pass, in evaluation mode and without gradients; the mode of every module is as it
+    was afterwards.
 
     Args:
         network: Maps images to logits.
-        *inputs: What it is called with: a few images, float ``(N, C, H, W)``, and what else it
-            takes, such as task labels.
+        *inputs: What it is called with: a few images that differ, float ``(N, C, H, W)``, and what
+            else it takes, such as task labels.
 
     Raises:
         ConfigError: No linear layer makes the logits.
@@ -297,7 +298,10 @@ def find_head(network: nn.Module, *inputs: Tensor) -> nn.Linear:
     if not layers:
         problem = f"{name} has no linear layer"
     elif isinstance(logits, Tensor):
-        problem = f"none of {name}'s {len(layers)} makes its logits {tuple(logits.shape)}"
+        problem = (
+            f"none of the {len(layers)} linear layers of {name} makes its logits "
+            f"{tuple(logits.shape)}"
+        )
     else:
         problem = f"{name} returns {type(logits).__name__}"
     raise ConfigError(
@@ -359,12 +363,22 @@ def _watch(
 
 
 def _making(logits: Any, calls: Sequence[_Call]) -> list[_Call]:
-    """Return the calls whose output is the logits, or else those whose output equals them."""
+    """Return the calls whose output is the logits; or equals them; or does so but where masked.
+
+    Logits are masked that have one value for all of two images or more, as those of classes that
+    are still to come.
+    """
     if not isinstance(logits, Tensor):
         return []
-    return [call for call in calls if call.output is logits] or [
-        call for call in calls if call.output.to(logits.dtype).equal(logits)
-    ]
+    own = [call for call in calls if call.output.shape == logits.shape]
+    if not own:
+        return []
+    if found := [call for call in own if call.output is logits]:
+        return found
+    if found := [call for call in own if call.output.to(logits.dtype).equal(logits)]:
+        return found
+    masked = (logits == logits[:1]).all(dim=0) & (len(logits) > 1)
+    return [call for call in own if bool((masked | (call.output.to(logits.dtype) == logits)).all())]
 
 
 def _max_depth(side: int) -> int:

@@ -311,7 +311,11 @@ class Tangled(nn.Module):
         return logits if self.convert is None else self.convert(logits)
 
 
-@pytest.mark.parametrize("convert", [None, Tensor.double])
+def without_the_second(logits: Tensor) -> Tensor:
+    return logits.masked_fill(torch.tensor([False, True, False]), -1000)
+
+
+@pytest.mark.parametrize("convert", [None, Tensor.double, without_the_second])
 def test_the_head_is_the_layer_that_makes_the_logits(
     convert: Callable[[Tensor], Tensor] | None,
 ) -> None:
@@ -326,7 +330,7 @@ def test_the_head_is_the_layer_that_makes_the_logits(
     features = network.body(images)
     assert penultimate_features(network, images).equal(features)
     logits, found = logits_and_features(network, network.head, images)
-    assert logits.float().equal(network.head(features)) and found.equal(features)
+    assert logits.equal(network(images)) and found.equal(features)
     assert not any(module._forward_hooks for module in network.modules())
 
 
@@ -362,10 +366,8 @@ def test_a_head_may_take_more_than_images() -> None:
 @pytest.mark.parametrize(
     ("convert", "message"),
     [
-        (
-            lambda logits: -logits,
-            r"none of Tangled's 4 makes its logits \(2, 3\), and a network is",
-        ),
+        (torch.neg, r"none of the 4 linear layers of Tangled makes its logits \(2, 3\), and a"),
+        (torch.sum, r"of Tangled makes its logits \(\), and a network is needed"),
         (lambda logits: (logits,), "Tangled returns tuple, and a network is needed whose logits"),
     ],
 )
