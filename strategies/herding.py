@@ -36,7 +36,9 @@ def build(settings: Settings) -> Strategy:
     """
     settings.choose()
     if not _linear_layers(settings.model):
-        raise ConfigError("herding takes the inputs of the last nn.Linear; the model has none")
+        raise ConfigError(
+            "herding takes the inputs of the nn.Linear that makes the logits; the model has none"
+        )
     most = settings.budget_bytes // math.prod(settings.image_shape)
     replay = RawReplay(
         settings.budget_bytes,
@@ -59,7 +61,7 @@ def herd(images: LabelledImages, model: nn.Module, *, most: int) -> Tensor:
 
 @torch.no_grad()
 def class_features(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the features of images: what the model's last linear layer takes in, at unit length.
+    """Return the features of images: what the model's head takes in, at unit length.
 
     Args:
         model: Runs in evaluation mode; the mode of every module is as it was afterwards.

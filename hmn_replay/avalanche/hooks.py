@@ -12,15 +12,13 @@ from torch.utils.hooks import RemovableHandle
 
 from hmn_replay.errors import ConfigError
 
-__all__ = ["Head", "Teacher", "head_of"]
+__all__ = ["Head", "Teacher", "check_has_head"]
 
 
-def head_of(model: nn.Module) -> nn.Linear:
-    """Return the last linear layer of a network, or raise a ConfigError."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear:
+def check_has_head(model: nn.Module) -> None:
+    """Raise a ConfigError for a network without a linear layer, which could be its head."""
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} has no nn.Linear, which would be its head")
-    return linear[-1]
 
 
 class _Watcher:
@@ -102,6 +100,6 @@ class Head(_Watcher):
             if logits.shape == like.shape:
                 return logits
         raise ConfigError(
-            'loss="grouped" lets the head alone learn: the network\'s last nn.Linear must make its '
-            f'logits {tuple(like.shape)}, and here it does not; take loss="separated"'
+            'loss="grouped" lets the head alone learn, and its logits are of another shape than '
+            f'{tuple(like.shape)}, that of the strategy\'s; take loss="separated"'
         )

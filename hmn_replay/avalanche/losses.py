@@ -66,8 +66,8 @@ class ReplayStep:
             labels tell classes apart.
         strategy: The Avalanche strategy, for losses that need its network, images (``mb_x``) or
             task labels.
-        head_logits: float ``(N, K)``, what the network's head, its last ``nn.Linear``, makes of the
-            features without their graph, so that it alone learns; given to losses with
+        head_logits: float ``(N, K)``, what the network's head, the ``nn.Linear`` of its logits,
+            makes of the features without their graph, so that it alone learns; given to losses with
             ``needs_head``, else None.
     """
 

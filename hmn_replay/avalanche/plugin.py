@@ -23,7 +23,7 @@ from hmn_replay.avalanche.buffer import (
     count_labels,
     finish_images,
 )
-from hmn_replay.avalanche.hooks import Head, Teacher, head_of
+from hmn_replay.avalanche.hooks import Head, Teacher, check_has_head
 from hmn_replay.avalanche.losses import (
     LOSSES,
     RENEWALS,
@@ -71,7 +71,7 @@ from hmn_replay.replay import (
 from hmn_replay.replay.store import digest_state
 from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
-from hmn_replay.training.networks import evaluating
+from hmn_replay.training.networks import evaluating, find_head
 
 __all__ = ["FIRST_WEIGHTS", "MODES", "MemoryReplay", "on_cpu"]
 
@@ -170,11 +170,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             for task labels above 0 or ``"memory_only"``.
         label_weight: Weight, 0 or more, of that term, which is a mean over the mini-batch; see
             :func:`hmn_replay.avalanche.losses.label_distillation`. Default: 1.
-        tune: ``"head"``, the last ``nn.Linear``, or ``"all"``: what is tuned after each experience
-            but the first, on mini-batches of the memory's images alone that have as many of every
-            class (as in EEIL, Castro et al. 2018). By SGD of its own, under the strategy's
-            criterion; running statistics of batch normalisation stay as they are. The next
-            experience goes on from the weights before the tuning, of which a copy is kept in
+        tune: ``"head"``, the ``nn.Linear`` that makes the logits, or ``"all"``: what is tuned after
+            each experience but the first, on mini-batches of the memory's images alone that have as
+            many of every class (as in EEIL, Castro et al. 2018). By SGD of its own, under the
+            strategy's criterion; running statistics of batch normalisation stay as they are. The
+            next experience goes on from the weights before the tuning, of which a copy is kept in
             working memory. Default: ``"none"``. Not for online streams, task labels above 0 or
             ``"memory_only"``.
         tune_steps: Steps of the tuning, 1 or more, each over as many images as a training step.
@@ -426,7 +426,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if any(isinstance(module, MultiTaskModule) for module in strategy.model.modules()):
             self._refuse_tasks()
         if self.tune == "head" or getattr(find_loss(self.loss)[1], "needs_head", False):
-            head_of(strategy.model)
+            check_has_head(strategy.model)
         self._attend(strategy.device, strategy.model)
         self._num_pieces = 0
         self._settle(strategy, ())
@@ -501,8 +501,6 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         distilled = [c for c in self._old_classes.tolist() if c not in own]
         self.distill_used = self._weigh_distillation(strategy, experiences) if distilled else 0.0
         self._teacher = self._make_teacher(strategy.model, torch.tensor(distilled))
-        if getattr(self._loss_now, "needs_head", False):
-            self._head = Head(head_of(strategy.model))
 
     def before_training_iteration(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Add decoded images to the mini-batch, or augment those that it consists of."""
@@ -536,6 +534,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._note_replayed(len(mbatch[0]), len(images))
         images = self._finished(images)
         add_to_minibatch(mbatch, images, *split_class_keys(keys))
+        if self._head is None and getattr(self._loss_now, "needs_head", False):
+            self._head = Head(self._find_head(strategy.model, mbatch[0]))
 
     def after_forward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Count what others have put before the mini-batch since, and how often it is shown."""
@@ -765,13 +765,22 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         with evaluating(model):
             self.store.label(network)
 
+    def _find_head(self, model: nn.Module, images: Tensor) -> nn.Linear:
+        """Return the layer that makes the logits, found by two images as the network takes them."""
+        with isolated(self._device, self.seed, "head"):
+            return find_head(model, images[[0, -1]])
+
     def _tune(self, strategy: Strategy) -> None:
         """Tune the network, or its head, on class-balanced mini-batches of the memory's images."""
         decoded = self._decode()
         if self.tune == "none" or decoded is None or not len(self._old_classes):
             return
         model, number = strategy.model, self.store.num_updates
-        tuned = head_of(model) if self.tune == "head" else model
+        tuned = model
+        if self.tune == "head":
+            images = as_floats(decoded.images[[0, -1]])
+            images = finish_images(images, None, self.found_normalization)
+            tuned = self._find_head(model, images)
         parameters = [each for each in tuned.parameters() if each.requires_grad]
         num_images = strategy.train_mb_size + (self.batch_size_mem or strategy.train_mb_size)
         teacher = self._make_teacher(model, decoded.memory.classes)

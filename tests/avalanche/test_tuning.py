@@ -50,6 +50,30 @@ def test_the_head_or_all_of_it_is_tuned_from_the_second_experience_on() -> None:
     assert not all_body.equal(body) and not all_head.equal(own)
 
 
+class HeadFirst(nn.Module):
+    """A network that registers its head first, and has a layer that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        *body, self.head = make_model().children()
+        self.body = nn.Sequential(*body)
+        self.projector = nn.Linear(16, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(images))
+        return logits
+
+
+def test_the_head_is_what_makes_the_logits_wherever_it_stands() -> None:
+    stream = list(streams().train_stream)
+    (tuned, plain) = (learn(stream, HeadFirst(), tune=tune).model for tune in ("head", "none"))
+    same = {
+        name: all(map(torch.equal, own.parameters(), other.parameters()))
+        for (name, own), other in zip(tuned.named_children(), plain.children(), strict=True)
+    }
+    assert same == {"head": False, "body": True, "projector": True}
+
+
 def test_its_mini_batches_have_as_many_images_of_every_class() -> None:
     shown: list[Tensor] = []
     model = make_model()

@@ -58,6 +58,6 @@ def test_a_class_may_come_again_within_the_budget() -> None:
 
 def test_a_model_without_a_linear_layer_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 8), nn.Flatten())
-    with pytest.raises(ConfigError, match=r"last nn\.Linear; the model has none"):
+    with pytest.raises(ConfigError, match=r"that makes the logits; the model has none"):
         strategies.build("herding", model, 10**4, num_classes=6)
     assert strategies.build("herding", make_model(), 10**4, num_classes=6, device="cpu")
