@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from hmn_replay.data.lookup import as_floats
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory import Memory
 from hmn_replay.replay import DecodedImages
+from hmn_replay.replay.store import digest_memory
 from hmn_replay.runtime import without_autocast
 from hmn_replay.training.networks import evaluating
 
@@ -134,7 +134,7 @@ class MemoryBuffer(ExemplarsBuffer):
         if len(self._made_for) != len(now) or any(
             a is not b for a, b in zip(self._made_for, now, strict=True)
         ):
-            if self.needs_logits and len(memory) and self._logits_of != _digest(memory):
+            if self.needs_logits and len(memory) and self._logits_of != digest_memory(memory):
                 raise ConfigError(
                     "the logits are of another memory than the plugin has now, as after finish() "
                     "or load_state_dict(): call resize(strategy, max_size), which makes them anew"
@@ -213,12 +213,7 @@ class MemoryBuffer(ExemplarsBuffer):
             for images, _, *rest in loader:
                 tasks = rest[0].to(agent.device) if self._with_tasks else None
                 parts.append(avalanche_forward(agent.model, images.to(agent.device), tasks))
-        self._logits, self._logits_of = torch.cat(parts).cpu(), _digest(memory)
-
-
-def _digest(memory: Memory) -> bytes:
-    """Return what tells a memory from others, in a checkpoint too."""
-    return hashlib.blake2b(memory.to_bytes(), digest_size=16).digest()
+        self._logits, self._logits_of = torch.cat(parts).cpu(), digest_memory(memory)
 
 
 def count_labels(decoded: DecodedImages, num_classes: int) -> Tensor:

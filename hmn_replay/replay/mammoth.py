@@ -21,7 +21,7 @@ from hmn_replay.budget import as_int
 from hmn_replay.data.images import as_labelled_images
 from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayError
 from hmn_replay.memory import Memory, loads
-from hmn_replay.replay.store import DecodedImages, ReplayMemory
+from hmn_replay.replay.store import DecodedImages, ReplayMemory, digest_memory
 from hmn_replay.runtime import make_generator
 from hmn_replay.training.networks import evaluating
 
@@ -383,12 +383,16 @@ class MammothBuffer:
         """Take over logits of the memory that there is now, or none."""
         memory = self.memory.memory if logits is not None else None
         self._logits, self._logits_of = logits, memory
-        self._digest = b"" if memory is None else _digest(memory)
+        self._digest = b"" if memory is None else digest_memory(memory)
 
     def _logits_fit(self) -> bool:
         """Return whether the logits are of the memory that there is now."""
         memory = self.memory.memory
-        if memory is not self._logits_of and memory is not None and _digest(memory) == self._digest:
+        if (
+            memory is not self._logits_of
+            and memory is not None
+            and digest_memory(memory) == self._digest
+        ):
             self._logits_of = memory
         return memory is self._logits_of
 
@@ -444,10 +448,6 @@ class MammothBuffer:
         parts += [self._attribute(name)[chosen] for name in self.used_attributes[1:]]
         target = self.device if device is None else device
         return tuple(part.to(target) for part in parts)
-
-
-def _digest(memory: Memory) -> bytes:
-    return hashlib.blake2b(memory.to_bytes(), digest_size=16).digest()
 
 
 def _transformed(images: Tensor, transform: Callable[[Tensor], Tensor] | None) -> Tensor:

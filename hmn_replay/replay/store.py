@@ -46,7 +46,7 @@ from hmn_replay.runtime import (
 )
 from hmn_replay.training.networks import evaluating
 
-__all__ = ["DecodedImages", "ReplayMemory", "digest_state"]
+__all__ = ["DecodedImages", "ReplayMemory", "digest_memory", "digest_state"]
 
 _STATE_VERSION = 3
 
@@ -615,6 +615,11 @@ class DecodedImages:
 def _plain(value: Any) -> Any:
     """Return a number, an array or anything else as JSON may have it."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def digest_memory(memory: Memory) -> bytes:
+    """Return what tells a memory from others, in a checkpoint too."""
+    return hashlib.blake2b(memory.to_bytes(), digest_size=16).digest()
 
 
 def digest_state(state: dict[str, Any]) -> str:
