@@ -55,8 +55,8 @@ from experiments.arguments import (
     parse_settings,
 )
 from experiments.figures import save
-from experiments.results import deviation, markdown_table
-from experiments.tables.rows import accuracies, percent
+from experiments.results import deviation, markdown_table, percent
+from experiments.tables.rows import accuracies
 from experiments.tables.settings import UNBOUNDED
 from experiments.tables.store import Store
 from hmn_replay.budget import Budget

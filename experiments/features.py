@@ -42,8 +42,8 @@ if __name__ == "__main__":
 
 import hmn_replay
 from experiments.arguments import add_data, load, make_parser, parse_names, parse_numbers
-from experiments.results import markdown_table
-from experiments.tables.rows import accuracies, percent
+from experiments.results import markdown_table, percent
+from experiments.tables.rows import accuracies
 from experiments.tables.store import Store
 from hmn_replay.budget import Budget
 from hmn_replay.data.features import LabelledFeatures

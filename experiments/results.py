@@ -104,6 +104,15 @@ def deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def percent(shares: Sequence[float]) -> str:
+    """Return the mean in percent, and the deviation where there are several; a dash for none."""
+    if not shares:
+        return "-"
+    values = [100 * share for share in shares]
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {deviation(values):.1f}" if len(values) > 1 else mean
+
+
 def make_table(results: dict[str, dict[str, Any]]) -> str:
     """Return a Markdown table of the strategies, best first; accuracies in percent."""
     title = (
@@ -112,9 +121,10 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
     )
     rows = [f"{title}, seeds, training s, memory s".split(", ")]
     for name, runs in finished(results).items():
-        final = _spread(runs)
+        final = percent([run["final_accuracy"] for run in runs])
         if all(run.get("untuned") for run in runs):
-            final += f" (untuned {_spread([run['untuned'] for run in runs])})"
+            untuned = percent([run["untuned"]["final_accuracy"] for run in runs])
+            final += f" (untuned {untuned})"
         has_forgetting = all(run["forgetting"] is not None for run in runs)
         rows.append(
             [
@@ -133,11 +143,6 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
             ]
         )
     return markdown_table(rows)
-
-
-def _spread(runs: Sequence[dict[str, Any]]) -> str:
-    accuracies = [100 * run["final_accuracy"] for run in runs]
-    return f"{statistics.fmean(accuracies):.1f} ± {deviation(accuracies):.1f}"
 
 
 def called_new(reports: Sequence[dict[str, Any] | None], images: str) -> float | None:

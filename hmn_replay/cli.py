@@ -254,7 +254,7 @@ def _all_scores(args: argparse.Namespace, memory: hmn_replay.Memory) -> Result:
     result = {"file": str(args.file), "kind": memory.kind, **found, **common}
 
     def percent(values: Mapping[str, float], sign: str = "") -> str:
-        return f"{100 * values['mean']:{sign}.2f} ± {100 * values['std']:.2f}"
+        return f"{100 * values['mean']:{sign}.2f}{_deviation(values['std'], args.repeats)}"
 
     rows = [("accuracy %", "")]
     for name, values in found["accuracies"].items():
@@ -935,9 +935,14 @@ def _score(
 
 
 def _percent(scores: Mapping[str, Any]) -> str:
-    mean, std = (100 * scores[key] for key in ("accuracy_mean", "accuracy_std"))
-    repeats = scores["repeats"]
-    return f"{mean:.2f} % ± {std:.2f} ({repeats} seed{'s' if repeats > 1 else ''})"
+    repeats, seeds = scores["repeats"], "seeds" if scores["repeats"] > 1 else "seed"
+    deviation = _deviation(scores["accuracy_std"], repeats)
+    return f"{100 * scores['accuracy_mean']:.2f} %{deviation} ({repeats} {seeds})"
+
+
+def _deviation(std: float, repeats: int) -> str:
+    """Return what follows a mean in percent: nothing where one seed has no deviation."""
+    return f" ± {100 * std:.2f}" if repeats > 1 else ""
 
 
 def _lines(file: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:

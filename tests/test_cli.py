@@ -170,6 +170,8 @@ def test_evaluate_repeats_with_seeds_in_a_row(
     asked.clear()
     assert run.json("evaluate", memory_file, "--repeats", 1)["accuracy_std"] == 0.0
     asked.clear()
+    assert run("evaluate", memory_file, "--repeats", 1).endswith("  60.00 % (1 seed)\n")
+    asked.clear()
     options = ["--passes", 9, "--precision", "auto"]
     assert "70.00 % ± 10.00 (3 seeds)" in run("evaluate", memory_file, *options)
     assert "seed 2: 80.00%" in run.err

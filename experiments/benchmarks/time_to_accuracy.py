@@ -38,7 +38,7 @@ from experiments.arguments import add_data, add_settings, load, parse_settings
 from experiments.benchmarks.common import description, now, numbers, positive
 from experiments.figures import save
 from experiments.reference import FACTOR, ReferenceLoop
-from experiments.results import deviation, markdown_table, resumed
+from experiments.results import deviation, markdown_table, percent, resumed
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import EFFORTS
 from hmn_replay.data.images import LabelledImages
@@ -290,15 +290,14 @@ def make_table(results: dict[str, Any]) -> str:
     cells = [["loop", "seconds", "images", "bytes", "accuracy %", "evaluations"]]
     for name, label in LABELS.items():
         for row in by_seconds(results[name]):
-            accuracies = [100 * accuracy for accuracy in row["accuracies"]]
             cells.append(
                 [
                     label,
                     f"{row['seconds']:,.1f}",
                     f"{row['num_images']:,}",
                     f"{row['bytes']:,}",
-                    f"{statistics.fmean(accuracies):.1f} ± {deviation(accuracies):.1f}",
-                    str(len(accuracies)),
+                    percent(row["accuracies"]),
+                    str(len(row["accuracies"])),
                 ]
             )
     goal = f"{100 * results['reference_accuracy']:.1f} %"

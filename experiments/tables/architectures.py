@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 from experiments.arguments import parse_names
+from experiments.results import percent
 from experiments.tables import published
 from experiments.tables.containers import SYSTEMS
-from experiments.tables.rows import Row, accuracies, budgets, memories, number, percent, sections
+from experiments.tables.rows import Row, accuracies, budgets, memories, number, sections
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
 from experiments.tables.study import KINDS, condense_once, load_study, train_once

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.arguments import parse_names
+from experiments.results import percent
 from experiments.tables import published
 from experiments.tables.rows import (
     NOTHING,
@@ -15,7 +16,6 @@ from experiments.tables.rows import (
     budgets,
     memories,
     number,
-    percent,
     sections,
 )
 from experiments.tables.settings import Settings

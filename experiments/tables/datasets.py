@@ -6,10 +6,10 @@ import argparse
 import statistics
 
 from experiments.arguments import parse_names
-from experiments.results import markdown_table
+from experiments.results import markdown_table, percent
 from experiments.tables import published
 from experiments.tables.containers import SYSTEMS, measure
-from experiments.tables.rows import NOTHING, Row, accuracies, budgets, memories, number, percent
+from experiments.tables.rows import NOTHING, Row, accuracies, budgets, memories, number
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
 from experiments.tables.study import KINDS, load_study

@@ -22,14 +22,13 @@ from torch import Tensor
 import hmn_replay
 from experiments.arguments import parse_numbers
 from experiments.figures import save
-from experiments.results import deviation
+from experiments.results import deviation, percent
 from experiments.tables.rows import (
     Row,
     accuracies,
     budgets,
     memories,
     number,
-    percent,
     sections,
 )
 from experiments.tables.settings import Settings

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from experiments.results import deviation, markdown_table
+from experiments.results import markdown_table
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
 
@@ -41,15 +41,6 @@ def memories(store: Store, **identity: Any) -> Row:
 def budgets(settings: Settings, store: Store) -> list[int]:
     """Return the IPC that were asked for, by this run or an earlier one."""
     return sorted({*settings.ipc, *(ipc for (ipc,) in store.seen("memory", "ipc"))})
-
-
-def percent(shares: Sequence[float]) -> str:
-    """Return the mean in percent, and the deviation where there are several."""
-    if not shares:
-        return NOTHING
-    values = [100 * share for share in shares]
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ± {deviation(values):.1f}" if len(values) > 1 else mean
 
 
 def number(value: float | None, form: str = ",.0f") -> str:

@@ -146,3 +146,4 @@ def test_the_command_prints_them(run: Console, tmp_path: Path) -> None:
     text = run("evaluate", tmp_path / "raw.hmn", *words, "--quiet")
     for line in ("real less memory", "memory less random, count", "label robust score, count"):
         assert line in text
+    assert "±" not in text, "one seed has no deviation"

@@ -12,6 +12,7 @@ from experiments.results import (
     deviation,
     finished,
     make_table,
+    percent,
     reset_peak_memory,
     resumed,
     summarise,
@@ -106,6 +107,13 @@ def test_deviation_of_one_value_is_zero() -> None:
     assert deviation([1.0, 3.0]) == pytest.approx(2**0.5)
 
 
+@pytest.mark.parametrize(
+    ("shares", "text"), [([], "-"), ([0.5], "50.0"), ([0.5, 0.52], "51.0 ± 1.4"), ([0.0], "0.0")]
+)
+def test_a_mean_of_one_value_has_no_deviation(shares: list[float], text: str) -> None:
+    assert percent(shares) == text
+
+
 def test_resuming_wants_the_flag_and_the_same_settings(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     earlier = {"configuration": {"epochs": 1}, "versions": {"torch": "2"}, "results": {"raw": {}}}
@@ -135,4 +143,4 @@ def test_the_peak_counts_what_was_freed_until_it_is_reset() -> None:
 
 def test_table_says_what_a_tuned_network_was_before() -> None:
     results = {"hmn": {"0": run_of(0.6) | {"untuned": {"final_accuracy": 0.5}}}}
-    assert "| 60.0 ± 0.0 (untuned 50.0 ± 0.0) |" in make_table(results)
+    assert "| 60.0 (untuned 50.0) |" in make_table(results)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import pytest
-
-from experiments.tables.rows import accuracies, memories, number, percent, sections
+from experiments.tables.rows import accuracies, memories, number, sections
 from experiments.tables.store import Store
 
 
@@ -32,13 +30,6 @@ def test_a_summary_is_over_all_seeds_and_trainings(tmp_path: Path) -> None:
     nothing = memories(store, system="idc")
     assert accuracies(store, system="idc") == nothing["errors"] == []
     assert {nothing[name] for name in ("images", "bytes", "values", "seconds")} == {None}
-
-
-@pytest.mark.parametrize(
-    ("shares", "text"), [([], "-"), ([0.5], "50.0"), ([0.5, 0.52], "51.0 ± 1.4"), ([0.0], "0.0")]
-)
-def test_percents(shares: list[float], text: str) -> None:
-    assert percent(shares) == text
 
 
 def test_numbers() -> None:
