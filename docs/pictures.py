@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import hmn_replay
+from hmn_replay.cli import HelpFormatter
 
 SHOWN_BYTES, COLUMNS, QUALITY = 3 * 1024, 16, 20
 SCALE, TITLE_HEIGHT = 2, 40
@@ -44,12 +45,10 @@ def first_of_each_class(memory: hmn_replay.evaluation.Decodable, count: int) -> 
 
 def main() -> None:
     """Draw the figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("memory", type=Path, help="the memory file")
     parser.add_argument("--data", required=True, help="the data set that it was made from")
-    parser.add_argument("--out", type=Path, default=Path("memory.png"))
+    parser.add_argument("--out", type=Path, default=Path("memory.png"), help="the figure to write")
     args = parser.parse_args()
 
     hmn = hmn_replay.load(args.memory)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from hmn_replay.cli import HelpFormatter
+
 RESULTS = Path(__file__).with_name("results.md")
 HEADER = "| memory | images | seconds | accuracy % |"
 # What memories were matched on before, in the words of the table.
@@ -52,10 +54,8 @@ def draw(rows: list[tuple[str, float | None, float]]) -> Figure:
 
 def main() -> None:
     """Draw the figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("seconds.png"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("seconds.png"), help="the figure to write")
     args = parser.parse_args()
     draw(read_table(RESULTS.read_text(encoding="utf-8"))).savefig(args.out)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import hmn_replay
+from hmn_replay.cli import HelpFormatter
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.sources import Split
 from hmn_replay.errors import ConfigError
@@ -16,7 +17,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help is a module's docstring: its first line, and the rest as it is."""
     summary, _, details = (doc or "").partition("\n\n")
     return argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=summary, epilog=details, formatter_class=HelpFormatter
     )
 
 
@@ -26,7 +27,7 @@ def add_data(parser: argparse.ArgumentParser, default: str) -> None:
     add("--data", default=default, help="a data set by name, an .npz file or a folder of pictures")
     add("--data-root", default="data", help="folder of torchvision's data sets")
     add("--download", action="store_true", help="fetch a data set of torchvision if it is absent")
-    add("--size", type=int, help="side in pixels to resize a folder's pictures to")
+    add("--size", type=int, help="pixels to resize the shorter side to, and to crop to a square")
 
 
 def load(args: argparse.Namespace, split: Split, data: str | None = None) -> LabelledImages:

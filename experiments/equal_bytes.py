@@ -96,8 +96,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--passes", type=int, default=40_000, help="images that it is shown")
     add("--precision", choices=PRECISIONS, default="float32", help="of its training")
     add_settings(parser)
-    add("--device", default="auto")
-    add("--out", type=Path, default=Path("equal_bytes"))
+    add("--device", default="auto", help="cpu, cuda, ...; auto is CUDA where present")
+    add("--out", type=Path, default=Path("equal_bytes"), help="folder to write to")
     return parser.parse_args(argv)
 
 

@@ -68,14 +68,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--rows",
         default="features,raw-features,pq-16x4,pq-32x4,pq-16x6,jpeg-10,jpeg-20",
-        help="as above",
+        help="memories that are compared, as explained below",
     )
     add("--mode", default="once,stream", help="once, stream or both")
     add("--seeds", default="0", help="an order of classes, a memory and a head each")
     add("--backbone-passes", type=int, default=200_000, help="images that the backbone is shown")
     add("--head-passes", type=int, default=100_000, help="features that a head is shown")
-    add("--device", default="auto")
-    add("--out", type=Path, default=Path("features"))
+    add("--device", default="auto", help="cpu, cuda, ...; auto is CUDA where present")
+    add("--out", type=Path, default=Path("features"), help="folder to write to")
     return parser.parse_args(argv)
 
 

@@ -72,12 +72,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_data(parser, default="cifar10")
     add = parser.add_argument
-    add("--budget", default="120KiB", help="bytes of the memories (default: 120KiB)")
-    add("--minutes", type=float, default=10.0, help="what all parts may take (default: 10)")
+    add("--budget", default="120KiB", help="bytes of the memories")
+    add("--minutes", type=float, default=10.0, help="what all parts may take")
     add("--parts", default=",".join(PARTS), help="which parts, comma-separated (default: all)")
     add("--passes", type=int, default=500_000,
         help="images that the evaluation's network is shown")  # fmt: skip
-    add("--device", default="cuda", help="cuda, cuda:1, ...; cpu to rehearse (default: cuda)")
+    add("--device", default="cuda", help="cuda, cuda:1, ...; cpu to rehearse")
     add("--smoke", action="store_true", help="everything tiny, to see in seconds that it works")
     add("--out", type=Path, default=Path("gpu_check.json"), help="file to write to")
     if parser.parse_args(argv).smoke:

@@ -79,8 +79,8 @@ NOT_COMPARED = ("ipc", "seeds", "trainings")
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--table", choices=TABLES, required=True)
-    add("--scale", choices=tuple(SCALES), default="quick")
+    add("--table", choices=TABLES, required=True, help="which table, as explained below")
+    add("--scale", choices=tuple(SCALES), default="quick", help="how much is run, as below")
     add_data(parser, "cifar10")
     add("--rows", help="which rows of the table, or all")
     add("--ipc", help="budgets, as 1,10,50 (default: 1,10; paper: 1,10,50)")

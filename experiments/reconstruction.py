@@ -79,10 +79,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image-bytes", default="40,80,120", help="of a file, header and all, for each image")
     add("--budget", type=int, default=122_880, help="bytes of a file")
     add("--steps", type=int, default=3000, help="of the warm start")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of everything that is drawn")
     add_settings(parser)
-    add("--device", default="auto")
-    add("--out", type=Path, default=Path("reconstruction"))
+    add("--device", default="auto", help="cpu, cuda, ...; auto is CUDA where present")
+    add("--out", type=Path, default=Path("reconstruction"), help="folder to write to")
     return parser.parse_args(argv)
 
 

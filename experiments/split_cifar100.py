@@ -113,14 +113,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--budget",
         default="300KiB",
-        help="bytes of every memory: 307200, 300KiB, ... (default: 300KiB)",
+        help="bytes of every memory: 307200, 300KiB, ...",
     )
     add("--strategies", default="all", help="some of strategies.NAMES, such as hmn,raw,jpeg")
     add("--model", choices=("slim_resnet18", "convnet", "resnet18"),
-        help="default: slim_resnet18 for 3 x 32 x 32 images, else convnet")  # fmt: skip
-    add(
-        "--width", type=int, help="channels of convnet's blocks (64), of slim_resnet18's first (20)"
-    )
+        help="network (default: slim_resnet18 for 3 x 32 x 32 images, else convnet)")  # fmt: skip
+    add("--width", type=int,
+        help="channels of convnet's blocks, slim_resnet18's first (default: 64, 20)")  # fmt: skip
     add("--epochs", type=int, default=1, help="of each experience")
     add("--batch-size", type=int, default=64, help="images of the experience in a step")
     add("--batch-size-mem", type=int, help="replayed images in a step (default: as --batch-size)")

@@ -45,7 +45,7 @@ from hmn_replay.objectives.trajectories import delete_checkpoint, delete_experts
 from hmn_replay.runtime import PRECISIONS
 from hmn_replay.settings import check_options
 
-__all__ = ["main", "make_parser"]
+__all__ = ["HelpFormatter", "main", "make_parser"]
 
 Result: TypeAlias = tuple[dict[str, Any], str]
 
@@ -523,23 +523,23 @@ def _values(kind: Any, constraints: Iterable[Any] = ()) -> str:
 # --- arguments
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Says the default of every option that has one."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds its default to the help of an option that has one, and does not say it itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default
+        shown, text = action.default, f"{action.help}"
         if isinstance(shown, (list, tuple)):
             shown = ",".join(map(str, shown))
         is_hidden = isinstance(shown, bool) or shown in (None, "", argparse.SUPPRESS)
-        has_default = action.option_strings and not is_hidden
-        return f"{action.help}" + (f" (default: {shown})" if has_default else "")
+        is_said = "(default:" in text or is_hidden or not action.option_strings
+        return text if is_said else f"{text} (default: {shown})"
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose error is one line."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **options)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")

@@ -18,6 +18,7 @@ import torch
 import hmn_replay
 from experiments.arguments import add_settings
 from hmn_replay.budget import Budget
+from hmn_replay.cli import HelpFormatter
 from hmn_replay.condensation.config import EFFORTS
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.memory.formats import NUMBER_FORMATS
@@ -36,14 +37,14 @@ def summary(docstring: str | None) -> dict[str, Any]:
     return {
         "description": first,
         "epilog": rest,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "formatter_class": HelpFormatter,
     }
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that every sub-command has."""
-    parser.add_argument("--device", default="auto", help="default: the best present")
-    parser.add_argument("--threads", type=positive, help="default: torch's own choice")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto is the best present")
+    parser.add_argument("--threads", type=positive, help="how many (default: torch's own choice)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; all else to standard error"
     )
@@ -55,14 +56,18 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say what images a memory of :func:`random_memory` holds."""
-    parser.add_argument("--classes", type=positive, default=10)
+    parser.add_argument("--classes", type=positive, default=10, help="of the memory")
     parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
-    parser.add_argument("--number-format", default="int8", choices=tuple(NUMBER_FORMATS))
+    parser.add_argument(
+        "--number-format", default="int8", choices=tuple(NUMBER_FORMATS), help="of learned values"
+    )
 
 
 def add_condense_arguments(parser: argparse.ArgumentParser, *settings: str) -> None:
     """Add the arguments that say how :func:`hmn_replay.condense` is to work."""
-    parser.add_argument("--effort", default="quick", choices=tuple(EFFORTS))
+    parser.add_argument(
+        "--effort", default="quick", choices=tuple(EFFORTS), help="of the condensation"
+    )
     add_settings(parser, *settings)
 
 

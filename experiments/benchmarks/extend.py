@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seen",
         type=numbers,
         default=[2, 10, 100, 998],
-        help="classes seen before: comma-separated numbers (default: 2,10,100,998)",
+        help="classes seen before: comma-separated numbers",
     )
     parser.add_argument("--classes", type=positive, default=2, help="new classes")
     parser.add_argument("--images", type=positive, default=10, help="of each class in the memory")

@@ -40,10 +40,10 @@ FEW = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--classes", type=positive, default=1000)
+    parser.add_argument("--classes", type=positive, default=1000, help="of the memory")
     parser.add_argument("--real-images", type=positive, default=12, help="of each class")
     parser.add_argument("--side", type=positive, default=224, help="of an image, in pixels")
-    parser.add_argument("--budget", default="50 MB")
+    parser.add_argument("--budget", default="50 MB", help="bytes of the memory's file")
     add_condense_arguments(parser, *FEW)
 
 

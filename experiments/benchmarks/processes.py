@@ -53,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes",
         type=numbers,
         default=[2, 4, 8, 16, 32, 64],
-        help="comma-separated (default: 2,4,8,16,32,64)",
+        help="how many there are to be, comma-separated",
     )
-    parser.add_argument("--classes", type=positive, default=10)
+    parser.add_argument("--classes", type=positive, default=10, help="of the memory")
     parser.add_argument("--real-images", type=positive, default=100, help="of each class")
     parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
-    parser.add_argument("--budget", default="120 KiB")
+    parser.add_argument("--budget", default="120 KiB", help="bytes of the memory's file")
     add_condense_arguments(parser)
     parser.add_argument("--bandwidth", type=float, default=10.0, help="of a process, in GB/s")
     parser.add_argument("--latency", type=float, default=20.0, help="of a message, in microseconds")

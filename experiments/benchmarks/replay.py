@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=positive, default=60, help="of each class")
     parser.add_argument("--side", type=positive, default=32, help="of an image, in pixels")
     parser.add_argument("--budget", default="300 KiB", help="bytes of the memory")
-    parser.add_argument("--model", default="convnet", choices=("linear", *hmn_replay.NETWORKS))
+    parser.add_argument(
+        "--model", default="convnet", choices=("linear", *hmn_replay.NETWORKS), help="trained"
+    )
     parser.add_argument("--width", type=positive, default=32, help="channels of ConvNet's blocks")
     parser.add_argument("--batch-size", type=positive, default=64, help="current images in a step")
     parser.add_argument(

@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--times",
         type=numbers,
         default=[15, 30, 60, 120, 240, 480],
-        help="seconds of our runs (default: 15,30,60,120,240,480)",
+        help="seconds of our runs",
     )
     parser.add_argument("--seconds", type=float, default=1800, help="of the reference")
     parser.add_argument("--snapshots", type=positive, default=6, help="of the reference")
