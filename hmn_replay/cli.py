@@ -33,6 +33,7 @@ from hmn_replay.distributed import Team, launched
 from hmn_replay.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     DistributedError,
     HMNReplayError,
     MissingExtraError,
@@ -108,10 +109,18 @@ def _run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         _complain(f"error: {_describe(error)}; start again: {_launch(words)}")
         return 1
     except (HMNReplayError, OSError) as error:
-        _complain(f"error: {_describe(error)}")
+        _complain(f"error: {_describe(error)}{_default_data(args, error)}")
         wrong_value = (hmn_replay.BudgetError, ConfigError, UnknownOptionError)
         return 2 if isinstance(error, wrong_value) else 1
     return 0
+
+
+def _default_data(args: argparse.Namespace, error: Exception) -> str:
+    """Return what to say of data that do not fit, and that nobody named."""
+    default: str | None = vars(args).get("default_data")
+    if not isinstance(error, DataError) or default is None or args.data is not None:
+        return ""
+    return f"; --data was not given, so the data set is {default}: name yours"
 
 
 def _out_of_memory(args: argparse.Namespace, error: Exception) -> str:
@@ -668,8 +677,7 @@ def _add_gallery(parser: _Parser) -> None:
         help="how many are shown of each class",
     )
     add("--device", default="auto", help="where to decode: auto, cpu, cuda, ...")
-    _add_data(parser)
-    parser.set_defaults(data=None)
+    _add_data(parser, default=None)
 
 
 def _add_baseline(parser: _Parser) -> None:
@@ -715,15 +723,17 @@ def _add_baseline(parser: _Parser) -> None:
     _add_common(parser)
 
 
-def _add_data(parser: _Parser) -> None:
+def _add_data(parser: _Parser, default: str | None = "digits") -> None:
     add = parser.add_argument_group("data set").add_argument
     add(
         "--data",
-        default="digits",
         metavar="NAME|PATH",
         help=f"{', '.join(hmn_replay.DATASETS)} (which needs no file), an .npz file of x_train, "
-        "y_train, x_test, y_test, or a folder of pictures",
+        "y_train, x_test, y_test, or a folder of pictures"
+        + (f" (default: {default})" if default else ""),
     )
+    # Apart from the argument's, so that an error can say that it was not given.
+    parser.set_defaults(default_data=default)
     add("--data-root", default="data", metavar="DIR", help="folder of torchvision's data sets")
     add("--download", action="store_true", help="fetch a data set of torchvision if it is absent")
     add(
@@ -870,8 +880,9 @@ def _data_path(args: argparse.Namespace) -> Path | None:
 
 
 def _load_data(args: argparse.Namespace, split: Split) -> hmn_replay.LabelledImages:
+    data = args.default_data if args.data is None else args.data
     return hmn_replay.load_dataset(
-        args.data, split, data_root=args.data_root, download=args.download, size=args.size
+        data, split, data_root=args.data_root, download=args.download, size=args.size
     )
 
 

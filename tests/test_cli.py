@@ -18,7 +18,7 @@ from PIL import Image
 
 import hmn_replay
 from hmn_replay.cli import main
-from hmn_replay.errors import CheckpointError, DataError
+from hmn_replay.errors import CheckpointError
 from tests.console import BUDGET, TINY_CONDENSATION, TINY_TRAINING, Console
 from tests.support import KINDS
 from tests.support import REAL as REAL_KINDS
@@ -539,6 +539,23 @@ def test_an_error_is_one_line(
     assert run.err.count("\n") == 1
 
 
+def test_data_that_do_not_fit_are_said_not_to_have_been_named(
+    run: Console, memory_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "large.hmn"
+    images = torch.zeros(10, 3, 32, 32, dtype=torch.uint8)
+    hmn_replay.raw_images((images, torch.arange(10)), "40 kB").save(path)
+    for command in ("evaluate", "evaluate --scores --passes 10 --width 4"):
+        run(*command.split(), path, code=1)
+        assert "images of (3, 32, 32) and the test set of (1, 8, 8)" in run.err
+        assert "; --data was not given, so the data set is digits: name yours\n" in run.err
+        assert run.err.count("\n") == 1 or "--scores" in command
+    run("evaluate", path, "--data", "digits", code=1)
+    assert "(1, 8, 8)" in run.err and "--data" not in run.err
+    assert "(default: digits)" in " ".join(run("evaluate", "--help").split())
+    assert "(default: digits)" not in " ".join(run("gallery", "--help").split())
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -565,7 +582,7 @@ def test_memory_that_runs_out_is_an_error_and_a_bug_is_not_hidden(
     run: Console, memory_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases: list[tuple[Exception, str]] = [
-        (DataError("two\n  lines"), "error: two lines\n"),
+        (CheckpointError("two\n  lines"), "error: two lines\n"),
         (
             MemoryError("Unable to allocate 1.50 GiB for an array with shape (3, 4)"),
             "error: out of memory: 1.50 GiB could not be allocated; lower --width, or choose",
