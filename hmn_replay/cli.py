@@ -28,6 +28,7 @@ from torch import Tensor
 import hmn_replay
 from hmn_replay.baselines.fill import QUALITIES, next_quality, real_images
 from hmn_replay.condensation.config import make_config
+from hmn_replay.data.images import show_label
 from hmn_replay.data.sources import Split, dataset_name
 from hmn_replay.distributed import Team, launched
 from hmn_replay.errors import (
@@ -316,7 +317,8 @@ def inspect(args: argparse.Namespace) -> Result:
     for name, bits in {**summary["bits"], "whole file": 8.0 * summary["file_bytes"]}.items():
         counts = (bits, bits / memory.num_classes, bits / max(1, memory.num_images))
         shares.append((name, _by(shapes.get(name, ())), *(f"{count:,.1f}" for count in counts)))
-    tables = _table(_lines(args.file, summary)), _table(rows, "<<<>"), _table(shares, "<<>>>")
+    lines = [*_lines(args.file, summary), ("by class", _by_class(summary))]
+    tables = _table(lines), _table(rows, "<<<>"), _table(shares, "<<>>>")
     return result, "\n\n".join(tables)
 
 
@@ -974,6 +976,16 @@ def _lines(file: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name, value in summary.items()
         if name not in told and isinstance(value, (int, float, str))
     ]
+
+
+def _by_class(summary: Mapping[str, Any]) -> str:
+    """Return label, name and number of images of the classes, or of some where they are many."""
+    columns = (summary[name] for name in ("classes", "class_names", "images_per_class"))
+    shown = [
+        f"{show_label(label)}{f' {name!r}' if name else ''} ({count:,})"
+        for label, name, count in zip(*columns, strict=True)
+    ]
+    return ", ".join(shown if len(shown) <= 12 else [*shown[:10], "...", shown[-1]])
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -118,6 +118,32 @@ def test_inspect_prints_all_that_is_in_the_file(run: Console, memory_file: Path)
     assert run.err == ""
 
 
+def test_inspect_lists_the_classes(run: Console, memory_file: Path, tmp_path: Path) -> None:
+    def by_class(file: Path) -> str:
+        found = re.findall(r"^by class +(.+)$", run("inspect", file), re.M)
+        assert len(found) == 1
+        return str(found[0])
+
+    assert by_class(memory_file) == "0 (4), 1 (3), 7 (2)"
+    names = {0: "cat", 1: "two\nlines"}
+    labels = torch.tensor([0, 0, 1, 2**32, 2**32 + 1, 3 * 2**32 + 5])
+    images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
+    data = hmn_replay.LabelledImages(images, labels, names)
+    path = tmp_path / "tasks.hmn"
+    hmn_replay.raw_images(data, "9 kB").save(path)
+    found = r"0 'cat' (2), 1 'two\nlines' (1), task 1: 0 (1), task 1: 1 (1), task 3: 5 (1)"
+    assert by_class(path) == found
+    told = run.json("inspect", path)
+    assert told["classes"] == labels.unique().tolist()
+    assert told["class_names"] == ["cat", "two\nlines", None, None, None]
+    assert told["images_per_class"] == [2, 1, 1, 1, 1]
+
+    many = torch.arange(100) - 2
+    hmn_replay.raw_images((torch.zeros(100, 1, 8, 8, dtype=torch.uint8), many), "9 kB").save(path)
+    assert by_class(path).startswith("-2 (1), -1 (1), 0 (1)")
+    assert by_class(path).endswith("7 (1), ..., 97 (1)")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_memory_kind_is_made_inspected_exported_and_evaluated(
     run: Console, tmp_path: Path, kind: str

@@ -32,6 +32,7 @@ __all__ = [
     "check_tensor",
     "joined_names",
     "mean_psnr",
+    "show_label",
     "stack_images",
     "to_image",
     "to_label",
@@ -416,6 +417,16 @@ def to_label(label: object, name: str) -> int:
         DataError: It is something else, or int64 does not hold it; ``name`` begins the message.
     """
     return int(to_labels(_as_array(label, name).reshape(1, -1), name))
+
+
+def show_label(label: int) -> str:
+    """Return a label as messages show it: ``"7"``, or ``"task 1: 7"``.
+
+    The latter is ``2**32 + 7``: of the class keys of streams with task labels, 2**32 and above, the
+    upper 32 bits are the task's label and the lower ones the class's.
+    """
+    task, own = divmod(label, 2**32)
+    return f"task {task}: {own}" if task > 0 else str(label)
 
 
 def mean_psnr(errors: Tensor) -> float:
