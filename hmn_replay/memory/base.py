@@ -36,7 +36,7 @@ from hmn_replay.memory.file import (
     unpack,
 )
 from hmn_replay.memory.labels import Labeller, SoftLabels
-from hmn_replay.registry import Registry
+from hmn_replay.registry import Registry, name_of
 from hmn_replay.runtime import resolve_device, without_autocast
 
 __all__ = [
@@ -294,7 +294,8 @@ class Memory(abc.ABC):
         """Decode everything once, into a data set of ``(image, label)`` pairs.
 
         Args:
-            transform: Applied to an image ``(C, H, W)`` each time that it is read.
+            transform: Applied to an image ``(C, H, W)`` each time that it is read, such as one of
+                torchvision's that normalises and augments.
             dtype: As in :meth:`decode`.
             soft: Whether the second of a pair is the image's soft label, float32 ``(K,)``, as
                 ``torch.nn.CrossEntropyLoss`` takes it, and not the class's label.
@@ -786,6 +787,14 @@ class DecodedDataset(Dataset[tuple[object, Any]]):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        labels = "" if self.soft is None else ", soft labels"
+        transformed = "" if self.transform is None else f", transform={name_of(self.transform)}"
+        return (
+            f"{type(self).__name__}({len(self)} images of {len(set(self.targets))} classes, "
+            f"image_shape={tuple(self.images.shape[1:])}{labels}{transformed})"
+        )
 
     def __getitem__(self, index: int) -> tuple[object, Any]:
         image = self.images[index]

@@ -125,6 +125,13 @@ class ReplayMemory:
         """Return how many images can be drawn."""
         return 0 if self.memory is None else self.memory.num_images
 
+    def __repr__(self) -> str:
+        budget = "" if self._budget_bytes is None else f"{self._budget_bytes:,} bytes, "
+        return (
+            f"{type(self).__name__}({type(self.keeper).__name__}, {budget}{self.num_updates} "
+            f"updates, memory={self.memory!r})"
+        )
+
     @property
     def memory(self) -> Memory | None:
         """What was last made, or None. It may be set to a memory that was loaded.

@@ -180,6 +180,10 @@ def test_a_data_set_has_images_labels_and_targets(kind: str) -> None:
     dataset = memory.as_dataset()
     assert len(dataset) == len(memory)
     assert dataset.targets == labels.tolist()
+    assert repr(dataset) == (
+        f"DecodedDataset({len(memory)} images of {memory.num_classes} classes, "
+        f"image_shape={memory.image_shape})"
+    )
     for index in range(len(memory)):
         image, label = dataset[index]
         assert isinstance(image, Tensor)
@@ -194,6 +198,8 @@ def test_a_data_set_transforms_an_image_each_time_that_it_is_read(kind: str) -> 
     calls = itertools.count()
     dataset = any_memory(kind).as_dataset(lambda x: (x.dtype, next(calls)), dtype=torch.uint8)
     label = dataset.targets[1]
+    assert repr(dataset).startswith(f"DecodedDataset({len(dataset)} images of ")
+    assert repr(dataset).endswith("<lambda>)")
     assert dataset[1] == ((torch.uint8, 0), label)
     assert dataset[1] == ((torch.uint8, 1), label)
 

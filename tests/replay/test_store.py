@@ -140,6 +140,15 @@ def test_images_are_drawn_in_the_dtype_that_is_asked_for() -> None:
     assert len(memory.sample(2, device="auto")[0]) == 2
 
 
+def test_it_is_shown_in_one_line() -> None:
+    memory = make("raw")
+    assert repr(memory) == "ReplayMemory(RealKeeper, 6,000 bytes, 0 updates, memory=None)"
+    memory.update(batch(0))
+    assert repr(memory) == (
+        f"ReplayMemory(RealKeeper, 6,000 bytes, 1 updates, memory={memory.memory!r})"
+    )
+
+
 @pytest.mark.parametrize("count", [0, -1, 1.5])
 def test_a_wrong_count_and_an_empty_memory_are_refused(count: Any) -> None:
     memory = make("raw")
