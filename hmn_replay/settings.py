@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -14,6 +14,8 @@ from hmn_replay.errors import ConfigError, HMNReplayError, UnknownOptionError
 from hmn_replay.registry import UnknownNameError, suggest
 
 __all__ = ["Settings", "check_options", "one_of"]
+
+_MOST_LISTED = 30
 
 
 class Settings(BaseModel):
@@ -86,21 +88,30 @@ def one_of(what: str, known: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def check_options(owner: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+def check_options(
+    owner: str,
+    given: Iterable[str],
+    known: Collection[str],
+    hints: Mapping[str, str] | None = None,
+) -> None:
     """Raise an error for the first of some keywords that is not known.
 
     Args:
         owner: What takes the keywords, for the message.
         given: The keywords that it was given.
-        known: The keywords that ``owner`` takes.
+        known: The keywords that ``owner`` takes. More than thirty are those of a condensation.
+        hints: What to say of some that are not known, in place of the nearest that is.
 
     Raises:
         UnknownOptionError: Also a TypeError, as Python raises for such a keyword.
     """
     for name in given:
         if name not in known:
-            near = suggest(name, list(known)) or f"; it has {', '.join(known)}"
-            raise UnknownOptionError(f"{owner} has no option {name!r}{near}")
+            hint = f"; {hints[name]}" if hints and name in hints else suggest(name, list(known))
+            all_of_them = f"it has {', '.join(known)}"
+            if len(known) > _MOST_LISTED:
+                all_of_them = "the command 'hmn-replay options' lists the settings"
+            raise UnknownOptionError(f"{owner} has no option {name!r}{hint or f'; {all_of_them}'}")
 
 
 def _explained(details: ErrorDetails, given: Any) -> ConfigError:

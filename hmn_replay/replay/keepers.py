@@ -597,7 +597,7 @@ class PQKeeper(RealKeeper):
         return memory, {"num_parts": self.num_parts, "code_bits": self.bits}
 
 
-_KEEPERS: dict[type[RealMemory], type[RealKeeper]] = {
+_KEEPERS: dict[type[Memory], type[RealKeeper]] = {
     JPEGMemory: JPEGKeeper,
     SubsampledMemory: SubsampledKeeper,
     PQMemory: PQKeeper,
@@ -613,11 +613,33 @@ def check_learned_options(owner: str, takes: Callable[..., Any], options: Iterab
         takes: Its class, whose other arguments are suggested as well.
         options: The names of the options.
     """
-    unknown = dict.fromkeys(name for name in options if name not in CondenseConfig.model_fields)
-    settings = [
-        name for name in CondenseConfig.model_fields if name not in LabelConfig.model_fields
-    ]
-    check_options(owner, unknown, [*named_arguments(takes), *settings])
+    unknown = [name for name in options if name not in CondenseConfig.model_fields]
+    known = [*named_arguments(takes), *_settings()]
+    check_options(owner, unknown, known, _kinds_with(unknown))
+
+
+def _settings() -> list[str]:
+    """Return the settings of a condensation in a stream."""
+    return [name for name in CondenseConfig.model_fields if name not in LabelConfig.model_fields]
+
+
+def _options_of(memory_type: type[Memory]) -> list[str]:
+    """Return the options that the keeper of a memory kind takes."""
+    if issubclass(memory_type, LearnedMemory):
+        return [*named_arguments(LearnedKeeper), *_settings()]
+    return named_arguments(_KEEPERS.get(memory_type, RealKeeper))
+
+
+def _kinds_with(options: Iterable[str]) -> dict[str, str]:
+    """Return which memory kinds have an option, of each that any has."""
+    options_of = {repr(kind): _options_of(memory_type) for kind, memory_type in MEMORIES.items()}
+    found = {}
+    for option in options:
+        kinds = [kind for kind, its_options in options_of.items() if option in its_options]
+        if kinds:
+            of = "kinds" if len(kinds) > 1 else "kind"
+            found[option] = f"it is an option of the memory {of} {', '.join(kinds)}"
+    return found
 
 
 def named_arguments(function: Callable[..., Any]) -> list[str]:
@@ -653,7 +675,7 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
                 "memories of that kind: pass a Keeper of your own in place of the budget"
             )
     known = {*named_arguments(keeper_type)} - {"budget", "kind"}
-    check_options(f"the memory kind {kind!r}", options, sorted(known))
+    check_options(f"the memory kind {kind!r}", options, sorted(known), _kinds_with(options))
     return keeper_type(budget, **options)
 
 

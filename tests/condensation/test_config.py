@@ -152,7 +152,7 @@ def test_another_effort_or_option_is_refused_with_the_nearest() -> None:
         make_config("slow")
     with pytest.raises(TypeError, match="no option 'outer_step'; did you mean 'outer_steps'"):
         make_config(outer_step=3)
-    with pytest.raises(UnknownOptionError, match="no option 'depth'; it has labels"):
+    with pytest.raises(UnknownOptionError, match="no option 'depth'; the command 'hmn-replay opt"):
         read_option("depth", "3")
 
 

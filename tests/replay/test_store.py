@@ -164,6 +164,15 @@ def test_what_a_kind_does_not_have_is_refused() -> None:
         ReplayMemory(6000, "raw", quality=3)
     with pytest.raises(TypeError, match="did you mean 'outer_steps'"):
         ReplayMemory(6000, outer_step=3)
+    for kind in ("hmn", "raw"):
+        with pytest.raises(TypeError, match=r"'quality'; it is an option of .* kind 'jpeg'$"):
+            ReplayMemory(6000, kind, quality=3)
+    with pytest.raises(TypeError, match=r"an option of the memory kinds 'features', .*'linba'$"):
+        ReplayMemory(6000, "raw", outer_steps=3)
+    with pytest.raises(TypeError, match=r"'xyz'; the command 'hmn-replay options' lists [^,]+$"):
+        ReplayMemory(6000, xyz=3)
+    with pytest.raises(TypeError, match=r"'xyz'; it has expected_classes, selection, training$"):
+        ReplayMemory(6000, "raw", xyz=3)
     with pytest.raises(ConfigError, match="memory kind"):
         ReplayMemory(6000, "jpg")
     with pytest.raises(BudgetError):
