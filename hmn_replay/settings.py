@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Any, ClassVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -32,6 +32,9 @@ class Settings(BaseModel):
         ConfigError: A value of another type, or outside its range.
     """
 
+    hints: ClassVar[Mapping[str, str]] = {}
+    """What to say of keywords that are no fields, and that somebody may expect."""
+
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
@@ -41,7 +44,7 @@ class Settings(BaseModel):
     )
 
     def __init__(self, **options: Any) -> None:
-        check_options(type(self).__name__, options, type(self).model_fields)
+        check_options(type(self).__name__, options, type(self).model_fields, self.hints)
         try:
             super().__init__(**options)
         except ValidationError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ COLOURS = ["red", "green"]
 
 class Paint(Settings):
     """A paint."""
+
+    hints: ClassVar[Mapping[str, str]] = {"coats": "layers counts them"}
 
     layers: Annotated[int, Field(ge=1)] = 2
     """How many layers there are."""
@@ -91,6 +94,8 @@ def test_an_unknown_keyword_is_a_type_error_with_the_nearest_name() -> None:
     with pytest.raises(UnknownOptionError, match="it has layers, colour, shades, price") as error:
         Paint(brush=3)  # type: ignore[call-arg]
     assert isinstance(error.value, HMNReplayError)
+    with pytest.raises(TypeError, match=r"Paint has no option 'coats'; layers counts them$"):
+        Paint(coats=3)  # type: ignore[call-arg]
 
 
 def test_settings_are_frozen_and_replaced_with_a_check() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Annotated, Any, TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,10 @@ class TrainingConfig(Settings):
         UnknownOptionError: A keyword that is no field.
         ConfigError: A value of another type, or outside its range.
     """
+
+    hints: ClassVar[Mapping[str, str]] = {
+        "epochs": "num_passes counts images: epochs times the images of the source"
+    }
 
     network: Annotated[str | NetworkFactory, one_of("network", NETWORKS)] = "convnet"
     """Architecture: a registered name, or a function from image shape and number of classes to a
