@@ -335,6 +335,11 @@ def export(args: argparse.Namespace) -> Result:
         raise ConfigError(
             "name a DIR, --npz FILE, --contact-sheet FILE or --dd-ranking DIR to write to"
         )
+    if folder and folder.suffix.lower() in (".npz", ".zip", ".png"):
+        raise ConfigError(
+            f"DIR is a folder for pictures; got {str(folder)!r}: write a file by --npz FILE, or by "
+            "--contact-sheet FILE"
+        )
     _check_not_read("--npz", args.npz, args.file)
     _check_not_read("--contact-sheet", sheet, args.file)
     memory = hmn_replay.load(args.file, device=args.device)

@@ -539,6 +539,8 @@ def test_ctrl_c_elsewhere_just_stops(
         ("baseline --kind raw --budget 9kB --set labels=soft", 2, "'labels'; pass --labels by"),
         ("condense --budget 50kB --out x.hmn --data ~no_such/x", 1, "no data set is called"),
         ("baseline --kind raw --budget 50", 2, "a budget of 50 bytes does not hold one image"),
+        ("export memory.hmn out.npz", 2, "got 'out.npz': write a file by --npz FILE, or by"),
+        ("export memory.hmn a/sheet.PNG", 2, "write a file by --npz FILE, or by --contact-sheet"),
         (
             "export memory.hmn",
             2,
