@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, partial
 from inspect import cleandoc, signature
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeAlias, Union, get_args, get_origin
@@ -44,6 +45,7 @@ from hmn_replay.files import check_target, clear_stale
 from hmn_replay.memory.export import DD_RANKING
 from hmn_replay.memory.file import unpack
 from hmn_replay.objectives.trajectories import delete_checkpoint, delete_experts, experts_beside
+from hmn_replay.registry import suggest
 from hmn_replay.runtime import PRECISIONS
 from hmn_replay.settings import check_options
 
@@ -160,7 +162,7 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
     out: Path = args.out
     checkpoint = Path(f"{out}.checkpoint")
     settings = _settings(args, hmn_replay.CondenseConfig.model_fields)
-    for name in ("objective", "number_format"):
+    for name in ("objective", "number_format", "labels"):
         if (value := getattr(args, name)) is not None:
             if name in settings:
                 flag = name.replace("_", "-")
@@ -557,8 +559,24 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is not known, before what is missing: that may be the same, misspelt."""
+        words: list[str] = list(sys.argv[1:] if args is None else args)
+        found, unknown = None, []
+        if self._subparsers is None:
+            options = takewhile(lambda word: word != "--", words)
+            names = (word.partition("=")[0] for word in options if word.startswith("--"))
+            unknown = [name for name in names if name not in self._option_string_actions]
+        if not unknown:
+            found, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            near = suggest(unknown[0], list(self._option_string_actions))
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return found, unknown
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        see = " See" if message.endswith("?") else "; see"
+        self.exit(2, f"{self.prog}: error: {message}{see} {self.prog} --help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -610,6 +628,7 @@ def _add_condense(parser: _Parser) -> None:
     names: dict[str, Iterable[str]] = {
         "objective": hmn_replay.OBJECTIVES,
         "number_format": hmn_replay.NUMBER_FORMATS,
+        "labels": hmn_replay.LABELS,
     }
     for name, known in names.items():
         flag = f"--{name.replace('_', '-')}"

@@ -397,15 +397,17 @@ def test_condense_passes_its_options_on(
     assert asked["checkpoint"] == tmp_path / "digits.hmn.checkpoint"
     assert asked["budget"] == "50kB"
     assert len(asked["data"]) == 1437
-    assert not {"number_format", "objective"} & set(asked)
+    assert not {"number_format", "objective", "labels"} & set(asked)
 
     options = ["--effort", "standard", "--number-format", "float16", "--quiet"]
     options += ["--objective", "distribution", "--kind", "idc", "--set", "outer-steps=7"]
+    options += ["--labels", "soft"]
     text = run(*common, *options, "--set", "beta_grid=0,0.5", "--set", "classes_per_step=none")
     assert asked["progress"] is False
     assert asked["effort"] == "standard"
     assert asked["number_format"] == "float16"
     assert asked["objective"] == "distribution"
+    assert asked["labels"] == "soft"
     assert asked["kind"] == "idc"
     assert asked["outer_steps"] == "7"
     assert asked["beta_grid"] == "0,0.5"
@@ -523,6 +525,11 @@ def test_ctrl_c_elsewhere_just_stops(
             2,
             "both --objective and --set objective=... are given",
         ),
+        (
+            "condense --budget 50kB --out x.hmn --labels hard --set labels=soft",
+            2,
+            "both --labels and --set labels=... are given",
+        ),
         ("condense --budget 50kB --out x.hmn --set outer_steps=-1", 2, "outer_steps must"),
         *(
             (f"condense --budget 50kB --out x.hmn --set {name}=3", 2, f"no option '{name}'")
@@ -598,6 +605,20 @@ def test_data_that_do_not_fit_are_said_not_to_have_been_named(
         ("baseline --kind raw --budget 9kB --selection best", "invalid choice: 'best'"),
         ("baseline --kind jpeg --budget 9kB --qualities 5,x", "1 or more, got 'x'"),
         ("baseline --kind jpeg --budget 9kB --qualities 101", "qualities from 1 to 100"),
+        (
+            "baseline --quality=30",
+            "hmn-replay baseline: error: unrecognized arguments: --quality; did you mean "
+            "'--qualities'? See hmn-replay baseline --help\n",
+        ),
+        (
+            "condense --budget 9kB --out x --sed 3 --xyz",
+            "arguments: --sed --xyz; did you mean '--seed'? See hmn-replay condense --help\n",
+        ),
+        ("condense --buget 9kB --out x", "--buget; did you mean '--budget'?"),
+        ("inspect a -- --b", "unrecognized arguments: --b; see hmn-replay inspect --help\n"),
+        ("inspect a b", "unrecognized arguments: b; see hmn-replay inspect --help\n"),
+        ("--sed inspect a", "unrecognized arguments: --sed; see hmn-replay --help\n"),
+        ("condense --budget 9kB --out x --labels firm", "invalid choice: 'firm'"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(run: Console, argv: str, message: str) -> None:
