@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.data.features import LabelledFeatures
-from hmn_replay.data.images import ImageSource, as_labelled_images, check_same_names
+from hmn_replay.data.images import ImageSource, as_labelled_images, check_same_names, show_label
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once, join_images
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
@@ -55,7 +55,7 @@ def evaluate(
     Args:
         source: What to learn from: a memory (anything with ``decode()``), or anything that
             :func:`hmn_replay.data.images.as_labelled_images` takes.
-        test_set: The same. A label that the source does not have counts as an error.
+        test_set: The same. An image whose label the source does not have counts as misclassified.
         network: Architecture: a name in :data:`hmn_replay.NETWORKS`, or a function from image shape
             and number of classes to a module. Default: that of ``config``, else ConvNet.
         labels: What of a memory to learn from: ``"hard"``, its classes; ``"soft"``, the soft labels
@@ -75,8 +75,9 @@ def evaluate(
     Raises:
         UnknownOptionError: An option that :class:`TrainingConfig` does not have.
         ConfigError: An option out of range, or labels that the source does not have.
-        DataError: Images or labels that cannot be used, of different shapes, or none; or a class
-            name that stands for another label in the test set than in the source.
+        DataError: Images or labels that cannot be used, of different shapes, or none; a test set
+            of other labels than the source throughout; or a class name that stands for another
+            label in the test set than in the source.
         TrainingError: The training diverged.
     """
     if network is not None:
@@ -100,8 +101,7 @@ def evaluate(
     check_same_names(own_names, test_names, "the source", "the test set")
     classes, class_indices = torch.unique(own_labels, return_inverse=True)
     targets = _targets(source, labels, classes)
-    positions = torch.searchsorted(classes, test_labels).clamp(max=len(classes) - 1)
-    known = classes[positions] == test_labels
+    test_indices = _positions(test_labels, classes, "the source")
     target = resolve_device(device)
     with without_autocast(target):
         trained = train_network(
@@ -114,7 +114,7 @@ def evaluate(
             device=target,
             progress=progress,
         )
-        accuracy = score(trained, test_images, torch.where(known, positions, -1))
+        accuracy = score(trained, test_images, test_indices)
     trained.classes.copy_(classes)
     return trained, accuracy
 
@@ -169,19 +169,35 @@ def labeller_accuracy(memory: Memory, test_set: Decodable | ImageSource) -> floa
 
     Raises:
         ConfigError: The memory has no labeller.
+        DataError: As in :func:`evaluate`.
     """
     labeller = memory.labeller
     if labeller is None:
         raise ConfigError("the memory has no labeller; make it with labels='labeller'")
     images, labels, names = _images_and_labels(test_set)
     check_same_names(memory.class_names, names, "the memory", "the test set")
-    classes = memory.classes.cpu()
-    ascending, order = classes.sort()
-    positions = torch.searchsorted(ascending, labels).clamp(max=len(classes) - 1)
-    known = ascending[positions] == labels
-    return score(
-        labeller, images, torch.where(known, order[positions], -1), device=memory.classes.device
-    )
+    ascending, order = memory.classes.cpu().sort()
+    positions = _positions(labels, ascending, "the memory")
+    indices = torch.where(positions < 0, -1, order[positions])
+    return score(labeller, images, indices, device=memory.classes.device)
+
+
+def _positions(labels: Tensor, classes: Tensor, owner: str) -> Tensor:
+    """Return the positions of a test set's labels in ascending classes; -1 for those not there."""
+    positions = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
+    known = classes[positions] == labels
+    if len(labels) and not known.any():
+        raise DataError(
+            f"expected a test set with labels of {owner}, {_shown(classes)}; got "
+            f"{_shown(labels.unique())}: number the classes of both alike"
+        )
+    return torch.where(known, positions, -1)
+
+
+def _shown(classes: Tensor) -> str:
+    """Return ascending labels as a message shows them, a few of many."""
+    shown = [show_label(label) for label in classes.tolist()]
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:4], "...", shown[-1]])
 
 
 def _targets(

@@ -90,7 +90,7 @@ def test_a_memory_without_images_is_refused(kind: str) -> None:
         scores(memory, real_set(), real_set(), config=PLAIN, device="cpu")
 
 
-def test_a_test_label_that_the_source_lacks_is_an_error() -> None:
+def test_a_test_label_that_the_source_lacks_is_misclassified() -> None:
     images, labels = stripes(60)
     test_images, test_labels = stripes(90, seed=1)
     _, complete = evaluate((images, labels), (test_images, test_labels), config=TINY, device="cpu")
@@ -99,6 +99,18 @@ def test_a_test_label_that_the_source_lacks_is_an_error() -> None:
         _, accuracy = evaluate((images, labels), (test_images, strange), config=TINY, device="cpu")
         assert accuracy <= 2 / 3
         assert accuracy >= complete - 1 / 3 - 1e-9
+
+
+def test_a_test_set_of_other_labels_throughout_is_refused() -> None:
+    images, labels = stripes(6)
+    for stranger in (labels + 2**32, labels - 5000):
+        with pytest.raises(DataError, match="with labels of the source, -3, 7, 1000; got "):
+            evaluate((images, labels), (images, stranger), config=TINY, device="cpu")
+    tasks = labels.clamp(0, 1) + (torch.arange(6) % 4 + 1) * 2**32
+    with pytest.raises(DataError, match=r"source, task 1: .*; got -3, 7, 1000: number the classes"):
+        evaluate((images, tasks), (images, labels), config=TINY, device="cpu")
+    with pytest.raises(DataError, match=r"got 0, 1, 2, 3, \.\.\., 9: number"):
+        evaluate((images, labels + 5000), (images[:1].expand(10, -1, -1, -1), torch.arange(10)))
 
 
 class Lazy(HierarchicalMemory):
