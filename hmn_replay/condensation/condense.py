@@ -24,7 +24,7 @@ from hmn_replay.condensation.matchers import check_given_networks
 from hmn_replay.data.features import LabelledFeatures, read_data
 from hmn_replay.data.images import ImageSource
 from hmn_replay.distributed import Team, join
-from hmn_replay.errors import ConfigError, HMNReplayWarning
+from hmn_replay.errors import BudgetError, ConfigError, HMNReplayWarning
 from hmn_replay.memory.base import MEMORIES, Memory, check_num_classes
 from hmn_replay.memory.layout import MemoryLayout
 from hmn_replay.memory.learned import LearnedMemory
@@ -48,7 +48,7 @@ _USED_SHARE, _USED_SHARE_CODED = 0.9, 1 / 16
 @torch.inference_mode(False)
 def condense(
     source: ImageSource,
-    budget: Budget | int | str,
+    budget: Budget | int | str | None = None,
     *,
     config: CondenseConfig | None = None,
     effort: str = "quick",
@@ -76,6 +76,7 @@ def condense(
         budget: Bytes that the saved file may take, header and all: a number, a text such as
             ``"120 KiB"``, or a :class:`Budget`. A memory has no more images of a class than there
             are real ones: where the budget is for more, a :class:`HMNReplayWarning` says so.
+            Default: that of ``memory``, where one is given that has a budget.
         config: The settings, in place of ``effort`` and ``options``. Default: those of ``effort``.
         effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``: a set of
             :class:`~hmn_replay.CondenseConfig` fields.
@@ -128,7 +129,8 @@ def condense(
         ``unused_reason``, why that is below 0.97, else None.
 
     Raises:
-        BudgetError: The budget does not hold one image a class; the message says what would.
+        BudgetError: The budget does not hold one image a class; the message says what would. Or
+            there is none.
         ConfigError: A value outside its range, or arguments that exclude each other.
         UnknownOptionError: An option that is no field; also a TypeError.
         DataError: Images or labels that cannot be used.
@@ -173,6 +175,13 @@ def condense(
         given = sorted(options) or ["effort"]
         raise ConfigError(f"config= has all settings; give it alone, without {given[0]}=")
     check_config(config, memory_type)
+    if budget is None and memory is not None:
+        budget = memory.budget_bytes
+    if budget is None:
+        raise BudgetError(
+            "expected a budget, or a memory to add to that has one, and got neither; pass the "
+            'bytes of the file, such as "120 KiB"'
+        )
     limit, target = Budget.parse(budget), resolve_device(device)
     derive_seed(seed)
     check_given_networks(config.objective, networks)

@@ -502,6 +502,23 @@ def test_a_budget_too_small_is_refused_with_one_that_does(
     assert memory.images_per_class == [1, 1, 1]
 
 
+def test_the_budget_is_that_of_the_memory_that_is_added_to(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    memory = tiny(make_set(labels=(1, 2)), make_layout(), budget=1600)
+    options, budget = {"memory": memory, **TINY}, memory.budget_bytes
+    assert budget is not None
+    grown = condense(make_set(labels=(7,)), **options)
+    assert grown.to_bytes() == condense(make_set(labels=(7,)), budget, **options).to_bytes()
+    assert grown.classes.tolist() == [1, 2, 7]
+    assert grown.file_bytes <= budget == grown.budget_bytes
+    memory.budget_bytes = None
+    with pytest.raises(BudgetError, match="expected a budget, or a memory to add to that has one"):
+        condense(make_set(labels=(7,)), **options)
+    with pytest.raises(BudgetError, match='got neither; pass the bytes of the file, such as "120 '):
+        condense(make_set())
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
