@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hmn_replay import LabelledImages, RawReplay
 from hmn_replay.baselines.selection import herding
 from hmn_replay.errors import ConfigError
-from hmn_replay.training.networks import evaluating, penultimate_features
+from hmn_replay.training.networks import evaluating, find_head, logits_and_features
 from strategies.settings import Settings, Strategy
 
 __all__ = ["build", "class_features", "herd"]
@@ -71,9 +71,12 @@ def class_features(model: nn.Module, images: Tensor) -> Tensor:
         float ``(N, D)`` on the CPU.
     """
     device = next(model.parameters()).device
+    head = find_head(model, images[[0, -1]].to(device))
     with evaluating(model):
-        parts = [penultimate_features(model, part.to(device)) for part in images.split(_BATCH)]
-    return torch.cat([F.normalize(part.flatten(1)).cpu() for part in parts])
+        parts = [
+            logits_and_features(model, head, part.to(device))[1] for part in images.split(_BATCH)
+        ]
+    return torch.cat([F.normalize(part).cpu() for part in parts])
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:

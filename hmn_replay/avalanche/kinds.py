@@ -32,7 +32,7 @@ from hmn_replay.replay import (
     Selection,
     SubsampledKeeper,
 )
-from hmn_replay.replay.keepers import check_learned_options, named_arguments
+from hmn_replay.replay.keepers import check_learned_options, kinds_with, named_arguments
 from hmn_replay.runtime import isolated
 from hmn_replay.settings import check_options
 from hmn_replay.training.networks import evaluating
@@ -393,7 +393,7 @@ class _Normalising(nn.Module):
 def _check_keywords(plugin: MemoryReplay, options: Mapping[str, Any]) -> None:
     """Raise an UnknownOptionError for an option that a plugin of real images does not take."""
     known = [*named_arguments(type(plugin)), *ReplayOptions.__annotations__]
-    check_options(type(plugin).__name__, options, known)
+    check_options(type(plugin).__name__, options, known, kinds_with(options))
 
 
 def _trains_usual_networks(config: CondenseConfig) -> bool:

@@ -44,6 +44,7 @@ from hmn_replay.avalanche.streams import (
     class_counts,
     experiences_of,
     find_normalization,
+    first_images,
     first_of_each_class,
     is_piece,
     read_experiences,
@@ -290,7 +291,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._num_updates_before = 0
         # Weights of the network by name, on the CPU, that the next experience needs.
         self._kept: dict[str, dict[str, Tensor]] = {}
-        self._tuned_digest = ""
+        self._tuned_digests: dict[str, str] = {}
         # Since the experience, or the piece of one, began.
         self._num_augmented = 0
         self._teacher: Teacher | None = None
@@ -423,8 +424,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 "a strategy has two plugins that replay from a memory, each of which takes the "
                 "images at the end of a mini-batch, and the loss, for its own: give it one"
             )
-        if any(isinstance(module, MultiTaskModule) for module in strategy.model.modules()):
-            self._refuse_tasks()
+        multi = [m for m in strategy.model.modules() if isinstance(m, MultiTaskModule)]
+        asked = [name for name in self._for_one_head() if name != "distill"]
+        if multi and asked:
+            raise ConfigError(
+                f"{asked[0]} is for one head, and {type(multi[0]).__name__} has one for each task; "
+                "leave it out"
+            )
         if self.tune == "head" or getattr(find_loss(self.loss)[1], "needs_head", False):
             check_has_head(strategy.model)
         self._attend(strategy.device, strategy.model)
@@ -501,6 +507,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         distilled = [c for c in self._old_classes.tolist() if c not in own]
         self.distill_used = self._weigh_distillation(strategy, experiences) if distilled else 0.0
         self._teacher = self._make_teacher(strategy.model, torch.tensor(distilled))
+        if self.tune == "head" or getattr(self._loss_now, "needs_head", False):
+            images = first_images(experiences, 2)
+            if len(images) > 1:  # a mistake is told before the first step
+                self._find_head(strategy.model, images.to(self._device))
 
     def before_training_iteration(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Add decoded images to the mini-batch, or augment those that it consists of."""
@@ -622,7 +632,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             "loss_used": self.loss_used,
             "renew_used": self.renew_used,
             "num_updates_before": self._num_updates_before,
-            "tuned_digest": self._tuned_digest,
+            "tuned_digests": self._tuned_digests,
         }
         state = {**self.store.state_dict(), "training": settled}
         state["training_digest"] = digest_state(settled)
@@ -657,8 +667,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             found = None if found is None else Normalization.of(found)
             if not all(name is None or isinstance(name, str) for name in names):
                 raise CheckpointError(f"{names} are no names")
-            num_before, tuned = as_int(settled["num_updates_before"]), settled["tuned_digest"]
-            if num_before is None or not isinstance(tuned, str):
+            num_before, tuned = as_int(settled["num_updates_before"]), settled["tuned_digests"]
+            if num_before is None or not isinstance(tuned, dict):
                 raise CheckpointError("it counts updates otherwise than from 0 on")
         except (HMNReplayError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
@@ -668,7 +678,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self.store.load_state_dict(own)
         self._kept, self._found = kept, self.normalization or found
         self.loss_used, self.renew_used = names
-        self._num_updates_before, self._tuned_digest = num_before, tuned
+        self._num_updates_before, self._tuned_digests = num_before, dict(tuned)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no network, and no decoded image."""
@@ -686,7 +696,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             # What is known of one network does not hold for another.
             self._kept.clear()
             self._num_updates_before = self.store.num_updates
-        self._device, self._model = torch.device(device), model
+        self._device, self._model = torch.device(device), known if model is None else model
         self.store.device = self.compute_device
 
     def _note(self) -> dict[str, Any]:
@@ -810,14 +820,16 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         finally:
             if teacher is not None:
                 teacher.hook.remove()
-            self._tuned_digest = _digest_like(self._kept[_UNTUNED_WEIGHTS], model)
+            self._tuned_digests = _digests_like(self._kept[_UNTUNED_WEIGHTS], model)
 
     def _undo_tuning(self, model: nn.Module) -> None:
         """Give the network its weights from before the tuning, unless it was changed since."""
         untuned = self._kept.pop(_UNTUNED_WEIGHTS, None)
         if untuned is None:
             return
-        if _digest_like(untuned, model) == self._tuned_digest:
+        # A head that has grown since is as it was tuned; it has no weights from before.
+        now = _digests_like(untuned, model)
+        if all(self._tuned_digests.get(name) == digest for name, digest in now.items()):
             _take_weights(model, untuned)
         else:
             self._warn(
@@ -840,7 +852,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             _take_weights(model, tuned)
 
     def _read(self, experiences: Sequence[Any]) -> LabelledImages:
-        with isolated(self._device, self.seed, "read", self.store.num_updates):
+        with isolated(self._device, self.seed, "read", *self.store.num_read):
             return self._embedded(read_experiences(experiences, self._found))
 
     def _embedded(self, images: LabelledImages) -> LabelledImages:
@@ -1037,14 +1049,18 @@ def _take_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             parameter.copy_(weights[name])
 
 
-def _digest_like(weights: Mapping[str, Tensor], model: nn.Module) -> str:
-    """Return a digest of those of a network's weights whose names are given."""
-    own = {name: each for name, each in model.named_parameters() if name in weights}
-    return digest_tensors("", on_cpu(own))
+def _digests_like(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
+    """Return a digest of each of a network's weights whose name and shape are given."""
+    return {
+        name: digest_tensors("", {name: each.detach()})
+        for name, each in model.named_parameters()
+        if name in weights and weights[name].shape == each.shape
+    }
 
 
 def _is_same_network(one: nn.Module, other: nn.Module) -> bool:
     """Return whether two modules are one, or copies with the same weights."""
+    one, other = (getattr(each, "_orig_mod", each) for each in (one, other))  # compiled or not
     if one is other:
         return True
     own, others = one.state_dict(), other.state_dict()

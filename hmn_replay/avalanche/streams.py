@@ -33,6 +33,7 @@ __all__ = [
     "class_key",
     "experiences_of",
     "find_normalization",
+    "first_images",
     "first_of_each_class",
     "is_piece",
     "read_experiences",
@@ -342,6 +343,18 @@ def _walk(transform: Any) -> Iterator[Normalization]:
         inner = getattr(transform, "transform", None)
         if inner is not transform:
             yield from _walk(inner)
+
+
+def first_images(experiences: Sequence[Any], count: int) -> Tensor:
+    """Return the first and the last images of an experience, as its eval transforms give them.
+
+    Args:
+        experiences: Of Avalanche; the first one counts.
+        count: How many at most.
+    """
+    dataset = experiences[0].dataset.eval()
+    positions = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    return torch.stack([torch.as_tensor(dataset[i][0]) for i in positions])
 
 
 def is_piece(strategy: Strategy, experience: Any) -> bool:

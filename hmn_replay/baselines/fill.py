@@ -325,13 +325,14 @@ def choose_quality(
             most, waiting = quality - 1, []
         else:
             if len(memory) == len(train):
-                holds_all = quality
+                holds_all = max(holds_all, quality)
             _, accuracies[quality] = evaluate(
                 memory, held_out, seed=seed, device=device, config=training
             )
         if qualities is None and not waiting:
-            further = next_quality(accuracies)
-            waiting = [further] if further is not None and further <= most else []
+            further = next_quality({q: found for q, found in accuracies.items() if q >= holds_all})
+            is_of_use = further is not None and holds_all < further <= most
+            waiting = [further] if further is not None and is_of_use else []
     found = dict(sorted(accuracies.items()))
     of_use = [quality for quality in found if quality >= holds_all]
     best = max(of_use, key=lambda quality: found[quality], default=_USUAL_QUALITY)

@@ -141,7 +141,9 @@ class RandomAugmentation:
         fill: float | Sequence[float] | Tensor = 0.5,
         std: float | Sequence[float] | Tensor = 0.25,
     ) -> None:
-        self.names = tuple(names.split(",")) if isinstance(names, str) else tuple(names)
+        if isinstance(names, str):
+            names = [name.strip() for name in names.split(",") if name.strip()]
+        self.names = tuple(names)
         self.fill, self.std = fill, std
         draw_augmentation(self.names, (1, 1), torch.Generator())  # which checks the names
 
@@ -193,18 +195,37 @@ def augment_training(
         What removes the hook, by its ``remove()``.
 
     Raises:
-        ConfigError: An unknown name.
+        ConfigError: An unknown name; or, while training, images that are not the first argument
+            without a name.
     """
     augmentation = RandomAugmentation(names, fill=fill, std=std)
     generator = make_generator(seed, "augment")
+    return model.register_forward_pre_hook(_AugmentTraining(augmentation, generator))
 
-    def augment(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+
+class _AugmentTraining:
+    """The hook of :func:`augment_training`; a network is saved and copied with it."""
+
+    def __init__(self, augmentation: RandomAugmentation, generator: torch.Generator) -> None:
+        self.augmentation, self.generator = augmentation, generator
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not module.training:
             return None
+        if not inputs:
+            raise ConfigError(
+                "augment_training augments the first argument of a network, which was called with "
+                "names alone: call it as network(images, ...)"
+            )
         images, *others = inputs
-        return augmentation(images, generator), *others
+        return self.augmentation(images, self.generator), *others
 
-    return model.register_forward_pre_hook(augment)
+    def __getstate__(self) -> dict[str, Any]:
+        return {"augmentation": self.augmentation, "generator": self.generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.augmentation, self.generator = state["augmentation"], torch.Generator()
+        self.generator.set_state(state["generator"])
 
 
 @dataclass(frozen=True, eq=False)

@@ -255,9 +255,14 @@ class RealMemory(Memory):
 
         Args:
             num_classes: How many classes there are then, those that are here among them.
+
+        Raises:
+            ConfigError: The memory has no image to go by.
         """
         lengths, classes = list(map(len, self.payloads)), self.classes.tolist()
-        num_more = num_classes - len(classes)
+        if not lengths:
+            raise ConfigError("an empty memory does not say how large images are; extend() it")
+        num_more = max(0, num_classes - len(classes))
         unknown = (label for label in itertools.count() if label not in classes)
         classes = sorted([*classes, *itertools.islice(unknown, num_more)])
         lengths += [math.ceil(sum(lengths) / len(lengths))] * num_more

@@ -58,6 +58,7 @@ __all__ = [
     "Selection",
     "SubsampledKeeper",
     "check_learned_options",
+    "kinds_with",
     "make_keeper",
     "named_arguments",
 ]
@@ -526,13 +527,13 @@ class JPEGKeeper(RealKeeper):
                 device=device,
                 training=self.training,
             )
-            quality = self._affordable(images, quality)
+            quality = self._affordable(images, order, quality)
         return jpeg_images(images, self.budget, quality=quality, selection=order), report
 
-    def _affordable(self, images: LabelledImages, quality: int) -> int:
+    def _affordable(self, images: LabelledImages, order: Tensor, quality: int) -> int:
         """Return a quality, or a lower one where the budget would not hold one of each class."""
-        positions = first_in_turn(images.labels, torch.arange(len(images)))
-        first_of_each = images.take(positions[: images.num_classes])
+        positions = first_in_turn(images.labels[order], torch.arange(len(order)))
+        first_of_each = images.take(order[positions[: images.num_classes]])
         for lower in (quality, *sorted(q for q in (1, 2, *QUALITIES) if q < quality)[::-1]):
             keeper = JPEGKeeper(self.budget, quality=lower, expected_classes=self.expected_classes)
             with contextlib.suppress(BudgetError):
@@ -615,7 +616,7 @@ def check_learned_options(owner: str, takes: Callable[..., Any], options: Iterab
     """
     unknown = [name for name in options if name not in CondenseConfig.model_fields]
     known = [*named_arguments(takes), *_settings()]
-    check_options(owner, unknown, known, _kinds_with(unknown))
+    check_options(owner, unknown, known, kinds_with(unknown))
 
 
 def _settings() -> list[str]:
@@ -630,7 +631,7 @@ def _options_of(memory_type: type[Memory]) -> list[str]:
     return named_arguments(_KEEPERS.get(memory_type, RealKeeper))
 
 
-def _kinds_with(options: Iterable[str]) -> dict[str, str]:
+def kinds_with(options: Iterable[str]) -> dict[str, str]:
     """Return which memory kinds have an option, of each that any has."""
     options_of = {repr(kind): _options_of(memory_type) for kind, memory_type in MEMORIES.items()}
     found = {}
@@ -675,7 +676,7 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
                 "memories of that kind: pass a Keeper of your own in place of the budget"
             )
     known = {*named_arguments(keeper_type)} - {"budget", "kind"}
-    check_options(f"the memory kind {kind!r}", options, sorted(known), _kinds_with(options))
+    check_options(f"the memory kind {kind!r}", options, sorted(known), kinds_with(options))
     return keeper_type(budget, **options)
 
 

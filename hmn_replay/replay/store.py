@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ from hmn_replay.training.networks import evaluating
 __all__ = ["DecodedImages", "ReplayMemory", "digest_memory", "digest_state"]
 
 _STATE_VERSION = 3
+
+Result = TypeVar("Result")
 
 
 class ReplayMemory:
@@ -186,6 +188,11 @@ class ReplayMemory:
         """How often images were drawn."""
         return self._num_draws
 
+    @property
+    def num_read(self) -> tuple[int, int]:
+        """How many updates there were, and how many images were gathered since."""
+        return self._num_updates, self.gatherer.num_seen.total()
+
     def count_classes(self, images: LabelledImages) -> int:
         """Return how many classes there are in the memory, in what is gathered, and in images."""
         known = [] if self.memory is None else self.memory.classes.tolist()
@@ -200,10 +207,31 @@ class ReplayMemory:
 
         Raises:
             BudgetError: The budget does not hold one image of each class that the memory has, of
-                each of these, and of each that is expected; the message says what would do.
+                each of these, and of each that is expected, by hard labels; the message says what
+                would do.
         """
         data = self._read(images, labels)
-        self.keeper.check_room(data, memory=self.memory, num_classes=self.count_classes(data))
+        num_classes = self.count_classes(data)
+        self._making_room(
+            lambda memory: self.keeper.check_room(data, memory=memory, num_classes=num_classes)
+        )
+
+    def _making_room(
+        self, act: Callable[[Memory | None], Result]
+    ) -> tuple[Result, BudgetError | None]:
+        """Do something with the memory, or without its soft labels where they leave no room.
+
+        Returns:
+            What it gave, and the error where it was done without.
+        """
+        try:
+            return act(self.memory), None
+        except BudgetError as error:
+            if self.memory is None or not self.memory.has_soft_labels:
+                raise
+            hard = copy.deepcopy(self.memory)
+            hard.set_soft_labels(None)
+            return act(hard), error
 
     def update(
         self,
@@ -262,20 +290,14 @@ class ReplayMemory:
                     progress=self.progress,
                 )
 
-        try:
-            memory, report = renew(self.memory)
-        except BudgetError as error:
-            if self.memory is None or not self.memory.has_soft_labels:
-                raise
+        (memory, report), reason = self._making_room(renew)
+        self._check_memory(memory)
+        if reason is not None:
             warnings.warn(
-                f"images lose their soft labels, to make room: {error}",
+                f"images lost their soft labels, to make room: {reason}",
                 HMNReplayWarning,
                 stacklevel=2,
             )
-            hard = copy.deepcopy(self.memory)
-            hard.set_soft_labels(None)
-            memory, report = renew(hard)
-        self._check_memory(memory)
         budget_bytes = memory.budget_bytes
         entry = {
             "update": index,
@@ -291,13 +313,13 @@ class ReplayMemory:
         self.report.append(json.loads(json.dumps(entry, default=_plain)))
         self._memory, self._num_updates = memory, index + 1
         if self.progress:
-            reason, budget = entry.get("unused_reason"), memory.budget_bytes
+            unused, budget = entry.get("unused_reason"), memory.budget_bytes
             print(
                 f"hmn_replay, update {index}: {memory.num_images:,} images of "
                 f"{len(entry['images_per_class'])} classes in {memory.file_bytes:,} bytes"
                 + (f", {100 * memory.file_bytes / budget:.1f} % of the budget" if budget else "")
                 + f", {entry['seconds']:.0f} s"
-                + (f" ({reason})" if reason else ""),
+                + (f" ({unused})" if unused else ""),
                 file=sys.stderr,
                 flush=True,
             )
@@ -349,7 +371,7 @@ class ReplayMemory:
     def _read(self, images: ImageSource, labels: Any) -> LabelledImages:
         source = images if labels is None else (images, labels)
         # A data set may have transforms that draw.
-        with isolated(self.device, self.seed, "read", self._num_updates, len(self.gatherer)):
+        with isolated(self.device, self.seed, "read", *self.num_read):
             return read_data(source, holds_features=self.keeper.holds_features)
 
     def decoded(self, device: str | torch.device | None = None) -> DecodedImages | None:

@@ -42,6 +42,7 @@ _WORTH_COMPILING = 2.5e9
 # Backends that could not compile, each with the type of device that it was to compile for: in this
 # process they are not tried again, by whatever network.
 _BROKEN: set[tuple[object, str]] = set()
+_NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing")
 # Compiled functions of so many architectures, batch shapes and precisions are kept.
 _NUM_KEPT = 64
 
@@ -255,10 +256,11 @@ def _is_broken(backend: object, images: Tensor) -> bool:
 
 
 def _note_failure(error: Exception, backend: object, images: Tensor) -> None:
-    """Warn that compiling failed, and remember it where it was the compiler that failed."""
-    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+    """Warn that compiling failed, and remember it where there is no compiler that works."""
+    cause = getattr(error, "inner_exception", error)
+    if type(cause).__name__ in _NO_COMPILER:
         _BROKEN.add((backend, images.device.type))
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
     warnings.warn(
         f"torch.compile failed ({reason}); going on without, which is slower: install a "
         "C++ compiler, or pass compile=False",

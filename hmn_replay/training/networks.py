@@ -28,7 +28,6 @@ __all__ = [
     "find_head",
     "is_built_in",
     "logits_and_features",
-    "penultimate_features",
 ]
 
 NetworkFactory: TypeAlias = Callable[..., nn.Module]
@@ -324,19 +323,6 @@ def logits_and_features(
     return logits, (_making(logits, calls) or calls)[-1].given.flatten(1)
 
 
-def penultimate_features(network: nn.Module, images: Tensor) -> Tensor:
-    """Return what a network's head makes its logits from, ``(N, D)``.
-
-    Args:
-        network: Maps images to logits, in the mode that it is in.
-        images: float ``(N, C, H, W)``.
-
-    Raises:
-        ConfigError: No linear layer makes the logits.
-    """
-    return logits_and_features(network, find_head(network, images[:2]), images)[1]
-
-
 class _Call(NamedTuple):
     """A call of a linear layer."""
 
@@ -351,12 +337,14 @@ def _watch(
     """Return what a network returns, and the calls of some of its layers, in their order."""
     calls: list[_Call] = []
 
-    def note(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append(_Call(cast(nn.Linear, layer), given[0], output))
+    def note(
+        layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> None:
+        calls.append(_Call(cast(nn.Linear, layer), given[0] if given else named["input"], output))
 
     with contextlib.ExitStack() as hooks:
         for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(note))
+            hooks.enter_context(layer.register_forward_hook(note, with_kwargs=True))
         # What torch.compile has made before would not call the hooks.
         plain = cast(nn.Module, getattr(network, "_orig_mod", network))
         return plain._call_impl(*inputs), calls
@@ -377,7 +365,9 @@ def _making(logits: Any, calls: Sequence[_Call]) -> list[_Call]:
         return found
     if found := [call for call in own if call.output.to(logits.dtype).equal(logits)]:
         return found
-    masked = (logits == logits[:1]).all(dim=0) & (len(logits) > 1)
+    masked = (logits == logits[:1]).all(dim=0)
+    if masked.all():  # of one image alone, or of equal ones, nothing can be told
+        return []
     return [call for call in own if bool((masked | (call.output.to(logits.dtype) == logits)).all())]
 
 

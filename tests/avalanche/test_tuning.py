@@ -10,7 +10,7 @@ import pytest
 import torch
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.core import SupervisedPlugin
-from avalanche.models import MTSimpleMLP
+from avalanche.models import IncrementalClassifier, MTSimpleMLP
 from torch import Tensor, nn
 
 from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayWarning
@@ -188,6 +188,16 @@ def test_a_run_that_goes_on_tunes_alike(tmp_path: Path) -> None:
     assert weights(resumed).equal(weights(whole))
 
 
+class BodyNoted(SupervisedPlugin[Any]):
+    """Notes the first layer's weights that an experience begins with."""
+
+    weight: Tensor
+
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        if not hasattr(self, "weight"):
+            self.weight = strategy.model.body[1].weight.detach().clone()
+
+
 class Begun(SupervisedPlugin[Any]):
     """Notes the weights that an experience begins with."""
 
@@ -282,12 +292,56 @@ def test_what_cannot_be_tuned_is_refused() -> None:
         KeepFirst(tune="all", mode="memory_only")
 
 
-@pytest.mark.parametrize("options", [{"tune": "all"}, {"distill": 1.0}, {"labels": "soft"}])
+@pytest.mark.parametrize("options", [{"tune": "all"}, {"labels": "soft"}])
 def test_a_head_for_each_task_is_refused_before_the_first_step(options: Any) -> None:
     model = MTSimpleMLP(input_size=192)
     strategy = make_strategy([KeepFirst(loss="plain", **options)], model=model)
-    with pytest.raises(ConfigError, match="is for one head, without task labels above 0; leave"):
+    with pytest.raises(ConfigError, match="is for one head, and MTSimpleMLP has one for each task"):
         train(strategy, streams("nc_tasks").train_stream[:1])
+
+
+def test_a_network_of_heads_is_distilled_where_there_is_one_task() -> None:
+    replay = KeepFirst(distill=1.0)
+    train(make_strategy([replay], model=MTSimpleMLP(input_size=192)), streams().train_stream)
+    assert replay.distill_used == 1
+
+
+@pytest.mark.parametrize("options", [{"tune": "head"}, {"loss": "grouped"}])
+def test_a_head_that_is_not_found_is_said_before_the_first_step(options: Any) -> None:
+    class Scaled(HeadFirst):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) / 0.5
+
+    strategy = make_strategy([KeepFirst(**options)], model=Scaled())
+    before = weights(strategy)
+    with pytest.raises(ConfigError, match="of Scaled makes its logits"):
+        train(strategy, streams().train_stream[:1])
+    assert weights(strategy).equal(before)
+
+
+def test_a_head_that_has_grown_since_is_no_other_network() -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU())
+            self.head = IncrementalClassifier(16, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.body(images))
+            return logits
+
+    benchmark = streams(num_experiences=4)
+    replay = KeepFirst(batch_size_mem=4, tune="all")
+    strategy = make_strategy([replay], model=Growing())
+    for experience in benchmark.train_stream[:2]:
+        train(strategy, [experience])
+    untuned = replay.state_dict()["untuned_weights"]["body.1.weight"]
+    strategy.eval(benchmark.test_stream)  # the head grows for classes to come
+    assert not strategy.model.body[1].weight.equal(untuned)
+    noted = BodyNoted()  # type: ignore[no-untyped-call]
+    strategy.plugins.append(noted)
+    train(strategy, benchmark.train_stream[2:3])
+    assert noted.weight.equal(untuned)
 
 
 def test_the_weights_before_the_tuning_can_be_had() -> None:

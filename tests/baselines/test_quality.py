@@ -45,6 +45,12 @@ def test_the_quality_is_chosen_by_real_trainings() -> None:
     assert choose_quality(classes_of(0, 1, 2), 40_000, **TRAINING) == (quality, accuracies)
 
 
+def test_where_all_images_fit_at_any_quality_none_is_low() -> None:
+    quality, accuracies = choose_quality(classes_of(0, 1), "10 MB", **TRAINING)
+    assert quality == max(map(int, accuracies)) >= max(QUALITIES)
+    assert min(map(int, accuracies)) == min(QUALITIES)
+
+
 def test_any_images_are_taken() -> None:
     data, options = classes_of(0, 1), {**TRAINING, "qualities": (20, 50)}
     pair = data.images.numpy(), data.labels.numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -341,3 +342,13 @@ def test_each_image_is_augmented_by_draws_of_the_global_generator() -> None:
     assert augment(images[:0]).shape == (0, 3, 8, 8)
     with pytest.raises(ConfigError, match="unknown augmentation 'blur'"):
         RandomAugmentation("crop,blur")
+
+
+def test_a_network_is_saved_with_its_augmentation() -> None:
+    augment_training(model := nn.Flatten(), "crop, flip", seed=5)
+    images = noise(6, 3, 8, 8)
+    model(images)
+    again = pickle.loads(pickle.dumps(model))
+    assert model(images).equal(again(images))
+    with pytest.raises(ConfigError, match=r"call it as network\(images, \.\.\.\)"):
+        model(input=images)

@@ -265,8 +265,9 @@ def test_a_chosen_quality_leaves_room_for_the_classes_that_are_expected(budget: 
 @pytest.mark.filterwarnings("ignore:images keep hard labels")
 def test_images_lose_their_labels_before_an_update_is_refused() -> None:
     memory = ReplayMemory(958, "raw", expected_classes=10, device="cpu")
-    with pytest.warns(HMNReplayWarning, match="images lose their soft labels, to make room"):
+    with pytest.warns(HMNReplayWarning, match="images lost their soft labels, to make room"):
         for first in (0, 2, 4, 6, 8):
+            memory.check_room(two_digits(first))
             count = memory.update(two_digits(first)).num_classes
             memory.label(lambda images, k=count: torch.zeros(len(images), k))  # type: ignore[misc]
     assert memory.memory is not None and memory.memory_bytes <= 958

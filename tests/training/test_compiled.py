@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import InvalidCxxCompiler
 
 from hmn_replay.errors import ConfigError, HMNReplayWarning
 from hmn_replay.runtime import make_generator, seeded
@@ -124,7 +125,7 @@ def test_a_compiler_that_fails_is_tried_once_in_a_process_with_one_warning() -> 
 
     def fail(*_: Any) -> Any:
         tried.append(1)
-        raise RuntimeError("no compiler found")
+        raise InvalidCxxCompiler
 
     with pytest.warns(HMNReplayWarning, match=r"torch.compile failed .*; going on without"):
         assert_same_step(convnet(), draw(6), 0.5, CompiledLoss("float32", fail))
@@ -135,6 +136,21 @@ def test_a_compiler_that_fails_is_tried_once_in_a_process_with_one_warning() -> 
             assert_same_step(convnet(width=width), draw(6), 0.5, CompiledLoss("float32", fail))
         assert CompiledFunction(sums, image_dim=1, backend=fail)(*arguments).equal(sums(*arguments))
     assert len(tried) == 1
+
+
+def test_a_network_that_cannot_be_compiled_keeps_no_other_from_it() -> None:
+    tried = []
+
+    def refuse_the_first(module: Any, _: Any) -> Any:
+        tried.append(1)
+        if len(tried) == 1:
+            raise RuntimeError("no such operation")
+        return module.forward
+
+    with pytest.warns(HMNReplayWarning, match="no such operation"):
+        assert_same_step(convnet(), draw(6), 0.5, CompiledLoss("float32", refuse_the_first))
+    assert_same_step(convnet(width=5), draw(6), 0.5, CompiledLoss("float32", refuse_the_first))
+    assert len(tried) == 2
 
 
 def test_the_networks_own_error_is_raised_as_it_is(backend: CountingBackend) -> None:

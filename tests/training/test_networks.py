@@ -25,7 +25,6 @@ from hmn_replay.training.networks import (
     default_depth,
     find_head,
     logits_and_features,
-    penultimate_features,
 )
 from tests.stripes import PLAIN, stripes
 from tests.support import TINY_MTT, CountingBackend, tiny
@@ -37,6 +36,10 @@ def conv_weights(network: Network) -> list[torch.Tensor]:
 
 def num_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def penultimate_features(network: nn.Module, images: Tensor) -> Tensor:
+    return logits_and_features(network, find_head(network, images), images)[1]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -374,9 +377,27 @@ def test_a_head_may_take_more_than_images() -> None:
 def test_where_no_layer_makes_the_logits_there_is_no_head(
     convert: Callable[[Tensor], Any], message: str
 ) -> None:
-    for find in (find_head, penultimate_features):
-        with pytest.raises(ConfigError, match=message):
-            find(Tangled(convert), noise(2, 3, 8, 8))
+    with pytest.raises(ConfigError, match=message):
+        find_head(Tangled(convert), noise(2, 3, 8, 8))
+
+
+def test_equal_images_do_not_tell_which_logits_are_masked() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.unused = nn.Linear(192, 5), nn.Linear(192, 5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            rows = images.flatten(1)
+            self.unused(rows)
+            hidden = torch.tensor([False, False, False, True, True])
+            logits: Tensor = self.head(input=rows)
+            return logits.masked_fill(hidden, -1000)
+
+    network = Masked()
+    assert find_head(network, noise(2, 3, 8, 8)) is network.head
+    with pytest.raises(ConfigError, match="of Masked makes its logits"):
+        find_head(network, noise(1, 3, 8, 8).expand(2, -1, -1, -1))
 
 
 @pytest.mark.parametrize(
