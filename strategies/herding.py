@@ -51,27 +51,30 @@ def build(settings: Settings) -> Strategy:
 
 def herd(images: LabelledImages, model: nn.Module, *, most: int) -> Tensor:
     """Return the positions of images, at most so many of a class, each in the order of herding."""
+    # Found by images that differ, which those of a class may not.
+    device = next(model.parameters()).device
+    head = find_head(model, images.floats(torch.tensor([0, len(images) - 1])).to(device))
     orders = []
     for label in images.classes.tolist():
         members = images.of_class(label)
-        features = class_features(model, images.floats(members))
+        features = class_features(model, images.floats(members), head)
         orders.append(members[herding(features, max(1, min(most, len(members))))])
     return torch.cat(orders)
 
 
 @torch.no_grad()
-def class_features(model: nn.Module, images: Tensor) -> Tensor:
+def class_features(model: nn.Module, images: Tensor, head: nn.Linear) -> Tensor:
     """Return the features of images: what the model's head takes in, at unit length.
 
     Args:
         model: Runs in evaluation mode; the mode of every module is as it was afterwards.
         images: float ``(N, C, H, W)`` in [0, 1].
+        head: The layer that makes the logits.
 
     Returns:
         float ``(N, D)`` on the CPU.
     """
     device = next(model.parameters()).device
-    head = find_head(model, images[[0, -1]].to(device))
     with evaluating(model):
         parts = [
             logits_and_features(model, head, part.to(device))[1] for part in images.split(_BATCH)

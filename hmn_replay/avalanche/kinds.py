@@ -67,7 +67,7 @@ class ReplayOptions(TypedDict, total=False):
 class HMNReplay(MemoryReplay):
     """Replays a learned memory, condensed by matching, under a budget of bytes.
 
-    With each experience the memory is extended by :func:`hmn_replay.condense` with
+    With each experience its classes are added to the memory by :func:`hmn_replay.condense` with
     ``memory=``: new classes get memories of their own, old ones give up instance memories, classes
     that come back are renewed, and the saved file stays within the budget.
 

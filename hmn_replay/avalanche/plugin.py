@@ -176,8 +176,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             many of every class (as in EEIL, Castro et al. 2018). By SGD of its own, under the
             strategy's criterion; running statistics of batch normalisation stay as they are. The
             next experience goes on from the weights before the tuning, of which a copy is kept in
-            working memory. Default: ``"none"``. Not for online streams, task labels above 0 or
-            ``"memory_only"``.
+            working memory, unless the network was changed since. Default: ``"none"``. Not for
+            online streams, task labels above 0 or ``"memory_only"``.
         tune_steps: Steps of the tuning, 1 or more, each over as many images as a training step.
         tune_rate: Learning rate of the tuning, above 0, at first; it falls to 0 along half a
             cosine.

@@ -29,6 +29,7 @@ from hmn_replay.memory.real import (
     JPEGMemory,
     LosslessMemory,
     RawMemory,
+    RealMemory,
     SubsampledMemory,
     check_order,
 )
@@ -258,9 +259,15 @@ def real_images(
 
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
-        ConfigError: ``selection`` is not as said above, or a setting out of its range.
+        ConfigError: A kind that is learned, or needs training (``pq``, see :func:`pq_features`);
+            ``selection`` is not as said above, or a setting is out of its range.
         DataError: As :func:`raw_images`.
     """
+    if not issubclass(memory_type, RealMemory) or issubclass(memory_type, PQMemory):
+        raise ConfigError(
+            f"expected a kind that holds real images and needs no training, got "
+            f"{memory_type.__name__}: use condense() for a learned kind, and pq_features() for pq"
+        )
     data = read_data(data, holds_features=memory_type.holds_features)
     memory = memory_type(data.image_shape, budget=budget, **settings)
     most = None

@@ -19,15 +19,17 @@ from hmn_replay.baselines.fill import (
     jpeg_images,
     lossless_images,
     raw_images,
+    real_images,
     subsampled_images,
 )
 from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, DataError
 from hmn_replay.evaluation import evaluate
-from hmn_replay.memory import RawMemory, RealMemory
+from hmn_replay.memory import HierarchicalMemory, PQMemory, RawMemory, RealMemory
 from hmn_replay.memory.jpeg import decode_jpeg_scans, encode_jpeg_scans
 from hmn_replay.training.train import TrainingConfig
+from tests.support import real_set
 
 LABELS = (-3, 7, 1000)
 FILL: dict[str, Callable[..., RealMemory]] = {
@@ -271,3 +273,16 @@ def test_a_network_learns_from_them(kind: str) -> None:
     network, accuracy = evaluate(FILL[kind](data, 8000), data, device="cpu", **options)
     assert accuracy > 0.5
     assert network.classes.tolist() == list(LABELS)
+
+
+@pytest.mark.parametrize("memory_type", [PQMemory, HierarchicalMemory])
+def test_a_kind_that_is_not_just_filled_is_refused(memory_type: Any) -> None:
+    with pytest.raises(ConfigError, match="needs no training, got"):
+        real_images(memory_type, real_set(), 6000)
+
+
+def test_an_empty_memory_does_not_say_how_large_images_are() -> None:
+    with pytest.raises(ConfigError, match="an empty memory does not say how large images are"):
+        RawMemory((3, 8, 8)).file_bytes_with(3)
+    memory = raw_images(real_set(), 6000)
+    assert memory.file_bytes_with(1) == memory.file_bytes

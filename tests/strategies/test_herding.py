@@ -13,13 +13,12 @@ from tests.strategies.support import BUDGET, build, easy_set, make_model, make_s
 
 
 def test_features_are_of_unit_length_and_leave_the_model_as_it_was() -> None:
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(192, 9), nn.Dropout(), nn.BatchNorm1d(9), nn.Linear(9, 6)
-    )
+    head = nn.Linear(9, 6)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 9), nn.Dropout(), nn.BatchNorm1d(9), head)
     model[3].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    features = class_features(model, easy_set(4).floats())
+    features = class_features(model, easy_set(4).floats(), head)
     assert features.shape == (24, 9)
     assert torch.allclose(features.norm(dim=1), torch.ones(24))
     assert [module.training for module in model] == [True, True, True, False, True]
