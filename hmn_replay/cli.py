@@ -879,7 +879,7 @@ def _settings(args: argparse.Namespace, known: Collection[str]) -> dict[str, Any
         if name not in known and name in vars(args):
             flag = name.replace("_", "-")
             raise UnknownOptionError(f"--set has no option {name!r}; pass --{flag} by itself")
-    check_options("--set", settings, known)
+    check_options("--set", settings, known, catalogue=hmn_replay.CondenseConfig.catalogue)
     return settings
 
 

@@ -15,8 +15,6 @@ from hmn_replay.registry import UnknownNameError, suggest
 
 __all__ = ["Settings", "check_options", "one_of"]
 
-_MOST_LISTED = 30
-
 
 class Settings(BaseModel):
     """Base of the settings of this package: frozen, hashable, compared by value.
@@ -35,6 +33,9 @@ class Settings(BaseModel):
     hints: ClassVar[Mapping[str, str]] = {}
     """What to say of keywords that are no fields, and that somebody may expect."""
 
+    catalogue: ClassVar[str] = ""
+    """Where the fields can be read, where they are too many to name in an error."""
+
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
@@ -44,7 +45,8 @@ class Settings(BaseModel):
     )
 
     def __init__(self, **options: Any) -> None:
-        check_options(type(self).__name__, options, type(self).model_fields, self.hints)
+        known = type(self).model_fields
+        check_options(type(self).__name__, options, known, self.hints, self.catalogue)
         try:
             super().__init__(**options)
         except ValidationError as error:
@@ -96,14 +98,16 @@ def check_options(
     given: Iterable[str],
     known: Collection[str],
     hints: Mapping[str, str] | None = None,
+    catalogue: str = "",
 ) -> None:
     """Raise an error for the first of some keywords that is not known.
 
     Args:
         owner: What takes the keywords, for the message.
         given: The keywords that it was given.
-        known: The keywords that ``owner`` takes. More than thirty are those of a condensation.
+        known: The keywords that ``owner`` takes.
         hints: What to say of some that are not known, in place of the nearest that is.
+        catalogue: Where the known ones can be read, in place of all their names.
 
     Raises:
         UnknownOptionError: Also a TypeError, as Python raises for such a keyword.
@@ -111,9 +115,7 @@ def check_options(
     for name in given:
         if name not in known:
             hint = f"; {hints[name]}" if hints and name in hints else suggest(name, list(known))
-            all_of_them = f"it has {', '.join(known)}"
-            if len(known) > _MOST_LISTED:
-                all_of_them = "the command 'hmn-replay options' lists the settings"
+            all_of_them = catalogue or f"it has {', '.join(known)}"
             raise UnknownOptionError(f"{owner} has no option {name!r}{hint or f'; {all_of_them}'}")
 
 

@@ -48,6 +48,8 @@ class CondenseConfig(LabelConfig):
         ConfigError: A value of another type, or outside its range.
     """
 
+    catalogue = "the command 'hmn-replay options' lists the settings"
+
     number_format: Annotated[str, one_of("number format", NUMBER_FORMATS)] | None = None
     """How values are stored, by name. Default: the memory kind's own, entropy-coded for hmn."""
 
@@ -339,7 +341,9 @@ def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
     """
     if not isinstance(effort, str) or effort not in EFFORTS:
         raise UnknownNameError("effort", effort, list(EFFORTS))
-    check_options("condense", options, CondenseConfig.model_fields)
+    check_options(
+        "condense", options, CondenseConfig.model_fields, catalogue=CondenseConfig.catalogue
+    )
     settings = {**EFFORTS[effort], **options}
     if {"beta", "beta_grid"} & options.keys() and "pruning" not in options:
         settings["pruning"] = "aum"

@@ -616,7 +616,7 @@ def check_learned_options(owner: str, takes: Callable[..., Any], options: Iterab
     """
     unknown = [name for name in options if name not in CondenseConfig.model_fields]
     known = [*named_arguments(takes), *_settings()]
-    check_options(owner, unknown, known, kinds_with(unknown))
+    check_options(owner, unknown, known, kinds_with(unknown), CondenseConfig.catalogue)
 
 
 def _settings() -> list[str]:
