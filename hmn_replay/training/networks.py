@@ -340,7 +340,9 @@ def _watch(
     def note(
         layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> None:
-        calls.append(_Call(cast(nn.Linear, layer), given[0] if given else named["input"], output))
+        calls.append(
+            _Call(cast(nn.Linear, layer), given[0] if given else named["input"], output.clone())
+        )
 
     with contextlib.ExitStack() as hooks:
         for layer in layers:
@@ -351,7 +353,7 @@ def _watch(
 
 
 def _making(logits: Any, calls: Sequence[_Call]) -> list[_Call]:
-    """Return the calls whose output is the logits; or equals them; or does so but where masked.
+    """Return the calls whose output equals the logits; or does so but where these are masked.
 
     Logits are masked that have one value for all of two images or more, as those of classes that
     are still to come.
@@ -361,14 +363,15 @@ def _making(logits: Any, calls: Sequence[_Call]) -> list[_Call]:
     own = [call for call in calls if call.output.shape == logits.shape]
     if not own:
         return []
-    if found := [call for call in own if call.output is logits]:
-        return found
-    if found := [call for call in own if call.output.to(logits.dtype).equal(logits)]:
+    same = [
+        torch.isclose(call.output.to(logits.dtype), logits, 0, 0, equal_nan=True) for call in own
+    ]
+    if found := [call for call, is_same in zip(own, same, strict=True) if is_same.all()]:
         return found
     masked = (logits == logits[:1]).all(dim=0)
     if masked.all():  # of one image alone, or of equal ones, nothing can be told
         return []
-    return [call for call in own if bool((masked | (call.output.to(logits.dtype) == logits)).all())]
+    return [call for call, is_same in zip(own, same, strict=True) if (masked | is_same).all()]
 
 
 def _max_depth(side: int) -> int:

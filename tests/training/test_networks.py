@@ -381,6 +381,12 @@ def test_where_no_layer_makes_the_logits_there_is_no_head(
         find_head(Tangled(convert), noise(2, 3, 8, 8))
 
 
+def test_a_layer_whose_output_is_changed_in_place_is_no_head() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.ReLU(inplace=True))
+    with pytest.raises(ConfigError, match="of Sequential makes its logits"):
+        find_head(network, noise(2, 3, 8, 8))
+
+
 def test_equal_images_do_not_tell_which_logits_are_masked() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
