@@ -382,7 +382,11 @@ def test_where_no_layer_makes_the_logits_there_is_no_head(
 
 
 def test_a_layer_whose_output_is_changed_in_place_is_no_head() -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.ReLU(inplace=True))
+    class Doubled(nn.Module):
+        def forward(self, logits: Tensor) -> Tensor:
+            return logits.mul_(2)
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), Doubled())
     with pytest.raises(ConfigError, match="of Sequential makes its logits"):
         find_head(network, noise(2, 3, 8, 8))
 
