@@ -57,7 +57,9 @@ class HeadFirst(nn.Module):
         super().__init__()
         *body, self.head = make_model().children()
         self.body = nn.Sequential(*body)
-        self.projector = nn.Linear(16, 8)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.projector = nn.Linear(16, 8)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.body(images))
