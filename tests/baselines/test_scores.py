@@ -120,8 +120,8 @@ def test_what_fits_for_some_seeds_alone_is_left_out() -> None:
 
 def test_progress_is_printed_or_given_to_a_function(capsys: pytest.CaptureFixture[str]) -> None:
     memory, lines = real("jpeg", classes=(0, 1, 2), counts=(1, 1, 1)), list[str]()
-    for progress in (True, False, None, lines.append):
-        scores(memory, data(9), data(6), repeats=1, progress=progress, **OPTIONS)  # type: ignore[arg-type]
+    for progress in (True, lines.append):
+        scores(memory, data(9), data(6), repeats=1, progress=progress, **OPTIONS)
         printed = capsys.readouterr().err.splitlines()
         assert bool(printed) == (progress is True)
         assert not printed or "seed 0, random count unaugmented: " in printed[-1]
