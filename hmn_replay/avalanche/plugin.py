@@ -507,10 +507,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         distilled = [c for c in self._old_classes.tolist() if c not in own]
         self.distill_used = self._weigh_distillation(strategy, experiences) if distilled else 0.0
         self._teacher = self._make_teacher(strategy.model, torch.tensor(distilled))
-        if self.tune == "head" or getattr(self._loss_now, "needs_head", False):
+        needs_head = getattr(self._loss_now, "needs_head", False)
+        if self.tune == "head" or needs_head:
             images = first_images(experiences, 2)
             if len(images) > 1:  # a mistake is told before the first step
-                self._find_head(strategy.model, images.to(self._device))
+                head = self._find_head(strategy.model, images.to(self._device))
+                self._head = Head(head) if needs_head else None
 
     def before_training_iteration(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Add decoded images to the mini-batch, or augment those that it consists of."""

@@ -256,6 +256,28 @@ def class_counts(labels: Tensor, counts: Tensor, num_classes: int) -> Tensor:
     return totals.index_add(0, labels.where(is_inside, num_classes), counts)[:num_classes]
 
 
+def first_images(experiences: Sequence[Any], count: int) -> Tensor:
+    """Return the first and the last images of an experience, as its eval transforms give them.
+
+    Args:
+        experiences: Of Avalanche; the first one counts.
+        count: How many at most.
+    """
+    dataset = experiences[0].dataset.eval()
+    positions = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    return torch.stack([torch.as_tensor(dataset[i][0]) for i in positions])
+
+
+def is_piece(strategy: Strategy, experience: Any) -> bool:
+    """Return whether an experience is a piece of one, of an online stream."""
+    return isinstance(experience, OnlineCLExperience) and not isinstance(strategy, JointTraining)
+
+
+def experiences_of(strategy: Strategy, experience: Any) -> Sequence[Any]:
+    """Return all experiences whose data a training has: of joint training several."""
+    return strategy._experiences if isinstance(strategy, JointTraining) else [experience]
+
+
 def _eval_data(experiences: Sequence[Any]) -> ConcatDataset[Any]:
     return ConcatDataset([experience.dataset.eval() for experience in experiences])
 
@@ -343,25 +365,3 @@ def _walk(transform: Any) -> Iterator[Normalization]:
         inner = getattr(transform, "transform", None)
         if inner is not transform:
             yield from _walk(inner)
-
-
-def first_images(experiences: Sequence[Any], count: int) -> Tensor:
-    """Return the first and the last images of an experience, as its eval transforms give them.
-
-    Args:
-        experiences: Of Avalanche; the first one counts.
-        count: How many at most.
-    """
-    dataset = experiences[0].dataset.eval()
-    positions = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-    return torch.stack([torch.as_tensor(dataset[i][0]) for i in positions])
-
-
-def is_piece(strategy: Strategy, experience: Any) -> bool:
-    """Return whether an experience is a piece of one, of an online stream."""
-    return isinstance(experience, OnlineCLExperience) and not isinstance(strategy, JointTraining)
-
-
-def experiences_of(strategy: Strategy, experience: Any) -> Sequence[Any]:
-    """Return all experiences whose data a training has: of joint training several."""
-    return strategy._experiences if isinstance(strategy, JointTraining) else [experience]

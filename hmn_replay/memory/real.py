@@ -263,7 +263,7 @@ class RealMemory(Memory):
         if not lengths:
             raise ConfigError("an empty memory does not say how large images are; extend() it")
         num_more = max(0, num_classes - len(classes))
-        unknown = (label for label in itertools.count() if label not in classes)
+        unknown = itertools.filterfalse({*classes}.__contains__, itertools.count())
         classes = sorted([*classes, *itertools.islice(unknown, num_more)])
         lengths += [math.ceil(sum(lengths) / len(lengths))] * num_more
         return self._size(classes, lengths, self.names_bytes, self.label_specs())

@@ -58,6 +58,7 @@ __all__ = [
     "Selection",
     "SubsampledKeeper",
     "check_learned_options",
+    "check_same_shape",
     "kinds_with",
     "make_keeper",
     "named_arguments",
@@ -227,11 +228,7 @@ class LearnedKeeper(Keeper):
             self._choose_layout(images, classes)
             return
         memory = _of_type(memory, self.memory_type)
-        if memory.image_shape != images.image_shape:
-            raise DataError(
-                f"the memory has images of {memory.image_shape}, and what comes is of "
-                f"{images.image_shape}; both must have the same (C, H, W)"
-            )
+        check_same_shape(memory, images)
         self.memory_type.max_images(memory.layout, self.budget, classes)
 
     def renew(
@@ -604,6 +601,15 @@ _KEEPERS: dict[type[Memory], type[RealKeeper]] = {
     PQMemory: PQKeeper,
 }
 """Kinds of real images whose settings their keepers take."""
+
+
+def check_same_shape(memory: Memory, images: LabelledImages) -> None:
+    """Raise a DataError for images of another size than a memory's."""
+    if memory.image_shape != images.image_shape:
+        raise DataError(
+            f"the memory has images of {memory.image_shape}, and what comes is of "
+            f"{images.image_shape}; both must have the same (C, H, W)"
+        )
 
 
 def check_learned_options(owner: str, takes: Callable[..., Any], options: Iterable[str]) -> None:

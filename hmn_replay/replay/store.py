@@ -30,13 +30,12 @@ from hmn_replay.errors import (
     BudgetError,
     CheckpointError,
     ConfigError,
-    DataError,
     HMNReplayError,
     HMNReplayWarning,
 )
 from hmn_replay.memory import Memory, loads
 from hmn_replay.replay.gatherer import Gatherer, first_in_turn
-from hmn_replay.replay.keepers import Keeper, make_keeper
+from hmn_replay.replay.keepers import Keeper, check_same_shape, make_keeper
 from hmn_replay.runtime import (
     derive_seed,
     isolated,
@@ -340,11 +339,7 @@ class ReplayMemory:
         """
         data = self._read(images, labels)
         if self.memory is not None:
-            if data.image_shape != self.memory.image_shape:
-                raise DataError(
-                    f"the memory has images of {self.memory.image_shape}, and what comes is of "
-                    f"{data.image_shape}; both must have the same (C, H, W)"
-                )
+            check_same_shape(self.memory, data)
             joined_names(self.memory.class_names, data.class_names)  # which checks them
         self.gatherer.add(data)
 
