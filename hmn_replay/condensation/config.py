@@ -211,7 +211,8 @@ class CondenseConfig(LabelConfig):
     compile: Compile = "auto"
     """Whether training steps of matched networks, experts and pruning networks are compiled by
     torch.compile: True, False, or auto; see TrainingConfig. With auto, those of matched networks
-    are not where the networks differ in architecture or max_seconds is below 300."""
+    are not where the networks differ in architecture or max_seconds is below 300; of networks that
+    were given, ConvNets are. Where classes are added, those that are expected count as well."""
 
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     """Seconds between checkpoints; 0 for one after every step. It does not change the result."""

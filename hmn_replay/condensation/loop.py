@@ -489,6 +489,8 @@ class Condensation(Run):
             rate_control,
             self.team,
             self.least_images,
+            self.networks,
+            self.expected_classes or 0,
         )
 
     def _rate_control(self) -> RateControl | None:

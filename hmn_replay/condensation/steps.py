@@ -25,9 +25,10 @@ from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import Objective, get_objective
 from hmn_replay.objectives.trajectories import trajectory_matching
 from hmn_replay.runtime import autocast, make_generator
-from hmn_replay.training.networks import Network, build_network
+from hmn_replay.training.networks import ConvBlock, Network, build_network
 from hmn_replay.training.train import (
     CompiledLoss,
+    TrainingConfig,
     add_gradients,
     compiled_loss,
     draw_batch,
@@ -108,6 +109,9 @@ class StepContext:
         team: The processes that take each step together; all call the step functions alike.
         least_images: How many of a class's first images are matched at least, in batches of a
             random number of first images. None for batches of any of them.
+        networks: Networks that were given to match on; none where they are made.
+        expected_classes: How many classes there will be in all. When classes are added, the others
+            will be as well, by what is compiled for these.
     """
 
     memory: LearnedMemory
@@ -118,22 +122,26 @@ class StepContext:
     rate_control: RateControl | None = None
     team: Team = ALONE
     least_images: int | None = None
+    networks: Sequence[nn.Module] = ()
+    expected_classes: int = 0
     objective: Objective = field(init=False)
     compiled: CompiledLoss | None = field(init=False)
     _images: Images = field(init=False)
 
     def __post_init__(self) -> None:
         objective, config = get_objective(self.config.objective), self.config
-        training, image_shape = config.network_training, self.memory.layout.image_shape
-        num_learned = config.num_steps * config.network_images
+        training, image_shape = self._training_of_networks(), self.memory.layout.image_shape
+        new_classes, runs = self.memory.num_classes - self.first_class, 1.0
+        if self.first_class:  # the first ones may be matched on other networks
+            runs = max(runs, self.expected_classes / max(1, new_classes))
+        num_learned = round(runs * config.num_steps * config.network_images)
         compiled = compiled_loss(training, image_shape, num_learned, self.device)
         if objective.compiled is not None:
-            num_classes = self.memory.num_classes - self.first_class
-            num_classes = min(num_classes, config.classes_per_step or num_classes)
+            num_classes = min(new_classes, config.classes_per_step or new_classes)
             # Passes forward, and backward to the images, at least, in those of training steps,
             # which have three.
             num_passes = num_classes * (config.real_batch + 2 * config.decoded_batch)
-            num_matched = config.num_steps * num_passes // 3
+            num_matched = round(runs * config.num_steps * num_passes / 3)
             if wants_compiling(training, image_shape, num_matched, self.device):
                 objective = replace(objective, loss=objective.compiled())
         object.__setattr__(self, "objective", objective)
@@ -144,6 +152,21 @@ class StepContext:
     def device(self) -> torch.device:
         """Where the memory is."""
         return self.memory.class_index.device
+
+    def _training_of_networks(self) -> TrainingConfig:
+        """Return what the networks that are matched on have in common with others, for compiling.
+
+        Of networks that were given, those of our ConvNet's blocks are compiled by themselves.
+        """
+        training = self.config.network_training
+        if not self.networks:
+            return training
+        blocks = [each for each in self.networks[-1].modules() if isinstance(each, ConvBlock)]
+        width = max((each.convolution.out_channels for each in blocks), default=None)
+        if width is None:
+            is_asked = training.compile is True
+            return training.replace(compile=is_asked)
+        return training.replace(network="convnet", width=width)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Return images with a graph, float32, decoded in the precision of the settings."""
