@@ -5,6 +5,7 @@ What is compared is a real file, its header and labels counted, filled with as m
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -321,28 +322,33 @@ def choose_quality(
     num_bytes = Budget.parse(budget).num_bytes
     share = num_bytes * data.num_classes // max(num_classes, data.num_classes)
     training = training or TrainingConfig(width=32, num_passes=6000)
+    filled: dict[int, RealMemory] = {}
+
+    def fill(quality: int) -> bool:
+        with contextlib.suppress(BudgetError):
+            filled[quality] = jpeg_images(train, max(share, 1), quality=quality, seed=seed)
+        return quality in filled
+
+    def of_use() -> list[int]:
+        """Return the qualities that fit; of those at which all images do, the highest."""
+        lowest = max((q for q, memory in filled.items() if len(memory) == len(train)), default=0)
+        return [quality for quality in sorted(filled) if quality >= lowest]
+
     accuracies: dict[int, float] = {}
-    most, holds_all = 100, 0
-    waiting = list(QUALITIES if qualities is None else qualities)
-    while waiting:
-        quality = waiting.pop(0)
-        try:
-            memory = jpeg_images(train, max(share, 1), quality=quality, seed=seed)
-        except BudgetError:  # better ones take more bytes
-            most, waiting = quality - 1, []
-        else:
-            if len(memory) == len(train):
-                holds_all = max(holds_all, quality)
+    for quality in QUALITIES if qualities is None else qualities:
+        if not fill(quality):  # better ones take more bytes
+            break
+    while waiting := [quality for quality in of_use() if quality not in accuracies]:
+        for quality in waiting:
+            memory = filled[quality]
             _, accuracies[quality] = evaluate(
                 memory, held_out, seed=seed, device=device, config=training
             )
-        if qualities is None and not waiting:
-            further = next_quality({q: found for q, found in accuracies.items() if q >= holds_all})
-            is_of_use = further is not None and holds_all < further <= most
-            waiting = [further] if further is not None and is_of_use else []
+        further = next_quality({quality: accuracies[quality] for quality in of_use()})
+        if qualities is None and further is not None:
+            fill(further)
     found = dict(sorted(accuracies.items()))
-    of_use = [quality for quality in found if quality >= holds_all]
-    best = max(of_use, key=lambda quality: found[quality], default=_USUAL_QUALITY)
+    best = max(of_use(), key=lambda quality: found[quality], default=_USUAL_QUALITY)
     return best, {str(quality): accuracy for quality, accuracy in found.items()}
 
 

@@ -31,24 +31,22 @@ def fits(data: LabelledImages, share: int, quality: int) -> bool:
 
 def test_the_quality_is_chosen_by_real_trainings() -> None:
     quality, accuracies = choose_quality(classes_of(0, 1, 2), 40_000, **TRAINING)
-    assert set(map(str, QUALITIES)) <= set(accuracies)
-    assert list(map(int, accuracies)) == sorted(map(int, accuracies))
-    assert next_quality({int(each): found for each, found in accuracies.items()}) is None
-    assert all(0 <= accuracy <= 1 for accuracy in accuracies.values())
-    # Of those at which all images fit only the highest counts.
+    found = {int(each): accuracy for each, accuracy in accuracies.items()}
+    # Of those at which all images fit only the highest is tried.
     train, _ = classes_of(0, 1, 2).split(0.2, 0)
-    whole = [q for q in map(int, accuracies) if len(jpeg_images(train, 4000, quality=q)) == 144]
+    whole = [q for q in QUALITIES if len(jpeg_images(train, 4000, quality=q)) == 144]
     assert len(train) == 144 and len(whole) > 1
-    of_use = {q: accuracies[str(q)] for q in map(int, accuracies) if q >= max(whole)}
-    best = max(of_use.values())
-    assert quality == min(q for q, found in of_use.items() if found == best)
+    assert {q for q in QUALITIES if q >= max(whole)} <= set(found)
+    assert list(found) == sorted(found) and min(found) == max(whole)
+    assert next_quality(found) is None or min(found) == quality
+    assert all(0 <= accuracy <= 1 for accuracy in accuracies.values())
+    assert quality == min(q for q in found if found[q] == max(found.values()))
     assert choose_quality(classes_of(0, 1, 2), 40_000, **TRAINING) == (quality, accuracies)
 
 
-def test_where_all_images_fit_at_any_quality_none_is_low() -> None:
+def test_where_all_images_fit_at_any_quality_no_lower_one_is_tried() -> None:
     quality, accuracies = choose_quality(classes_of(0, 1), "10 MB", **TRAINING)
-    assert quality == max(map(int, accuracies)) >= max(QUALITIES)
-    assert min(map(int, accuracies)) == min(QUALITIES)
+    assert [*accuracies] == [str(quality)] == [str(max(QUALITIES))]
 
 
 def test_any_images_are_taken() -> None:
