@@ -23,6 +23,8 @@ except ImportError:  # not on Windows
 
 __all__ = ["check_target", "clear_stale", "digest_tensors", "open_at_once", "write_atomically"]
 
+# Bytes of a name that a temporary file has of the file it is for: names have up to 255.
+_MOST_STEM = 200
 # A part of a tensor whose rows do not lie one after another is copied to be digested.
 _ROWS_AT_ONCE = 512
 
@@ -94,7 +96,7 @@ def clear_stale(path: str | Path) -> None:
         path: Path of the file, as for :func:`write_atomically`.
     """
     path = Path(os.path.realpath(path))
-    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.tmp")
+    ours = re.compile(re.escape(_stem(path)) + r"[0-9a-f]{16}\.tmp")
     with contextlib.suppress(OSError):
         for name in filter(ours.fullmatch, os.listdir(path.parent)):
             with contextlib.suppress(OSError), open(path.with_name(name), "rb+") as file:
@@ -105,7 +107,7 @@ def clear_stale(path: str | Path) -> None:
 def _new_temporary(path: Path) -> tuple[str, int | None]:
     """Return a new file beside ``path``, and what holds the lock on it until it is closed."""
     while True:
-        temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"))
+        temporary = str(path.with_name(f"{_stem(path)}{secrets.token_hex(8)}.tmp"))
         # With the permissions that the umask lets, which nobody can ask for without changing it.
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if fcntl is None:  # such a system may not replace a file that is open
@@ -116,6 +118,11 @@ def _new_temporary(path: Path) -> tuple[str, int | None]:
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
         os.close(descriptor)
+
+
+def _stem(path: Path) -> str:
+    """Return how the names of temporary files begin, short enough for any name of a file."""
+    return f".{os.fsdecode(os.fsencode(path.name)[:_MOST_STEM])}."
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -41,6 +41,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path) -> None:
+    for name in ("n" * 251 + ".hmn", "é" * 125 + ".hmn"):
+        write_atomically(tmp_path / name, b"new")
+        (tmp_path / f".{name[:200].encode()[:200].decode()}.0123456789abcdef.tmp").touch()
+        clear_stale(tmp_path / name)
+        assert os.listdir(tmp_path) == [name]
+        os.unlink(tmp_path / name)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_a_file_is_readable_by_those_whom_the_umask_lets(path: Path) -> None:
     old = os.umask(0o027)

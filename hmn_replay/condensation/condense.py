@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def condense(
     checkpoint: str | Path | None = None,
     progress: bool = False,
     team: Team | None = None,
-    networks: Sequence[nn.Module] = (),
+    networks: Iterable[nn.Module] = (),
     **options: Any,
 ) -> LearnedMemory:
     """Condense a labelled image set into a memory (Zheng et al. 2024, Algorithm 1).
@@ -184,14 +184,14 @@ def condense(
         )
     limit, target = Budget.parse(budget), resolve_device(device)
     derive_seed(seed)
-    check_given_networks(config.objective, networks)
+    networks = check_given_networks(config.objective, networks)
     if networks and memory_type.holds_features:
         raise ConfigError("networks match images; leave them out for features, which are fitted")
+    if expected_classes is not None:
+        expected_classes = check_num_classes(expected_classes, "expected_classes")
     data = read_data(source, holds_features=memory_type.holds_features)
     if layout is None:
-        num_classes = data.num_classes
-        if expected_classes is not None:
-            num_classes = max(num_classes, check_num_classes(expected_classes, "expected_classes"))
+        num_classes = max(data.num_classes, expected_classes or 0)
         num_real = len(data) // data.num_classes
         layout = memory_type.choose_layout(
             limit,
@@ -200,6 +200,7 @@ def condense(
             config.number_format,
             num_real,
             config.image_bytes,
+            config.planned_bytes(data.image_shape, num_classes),
         )
     elif memory is None and config.image_bytes not in (None, _planned_bytes(layout)):
         raise ConfigError(

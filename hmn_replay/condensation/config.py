@@ -220,7 +220,7 @@ class CondenseConfig(LabelConfig):
     @field_serializer("objective")
     def _named_objective(self, objective: Any) -> str:
         """Return a function by its name, so that reports have JSON's types."""
-        return name_of(getattr(objective, "loss", objective))
+        return name_of(getattr(objective, "loss", None) or objective)
 
     @field_serializer("network")
     def _named_networks(self, networks: Any) -> tuple[str, ...]:

@@ -274,7 +274,7 @@ def fill(
 
     Returns:
         The given memory where it is full, where there are no more real images, or where its kind
-        encodes none; see :meth:`hmn_replay.LearnedMemory.encode`.
+        encodes none; see :meth:`hmn_replay.LearnedMemory.set_images`.
     """
 
     def takes(tried: LearnedMemory) -> int:

@@ -16,6 +16,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,11 +51,13 @@ from hmn_replay.errors import (
     CheckpointError,
     ConfigError,
     DistributedError,
+    HMNReplayWarning,
     MemoryFileError,
     TrainingError,
 )
 from hmn_replay.evaluation import score
 from hmn_replay.files import clear_stale, digest_tensors
+from hmn_replay.memory.file import specs_of
 from hmn_replay.memory.layout import MemoryLayout
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import get_objective
@@ -137,7 +140,8 @@ class Run:
         load_state(self.memory, tensors)
         labels = found.group("labels")
         try:
-            self.memory.restore_labels(labels, sum(len(part) for part in labels.values()))
+            num_bytes = sum(spec.num_bytes for spec in specs_of(found.tensors).values())
+            self.memory.restore_labels(labels, num_bytes)
         except (MemoryFileError, ConfigError) as error:
             raise CheckpointError(f"the checkpoint's labels cannot be read: {error}") from error
         log.info("going on from %s at %s %d", checkpoint, self.state["phase"], self.state["step"])
@@ -616,19 +620,36 @@ class Condensation(Run):
                 num_shown = 0 if self.by_order else self.config.pruning_passes
                 self._stepped(num_shown, {"scores": scores}, save=True)
             self.memory.keep(self._choose(images, scores))
+        self.memory.budget_bytes = self.budget.num_bytes
         if self.memory.layout.is_coded:
             num_old = sum(self.memory.images_per_class[: self.first_class])
             try:
                 fit_code(self.memory, self.budget.num_bytes, num_old)
             except BudgetError:  # old images, and what all share, take more than was planned
-                self.memory.shrink(self.budget.num_bytes)
+                self._shrink()
             if self.config.labels != "soft":
                 self._fill()
         else:
-            self.memory.shrink(self.budget.num_bytes)
-        self.memory.budget_bytes = self.budget.num_bytes
+            self._shrink()
         self.memory.requires_grad_(True)
         self._end_phase()
+
+    def _shrink(self) -> None:
+        """Drop images until the file fits; labels go where it does not hold one of each class."""
+        labels = self.memory.richest_labels
+        try:
+            self.memory.shrink()
+        except BudgetError as error:
+            if labels == "hard":
+                raise
+            self.memory.set_soft_labels(None)
+            self.memory.set_labeller(None)
+            self.memory.shrink()
+            warnings.warn(
+                f"the memory has hard labels alone, not labels={labels!r}: {error}",
+                HMNReplayWarning,
+                stacklevel=5,
+            )
 
     def _fill(self) -> None:
         """Add images for the bytes that are left, of real ones that the memory has not begun with.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -340,10 +340,13 @@ class TrajectoryMatcher:
         return {"student_rate": float(self.rate["logarithm"].detach().exp())}
 
 
-def check_given_networks(objective: str | ObjectiveFunction, networks: Sequence[nn.Module]) -> None:
-    """Raise a ConfigError for networks that an objective cannot match on."""
-    if isinstance(networks, nn.Module):
-        raise ConfigError("networks is a list of modules; give [network]")
+def check_given_networks(
+    objective: str | ObjectiveFunction, networks: Iterable[nn.Module]
+) -> tuple[nn.Module, ...]:
+    """Return networks that an objective can match on, or raise a ConfigError."""
+    if isinstance(networks, nn.Module) or not isinstance(networks, Iterable):
+        raise ConfigError(f"networks is a list of modules; give [network], not {networks!r:.60}")
+    networks = tuple(networks)
     entry = get_objective(objective)
     if networks and not entry.matches_trained:
         raise ConfigError(
@@ -362,6 +365,7 @@ def check_given_networks(objective: str | ObjectiveFunction, networks: Sequence[
         shapes = [{k: v.shape for k, v in n.state_dict().items()} for n in (networks[0], network)]
         if shapes[0] != shapes[1]:
             raise ConfigError("networks are states of one network; these differ in their tensors")
+    return networks
 
 
 def _networks_of(experts: Experts, context: steps.StepContext) -> list[Any]:

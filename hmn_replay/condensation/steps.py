@@ -361,6 +361,11 @@ def try_matching(
         raise ConfigError(
             f"{name} cannot be matched on: it does not take images {tuple(images.shape)} ({error})"
         ) from error
+    if wants_logits and logits is not None and min(logits) < 0:
+        raise ConfigError(
+            f"a network that is given has a logit for each label, and label {min(logits)} can have "
+            "none: number the classes from 0, or match features"
+        )
     shape: tuple[int, ...] = tuple(getattr(found, "shape", ()))
     wanted = 1 + (context.memory.num_classes - 1 if logits is None else max(logits))
     has_logits = len(shape) == 2 and shape[0] == len(images) and shape[1] >= wanted

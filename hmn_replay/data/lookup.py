@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -134,7 +133,13 @@ def join_images(parts: Sequence[Images]) -> ImageLookup:
 
 def images_at_once(image_shape: Sequence[int]) -> int:
     """Return how many images ``(C, H, W)`` go through a network at once: 512 of 32 x 32 at most."""
-    return max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // math.prod(image_shape[1:])))
+    return max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // num_pixels(image_shape)))
+
+
+def num_pixels(image_shape: Sequence[int]) -> int:
+    """Return how many pixels an image ``(C, H, W)`` has, and of features what they count as."""
+    channels, height, width = image_shape
+    return max(1, channels // 3) * height * width
 
 
 def as_floats(images: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from hmn_replay.memory.file import (
     pack,
     packed_size,
     read_file,
+    specs_of,
     unpack,
 )
 from hmn_replay.memory.labels import Labeller, SoftLabels
@@ -65,6 +66,7 @@ _KEPT_BYTES = 2**30
 # Class names are kept where they take no more than this share of the budget.
 _NAMES_SHARE = 0.01
 _MAX_NAMES_BYTES = 2**20
+_LABEL_NAMES = {"soft": "soft labels", "labeller": "labeller"}
 _OPTIONAL = {"names", "label_code", "labeller_code", "labeller_values"}
 
 AnyMemory = TypeVar("AnyMemory", bound="type[Memory]")
@@ -195,10 +197,8 @@ class Memory(abc.ABC):
     @property
     def file_bytes(self) -> int:
         """The exact size of the file that :meth:`save` writes."""
-        specs = label_specs(self.classes.tolist(), self.num_images) | {
-            name: TensorSpec(tensor.dtype, tuple(tensor.shape))
-            for name, tensor in {**self.stored(), **self._stored_names()}.items()
-        }
+        specs = class_specs(self.classes.tolist(), self.num_images)
+        specs |= specs_of({**self.stored(), **self._stored_names()})
         specs |= self.label_specs()
         return packed_size(self.kind, self.num_images, self.budget_bytes, self.words(), specs)
 
@@ -358,21 +358,25 @@ class Memory(abc.ABC):
             indices: Positions of the images, each once. Default: all.
 
         Raises:
-            ConfigError: Positions as in :meth:`decode`, or probabilities of another shape, below 0
-                or not finite.
+            ConfigError: Positions as in :meth:`decode`, or probabilities of another shape, below 0,
+                not finite or all 0 for an image; or the memory holds features.
         """
         if probabilities is None:
             self._soft = None
             return
+        self._check_takes_labels()
+        probabilities = torch.as_tensor(probabilities)
         indices = torch.arange(self.num_images) if indices is None else indices
         positions = check_indices(indices, self.num_images, once=True)
         wanted = (len(positions), self.num_classes)
-        if probabilities.shape != wanted or not bool(
-            (probabilities.isfinite() & (probabilities >= 0)).all()
+        if (
+            probabilities.shape != wanted
+            or not bool((probabilities.isfinite() & (probabilities >= 0)).all())
+            or not bool((probabilities > 0).any(dim=1).all())
         ):
             raise ConfigError(
-                f"soft labels are finite probabilities {wanted}, one a class; got "
-                f"{tuple(probabilities.shape)} or values that are none"
+                f"soft labels are finite probabilities {wanted}, one a class, not all of them 0; "
+                f"got {tuple(probabilities.shape)} or values that are none"
             )
         old = SoftLabels.hard(self._counts) if self._soft is None else self._soft
         self._soft = old.replaced(positions, probabilities)
@@ -390,14 +394,22 @@ class Memory(abc.ABC):
         """Keep a labeller in the file, or none.
 
         Raises:
-            ConfigError: It has other classes than the memory.
+            ConfigError: It has other classes than the memory, or the memory holds features.
         """
+        if labeller is not None:
+            self._check_takes_labels()
         if labeller is not None and labeller.num_classes != self.num_classes:
             raise ConfigError(
                 f"the labeller has {labeller.num_classes} classes, the memory {self.num_classes}"
             )
         # Not by name: a learned memory is a module, which would take it for a part of its own.
         self.__dict__["_labeller"] = labeller
+
+    def _check_takes_labels(self) -> None:
+        if self.holds_features:
+            raise ConfigError(
+                "labels are what a network says of augmented images; leave them out for features"
+            )
 
     def stored_labels(self) -> dict[str, Tensor]:
         """Return what the file stores of soft labels and of the labeller: name to tensor."""
@@ -423,12 +435,17 @@ class Memory(abc.ABC):
         Args:
             indices: int64 ``(B,)``, ascending: if only these images were kept. Default: all.
         """
-        soft = self._soft
-        if soft is not None and indices is not None:
-            counts = self.class_index.cpu()[indices].bincount(minlength=self.num_classes)
-            soft = soft.rearranged(indices, range(self.num_classes), counts.tolist())
-        stored = {**_stored(soft), **_stored(self._labeller)}
-        return {k: TensorSpec(tensor.dtype, tuple(tensor.shape)) for k, tensor in stored.items()}
+        if indices is None:
+            return specs_of(self.stored_labels())
+        counts = self.class_index.cpu()[indices].bincount(minlength=self.num_classes)
+        return self._label_specs_of(indices, range(self.num_classes), counts.tolist())
+
+    def _label_specs_of(
+        self, rows: Tensor, columns: Sequence[int], counts: Sequence[int]
+    ) -> dict[str, TensorSpec]:
+        """Return :meth:`label_specs` as they are after :meth:`_rearrange_labels`."""
+        soft, labeller = self._rearranged_labels(rows, columns, counts)
+        return specs_of({**_stored(soft), **_stored(labeller)})
 
     def label_bits(self) -> dict[str, float]:
         """Return the bits that soft labels and labeller take in the file, by name."""
@@ -470,9 +487,10 @@ class Memory(abc.ABC):
                 f"a budget of {limit:,} bytes does not hold one image of each of {num_held} "
                 "classes"
                 + (
-                    ", with labels and labeller; give a larger one, or take these away"
-                    if self._soft is not None or self._labeller is not None
-                    else "; give a larger one"
+                    "; give a larger one"
+                    if self.richest_labels == "hard"
+                    else f" beside its {_LABEL_NAMES[self.richest_labels]}; give a larger one, or "
+                    "go without"
                 )
             )
         self.keep(first(num_kept))
@@ -535,13 +553,27 @@ class Memory(abc.ABC):
             rows: int64 ``(N,)``, the position that each image had; -1 for a new one.
             columns: The position that each class had; -1 for a new one.
         """
-        if self._soft is not None:
-            soft = self._soft.rearranged(rows, columns, self._counts)
-            self._soft = soft if bool(soft.is_soft.any()) else None
-        if self._labeller is not None and list(columns) != [*range(self._labeller.num_classes)]:
-            positions = torch.tensor(columns)
-            kept = None if min(columns) < 0 else self._labeller.of_classes(positions)
-            self.set_labeller(kept)
+        self._soft, labeller = self._rearranged_labels(rows, columns, self._counts)
+        self.set_labeller(labeller)
+
+    def _rearranged_labels(
+        self, rows: Tensor, columns: Sequence[int], counts: Sequence[int]
+    ) -> tuple[SoftLabels | None, Labeller | None]:
+        """Return the soft labels and the labeller of other images and classes.
+
+        Args:
+            rows: As in :meth:`_rearrange_labels`.
+            columns: As in :meth:`_rearrange_labels`.
+            counts: How many images each class has.
+        """
+        soft, labeller = self._soft, self._labeller
+        if soft is not None:
+            soft = soft.rearranged(rows, columns, counts)
+            soft = soft if bool(soft.is_soft.any()) else None
+        if labeller is not None and list(columns) != [*range(labeller.num_classes)]:
+            is_known = min(columns) >= 0
+            labeller = labeller.of_classes(torch.tensor(columns)) if is_known else None
+        return soft, labeller
 
     def to_bytes(self) -> bytes:
         """Return the bytes of the memory's file; :func:`hmn_replay.memory.loads` reads them.
@@ -554,7 +586,7 @@ class Memory(abc.ABC):
             raise DataError(
                 "there is nothing to save: the memory has no class; extend() it with images first"
             )
-        labels, counts = label_specs(self.classes.tolist(), self.num_images).values()
+        labels, counts = class_specs(self.classes.tolist(), self.num_images).values()
         tensors = {
             "labels": self.classes.to(labels.dtype),
             "counts": torch.tensor(self._counts, dtype=counts.dtype),
@@ -576,7 +608,7 @@ class Memory(abc.ABC):
         if self.budget_bytes is not None and len(data) > self.budget_bytes:
             raise BudgetError(
                 f"the memory takes {len(data):,} bytes, over its budget of {self.budget_bytes:,}; "
-                "drop images with keep() first"
+                "call shrink() first, which drops images until it fits"
             )
         write_atomically(path, data)
 
@@ -741,11 +773,15 @@ def affordable_names(
         class_names: Label to name.
         classes: The labels of the classes, which may have no name.
         budget_bytes: Bytes of the memory's file; None for no bound.
+
+    Raises:
+        DataError: A name is no text that UTF-8 can hold.
     """
     labels = list(classes)
     names = {label: class_names[label] for label in labels if class_names.get(label)}
     limit = _MAX_NAMES_BYTES if budget_bytes is None else _NAMES_SHARE * budget_bytes
-    return names if stored_names_bytes(names, labels) <= limit else {}
+    is_short = len(_encoded_names(names, labels)) <= _MAX_NAMES_BYTES
+    return names if is_short and stored_names_bytes(names, labels) <= limit else {}
 
 
 def stored_names_bytes(class_names: Mapping[int, str], classes: Sequence[int]) -> int:
@@ -754,11 +790,32 @@ def stored_names_bytes(class_names: Mapping[int, str], classes: Sequence[int]) -
 
 
 def _stored_names(class_names: Mapping[int, str], classes: Sequence[int]) -> dict[str, Tensor]:
-    names = [class_names.get(label, "") for label in classes]
-    if not any(names):
+    encoded = _encoded_names(class_names, classes)
+    if not encoded:
         return {}
-    data = zlib.compress(json.dumps(names, ensure_ascii=False).encode(), 9)
+    if len(encoded) > _MAX_NAMES_BYTES:
+        raise DataError(
+            f"class names take {_MAX_NAMES_BYTES:,} bytes in all at most; these take "
+            f"{len(encoded):,}: give shorter ones"
+        )
+    data = zlib.compress(encoded, 9)
     return {"names": torch.frombuffer(bytearray(data), dtype=torch.uint8)}
+
+
+def _encoded_names(class_names: Mapping[int, str], classes: Sequence[int]) -> bytes:
+    """Return the names of classes as JSON, not compressed; nothing where none has one."""
+    names = [class_names.get(label, "") for label in classes]
+    for label, name in zip(classes, names, strict=True):
+        try:
+            if not isinstance(name, str):
+                raise TypeError
+            name.encode()
+        except (TypeError, UnicodeEncodeError):
+            raise DataError(
+                f"class names are texts that UTF-8 can hold; that of label {label} is {name!r}: "
+                "give another"
+            ) from None
+    return json.dumps(names, ensure_ascii=False).encode() if any(names) else b""
 
 
 class DecodedDataset(Dataset[tuple[object, Any]]):
@@ -806,7 +863,7 @@ def _stored(part: SoftLabels | Labeller | None) -> dict[str, Tensor]:
     return {} if part is None else part.stored()
 
 
-def label_specs(classes: Sequence[int], num_images: int) -> dict[str, TensorSpec]:
+def class_specs(classes: Sequence[int], num_images: int) -> dict[str, TensorSpec]:
     """Return the tensors that every file begins with: labels and counts, in their order."""
     low, high = (min(classes), max(classes)) if classes else (0, 0)
     return {
@@ -930,7 +987,7 @@ def _restored(record: Record) -> Memory:
         memory_type = MEMORIES[record.kind]
         labels, counts = (record.tensors[name] for name in ("labels", "counts"))
         classes = check_classes(labels.tolist() if labels.ndim == 1 else [])
-        specs = label_specs(classes, record.num_images)
+        specs = class_specs(classes, record.num_images)
         check_tensors({"labels": labels, "counts": counts}, specs)
         images_per_class = check_counts(counts.tolist(), len(classes))
         if sum(images_per_class) != record.num_images:

@@ -319,15 +319,15 @@ def contact_sheet_png(
             raise ConfigError(f"{option} is 1 or more; got {value}")
     pixels, labels = _decode(memory)
     names = _names_of(memory, class_names)
-    factor = max(1, math.ceil(_SHEET_SIDE / min(pixels.shape[2:])))
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     classes, counts = labels.unique(return_counts=True)
     columns = min(columns, int(counts.max()))
     texts = [names.get(label, str(label)) for label in classes.tolist()]
     cells = pixels.new_full((len(classes), columns, *pixels.shape[1:]), 255)
     for row, label in enumerate(classes):
-        own = pixels[labels == label][:columns]
+        own = pixels[(labels == label).nonzero().flatten()[:columns]]
         cells[row, : len(own)] = own
+    factor = max(1, math.ceil(_SHEET_SIDE / min(pixels.shape[2:])))
+    cells = cells.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
     grids = [
         to_pil_image(make_grid([*block.flatten(0, 1)], columns, _SHEET_GAP, pad_value=255))
         for block in cells.split(rows)
@@ -339,7 +339,7 @@ def contact_sheet_png(
     draw = ImageDraw.Draw(sheet)
     for place, grid in enumerate(grids):
         sheet.paste(grid, (place * width + margin, 0))
-    cell_height = pixels.shape[2] + _SHEET_GAP
+    cell_height = cells.shape[3] + _SHEET_GAP
     for position, text in enumerate(texts):
         place, row = divmod(position, rows)
         top = _SHEET_GAP + row * cell_height + cell_height // 2 - _TEXT_RISE

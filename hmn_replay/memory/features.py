@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from hmn_replay.budget import Budget
 from hmn_replay.data.features import check_feature_shape
-from hmn_replay.errors import ConfigError
+from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory.base import check_num_classes, register_memory
 from hmn_replay.memory.entropy import best_levels, bits
 from hmn_replay.memory.formats import NUMBER_FORMATS
@@ -52,6 +53,8 @@ _LARGEST_IMAGE = 8
 _MAX_CODE_BITS = 1.5
 # Principal components are computed from about so many values.
 _FITTED_FROM = 2**24
+# What features may be, and how far from 0 in units of their deviation.
+_LARGEST, _SMALLEST, _MOST_UNITS = 1e15, 1e-15, 5e3
 _RIDGE = 1e-3
 # Widths of the steps of entropy-coded integers: the decoder's in units of its weights' deviation,
 # the others' in that of the features.
@@ -206,6 +209,7 @@ class FeatureMemory(LearnedMemory):
         number_format: str | None = None,
         real_images_per_class: int | None = None,
         image_bytes: int | None = None,
+        label_bytes: tuple[int, float] = (0, 0.0),
     ) -> FeatureLayout:
         """Return the layout for a budget; see :meth:`LearnedMemory.choose_layout`.
 
@@ -214,6 +218,7 @@ class FeatureMemory(LearnedMemory):
         there are real ones would fit, entropy-coded ones take up to eight times the bytes.
         """
         shape, num_classes = check_feature_shape(image_shape), check_num_classes(num_classes)
+        del label_bytes  # features have none
         limit = Budget.parse(budget).num_bytes
         layouts: list[FeatureLayout] = cls._layouts(limit, shape, number_format, image_bytes)
         for layout in layouts:
@@ -282,15 +287,32 @@ class FeatureMemory(LearnedMemory):
         offsets, counts = self.class_offset, self.class_index.bincount(minlength=self.num_classes)
         first_class = int(self.class_index[first_image]) if len(positions) else 0
         offsets[first_class:] = 0
-        scale = self.unit
+        scale, is_below = self.unit, False
         for chunk in positions.split(self.chunk_size):
-            rows = real_images(chunk).to(offsets.device).mean(dim=(2, 3)) / scale
+            features = real_images(chunk).to(offsets.device) / scale
             index = self.class_index[chunk.to(offsets.device)]
-            offsets.index_add_(0, index, (rows - self.value("offset")) / counts[index].unsqueeze(1))
+            rows = (features.mean(dim=(2, 3)) - self.value("offset")) / counts[index].unsqueeze(1)
+            offsets.index_add_(0, index, rows)
+            is_below = is_below or bool((features < self.value("bound") - _CLASS_STEP).any())
+        if first_image:
+            self._warn_of_another_range(offsets[first_class:], first_class, is_below)
         if not first_image:
             self._fit_decoder(positions, real_images)
         self.set_images(positions, real_images)
         return False
+
+    def _warn_of_another_range(self, offsets: Tensor, first_class: int, is_below: bool) -> None:
+        """Warn where added features lie outside of what the first ones have left room for."""
+        stored = self._rounded(self.tensors["class_offset"])[first_class:]
+        error = float((offsets - stored).abs().max()) if offsets.numel() else 0.0
+        if is_below or error > _CLASS_STEP:
+            warnings.warn(
+                "added features have another range than the first ones, for which scale and bound "
+                "of the memory were made, and are cut off where they leave it: normalise features, "
+                "or let the first classes have the whole range",
+                HMNReplayWarning,
+                stacklevel=6,
+            )
 
     @torch.no_grad()
     def set_images(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
@@ -315,11 +337,19 @@ class FeatureMemory(LearnedMemory):
             squares += float(features.square().sum())
             total += features[:, 0].numel()
             least, most = min(least, float(features.min())), max(most, float(features.max()))
+        if max(-least, most) > _LARGEST:
+            raise DataError(
+                f"features from {least:.3g} to {most:.3g} are too large to be squared in float32: "
+                f"scale them to {_LARGEST:.0e} at most"
+            )
         mean = sums / total
         variance = (squares / total - float(mean.square().sum())) / len(mean)
-        self.log_scale.fill_(math.log(max(variance, 1e-12)) / 2)
+        # A unit is their deviation, or more where they hardly deviate from a large mean.
+        smallest = max(float(mean.abs().max()) / _MOST_UNITS, _SMALLEST)
+        self.log_scale.fill_(math.log(max(math.sqrt(max(variance, 0.0)), smallest)))
         self.offset.copy_(mean / float(self.unit))
-        self.bound.fill_(0.0 if least >= 0 else (2 * least - most) / float(self.unit))
+        bound = 0.0 if least >= 0 else (2 * least - most) / float(self.unit)
+        self.bound.fill_(max(bound, -_MOST_UNITS))
         for name in ("dataset_memory", "class_memory"):
             self.get_parameter(name).zero_()
 

@@ -39,6 +39,7 @@ __all__ = [
     "pack",
     "packed_size",
     "read_file",
+    "specs_of",
     "unpack",
 ]
 
@@ -79,6 +80,11 @@ class TensorSpec:
     def num_bytes(self) -> int:
         """Bytes of the tensor's values."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """Return the type and the shape of each tensor, by name."""
+    return {name: TensorSpec(each.dtype, tuple(each.shape)) for name, each in tensors.items()}
 
 
 @dataclass(frozen=True)

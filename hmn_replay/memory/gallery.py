@@ -299,8 +299,8 @@ class Gallery:
             own = self.sources.of_class(label) if label in self.sources.classes.tolist() else None
             if own is not None:
                 nearest = _nearest(shown, self.sources.images[own])
-                error = (shown.float() - nearest.float()).div(255).square().mean()
-                psnr = math.inf if not error else -10 * math.log10(float(error))
+                errors = (shown.float() - nearest.float()).div(255).square()
+                psnr = mean_psnr(errors.mean(dim=(1, 2, 3)))
                 rows = [shown, nearest]
         if not len(shown):
             return _Strip(b"", (0, 0), 0, 0, None)

@@ -286,6 +286,7 @@ class HierarchicalMemory(LearnedMemory):
         number_format: str | None = None,
         real_images_per_class: int | None = None,
         image_bytes: int | None = None,
+        label_bytes: tuple[int, float] = (0, 0.0),
     ) -> HMNLayout:
         """Return the layout for a budget; see :meth:`LearnedMemory.choose_layout`.
 
@@ -297,19 +298,21 @@ class HierarchicalMemory(LearnedMemory):
         limit = Budget.parse(budget).num_bytes
         layouts: list[HMNLayout] = cls._layouts(limit, shape, number_format, image_bytes)
         for layout in layouts:
-            shared_bytes = cls.file_bytes_of(layout, num_classes, 0, limit)
-            instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * cls.group_bytes(layout)
+            shared_bytes = cls.file_bytes_of(layout, num_classes, 0, limit) + label_bytes[0]
+            each = cls.group_bytes(layout) + label_bytes[1]
+            instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * each
             if shared_bytes <= min(_SHARED_SHARE * limit, limit - instances_bytes):
                 break
         if layout.is_coded:
-            room = max(1, (limit - shared_bytes) // (_MIN_CODED_IMAGES_PER_CLASS * num_classes))
+            room = (limit - shared_bytes) / (_MIN_CODED_IMAGES_PER_CLASS * num_classes)
+            room = max(1, math.floor(room - label_bytes[1]))
             # A file of many values has a byte for 64 of them at least.
             values = layout.instance_channels * math.prod(layout.grid)
             is_small = _MIN_CODED_IMAGES_PER_CLASS * num_classes * values <= FREE_VALUES
             least = 1 if is_small else math.ceil(values / MAX_VALUES_PER_BYTE)
             image_bytes = max(least, min(layout.image_bytes, room))
             layout = dataclasses.replace(layout, image_bytes=image_bytes)
-        num_images = cls.max_images(layout, limit, num_classes)
+        num_images = cls.max_images(layout, limit, num_classes, label_bytes=label_bytes)
         if real_images_per_class is None:
             return layout
         num_real, smallest_bytes = real_images_per_class * num_classes, cls.group_bytes(layout)
@@ -318,7 +321,7 @@ class HierarchicalMemory(LearnedMemory):
             if cls.group_bytes(layout) >= _LARGEST_INSTANCE * smallest_bytes:
                 break
             layout = dataclasses.replace(layout, **{grows: getattr(layout, grows) + 1})
-            num_images = cls.max_images(layout, limit, num_classes)
+            num_images = cls.max_images(layout, limit, num_classes, label_bytes=label_bytes)
         return layout
 
     @classmethod

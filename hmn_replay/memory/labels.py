@@ -192,7 +192,7 @@ def expected_bytes(num_classes: int) -> float:
     """Return about how many bytes a soft label takes, to plan with before there are any."""
     if num_classes <= _FEW_CLASSES:
         return 2.6 * num_classes / 8
-    return (12 + 1.4 * math.log2(math.comb(num_classes, _NUM_NAMED))) / 8
+    return (6 + 1.2 * math.log2(math.comb(num_classes, _NUM_NAMED))) / 8
 
 
 def _num_named(num_classes: int) -> int:
@@ -208,7 +208,11 @@ class _Coder:
 
     def __init__(self, counts: Sequence[int]) -> None:
         self.counts = np.asarray(counts, np.int64)
+        num_classes = len(self.counts)
         self.seen = np.ones((_NUM_FIRST + len(_MEAN_BOUNDS), _TOP_LEVEL + 1), np.int64)
+        # Where few of many classes are named, most levels are 0 before any was seen.
+        if (num_others := num_classes - _num_named(num_classes)) > 0:
+            self.seen[:, 0] = _TOP_LEVEL * num_others // _NUM_NAMED
 
     def run(self, code: Any, levels: npt.NDArray[np.uint8]) -> None:
         """Code all labels.

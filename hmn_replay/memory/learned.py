@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.budget import Budget
+from hmn_replay.data.lookup import num_pixels
 from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError, TrainingError
 from hmn_replay.memory.base import (
     MAX_CLASSES,
@@ -26,7 +27,7 @@ from hmn_replay.memory.base import (
     check_counts,
     check_num_classes,
     check_tensors,
-    label_specs,
+    class_specs,
 )
 from hmn_replay.memory.entropy import (
     DENSE_LEVEL,
@@ -53,7 +54,7 @@ from hmn_replay.memory.formats import (
     round_to_format,
 )
 from hmn_replay.memory.layout import MemoryLayout, StoredTensor
-from hmn_replay.runtime import make_generator, without_autocast
+from hmn_replay.runtime import make_generator, resolve_device, without_autocast
 
 __all__ = ["AnyLearned", "LearnedMemory"]
 
@@ -74,8 +75,8 @@ class LearnedMemory(Memory, nn.Module):
     The parameters are latent float32 values; :meth:`forward` and :meth:`decode` see them rounded to
     the layout's number format, so that what is decoded now is what the saved file will give back.
 
-    A subclass declares :attr:`Layout`, :meth:`table`, :meth:`choose_layout` and :meth:`forward`,
-    and is registered by :func:`~hmn_replay.memory.base.register_memory`.
+    A subclass declares :attr:`Layout`, :meth:`table`, :meth:`layouts`, :meth:`forward` and
+    :meth:`largest_sum`, and is registered by :func:`~hmn_replay.memory.base.register_memory`.
 
     Args:
         layout: Shapes and number format.
@@ -105,7 +106,6 @@ class LearnedMemory(Memory, nn.Module):
     settings: ClassVar[Mapping[str, Any]] = {}
     """Settings of a condensation that the kind has in place of an effort's."""
     layout: Any
-    to = nn.Module.to
 
     def __init__(
         self,
@@ -161,6 +161,7 @@ class LearnedMemory(Memory, nn.Module):
         number_format: str | None = None,
         real_images_per_class: int | None = None,
         image_bytes: int | None = None,
+        label_bytes: tuple[int, float] = (0, 0.0),
     ) -> Any:
         """Return the layout for a budget: the first one that holds an image of every class.
 
@@ -174,6 +175,7 @@ class LearnedMemory(Memory, nn.Module):
             image_bytes: Bytes planned for the code of an image, 1 or more, where values are
                 entropy-coded: more of them for fewer and better images. Default: None, the kind's
                 choice.
+            label_bytes: What soft labels or a labeller take, in any case and for each image.
 
         Raises:
             BudgetError: The budget does not hold an image of every class, whatever the layout; the
@@ -187,9 +189,9 @@ class LearnedMemory(Memory, nn.Module):
         *others, last = cls._layouts(limit, shape, number_format, image_bytes)
         for layout in others:
             with contextlib.suppress(BudgetError):
-                cls.max_images(layout, limit, num_classes)
+                cls.max_images(layout, limit, num_classes, label_bytes=label_bytes)
                 return layout
-        cls.max_images(last, limit, num_classes)
+        cls.max_images(last, limit, num_classes, label_bytes=label_bytes)
         return last
 
     @classmethod
@@ -318,7 +320,7 @@ class LearnedMemory(Memory, nn.Module):
             sizes["levels"] += math.prod(tensor.model_shape)
             if num_format.is_integer and tensor.scale is None:
                 sizes["scales"] += math.prod(tensor.scale_shape(num_classes))
-        specs = label_specs(labels, num_images)
+        specs = class_specs(labels, num_images)
         if sizes["biases"]:
             specs["biases"] = TensorSpec(num_format.bias_dtype, (sizes["biases"],))
         if num_format.is_coded:
@@ -835,6 +837,12 @@ class LearnedMemory(Memory, nn.Module):
             values = nn.Parameter(values, old.requires_grad)
         setattr(self, name, values)
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move the memory to a device, as any module; ``"auto"`` is CUDA where there is one."""
+        if args[:1] == ("auto",):
+            args = (resolve_device(args[0]), *args[1:])
+        return nn.Module.to(self, *args, **kwargs)
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Take over the state of a memory of the same layout, classes and number of images."""
         result = super().load_state_dict(*args, **kwargs)
@@ -846,8 +854,7 @@ class LearnedMemory(Memory, nn.Module):
     @property
     def chunk_size(self) -> int:
         """How many images are decoded at once: 256 up to 32 x 32, 5 of 224 x 224."""
-        fitting = _PIXELS_PER_CHUNK // math.prod(self.image_shape[1:])
-        return max(1, min(fitting, _IMAGES_PER_CHUNK))
+        return max(1, min(_PIXELS_PER_CHUNK // num_pixels(self.image_shape), _IMAGES_PER_CHUNK))
 
     def _decode(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         # Every batch is decoded at the same size, the last one filled up with repeats, so that an

@@ -26,7 +26,7 @@ from hmn_replay.memory.base import (
     affordable_names,
     check_image_shape,
     check_tensors,
-    label_specs,
+    class_specs,
     register_memory,
     stored_names_bytes,
 )
@@ -147,7 +147,7 @@ class RealMemory(Memory):
         The images of a class stand in the given order, and those that make room are its last ones:
         the first image of every class stays longest, then the second. Of a class that the memory
         has already, new and old images take turns, so that as many of both stay; one that it has
-        to the byte is not added again.
+        to the byte is not added again. A class of which no image is left, or fits, goes.
 
         Args:
             data: The new images; see :func:`hmn_replay.as_labelled_images`. For a memory of
@@ -211,11 +211,9 @@ class RealMemory(Memory):
             classes = sorted({label for _, label in chosen})
             lengths = [len(images[label][i][0]) for i, label in chosen]
             labels: dict[str, TensorSpec] = {}
-            if self._soft is not None:
+            if self.richest_labels != "hard":
                 rows, columns, counts = self._old_places(chosen, images)
-                ordered = [counts[label] for label in classes]
-                stored = self._soft.rearranged(rows, columns, ordered).stored()
-                labels = {k: TensorSpec(t.dtype, tuple(t.shape)) for k, t in stored.items()}
+                labels = self._label_specs_of(rows, columns, [counts[label] for label in classes])
             return self._size(classes, lengths, stored_names_bytes(names, classes), labels)
 
         if not queue or takes(1) > limit:
@@ -245,12 +243,12 @@ class RealMemory(Memory):
         names_bytes: int,
         labels: Mapping[str, TensorSpec],
     ) -> int:
-        specs = {**label_specs(classes, len(lengths)), **self._specs(lengths), **labels}
+        specs = {**class_specs(classes, len(lengths)), **self._specs(lengths), **labels}
         if names_bytes:
             specs["names"] = TensorSpec(torch.uint8, (names_bytes,))
         return packed_size(self.kind, len(lengths), self.budget_bytes, self.words(), specs)
 
-    def file_bytes_with(self, num_classes: int) -> int:
+    def file_bytes_for(self, num_classes: int) -> int:
         """Return the file's bytes with one image more, as large as those here, for each new class.
 
         Args:
@@ -303,7 +301,7 @@ class RealMemory(Memory):
             lengths = [memory.payload_bytes] * record.num_images
         if len(lengths) != record.num_images or min(lengths, default=1) < 1:
             raise MemoryFileError("its images and their lengths do not fit each other")
-        specs = {**label_specs(classes, record.num_images), **memory._specs(lengths)}
+        specs = {**class_specs(classes, record.num_images), **memory._specs(lengths)}
         check_tensors(tensors, specs)
         data, ends = tensors["images"].numpy().tobytes(), list(itertools.accumulate(lengths))
         starts = [0, *ends[:-1]]

@@ -373,7 +373,7 @@ class RealKeeper(Keeper):
         labels = tried.classes.tolist()
         tried.class_names = affordable_names(tried.class_names, labels, tried.budget_bytes)
         classes = max(num_classes, self.expected_classes or 0)
-        needed = tried.file_bytes_with(classes)
+        needed = tried.file_bytes_for(classes)
         if needed > self.budget.num_bytes:
             raise BudgetError(
                 f"a budget of {self.budget.num_bytes:,} bytes does not hold one image of each of "

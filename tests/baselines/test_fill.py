@@ -283,6 +283,6 @@ def test_a_kind_that_is_not_just_filled_is_refused(memory_type: Any) -> None:
 
 def test_an_empty_memory_does_not_say_how_large_images_are() -> None:
     with pytest.raises(ConfigError, match="an empty memory does not say how large images are"):
-        RawMemory((3, 8, 8)).file_bytes_with(3)
+        RawMemory((3, 8, 8)).file_bytes_for(3)
     memory = raw_images(real_set(), 6000)
-    assert memory.file_bytes_with(1) == memory.file_bytes
+    assert memory.file_bytes_for(1) == memory.file_bytes

@@ -709,3 +709,14 @@ def test_the_largest_learning_rates_end_in_a_memory_or_in_a_line(
     with contextlib.suppress(TrainingError):
         memory = condense(make_set(), "6 kB", kind=kind, **{**TINY, **rates})
         assert memory.decode()[0].isfinite().all()
+
+
+@pytest.mark.parametrize("expected_classes", ["ten", -5, 5000, 0])
+def test_a_number_of_classes_that_cannot_be_is_refused_whatever_else_is_given(
+    make_set: MakeSet, make_layout: MakeLayout, expected_classes: Any
+) -> None:
+    data = make_set()
+    memory = tiny(data, make_layout())
+    for given in ({"memory": memory}, {"layout": make_layout()}, {}):
+        with pytest.raises(ConfigError, match="expected_classes is 1 to 1000; got"):
+            condense(data, 5000, expected_classes=expected_classes, **given, **TINY)

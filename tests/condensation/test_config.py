@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
 from hmn_replay.errors import ConfigError, UnknownOptionError
+from hmn_replay.objectives import Objective
 from hmn_replay.objectives.trajectories import EXPERT_TRAINING
 
 FIELDS = list(CondenseConfig.model_fields)
@@ -124,6 +125,8 @@ def test_functions_stand_in_for_names_and_are_reported_by_theirs() -> None:
     assert told["network"][0] == "convnet"
     assert told["network"][1].endswith("test_config.make_nothing")
     assert make_config(network=make_nothing).network == (make_nothing,)
+    named = make_config(objective=Objective(match_nothing)).model_dump()["objective"]
+    assert named == told["objective"]
 
 
 def test_the_training_of_the_pruning_has_its_own_size() -> None:

@@ -152,8 +152,10 @@ def flat(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
 def test_features_are_matched_without_a_logit_for_each_class(
     make_set: MakeSet, make_layout: MakeLayout
 ) -> None:
-    memory = tiny(make_set(labels=(0, 1, 2)), make_layout(), networks=[network(0, num_classes=2)])
-    assert memory.num_classes == 3
+    given = network(0, num_classes=2)
+    for labels in ((0, 1, 2), (-5, 7, 1000)):
+        memory = tiny(make_set(labels=labels), make_layout(), networks=iter([given]))
+        assert memory.classes.tolist() == list(labels)
 
 
 @pytest.mark.parametrize(
@@ -168,13 +170,17 @@ def test_features_are_matched_without_a_logit_for_each_class(
             r"K of 3 or more here",
         ),
         ({"networks": network(0)}, r"give \[network\]"),
+        ({"networks": None}, r"give \[network\], not None"),
+        ({"networks": [network(0)], "objective": "gradient", "labels": (-1, 0, 1)}, "label -1 can"),
     ],
 )
 def test_what_cannot_be_matched_with_is_refused_before_the_warm_start(
     make_set: MakeSet, make_layout: MakeLayout, options: dict[str, Any], message: str
 ) -> None:
+    data = make_set(labels=options.get("labels", (0, 1, 2)))
+    options = {name: value for name, value in options.items() if name != "labels"}
     with pytest.raises(ConfigError, match=message):
-        tiny(make_set(labels=(0, 1, 2)), make_layout(), warm_start_steps=10**9, **options)
+        tiny(data, make_layout(), warm_start_steps=10**9, **options)
 
 
 def test_networks_that_were_given_are_compiled_where_a_stream_gains_by_it(

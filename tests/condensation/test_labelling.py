@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,8 @@ import hmn_replay
 from hmn_replay import LabelConfig, Memory, TrainingConfig, condense, evaluate, train_teacher
 from hmn_replay.condensation.labelling import label_images
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.memory import LearnedMemory, loads
+from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayWarning
+from hmn_replay.memory import HierarchicalMemory, LearnedMemory, loads
 from tests.stripes import stripes
 from tests.support import TINY, Observer, at_call, hmn_layout, real_set, tiny
 
@@ -230,3 +231,35 @@ def test_a_labeller_teaches_and_is_scored() -> None:
     memory.set_labeller(None)
     with pytest.raises(ConfigError, match="has no labeller"):
         hmn_replay.labeller_accuracy(memory, test)
+
+
+@pytest.mark.parametrize("number_format", ["entropy", "int8"])
+@pytest.mark.parametrize("labels", ["soft", "labeller"])
+@pytest.mark.filterwarnings("ignore:the memory has hard labels alone")  # some are of chance
+def test_the_smallest_budget_that_is_named_does(labels: str, number_format: str) -> None:
+    draws = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=draws)
+    data = LabelledImages(images, torch.arange(60) % 30)
+    options: dict[str, Any] = {**TINY, **SMALL, "labels": labels, "number_format": number_format}
+    with pytest.raises(BudgetError, match="does not hold one image of each of 30 classes") as told:
+        condense(data, 700, **options)
+    (smallest,) = re.findall(r"the smallest that does is ([\d,]+) bytes", str(told.value))
+    budget = int(smallest.replace(",", ""))
+    for own in (budget, budget + 1, budget + 7, budget + 100):
+        memory = condense(data, own, **options)
+        assert memory.file_bytes == len(memory.to_bytes()) <= own
+        assert memory.num_images >= 30
+
+
+def test_labels_go_where_they_turn_out_too_large(
+    make_set: MakeSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LabelConfig, "planned_bytes", lambda *_: (0, 0.0))
+    data, layout = make_set(60), hmn_layout(number_format="int8")
+    with pytest.raises(BudgetError) as told:
+        HierarchicalMemory.max_images(layout, 300, data.classes.tolist())
+    (smallest,) = re.findall(r"the smallest that does is ([\d,]+) bytes", str(told.value))
+    budget = int(smallest.replace(",", ""))
+    with pytest.warns(HMNReplayWarning, match="hard labels alone, not labels='soft': a budget of"):
+        memory = condensed(data, budget, "soft", number_format="int8")
+    assert memory.richest_labels == "hard" and memory.file_bytes <= budget

@@ -21,7 +21,13 @@ from hmn_replay.data.images import LabelledImages, as_labelled_images
 from hmn_replay.data.lookup import ImageLookup
 from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
 from hmn_replay.memory import MEMORIES, LearnedMemory, Memory, load, loads
-from hmn_replay.memory.base import check_classes, check_counts, check_image_shape, check_indices
+from hmn_replay.memory.base import (
+    affordable_names,
+    check_classes,
+    check_counts,
+    check_image_shape,
+    check_indices,
+)
 from tests.support import CODECS, KINDS, REAL, any_memory, made, real, same_bits
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
@@ -330,7 +336,7 @@ def test_a_memory_over_its_budget_is_not_saved(kind: str, tmp_path: Path) -> Non
     memory, path = any_memory(kind), tmp_path / "memory.hmn"
     memory.budget_bytes = 200
     path.write_bytes(b"old")
-    with pytest.raises(BudgetError, match=r"takes [\d,]+ bytes, over its budget of 200; drop"):
+    with pytest.raises(BudgetError, match=r"takes [\d,]+ bytes, over its budget of 200; call"):
         memory.save(path)
     assert path.read_bytes() == b"old"
     memory.budget_bytes = 9999
@@ -515,3 +521,25 @@ def test_images_too_small_or_too_large_are_to_be_resized(
             refuse(data, "9 MiB")
     resized = as_labelled_images(data, size=size)
     assert raw_images(resized, "9 MiB").image_shape == (shape[0], size, size)
+
+
+@pytest.mark.parametrize("kind", ["raw", "hmn"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 2**20, "class names take 1,048,576 bytes in all at most; these take 1,048"),
+        (5, "class names are texts that UTF-8 can hold; that of label .* is 5"),
+        ("caf\udce9", "class names are texts that UTF-8 can hold"),
+    ],
+)
+def test_names_that_could_not_be_read_again_are_refused(kind: str, name: Any, message: str) -> None:
+    memory = any_memory(kind)
+    memory.class_names = {int(memory.classes[0]): name}
+    with pytest.raises(DataError, match=message):
+        memory.to_bytes()
+    memory.class_names = {int(memory.classes[0]): "é" * 1000}
+    assert loads(memory.to_bytes()).class_names == memory.class_names
+
+
+def test_names_too_long_to_be_read_again_are_not_affordable() -> None:
+    assert affordable_names({0: "x" * 2**20}, [0], 10**9) == {}

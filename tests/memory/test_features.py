@@ -29,6 +29,7 @@ from hmn_replay.errors import (
     BudgetError,
     ConfigError,
     DataError,
+    HMNReplayWarning,
     MemoryFileError,
     MissingExtraError,
 )
@@ -455,3 +456,36 @@ def test_another_default_dtype_changes_nothing_of_a_codebook() -> None:
         memory.check_room(data)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation"), [(1, 0), (0, 0), (1e4, 1), (-3e4, 1), (0, 1e12), (0, 1e-12)]
+)
+@pytest.mark.parametrize("count", [1, 200])
+def test_features_far_from_0_and_alike_are_kept(count: int, mean: float, deviation: float) -> None:
+    draws = torch.randn(count, 16, 1, 1, generator=torch.Generator().manual_seed(0))
+    values = mean + deviation * draws
+    labels = torch.arange(len(values)) % min(4, len(values))
+    budget = 717 if count == 1 else 3000
+    memory = condense((values, labels), budget, kind="features", effort="draft", device="cpu")
+    kept, _ = loads(memory.to_bytes()).decode()
+    assert kept.isfinite().all()
+    error = float((kept.mean() - values.mean()).abs())
+    assert error <= 0.1 * deviation + 1e-5 * abs(mean) + 1e-12
+
+
+def test_features_beyond_what_float32_can_square_are_refused() -> None:
+    values = features(each=50).images * 1e20
+    with pytest.raises(DataError, match=r"too large .*: scale them to 1e\+15 at most"):
+        condense(LabelledFeatures(values, torch.arange(len(values)) % 4), 3000, effort="draft")
+
+
+def test_added_features_of_another_range_are_warned_of() -> None:
+    first = condense(features(), 3000, effort="draft", warm_start_steps=20, expected_classes=9)
+    alike = features(labels=(3, 4), seed=1)
+    condense(alike, memory=first, effort="draft", warm_start_steps=20)  # of which nothing is said
+    negative = LabelledFeatures(alike.images - 2, alike.labels)
+    far = LabelledFeatures(alike.images + 300, alike.labels)
+    for strange in (negative, far):
+        with pytest.warns(HMNReplayWarning, match="have another range than the first ones"):
+            condense(strange, memory=first, effort="draft", warm_start_steps=20)

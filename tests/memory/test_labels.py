@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hmn_replay import ReplayMemory, raw_images
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError
 from hmn_replay.memory import LearnedMemory, Memory, RealMemory, load, loads
 from hmn_replay.memory.file import Record, pack, unpack
@@ -130,6 +132,56 @@ def test_alike_labels_of_a_class_take_fewer_bytes() -> None:
         sizes.append(len(labels.code) / len(positions))
     assert sizes[0] < 0.8 * sizes[1]
     assert 0.5 * expected_bytes(num_classes) < sizes[1] < 1.5 * expected_bytes(num_classes)
+
+
+@pytest.mark.parametrize(("num_classes", "each"), [(17, 8), (100, 1), (100, 20), (400, 2)])
+def test_labels_of_many_classes_take_few_bytes(num_classes: int, each: int) -> None:
+    """No model has to learn first that most classes of most images have level 0."""
+    priors = probabilities(num_classes, num_classes, spread=1.5).repeat_interleave(each, 0)
+    noise = probabilities(num_classes * each, num_classes, seed=1)
+    own = 5.0 * torch.eye(num_classes).repeat_interleave(each, 0)
+    rows = (priors.log() + noise.log() + own).softmax(dim=1)
+    labels = SoftLabels.hard([each] * num_classes).replaced(torch.arange(len(rows)), rows)
+    assert 0.5 < len(labels.code) / len(rows) / expected_bytes(num_classes) < 1.4
+
+
+@pytest.mark.parametrize("kind", ["raw", "hmn"])
+def test_rows_that_are_no_probabilities_are_refused(kind: str) -> None:
+    memory = any_memory(kind)
+    rows: Any = probabilities(memory.num_images, 2).numpy()
+    memory.set_soft_labels(rows)
+    before = memory.to_bytes()
+    for value in (0.0, -0.1, float("nan"), float("inf")):
+        rows = probabilities(memory.num_images, 2)
+        rows[1] = value
+        with pytest.raises(ConfigError, match="one a class, not all of them 0"):
+            memory.set_soft_labels(rows)
+    assert memory.to_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["features", "raw-features"])
+def test_features_have_no_labels_of_augmented_images(kind: str) -> None:
+    data = torch.arange(160.0).view(20, 8, 1, 1), torch.arange(20) % 2
+    options: dict[str, Any] = {"warm_start_steps": 1} if kind == "features" else {}
+    memory = ReplayMemory("3 KiB", kind, **options)
+    memory.update(data)
+    assert memory.memory is not None
+    with pytest.raises(ConfigError, match="leave them out for features"):
+        memory.memory.set_soft_labels(torch.ones(len(memory.memory), 2))
+    with pytest.raises(ConfigError, match="leave them out for features"):
+        memory.memory.set_labeller(Labeller.of(network(), (3, 8, 8)))
+
+
+def test_a_labeller_takes_its_bytes_when_classes_come_again() -> None:
+    draws = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (200, 3, 8, 8), generator=draws, dtype=torch.uint8)
+    labels = torch.arange(200) % 2
+    memory = raw_images(LabelledImages(images[:100], labels[:100]), 16_000)
+    memory.set_labeller(Labeller.of(network(16), (3, 8, 8)))
+    memory.shrink()
+    memory.extend(LabelledImages(images[100:], labels[100:]))
+    assert memory.richest_labels == "labeller"
+    assert 16_000 - 2 * 192 < memory.file_bytes == len(memory.to_bytes()) <= 16_000
 
 
 @every_kind

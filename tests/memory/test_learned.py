@@ -1026,3 +1026,9 @@ def test_the_largest_values_that_are_saved_still_decode_to_images(
         images, _ = loads(data).decode()
         assert 0 <= float(images.min()) <= float(images.max()) <= 1
     assert refused > 0 or kind in ("pixels", "idc")
+
+
+def test_a_memory_moves_by_the_name_of_a_device() -> None:
+    memory = made("hmn")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert memory.to("auto") is memory and memory.classes.device.type == device
