@@ -274,7 +274,6 @@ def teacher_of(
     """Return the teacher of a seed, trained once for all real images that learn from it."""
     key = (id(train), config, seed)
     if key not in TEACHERS:
-        TEACHERS.clear()
         TEACHERS[key] = hmn_replay.train_teacher(train, config, seed=seed, device=device)
     return TEACHERS[key]
 

@@ -344,8 +344,16 @@ def export(args: argparse.Namespace) -> Result:
         )
     _check_not_read("--npz", args.npz, args.file)
     _check_not_read("--contact-sheet", sheet, args.file)
+    if sheet and sheet.suffix.lower() != ".png":
+        raise ConfigError(f"a contact sheet is a .png file; got {str(sheet)!r}")
+    for path in filter(None, (folder, args.npz, args.dd_ranking, sheet)):
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"the folder of {str(path)!r} does not exist; make it first")
     memory = hmn_replay.load(args.file, device=args.device)
     written = {"file": str(args.file)}
+    if args.dd_ranking:  # first, as it may not take such images
+        hmn_replay.export_dd_ranking(memory, args.dd_ranking, dataset=args.dd_ranking_data)
+        written["dd_ranking"] = str(args.dd_ranking)
     if folder:
         hmn_replay.export_images(memory, folder)
         written["folder"] = str(folder)
@@ -353,9 +361,6 @@ def export(args: argparse.Namespace) -> Result:
     if args.npz:
         hmn_replay.export_npz(memory, args.npz)
         written["npz"] = str(args.npz)
-    if args.dd_ranking:
-        hmn_replay.export_dd_ranking(memory, args.dd_ranking, dataset=args.dd_ranking_data)
-        written["dd_ranking"] = str(args.dd_ranking)
     if sheet:
         hmn_replay.contact_sheet(memory, sheet, columns=args.columns)
         written["contact_sheet"] = str(sheet)
@@ -454,6 +459,7 @@ def baseline(args: argparse.Namespace) -> Result:
         waiting = [{"quality": quality} for quality in args.qualities or QUALITIES]
     codec_names = list(waiting[0])
     scored: list[dict[str, Any]] = []
+    highest = 100
     while waiting:
         codec = waiting.pop(0)
         try:
@@ -461,14 +467,14 @@ def baseline(args: argparse.Namespace) -> Result:
         except hmn_replay.BudgetError:
             if args.qualities or not scored:
                 raise
-            break  # better qualities take more bytes
-        sizes = {"num_images": memory.num_images, "file_bytes": memory.file_bytes}
-        name = "".join(f"{name} {value}, " for name, value in codec.items())
-        scored.append({**codec, **sizes, **_score(args, partial(fill, **codec), test, name)})
+            highest, waiting = codec["quality"] - 1, []  # better qualities take more bytes
+        else:
+            sizes = {"num_images": memory.num_images, "file_bytes": memory.file_bytes}
+            name = "".join(f"{name} {value}, " for name, value in codec.items())
+            scored.append({**codec, **sizes, **_score(args, partial(fill, **codec), test, name)})
         if args.kind == "jpeg" and not args.qualities and not waiting:
-            found = {one["quality"]: one["accuracy_mean"] for one in scored}
-            further = next_quality(found)
-            waiting = [] if further is None else [{"quality": further}]
+            further = next_quality({one["quality"]: one["accuracy_mean"] for one in scored})
+            waiting = [] if further is None or further > highest else [{"quality": further}]
     scored.sort(key=lambda one: one.get("quality", 0))
     best = max(scored, key=lambda one: one["accuracy_mean"])
     common = {"kind": args.kind, "selection": args.selection, "budget_bytes": budget.num_bytes}

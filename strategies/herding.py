@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from hmn_replay import LabelledImages, RawReplay
 from hmn_replay.baselines.selection import herding
+from hmn_replay.data.lookup import images_at_once
 from hmn_replay.errors import ConfigError
 from hmn_replay.training.networks import evaluating, find_head, logits_and_features
 from strategies.settings import Settings, Strategy
 
 __all__ = ["build", "class_features", "herd"]
-
-_BATCH = 512
 
 
 def build(settings: Settings) -> Strategy:
@@ -76,10 +75,9 @@ def class_features(model: nn.Module, images: Tensor, head: nn.Linear) -> Tensor:
     """
     device = next(model.parameters()).device
     with evaluating(model):
-        parts = [
-            logits_and_features(model, head, part.to(device))[1] for part in images.split(_BATCH)
-        ]
-    return torch.cat([F.normalize(part).cpu() for part in parts])
+        parts = images.split(images_at_once(images.shape[1:]))
+        found = [logits_and_features(model, head, part.to(device))[1] for part in parts]
+    return torch.cat([F.normalize(part).cpu() for part in found])
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:

@@ -218,6 +218,19 @@ def test_baseline_goes_on_past_the_edge_where_the_best_quality_is(
     assert result["quality"] == 100
 
 
+def test_baseline_goes_on_below_the_lowest_quality_where_higher_ones_do_not_fit(
+    run: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(source: Any, test: Any, **options: Any) -> tuple[None, float]:
+        return None, source.num_images / 1e6
+
+    monkeypatch.setattr(hmn_replay, "evaluate", evaluate)
+    options = ["--kind", "jpeg", "--budget", 700, "--repeats", 1, "--quiet"]
+    result = run.json("baseline", *options)
+    tried = [one["quality"] for one in result["tried"]]
+    assert tried[:3] == [1, 2, 5] and max(tried) < 100 and result["quality"] == 1
+
+
 def test_baseline_takes_the_best_quality_and_lists_all(
     run: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +349,23 @@ def test_export_writes_what_is_asked(run: Console, memory_file: Path, tmp_path: 
     assert "exists already and is not an empty folder" in run.err
     run("export", memory_file, code=2)
     assert "name a DIR, --npz FILE, --contact-sheet FILE or --dd-ranking DIR" in run.err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--contact-sheet sheet.jpg", "a contact sheet is a .png file; got 'sheet.jpg'"),
+        ("--npz absent/x.npz", "the folder of 'absent/x.npz' does not exist; make it first"),
+        ("--dd-ranking ranking", "DD-Ranking knows no data set of 3 classes"),
+    ],
+)
+def test_export_that_fails_has_written_nothing(
+    run: Console, memory_file: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
+    monkeypatch.chdir(memory_file.parent)
+    run("export", memory_file, "pictures", *line.split(), code=2)
+    assert message in run.err
+    assert not Path("pictures").exists()
 
 
 @pytest.mark.parametrize(
@@ -582,7 +612,8 @@ def test_data_that_do_not_fit_are_said_not_to_have_been_named(
     hmn_replay.raw_images((images, torch.arange(10)), "40 kB").save(path)
     for command in ("evaluate", "evaluate --scores --passes 10 --width 4"):
         run(*command.split(), path, code=1)
-        assert "images of (3, 32, 32) and the test set of (1, 8, 8)" in run.err
+        assert re.search(r"images of \(\d, .*\(\d, \d", run.err)
+        assert "(3, 32, 32)" in run.err and "(1, 8, 8)" in run.err
         assert "; --data was not given, so the data set is digits: name yours\n" in run.err
         assert run.err.count("\n") == 1 or "--scores" in command
     run("evaluate", path, "--data", "digits", code=1)

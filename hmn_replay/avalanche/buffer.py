@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hmn_replay.avalanche.streams import Normalization, class_counts, split_class_keys
 from hmn_replay.budget import as_int
-from hmn_replay.data.lookup import as_floats
+from hmn_replay.data.lookup import as_floats, images_at_once
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory import Memory
 from hmn_replay.replay import DecodedImages
@@ -45,8 +45,6 @@ __all__ = [
     "count_labels",
     "finish_images",
 ]
-
-_BATCH = 256
 
 
 class MemoryBuffer(ExemplarsBuffer):
@@ -207,7 +205,10 @@ class MemoryBuffer(ExemplarsBuffer):
             return
         # Of images that are not augmented, by a loader with a generator of its own: it would draw
         # from torch's global one.
-        loader = DataLoader(self._dataset(memory), batch_size=_BATCH, generator=torch.Generator())
+        batch_size = images_at_once(memory.image_shape)
+        loader = DataLoader(
+            self._dataset(memory), batch_size=batch_size, generator=torch.Generator()
+        )
         with evaluating(agent.model), without_autocast(torch.device(agent.device)):
             parts = []
             for images, _, *rest in loader:
@@ -274,15 +275,15 @@ def finish_images(
     """Augment and normalise images ``(N, C, H, W)`` in [0, 1].
 
     Raises:
-        DataError: ``transform`` changed their shape.
+        DataError: ``transform`` changed their shape or their type.
     """
     if transform is not None:
-        shape = images.shape
+        shape, dtype = images.shape, images.dtype
         images = transform(images)
-        if images.shape != shape:
+        if images.shape != shape or images.dtype != dtype:
             raise DataError(
-                f"replay_transform returned {tuple(images.shape)} for {tuple(shape)}; expected as "
-                "many images of the same shape"
+                f"replay_transform returned {images.dtype} {tuple(images.shape)} for {dtype} "
+                f"{tuple(shape)}; expected as many images of the same shape and type, in [0, 1]"
             )
     return images if normalization is None else normalization.apply(images)
 

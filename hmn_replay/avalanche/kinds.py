@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from hmn_replay.avalanche.losses import Loss, Renewal
 from hmn_replay.avalanche.plugin import FIRST_WEIGHTS, MemoryReplay, on_cpu
-from hmn_replay.avalanche.streams import Normalization, Strategy, experiences_of
+from hmn_replay.avalanche.streams import Strategy, experiences_of
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
 from hmn_replay.condensation.matchers import check_given_networks
@@ -239,8 +239,7 @@ class HMNReplay(MemoryReplay):
                 value.copy_(first[name])
         if not changed:
             return ()
-        found = self._found
-        return [each if found is None else _Normalising(each, found) for each in (start, now)]
+        return [self._taking_images(start), self._taking_images(now)]
 
 
 class RawReplay(MemoryReplay):
@@ -371,23 +370,6 @@ class JPEGReplay(MemoryReplay):
             selection=selection,
         )
         super().__init__(keeper, **options)
-
-
-class _Normalising(nn.Module):
-    """A network of normalised images, for images in [0, 1]."""
-
-    def __init__(self, network: nn.Module, normalization: Normalization) -> None:
-        super().__init__()
-        self.network, self.normalization = network, normalization
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of float images in [0, 1]."""
-        logits: Tensor = self.network(self.normalization.apply(images))
-        return logits
-
-    def features(self, images: Tensor) -> Any:
-        """Return the features of float images in [0, 1]."""
-        return self.network.features(self.normalization.apply(images))  # type: ignore[operator]
 
 
 def _check_keywords(plugin: MemoryReplay, options: Mapping[str, Any]) -> None:

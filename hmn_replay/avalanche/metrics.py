@@ -148,9 +148,10 @@ class CalledNew(PluginMetric[float | None]):
 
     def count(self, logits: Tensor, labels: Tensor) -> None:
         """Count a mini-batch: logits ``(N, K)`` and labels ``(N,)``."""
-        new = self._new.to(labels.device)
-        is_old = torch.isin(labels, self._old.to(labels.device))
-        # Summed where they are: a GPU is not waited for.
+        # Moved once, and summed where they are: a GPU is not waited for.
+        if self._new.device != labels.device:
+            self._new, self._old = self._new.to(labels.device), self._old.to(labels.device)
+        new, is_old = self._new, torch.isin(labels, self._old)
         called_new = torch.isin(logits.argmax(1), new) & is_old
         self._num_old = self._num_old.to(labels.device) + is_old.sum()
         self._num_called_new = self._num_called_new.to(labels.device) + called_new.sum()

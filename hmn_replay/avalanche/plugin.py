@@ -38,6 +38,7 @@ from hmn_replay.avalanche.losses import (
     plain,
 )
 from hmn_replay.avalanche.streams import (
+    NormalisingNetwork,
     Normalization,
     Strategy,
     check_experiences,
@@ -391,7 +392,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 "what is left is made into the memory by the strategy's network, which a plugin "
                 "that was loaded does not know: call finish(strategy)"
             )
-        is_new = self.store.finish(model=self._model, networks=self._networks(), note=self._note())
+        is_new = self.store.finish(
+            model=self._model_of_images(), networks=self._networks(), note=self._note()
+        )
         if is_new:
             self._label()
         return is_new
@@ -753,8 +756,18 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if not any(len(each.dataset) for each in experiences):
             return None
         images = self._read(experiences)
-        self.store.update(images, model=self._model, networks=self._networks(), note=self._note())
+        self.store.update(
+            images, model=self._model_of_images(), networks=self._networks(), note=self._note()
+        )
         return images
+
+    def _taking_images(self, network: nn.Module) -> nn.Module:
+        """Return a network for images in [0, 1], which the benchmark would normalise for it."""
+        found = self.found_normalization
+        return network if found is None else NormalisingNetwork(network, found)
+
+    def _model_of_images(self) -> nn.Module | None:
+        return None if self._model is None else self._taking_images(self._model)
 
     def _networks(self) -> Sequence[nn.Module]:
         """Return states of the strategy's network to match on; none by default."""

@@ -26,6 +26,7 @@ from hmn_replay.data.images import LabelledImages, stack_images, to_image, to_la
 from hmn_replay.errors import ConfigError, DataError
 
 __all__ = [
+    "NormalisingNetwork",
     "Normalization",
     "Strategy",
     "check_experiences",
@@ -100,6 +101,22 @@ class Normalization:
         """Bring normalised images ``(..., C, H, W)`` back to [0, 1]."""
         mean, std = _constants(self, images.dtype, images.device)
         return images.mul(std).add_(mean)
+
+
+class NormalisingNetwork(nn.Module):
+    """A network of normalised images, for images in [0, 1]."""
+
+    def __init__(self, network: nn.Module, normalization: Normalization) -> None:
+        super().__init__()
+        self.network, self.normalization = network, normalization
+
+    def forward(self, images: Tensor) -> Any:
+        """Return the network's output for float images in [0, 1]."""
+        return self.network(self.normalization.apply(images))
+
+    def features(self, images: Tensor) -> Any:
+        """Return the features of float images in [0, 1]."""
+        return self.network.features(self.normalization.apply(images))  # type: ignore[operator]
 
 
 @functools.lru_cache

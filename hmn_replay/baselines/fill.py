@@ -6,6 +6,8 @@ What is compared is a real file, its header and labels counted, filled with as m
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -315,7 +317,7 @@ def choose_quality(
     """
     data = as_labelled_images(data)
     counts = torch.bincount(data.class_indices)
-    if data.num_classes < 2 or int(counts.min()) < 2:
+    if data.num_classes < 2 or int(counts.max()) < 2:
         return _USUAL_QUALITY, {}
     train, held_out = data.split(_HELD_OUT, seed)
     num_classes = expected_classes or _USUAL_EXPERIENCES * data.num_classes
@@ -441,13 +443,13 @@ def _labelled(
     config = as_label_config(labels)
     if config.labels == "hard":
         return memory
+    _check_label_room(memory, data, config)
     if teacher is None:
         teacher = train_teacher(data, config, seed=seed, device=device)
     if not teacher.classes.cpu().equal(memory.classes.cpu()):
         raise ConfigError(
             f"the teacher has the classes {teacher.classes.tolist()[:5]} ..., the memory "
-            f"{memory.classes.tolist()[:5]} ...: train it on the same data, and give a budget that "
-            "holds an image of each class"
+            f"{memory.classes.tolist()[:5]} ...: train it on the same data"
         )
     own = data.labels[order]
     sources = [
@@ -457,6 +459,21 @@ def _labelled(
     add_labels(memory, teacher, config, sources=data.images[torch.cat(sources)], seed=seed)
     memory.shrink()
     return memory
+
+
+def _check_label_room(memory: RealMemory, data: LabelledImages, config: LabelConfig) -> None:
+    """Raise a BudgetError where one image of each class does not fit beside labels."""
+    counts = torch.tensor(memory.images_per_class)
+    smallest = copy.deepcopy(memory)
+    smallest.keep(counts.cumsum(0) - counts)
+    fixed, each = config.planned_bytes(memory.image_shape, data.num_classes)
+    needed = smallest.file_bytes_for(data.num_classes) + fixed + each * data.num_classes
+    if memory.budget_bytes is not None and needed > memory.budget_bytes:
+        raise BudgetError(
+            f"a budget of {memory.budget_bytes:,} bytes does not hold one image of each of "
+            f"{data.num_classes} classes beside labels={config.labels!r}; about "
+            f"{math.ceil(needed):,} bytes would"
+        )
 
 
 def _order(

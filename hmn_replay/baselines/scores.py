@@ -19,7 +19,12 @@ import torch
 from hmn_replay.baselines.fill import choose_quality, jpeg_images, raw_images
 from hmn_replay.baselines.selection import select_images
 from hmn_replay.budget import as_int
-from hmn_replay.data.images import ImageSource, as_labelled_images
+from hmn_replay.data.images import (
+    ImageSource,
+    LabelledImages,
+    as_labelled_images,
+    check_same_names,
+)
 from hmn_replay.errors import BudgetError, ConfigError, DataError
 from hmn_replay.evaluation import evaluate
 from hmn_replay.memory.base import Memory
@@ -49,7 +54,7 @@ def scores(
     augmentation.
 
     Args:
-        memory: A memory of any kind.
+        memory: A memory of images, of any kind.
         train_set: The real images that it was made from.
         test_set: What accuracies are measured on.
         repeats: How many seeds, 1 or more: ``seed``, ``seed + 1``, ...
@@ -77,8 +82,9 @@ def scores(
         ``num_images``, ``file_bytes`` and ``jpeg_quality`` say what was compared.
 
     Raises:
-        ConfigError: A value outside its range.
-        DataError: Images that cannot be used, or a memory that has none.
+        ConfigError: A value outside its range, or a memory of features.
+        DataError: Images that cannot be used, of another size or of other labels, or a memory that
+            has none.
     """
     if (as_int(repeats) or 0) < 1:
         raise ConfigError(f"repeats must be a whole number of 1 or more; got {repeats!r}")
@@ -86,7 +92,13 @@ def scores(
         raise ConfigError(f"weight must be in [0, 1]; got {weight!r}")
     if not memory.num_images:
         raise DataError("expected a memory of one image or more; it has none")
+    if memory.holds_features:
+        raise ConfigError(
+            "scores are of images, which networks are trained on with augmentation; a memory of "
+            "features is scored by evaluate()"
+        )
     train, test = as_labelled_images(train_set), as_labelled_images(test_set)
+    _check_comparable(memory, train, test)
     config = config or TrainingConfig()
     plain = config.replace(augmentations=(), cutmix_probability=0.0)
     num_bytes = memory.file_bytes
@@ -164,6 +176,23 @@ def scores(
         "label_robust_score": {name: _mean_and_std(values) for name, values in lrs.items()},
         "augmentation_robust_score": {"count": _mean_and_std(ars)},
     }
+
+
+def _check_comparable(memory: Memory, train: LabelledImages, test: LabelledImages) -> None:
+    """Raise a DataError where a memory, its real images and test images do not belong together."""
+    known = {*memory.classes.tolist()}
+    for name, data in (("train_set", train), ("test_set", test)):
+        if data.image_shape != memory.image_shape:
+            raise DataError(
+                f"{name} has images of {data.image_shape}; expected {memory.image_shape}, as the "
+                "memory has"
+            )
+        check_same_names(memory.class_names, data.class_names, "the memory", name)
+        if known.isdisjoint(data.classes.tolist()):
+            raise DataError(
+                f"{name} has none of the memory's labels: {sorted(known)[:5]} and "
+                f"{data.classes.tolist()[:5]}; number the classes of both alike"
+            )
 
 
 def ddranking_score(first: float, second: float, weight: float = 0.5) -> float:

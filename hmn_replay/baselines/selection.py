@@ -20,7 +20,7 @@ from hmn_replay.budget import as_int
 from hmn_replay.condensation.pruning import aum, margins
 from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import ImageSource, as_labelled_images
-from hmn_replay.data.lookup import as_floats
+from hmn_replay.data.lookup import as_floats, images_at_once
 from hmn_replay.errors import ConfigError
 from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.training.networks import (
@@ -43,8 +43,6 @@ __all__ = [
 
 SELECTIONS = ("random", "herding", "k-centre", "ccs")
 """What :func:`select_images` takes as a method."""
-
-_CHUNK = 512
 
 
 def select_images(
@@ -118,6 +116,11 @@ def select_images(
         device=device,
         progress=progress,
     )
+    if method == "ccs" and data.num_classes < 2:
+        raise ConfigError(
+            "ccs scores images by how a network tells their class from others, and there is one "
+            "class alone: take another selection, such as random or herding"
+        )
     members = {label: data.of_class(label) for label in data.classes.tolist()}
     count = _largest_share(list(map(len, members.values())), num_images)
     if method == "random":
@@ -344,8 +347,9 @@ def _embedding(network: nn.Module, some_images: Tensor) -> Callable[[Tensor], Te
 @torch.no_grad()
 def _in_chunks(network: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Return ``forward`` of uint8 images as floats, the network in evaluation mode meanwhile."""
+    parts = images_at_once(images.shape[1:])
     with evaluating(network):
-        return torch.cat([forward(_shown(network, chunk)) for chunk in images.split(_CHUNK)])
+        return torch.cat([forward(_shown(network, chunk)) for chunk in images.split(parts)])
 
 
 def _shown(network: nn.Module, images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from hmn_replay.objectives.trajectories import EXPERT_TRAINING
 from hmn_replay.registry import UnknownNameError, name_of
 from hmn_replay.runtime import PRECISIONS
 from hmn_replay.settings import check_options, one_of
-from hmn_replay.training.networks import NETWORKS, NetworkFactory
+from hmn_replay.training.networks import NETWORKS, NetworkFactory, is_built_in
 from hmn_replay.training.train import MAX_LEARNING_RATE, Compile, TrainingConfig
 
 __all__ = ["EFFORTS", "PRUNINGS", "CondenseConfig", "make_config"]
@@ -225,6 +225,12 @@ class CondenseConfig(LabelConfig):
     @field_serializer("network")
     def _named_networks(self, networks: Any) -> tuple[str, ...]:
         return tuple(map(name_of, networks))
+
+    @property
+    def draws_globally(self) -> bool:
+        """Whether a network or an objective is a user's own, which may draw as it likes."""
+        is_ours = all(map(is_built_in, self.network))
+        return not is_ours or not isinstance(self.objective, str)
 
     @property
     def num_steps(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import itertools
 import json
 import math
 import os
@@ -854,7 +855,7 @@ class DecodedDataset(Dataset[tuple[object, Any]]):
         )
 
     def __getitem__(self, index: int) -> tuple[object, Any]:
-        image = self.images[index]
+        image = self.images[index].clone()  # which a transform may change in place
         target = self.targets[index] if self.soft is None else self.soft[index]
         return image if self.transform is None else self.transform(image), target
 
@@ -870,6 +871,13 @@ def class_specs(classes: Sequence[int], num_images: int) -> dict[str, TensorSpec
         "labels": TensorSpec(integer_dtype(low, high), (len(classes),)),
         "counts": TensorSpec(integer_dtype(0, num_images), (len(classes),)),
     }
+
+
+def with_unknown(labels: Iterable[int], num_classes: int) -> list[int]:
+    """Return labels and further ones, up to a number of classes: the smallest that there are."""
+    known = {*labels}
+    further = itertools.filterfalse(known.__contains__, itertools.count())
+    return sorted(known.union(itertools.islice(further, max(0, num_classes - len(known)))))
 
 
 def check_num_classes(num_classes: int, name: str = "num_classes") -> int:

@@ -293,7 +293,7 @@ class FeatureMemory(LearnedMemory):
             index = self.class_index[chunk.to(offsets.device)]
             rows = (features.mean(dim=(2, 3)) - self.value("offset")) / counts[index].unsqueeze(1)
             offsets.index_add_(0, index, rows)
-            is_below = is_below or bool((features < self.value("bound") - _CLASS_STEP).any())
+            is_below = is_below or bool((features < self.value("bound") - 1).any())
         if first_image:
             self._warn_of_another_range(offsets[first_class:], first_class, is_below)
         if not first_image:
@@ -305,7 +305,7 @@ class FeatureMemory(LearnedMemory):
         """Warn where added features lie outside of what the first ones have left room for."""
         stored = self._rounded(self.tensors["class_offset"])[first_class:]
         error = float((offsets - stored).abs().max()) if offsets.numel() else 0.0
-        if is_below or error > _CLASS_STEP:
+        if is_below or error > 1:  # a deviation of the first ones
             warnings.warn(
                 "added features have another range than the first ones, for which scale and bound "
                 "of the memory were made, and are cut off where they leave it: normalise features, "

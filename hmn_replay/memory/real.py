@@ -29,6 +29,7 @@ from hmn_replay.memory.base import (
     class_specs,
     register_memory,
     stored_names_bytes,
+    with_unknown,
 )
 from hmn_replay.memory.file import Record, TensorSpec, integer_dtype, packed_size
 from hmn_replay.memory.jpeg import (
@@ -261,8 +262,7 @@ class RealMemory(Memory):
         if not lengths:
             raise ConfigError("an empty memory does not say how large images are; extend() it")
         num_more = max(0, num_classes - len(classes))
-        unknown = itertools.filterfalse({*classes}.__contains__, itertools.count())
-        classes = sorted([*classes, *itertools.islice(unknown, num_more)])
+        classes = with_unknown(classes, num_classes)
         lengths += [math.ceil(sum(lengths) / len(lengths))] * num_more
         return self._size(classes, lengths, self.names_bytes, self.label_specs())
 

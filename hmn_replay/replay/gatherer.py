@@ -26,7 +26,7 @@ class Gatherer:
     kept, and a sort of their priorities where the gatherer is full.
 
     Args:
-        capacity: Images kept at most, 1 or more.
+        capacity: Images kept at most, 1 or more; but one of each class at least.
         seed: Seed of the priorities.
 
     Attributes:
@@ -73,7 +73,8 @@ class Gatherer:
         else:
             labels = torch.cat([*self._labels, data.labels])
             priorities = torch.cat([*self._priorities, drawn])
-            kept = first_in_turn(labels, priorities)[: self.capacity].sort().values
+            count = max(self.capacity, len(labels.unique()))
+            kept = first_in_turn(labels, priorities)[:count].sort().values
             num_old = len(self)
             self._images = [
                 self._images[i] if i < num_old else data.images[i - num_old].clone()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -40,7 +41,12 @@ from hmn_replay.memory import (
     SubsampledMemory,
     loads,
 )
-from hmn_replay.memory.base import MAX_CLASSES, affordable_names, check_num_classes
+from hmn_replay.memory.base import (
+    MAX_CLASSES,
+    affordable_names,
+    check_num_classes,
+    with_unknown,
+)
 from hmn_replay.memory.real import check_order
 from hmn_replay.registry import suggest
 from hmn_replay.replay.gatherer import first_in_turn
@@ -67,6 +73,9 @@ __all__ = [
 Selection: TypeAlias = "str | Callable[[LabelledImages, nn.Module], Tensor]"
 
 AnyMemory = TypeVar("AnyMemory", bound=Memory)
+
+# Times what is planned for a code of one image of each class, there is room for what is learned.
+_CODE_MARGIN = 1.05
 
 
 class Keeper(ABC):
@@ -209,8 +218,7 @@ class LearnedKeeper(Keeper):
     @property
     def draws_globally(self) -> bool:
         """Whether a network or an objective is a user's own; see :class:`Keeper`."""
-        is_ours = all(map(is_built_in, self.config.network))
-        return not is_ours or not isinstance(self.config.objective, str)
+        return self.config.draws_globally
 
     @property
     def memory_type(self) -> type[LearnedMemory]:
@@ -223,13 +231,23 @@ class LearnedKeeper(Keeper):
         self, images: LabelledImages, *, memory: Memory | None, num_classes: int
     ) -> None:
         """Refuse what the budget cannot hold; see :meth:`Keeper.check_room`."""
-        classes = max(num_classes, self.expected_classes or 0)
+        count, known = max(num_classes, self.expected_classes or 0), {*images.classes.tolist()}
         if memory is None:
-            self._choose_layout(images, classes)
-            return
-        memory = _of_type(memory, self.memory_type)
-        check_same_shape(memory, images)
-        self.memory_type.max_images(memory.layout, self.budget, classes)
+            layout = self._choose_layout(images, count)
+        else:
+            layout = _of_type(memory, self.memory_type).layout
+            check_same_shape(memory, images)
+            known.update(memory.classes.tolist())
+        classes, limit = with_unknown(known, count), self.budget.num_bytes
+        self.memory_type.max_images(layout, self.budget, classes)
+        if layout.is_coded:  # what is learned may turn out a little larger than planned
+            num_images = layout.group_size * len(classes)
+            planned = self.memory_type.file_bytes_of(layout, classes, num_images, limit)
+            if (needed := math.ceil(_CODE_MARGIN * planned)) > limit:
+                raise BudgetError(
+                    f"a budget of {limit:,} bytes does not hold one image of each of "
+                    f"{len(classes)} classes for sure; {needed:,} bytes do"
+                )
 
     def renew(
         self,
@@ -269,9 +287,9 @@ class LearnedKeeper(Keeper):
                 return expected
         return None
 
-    def _choose_layout(self, images: LabelledImages, num_classes: int) -> None:
-        """Raise a BudgetError where no layout for so many classes fits."""
-        self.memory_type.choose_layout(
+    def _choose_layout(self, images: LabelledImages, num_classes: int) -> Any:
+        """Return the layout for so many classes, or raise a BudgetError where none fits."""
+        return self.memory_type.choose_layout(
             self.budget,
             images.image_shape,
             num_classes,

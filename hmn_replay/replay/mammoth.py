@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from hmn_replay.budget import as_int
 from hmn_replay.data.images import as_labelled_images
+from hmn_replay.data.lookup import images_at_once
 from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayError
 from hmn_replay.memory import Memory, loads
 from hmn_replay.replay.store import DecodedImages, ReplayMemory, digest_memory
@@ -27,7 +28,6 @@ from hmn_replay.training.networks import evaluating
 
 __all__ = ["MammothBuffer"]
 
-_AT_ONCE = 256
 _NAMES = ("examples", "labels", "logits", "task_labels")
 
 
@@ -200,8 +200,9 @@ class MammothBuffer:
         self.memory.finish()
         self._begin_task()
         self._set_logits(None)
-        if network is not None and not self.is_empty():
-            parts = torch.arange(len(self)).split(_AT_ONCE)
+        kept = self.memory.memory
+        if network is not None and kept is not None and not self.is_empty():
+            parts = torch.arange(len(self)).split(images_at_once(kept.image_shape))
             with torch.no_grad(), evaluating(network):
                 found = [network(self._images(part).to(self.device)).cpu() for part in parts]
             self._set_logits(torch.cat(found))

@@ -378,7 +378,11 @@ class ReplayMemory:
         memory, decoded = self.memory, self._decoded
         if memory is None:
             return None
-        target = self.device if device is None else resolve_device(device)
+        # A device that has been looked at is not asked again: each time it would be waited for.
+        target = self.device
+        if device is not None:
+            is_known = decoded is not None and decoded.device == device
+            target = torch.device(device) if is_known else resolve_device(device)
         if decoded is None or decoded.memory is not memory or decoded.device != target:
             self._decoded = decoded = DecodedImages.of(memory, target)
         return decoded

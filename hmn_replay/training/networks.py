@@ -51,8 +51,8 @@ outputs of its blocks, tensors ``(N, ...)``, as a list, or the only one.
 
 A function that is not this package's may draw weights from torch's global generator: it is seeded
 while the function is called and restored afterwards, one call at a time; another thread that draws
-from it meanwhile draws other numbers. Layers that draw random numbers in training, such as dropout,
-draw them from that generator too, and no seed here reaches them.
+from it meanwhile draws other numbers. So it is while such networks are trained or matched on, whose
+layers may draw from it, such as dropout.
 """
 
 NETWORKS.add_family("timm", find_timm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeAlias
@@ -22,6 +23,7 @@ from hmn_replay.runtime import (
     PRECISIONS,
     autocast,
     deterministic_cudnn,
+    isolated,
     make_generator,
     resolve_device,
 )
@@ -239,8 +241,10 @@ def train_network(
     num_seen, num_passes = 0, num_epochs * max(2, epoch_images)
     compiled = compiled_loss(config, images.shape[1:], num_passes, device)
     total_loss = torch.zeros((), dtype=torch.float32, device=device)
+    draws_globally = not is_built_in(config.network)
     with (
         deterministic_cudnn(),
+        isolated(device, seed, "training") if draws_globally else contextlib.nullcontext(),
         torch.enable_grad(),
         tqdm(
             total=num_passes,
@@ -286,14 +290,15 @@ def train_network(
                 bar.update(len(indices))
                 if callable(progress):
                     progress(num_seen, num_passes)
+            # Each process of a team has seen its own part of the loss.
+            if not math.isfinite(*team.sum(float(total_loss))):
+                raise TrainingError(
+                    f"the training diverged at learning rate {config.learning_rate}: its loss is "
+                    "NaN or infinite; lower the learning rate, or check that the images are in "
+                    "[0, 1]"
+                )
             if on_epoch is not None:
                 on_epoch(epoch, network)
-    # Each process of a team has seen its own part of the loss.
-    if not math.isfinite(*team.sum(float(total_loss))):
-        raise TrainingError(
-            f"the training diverged at learning rate {config.learning_rate}: its loss is NaN or "
-            "infinite; lower the learning rate, or check that the images are in [0, 1]"
-        )
     return network.eval()
 
 

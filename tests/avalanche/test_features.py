@@ -17,6 +17,8 @@ from hmn_replay.memory import FeatureMemory, RawFeatureMemory
 from hmn_replay.replay import RealKeeper
 from tests.streams import SHAPE, Images, in_pieces, make_strategy, streams, train
 
+pytestmark = pytest.mark.filterwarnings("ignore:added features have another range")
+
 STEPS = {"warm_start_steps": 15, "batch_size_mem": 6}
 
 

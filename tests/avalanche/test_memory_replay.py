@@ -646,9 +646,12 @@ def test_a_transform_may_draw_from_the_global_generators(mode: Any) -> None:
     assert drawn.equal(again) and not drawn.equal(plain)
 
 
-def test_a_transform_that_changes_the_shape_is_refused() -> None:
-    strategy = make_strategy([KeepFirst(replay_transform=lambda images: images[:, :, :4])])
-    with pytest.raises(DataError, match="replay_transform returned"):
+@pytest.mark.parametrize(
+    "change", [lambda x: x[:, :, :4], lambda x: (255 * x).byte(), lambda x: x.double()]
+)
+def test_a_transform_that_changes_shape_or_type_is_refused(change: Any) -> None:
+    strategy = make_strategy([KeepFirst(replay_transform=change)])
+    with pytest.raises(DataError, match=r"replay_transform returned torch.* for torch.float32 \("):
         train(strategy, streams().train_stream)
 
 

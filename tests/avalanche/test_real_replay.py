@@ -9,6 +9,7 @@ import pytest
 import torch
 from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
+from torchvision.transforms import Normalize
 
 from hmn_replay import (
     HMNReplay,
@@ -33,6 +34,7 @@ from hmn_replay.memory import (
 from hmn_replay.training.train import TrainingConfig
 from tests.streams import (
     FirstKeeper,
+    Images,
     in_pieces,
     labelled_streams,
     make_model,
@@ -154,6 +156,21 @@ def test_the_images_may_be_chosen_by_the_network() -> None:
     brightness = [int(image.long().sum()) for image in kept]
     every = sorted(int((x * 255).round().sum()) for x, *_ in stream[0].dataset)
     assert brightness == every[: len(kept)]
+
+
+def test_a_network_that_chooses_takes_images_as_they_come() -> None:
+    """Where the benchmark normalises, what is passed normalises for the network."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    normalise = Normalize(0.3, 0.2)
+
+    def first(images: LabelledImages, model: nn.Module) -> Tensor:
+        floats = images.floats(torch.arange(4))
+        seen.append((model(floats), strategy.model(normalise(floats))))
+        return torch.arange(len(images))
+
+    strategy = make_strategy([RawReplay(1300, selection=first)])
+    train(strategy, streams(data=Images(transform=normalise)).train_stream[:1])
+    assert len(seen) == 1 and seen[0][0].equal(seen[0][1])
 
 
 @pytest.mark.parametrize("selection", ["herding", "k-centre"])

@@ -13,6 +13,7 @@ import torch
 from hmn_replay import (
     LabelledImages,
     RealMemory,
+    ReplayMemory,
     evaluate,
     jpeg_images,
     raw_images,
@@ -20,7 +21,7 @@ from hmn_replay import (
     select_images,
 )
 from hmn_replay.baselines.scores import ddranking_score
-from hmn_replay.errors import ConfigError
+from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.training.train import TrainingConfig
 from tests.console import Console
 from tests.stripes import stripes
@@ -101,9 +102,9 @@ def test_what_does_not_fit_is_left_out() -> None:
     assert found["hard_label_recovery"]["std"] == 0.0
 
 
-def test_what_fits_for_some_seeds_alone_is_left_out() -> None:
-    # Some images take many more bytes as JPEG than others. Of a class of one image, no fifth can be
-    # held out, and the quality is 20.
+def test_what_fits_for_some_seeds_alone_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Some images take many more bytes as JPEG than others.
+    monkeypatch.setattr("hmn_replay.baselines.scores.choose_quality", lambda *_, **__: (20, {}))
     images = torch.full((21, 3, 32, 32), 90, dtype=torch.uint8)
     images[:10] = torch.randint(256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     train = LabelledImages(images, torch.tensor([*[0, 1] * 10, 2]))
@@ -116,6 +117,37 @@ def test_what_fits_for_some_seeds_alone_is_left_out() -> None:
     found = scores(memory, train, train, repeats=2, **OPTIONS)
     assert "random_bytes_jpeg" not in found["accuracies"] and found["jpeg_quality"] is None
     assert all(len(values) == 2 for values in found["accuracies"].values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test_set": stripes(9, labels=(5, 6, 7))}, "test_set has none of the memory's labels"),
+        ({"train_set": (torch.zeros(2, 3, 9, 9), [0, 1])}, r"train_set has images of \(3, 9, 9\)"),
+        ({"test_set": (torch.zeros(2, 3, 9, 9), [0, 1])}, r"test_set has images of \(3, 9, 9\)"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused_before_any_training(
+    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any, **__: Any) -> Any:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr("hmn_replay.baselines.scores.evaluate", train)
+    monkeypatch.setattr("hmn_replay.baselines.scores.choose_quality", train)
+    memory = real("jpeg", classes=(0, 1, 2), counts=(1, 1, 1))
+    sets = {"train_set": data(9), "test_set": data(9), **change}
+    with pytest.raises(DataError, match=message):
+        scores(memory, **sets, **OPTIONS)
+
+
+def test_features_have_no_scores() -> None:
+    memory = ReplayMemory("3 KiB", "raw-features")
+    features = torch.arange(160.0).view(20, 8, 1, 1), torch.arange(20) % 2
+    memory.update(features)
+    assert memory.memory is not None
+    with pytest.raises(ConfigError, match="a memory of features is scored by evaluate"):
+        scores(memory.memory, data(9), data(9), **OPTIONS)
 
 
 def test_progress_is_printed_or_given_to_a_function(capsys: pytest.CaptureFixture[str]) -> None:

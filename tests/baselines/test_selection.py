@@ -375,7 +375,7 @@ def test_images_run_through_the_network_in_chunks(monkeypatch: pytest.MonkeyPatc
     )
     whole = select_images(data, "k-centre", network=network)
     assert sizes == [2, 9, 9, 9]  # two show what its head is
-    monkeypatch.setattr(selection, "_CHUNK", 4)
+    monkeypatch.setattr(selection, "images_at_once", lambda _: 4)
     assert select_images(data, "k-centre", network=network).equal(whole)
     assert sizes[4:] == [2, *[4, 4, 1] * 3]
 
@@ -416,7 +416,7 @@ def test_wrong_options_are_refused() -> None:
         select_images(data, "ccs", network=network)
     with pytest.raises(ConfigError, match="hard_share"):
         select_images(data, "ccs", hard_share=2, config=TINY, device="cpu")
-    with pytest.raises(ConfigError, match="K of 2 or more"):
+    with pytest.raises(ConfigError, match="there is one class alone"):
         select_images(data.take(data.of_class(7)), "ccs", config=TINY, device="cpu")
 
 

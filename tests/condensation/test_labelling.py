@@ -263,3 +263,20 @@ def test_labels_go_where_they_turn_out_too_large(
     with pytest.warns(HMNReplayWarning, match="hard labels alone, not labels='soft': a budget of"):
         memory = condensed(data, budget, "soft", number_format="int8")
     assert memory.richest_labels == "hard" and memory.file_bytes <= budget
+
+
+@pytest.mark.parametrize("labels", [SOFT, LABELLER], ids=["soft", "labeller"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_real_images_without_room_for_labels_are_refused_before_a_teacher_is_trained(
+    kind: str, labels: LabelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any, **__: Any) -> Any:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr("hmn_replay.baselines.fill.train_teacher", train)
+    data = real_set((3, 8, 8), tuple(range(5)), (4,) * 5)
+    hard = MAKERS[kind](data, 100_000)
+    hard.keep(torch.arange(5) * 4)
+    for budget in (hard.file_bytes + 20, hard.file_bytes - 30):
+        with pytest.raises(BudgetError, match="one image of each of 5 classes beside labels="):
+            MAKERS[kind](data, budget, labels=labels, device="cpu")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn_replay.condensation.config import make_config
 from hmn_replay.condensation.matchers import BatchMatcher, TrainedNetworks
@@ -153,3 +154,23 @@ def test_networks_for_added_classes_know_these_alone(
     images = first.decode()[0]
     for image in both.decode(old.nonzero().flatten())[0]:
         assert any(image.equal(other) for other in images)
+
+
+def with_dropout(image_shape: Sequence[int], num_classes: int) -> nn.Module:
+    convolution = nn.Conv2d(image_shape[0], 4, 3, padding=1)
+    head = nn.Linear(4 * math.prod(image_shape[1:]), num_classes)
+    return nn.Sequential(convolution, nn.Dropout(), nn.Flatten(), head)
+
+
+@pytest.mark.parametrize("trained_networks", [0, 2])
+def test_a_network_with_dropout_is_matched_on_alike_whatever_was_drawn_before(
+    make_set: MakeSet, make_layout: MakeLayout, trained_networks: int
+) -> None:
+    files = set()
+    for state in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(state)
+            options = {"network": with_dropout, "trained_networks": trained_networks}
+            memory = tiny(make_set(), make_layout(), objective="gradient", **options)
+            files.add(memory.to_bytes())
+    assert len(files) == 1

@@ -543,3 +543,9 @@ def test_names_that_could_not_be_read_again_are_refused(kind: str, name: Any, me
 
 def test_names_too_long_to_be_read_again_are_not_affordable() -> None:
     assert affordable_names({0: "x" * 2**20}, [0], 10**9) == {}
+
+
+def test_a_transform_may_change_what_it_is_given() -> None:
+    dataset = any_memory("raw").as_dataset(lambda image: image.sub_(0.5))
+    first = dataset[0][0].clone()
+    assert first.equal(dataset[0][0])

@@ -484,7 +484,7 @@ def test_added_features_of_another_range_are_warned_of() -> None:
     first = condense(features(), 3000, effort="draft", warm_start_steps=20, expected_classes=9)
     alike = features(labels=(3, 4), seed=1)
     condense(alike, memory=first, effort="draft", warm_start_steps=20)  # of which nothing is said
-    negative = LabelledFeatures(alike.images - 2, alike.labels)
+    negative = LabelledFeatures(alike.images - 30, alike.labels)
     far = LabelledFeatures(alike.images + 300, alike.labels)
     for strange in (negative, far):
         with pytest.warns(HMNReplayWarning, match="have another range than the first ones"):

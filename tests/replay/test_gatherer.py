@@ -73,6 +73,13 @@ def test_a_full_gatherer_is_class_balanced() -> None:
     assert gatherer.num_seen == {0: 140, 1: 60, 2: 2}
 
 
+def test_one_image_of_each_class_stays_however_many_there_are() -> None:
+    gatherer = Gatherer(3, seed=0)
+    for label in range(7):
+        gatherer.add(piece([label] * 4, first=4 * label))
+    assert counts(gatherer) == dict.fromkeys(range(7), 1)
+
+
 def test_each_image_is_as_likely_to_be_kept_wherever_it_came() -> None:
     kept = torch.zeros(40)
     for seed in range(150):

@@ -605,3 +605,33 @@ def test_labels_that_would_take_a_class_its_last_image_are_left_out() -> None:
     with pytest.warns(HMNReplayWarning, match="images keep hard labels: .* one image of each of 9"):
         count = memory.label(lambda images: torch.randn(len(images), 9, generator=generator))
     assert count == 0 and memory.memory.to_bytes() == held
+
+
+def test_a_device_that_has_been_looked_at_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory, asked = make("raw"), []
+    memory.update(batch(0, 1))
+    memory.decoded(torch.device("cpu"))
+    monkeypatch.setattr("hmn_replay.replay.store.resolve_device", asked.append)
+    memory.sample(2, device=torch.device("cpu"))
+    memory.sample(2)
+    assert not asked
+
+
+@pytest.mark.parametrize("first_label", [0, 70_000, 2**40])
+@pytest.mark.parametrize("budget", range(704, 800, 16))
+def test_room_is_there_for_labels_of_any_width_or_refused_at_first(
+    budget: int, first_label: int
+) -> None:
+    memory = ReplayMemory(budget, expected_classes=10, device="cpu", **QUICK)
+    for first in (0, 2, 4, 6, 8):
+        data = two_digits(first)
+        data = LabelledImages(data.images, data.labels + first_label)
+        try:
+            memory.check_room(data)
+        except BudgetError:
+            assert first == 0
+            return
+        memory.update(data)
+    assert memory.memory is not None and memory.memory.num_classes == 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hmn_replay.data.augment import draw_augmentation
 from hmn_replay.data.lookup import join_images
 from hmn_replay.errors import ConfigError, DataError, TrainingError
-from hmn_replay.evaluation import evaluate, score
+from hmn_replay.evaluation import score
 from hmn_replay.runtime import PRECISIONS, make_generator, seeded
 from hmn_replay.training.networks import Network
 from hmn_replay.training.train import (
@@ -259,9 +259,14 @@ def test_refuses_labels_in_place_of_class_indices() -> None:
 
 
 def test_a_training_that_diverges_says_so() -> None:
-    images, labels = stripes(12)
+    images, labels = stripes(12, labels=(0, 1, 2))
+    epochs: list[int] = []
+    config = PLAIN.replace(learning_rate=1e30)
     with pytest.raises(TrainingError, match="diverged at learning rate 1e"):
-        evaluate((images, labels), (images, labels), config=PLAIN, learning_rate=1e30)
+        train_network(
+            images, labels, 3, config=config, on_epoch=lambda epoch, _: epochs.append(epoch)
+        )
+    assert len(epochs) < 5  # of 53
 
 
 @pytest.mark.parametrize(
@@ -378,3 +383,22 @@ def test_the_loss_of_a_mixed_batch_is_that_of_soft_labels(lam: float) -> None:
     )
     loss = mixed_loss(logits, labels_a, labels_b, lam)
     assert float(loss) == pytest.approx(expected / 5, rel=1e-5)
+
+
+def with_dropout(image_shape: Sequence[int], num_classes: int) -> nn.Module:
+    convolution = nn.Conv2d(image_shape[0], 4, 3, padding=1)
+    head = nn.Linear(4 * math.prod(image_shape[1:]), num_classes)
+    return nn.Sequential(convolution, nn.Dropout(), nn.Flatten(), head)
+
+
+def test_what_a_network_of_ones_own_draws_comes_from_the_seed(
+    untouched_random_state: None,
+) -> None:
+    images, labels = stripes(30, labels=(0, 1, 2))
+    config = TrainingConfig(network=with_dropout, num_passes=60, batch_size=10)
+    found = []
+    for state in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(state)
+            found.append(train_network(images, labels, 3, config=config, seed=5, device="cpu"))
+    assert weights(found[0]).equal(weights(found[1]))
