@@ -80,8 +80,9 @@ def condense(
         config: The settings, in place of ``effort`` and ``options``. Default: those of ``effort``.
         effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``: a set of
             :class:`~hmn_replay.CondenseConfig` fields.
-        seed: The same seed gives the same memory, bit for bit, on the same machine with the same
-            number of threads.
+        seed: The same seed gives the same memory, bit for bit, on the same machine's CPU with the
+            same number of threads. Some derivatives of torch (those of resampling) are not the same
+            twice on CUDA.
         device: Where to compute; ``"auto"`` is CUDA where it is present, else the CPU.
         kind: The memory kind: ``"hmn"``, or one that it is compared with: ``"pixels"``, ``"idc"``,
             ``"haba"`` or ``"linba"``; or ``"features"``, which is fitted by the warm start and not

@@ -610,7 +610,8 @@ def test_labels_that_would_take_a_class_its_last_image_are_left_out() -> None:
 def test_a_device_that_has_been_looked_at_is_not_asked_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    memory, asked = make("raw"), []
+    memory = make("raw")
+    asked: list[object] = []
     memory.update(batch(0, 1))
     memory.decoded(torch.device("cpu"))
     monkeypatch.setattr("hmn_replay.replay.store.resolve_device", asked.append)
