@@ -74,7 +74,7 @@ from hmn_replay.training.train import TrainingConfig
 Data: TypeAlias = "tuple[LabelledImages, LabelledImages]"
 
 REAL, WARM = ("raw", "jpeg", "lossless", "subsampled"), "-warm"
-TEACHERS: dict[Any, Any] = {}  # the last one
+TEACHERS: dict[Any, Any] = {}
 ROWS = (*REAL, *NUMBER_FORMATS, *(f"{name}{WARM}" for name in NUMBER_FORMATS), *EFFORTS)
 
 

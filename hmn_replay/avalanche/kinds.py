@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from hmn_replay.avalanche.losses import Loss, Renewal
-from hmn_replay.avalanche.plugin import FIRST_WEIGHTS, MemoryReplay, on_cpu
+from hmn_replay.avalanche.plugin import FIRST_WEIGHTS, MemoryReplay
 from hmn_replay.avalanche.streams import Strategy, experiences_of
+from hmn_replay.avalanche.weights import on_cpu
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
 from hmn_replay.condensation.matchers import check_given_networks

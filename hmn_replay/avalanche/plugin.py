@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -52,6 +52,13 @@ from hmn_replay.avalanche.streams import (
     split_class_keys,
 )
 from hmn_replay.avalanche.tuning import by_class, draw_balanced, tune_network
+from hmn_replay.avalanche.weights import (
+    digests_like,
+    is_same_network,
+    on_cpu,
+    take_weights,
+    weights_of,
+)
 from hmn_replay.budget import as_int, as_number
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import as_floats
@@ -75,7 +82,7 @@ from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
 from hmn_replay.training.networks import evaluating, find_head
 
-__all__ = ["FIRST_WEIGHTS", "MODES", "MemoryReplay", "on_cpu"]
+__all__ = ["FIRST_WEIGHTS", "MODES", "MemoryReplay"]
 
 MODES = ("replay", "memory_only")
 
@@ -697,7 +704,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def _attend(self, device: str | torch.device, model: nn.Module | None) -> None:
         """Note what is trained, and where."""
         known = self._model
-        if known is not None and model is not None and not _is_same_network(known, model):
+        if known is not None and model is not None and not is_same_network(known, model):
             # What is known of one network does not hold for another.
             self._kept.clear()
             self._num_updates_before = self.store.num_updates
@@ -835,7 +842,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         finally:
             if teacher is not None:
                 teacher.hook.remove()
-            self._tuned_digests = _digests_like(self._kept[_UNTUNED_WEIGHTS], model)
+            self._tuned_digests = digests_like(self._kept[_UNTUNED_WEIGHTS], model)
 
     def _undo_tuning(self, model: nn.Module) -> None:
         """Give the network its weights from before the tuning, unless it was changed since."""
@@ -843,9 +850,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if untuned is None:
             return
         # A head that has grown since is as it was tuned; it has no weights from before.
-        now = _digests_like(untuned, model)
+        now = digests_like(untuned, model)
         if all(self._tuned_digests.get(name) == digest for name, digest in now.items()):
-            _take_weights(model, untuned)
+            take_weights(model, untuned)
         else:
             self._warn(
                 "the network was changed after it was tuned, and goes on as it is; otherwise it "
@@ -859,12 +866,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         Args:
             model: The network; without a tuning it stays as it is.
         """
-        tuned = on_cpu(dict(model.named_parameters()))
-        _take_weights(model, self._kept.get(_UNTUNED_WEIGHTS, {}))
-        try:
+        with weights_of(model, self._kept.get(_UNTUNED_WEIGHTS, {})):
             yield
-        finally:
-            _take_weights(model, tuned)
 
     def _read(self, experiences: Sequence[Any]) -> LabelledImages:
         with isolated(self._device, self.seed, "read", *self.store.num_read):
@@ -1049,40 +1052,6 @@ def _check_tuning(mode: str, tune: str, tune_steps: int, tune_rate: float) -> No
         )
     if mode == "memory_only" and tune != "none":
         raise ConfigError('tune is for mode="replay"; leave it out')
-
-
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the CPU, without a graph."""
-    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
-
-
-@torch.no_grad()
-def _take_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a network those of some weights whose names and shapes it has."""
-    for name, parameter in model.named_parameters():
-        if name in weights and weights[name].shape == parameter.shape:
-            parameter.copy_(weights[name])
-
-
-def _digests_like(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
-    """Return a digest of each of a network's weights whose name and shape are given."""
-    return {
-        name: digest_tensors("", {name: each.detach()})
-        for name, each in model.named_parameters()
-        if name in weights and weights[name].shape == each.shape
-    }
-
-
-def _is_same_network(one: nn.Module, other: nn.Module) -> bool:
-    """Return whether two modules are one, or copies with the same weights."""
-    one, other = (getattr(each, "_orig_mod", each) for each in (one, other))  # compiled or not
-    if one is other:
-        return True
-    own, others = one.state_dict(), other.state_dict()
-    return own.keys() == others.keys() and all(
-        isinstance(value, Tensor) and value.cpu().equal(others[name].cpu())
-        for name, value in own.items()
-    )
 
 
 def _is_in(value: object, low: float, high: float = math.inf) -> bool:

@@ -313,8 +313,8 @@ class RealKeeper(Keeper):
             :class:`PQKeeper`.
         selection: Which images of a class stay longest: one of
             :data:`~hmn_replay.baselines.selection.SELECTIONS`, or a callable that takes the images
-            that come and the network that is being trained, and returns their order, int64
-            ``(n,)``.
+            that come and the network that is being trained, as one of images in [0, 1], and returns
+            their order, int64 ``(n,)``.
         training: Training of the network that a selection by name needs, other than ``"random"``.
             Default: None, that of :func:`~hmn_replay.select_images`.
         expected_classes: How many classes there will be in all, if that is known: a budget that
