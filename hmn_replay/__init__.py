@@ -22,7 +22,7 @@ from hmn_replay.budget import Budget
 from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig
 from hmn_replay.condensation.labelling import LabelConfig, label_images, train_teacher
-from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
+from hmn_replay.condensation.pruning import MarginRecorder, aum, double_ended_prune, margins
 from hmn_replay.data.augment import RandomAugmentation, augment_training
 from hmn_replay.data.features import LabelledFeatures, as_labelled_features
 from hmn_replay.data.images import LabelledImages, as_labelled_images
@@ -159,6 +159,7 @@ __all__ = [
     "LosslessMemory",
     "LosslessReplay",
     "MammothBuffer",
+    "MarginRecorder",
     "Memory",
     "MemoryBuffer",
     "MemoryFileError",

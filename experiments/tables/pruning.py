@@ -43,14 +43,13 @@ from experiments.tables.study import (
     train_once,
     training,
 )
-from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
+from hmn_replay.condensation.pruning import MarginRecorder, double_ended_prune
 from hmn_replay.errors import ConfigError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.hierarchical import HierarchicalMemory
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.runtime import derive_seed
-from hmn_replay.training.networks import Network
 from hmn_replay.training.train import train_network
 
 if TYPE_CHECKING:
@@ -115,14 +114,7 @@ def condense_over_budget(study: Study, identity: dict[str, Any]) -> Path | None:
 def score_images(study: Study, memory: LearnedMemory, ipc: int, seed: int) -> Tensor:
     """Return the AUM of every image, from one training on all of them."""
     images, _ = memory.decode()
-    recorded: list[Tensor] = []
-
-    def record(_: int, network: Network) -> None:
-        network.eval()
-        with torch.no_grad():
-            logits = torch.cat([network(chunk) for chunk in images.split(512)])
-        recorded.append(margins(logits, memory.class_index))
-
+    recorder = MarginRecorder(images, memory.class_index)
     train_network(
         images,
         memory.class_index,
@@ -130,9 +122,9 @@ def score_images(study: Study, memory: LearnedMemory, ipc: int, seed: int) -> Te
         config=training(study, ipc),
         seed=derive_seed(seed, "AUM"),
         device=study.settings.device,
-        on_epoch=record,
+        on_epoch=recorder,
     )
-    return aum(recorded).cpu()
+    return recorder.aum()
 
 
 def pruned(path: Path, beta: float | None) -> Memory:

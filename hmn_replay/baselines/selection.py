@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn_replay.budget import as_int
-from hmn_replay.condensation.pruning import aum, margins
+from hmn_replay.condensation.pruning import MarginRecorder
 from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.data.lookup import as_floats, images_at_once
 from hmn_replay.errors import ConfigError
 from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.training.networks import (
-    Network,
     evaluating,
     find_head,
     logits_and_features,
@@ -129,14 +128,9 @@ def select_images(
             for label, own in members.items()
         ]
     elif method == "ccs":
-        recorded: list[Tensor] = []
-
-        def record(_: int, trained: Network) -> None:
-            logits = _in_chunks(trained, trained, data.images).cpu()
-            recorded.append(margins(logits, data.class_indices))
-
-        train(on_epoch=record)
-        scores = aum(recorded)
+        recorder = MarginRecorder(data.images, data.class_indices)
+        train(on_epoch=recorder)
+        scores = recorder.aum()
         orders = [
             coverage_centric(
                 scores[own],

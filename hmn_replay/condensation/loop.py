@@ -41,7 +41,7 @@ from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.growth import fill, make_room
 from hmn_replay.condensation.labelling import add_labels, train_on
 from hmn_replay.condensation.matchers import Stateful, make_matcher
-from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
+from hmn_replay.condensation.pruning import MarginRecorder, double_ended_prune
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
 from hmn_replay.data.images import LabelledImages, mean_psnr
 from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_images, take_images
@@ -688,21 +688,9 @@ class Condensation(Run):
         class_index = self.memory.class_index
         if self.by_order:
             return torch.arange(len(images), dtype=torch.float32)
-        recorded: list[Tensor] = []
-
-        def record(_: int, network: nn.Module) -> None:
-            network.eval()
-            margin = torch.zeros(len(images), dtype=torch.float32, device=self.device)
-            positions = torch.arange(len(images), device=self.device)
-            parts = positions.split(images_at_once(self.memory.image_shape))
-            with torch.no_grad():
-                for part in self.team.share(parts):
-                    margin[part] = margins(network(images[part]).float(), class_index[part])
-            self.team.add_up(margin)
-            recorded.append(margin)
-
-        self._train_on(images, class_index, "AUM", on_epoch=record)
-        return aum(recorded).cpu()
+        recorder = MarginRecorder(images, class_index, self.team)
+        self._train_on(images, class_index, "AUM", on_epoch=recorder)
+        return recorder.aum()
 
     def _choose(self, images: Images, scores: Tensor) -> Tensor:
         """Return the images that stay: the first, or those of the best beta on held-out images."""

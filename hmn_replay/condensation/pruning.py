@@ -1,4 +1,4 @@
-"""Double-ended pruning by the area under the margin (AUM), as pure functions over numbers.
+"""Double-ended pruning by the area under the margin (AUM), as functions over numbers.
 
 Zheng et al. 2024, Section 3.2: condense more images than fit, then drop both the hardest and the
 easiest of each class until the budget holds. AUM is Pleiss et al. 2020, arXiv 2001.10528.
@@ -10,12 +10,15 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn_replay.budget import as_int
+from hmn_replay.data.lookup import Images, as_floats, images_at_once
+from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError
+from hmn_replay.training.networks import evaluating
 
-__all__ = ["aum", "double_ended_prune", "margins"]
+__all__ = ["MarginRecorder", "aum", "double_ended_prune", "margins"]
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -73,6 +76,37 @@ def aum(margins_per_epoch: Tensor | Sequence[Tensor]) -> Tensor:
     if len(shapes := {tuple(margins.shape) for margins in margins_per_epoch}) > 1:
         raise ConfigError(f"every epoch has a margin for each image; got shapes {sorted(shapes)}")
     return torch.stack(list(margins_per_epoch)).mean(dim=0)
+
+
+class MarginRecorder:
+    """Records the margins of images after each epoch of a training: an ``on_epoch`` of it.
+
+    Args:
+        images: uint8, or float in [0, 1], ``(N, C, H, W)``.
+        class_indices: int64 ``(N,)``, the logit of each image's class.
+        team: The processes that train together; each shows its share of the images.
+    """
+
+    def __init__(self, images: Images, class_indices: Tensor, team: Team = ALONE) -> None:
+        self.images, self.class_indices, self.team = images, class_indices, team
+        self.recorded: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, epoch: int, network: nn.Module) -> None:
+        """Record what the network of an epoch says of the images, in evaluation mode."""
+        device = next(network.parameters()).device
+        images, labels = self.images.to(device), self.class_indices.to(device)
+        found = torch.zeros(len(images), dtype=torch.float32, device=device)
+        positions = torch.arange(len(images), device=device)
+        with evaluating(network):
+            for part in self.team.share(positions.split(images_at_once(images.shape[1:]))):
+                found[part] = margins(network(as_floats(images[part])).float(), labels[part])
+        self.team.add_up(found)
+        self.recorded.append(found)
+
+    def aum(self) -> Tensor:
+        """Return :func:`aum` of what was recorded, float32 ``(N,)`` on the CPU."""
+        return aum(self.recorded).cpu()
 
 
 def double_ended_prune(

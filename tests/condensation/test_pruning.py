@@ -12,8 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hmn_replay.condensation.pruning import aum, double_ended_prune, margins
+from hmn_replay.condensation.pruning import (
+    MarginRecorder,
+    aum,
+    double_ended_prune,
+    margins,
+)
 from hmn_replay.errors import ConfigError
+from hmn_replay.training.train import TrainingConfig, train_network
+from tests.stripes import stripes
 
 LOGITS = torch.tensor([[2.0, 5.0, 1.0], [2.0, 5.0, 1.0], [2.0, 5.0, 1.0], [7.0, 7.0, 0.0]])
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -231,3 +238,20 @@ def test_the_number_to_drop_may_be_numpys() -> None:
     for wrong in (None, 1.0, [1.0]):
         with pytest.raises(ConfigError, match="num_drop is an integer"):
             double_ended_prune(scores, zeros(4), wrong, beta=0.5)  # type: ignore[arg-type]
+
+
+def test_recorded_margins_are_those_of_every_image_after_every_epoch() -> None:
+    images, labels = stripes(24, labels=(0, 1, 2))
+    recorder, expected = MarginRecorder(images, labels), list[Tensor]()
+
+    def record(epoch: int, network: Any) -> None:
+        recorder(epoch, network)
+        assert network.training
+        with torch.no_grad():
+            expected.append(margins(network.eval()(images / 255), labels))
+
+    config = TrainingConfig(width=4, num_passes=96, batch_size=8)
+    train_network(images, labels, 3, config=config, device="cpu", on_epoch=record)
+    assert len(recorder.recorded) == len(expected) == 4
+    torch.testing.assert_close(torch.stack(recorder.recorded), torch.stack(expected))
+    torch.testing.assert_close(recorder.aum(), torch.stack(expected).mean(0))
