@@ -39,9 +39,9 @@ Compile: TypeAlias = Literal["auto"] | bool
 # Images x width x pixels that a core trains on in about the seconds that compiling saves it: the
 # first compilation, which torch keeps on disk, takes half a minute to a minute.
 _WORTH_COMPILING = 2.5e9
-# Backends that could not compile, each with the type of device that it was to compile for: in this
-# process they are not tried again, by whatever network.
-_BROKEN: set[tuple[object, str]] = set()
+# Backends that could not compile, each with the type of device that it was to compile for, or with
+# the network that it could not compile: in this process they are not tried again.
+_BROKEN: set[tuple[object, object]] = set()
 _NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing")
 # Compiled functions of so many architectures, batch shapes and precisions are kept.
 _NUM_KEPT = 64
@@ -144,11 +144,12 @@ class CompiledLoss:
         Returns:
             The loss, a scalar without a graph; or None where nothing was done: the batch is half
             the first one or less, or compiling failed, of which a warning is given once: where the
-            compiler did, once in a process.
+            compiler did, or that network, once in a process.
         """
         count = len(images)
         self._num_rows = max(self._num_rows, count)
-        if self._has_failed or _is_broken(self.backend, images) or 2 * count <= self._num_rows:
+        self._has_failed = self._has_failed or _is_broken(self.backend, network, images)
+        if self._has_failed or 2 * count <= self._num_rows:
             return None
         rows = (images, labels_a, labels_b)
         scale = share / count
@@ -183,7 +184,7 @@ class CompiledLoss:
         except Exception as error:
             # Whatever it was, the same batch is computed without compiling, and raises if it must.
             self._has_failed = True
-            _note_failure(error, self.backend, images)
+            _note_failure(error, self.backend, network, images)
             return None
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
@@ -206,8 +207,8 @@ class CompiledFunction:
     """A function of a network, a batch of images and more, compiled at the first batch.
 
     Networks of one architecture share a compiled function, as those of :class:`CompiledLoss` do; it
-    takes any number of images, or one alone. Where compiling fails, a warning is given once, of a
-    compiler that fails once in a process, and the function is called as it is.
+    takes any number of images, or one alone. Where compiling fails, a warning is given, once in a
+    process for the compiler or for that network, and the function is called as it is.
 
     Args:
         function: Takes a network, images ``(N, C, H, W)``, a tensor that belongs to them, and
@@ -228,7 +229,8 @@ class CompiledFunction:
 
     def __call__(self, network: nn.Module, images: Tensor, own: Tensor, *others: Any) -> Any:
         """Return what the function returns, but for rounding."""
-        if not (self._has_failed or _is_broken(self.backend, images)):
+        self._has_failed = self._has_failed or _is_broken(self.backend, network, images)
+        if not self._has_failed:
             device = images.device.type
             cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
             key = (*_key(network, images), cast, torch.is_grad_enabled())
@@ -240,7 +242,7 @@ class CompiledFunction:
                 return compiled(network, images, own, *others)
             except Exception as error:
                 self._has_failed = True
-                _note_failure(error, self.backend, images)
+                _note_failure(error, self.backend, network, images)
         return self.function(network, images, own, *others)
 
 
@@ -251,15 +253,19 @@ def _key(network: nn.Module, images: Tensor) -> tuple[object, ...]:
     return (type(network), names, images.device, *images.shape[1:], torch.get_num_threads())
 
 
-def _is_broken(backend: object, images: Tensor) -> bool:
-    return (backend, images.device.type) in _BROKEN
+def _is_broken(backend: object, network: nn.Module, images: Tensor) -> bool:
+    """Return whether a backend could compile nothing for these images' device, or not this."""
+    if not _BROKEN:
+        return False
+    failures = (backend, images.device.type), (backend, _key(network, images))
+    return not _BROKEN.isdisjoint(failures)
 
 
-def _note_failure(error: Exception, backend: object, images: Tensor) -> None:
-    """Warn that compiling failed, and remember it where there is no compiler that works."""
+def _note_failure(error: Exception, backend: object, network: nn.Module, images: Tensor) -> None:
+    """Warn that compiling failed, and remember it: of the network, or of the whole compiler."""
     cause = getattr(error, "inner_exception", error)
-    if type(cause).__name__ in _NO_COMPILER:
-        _BROKEN.add((backend, images.device.type))
+    is_compilers = type(cause).__name__ in _NO_COMPILER
+    _BROKEN.add((backend, images.device.type if is_compilers else _key(network, images)))
     reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
     warnings.warn(
         f"torch.compile failed ({reason}); going on without, which is slower: install a "

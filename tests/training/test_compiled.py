@@ -149,6 +149,9 @@ def test_a_network_that_cannot_be_compiled_keeps_no_other_from_it() -> None:
 
     with pytest.warns(HMNReplayWarning, match="no such operation"):
         assert_same_step(convnet(), draw(6), 0.5, CompiledLoss("float32", refuse_the_first))
+    # In another training it is not tried again, nor warned of.
+    assert_same_step(convnet(1), draw(6), 0.5, CompiledLoss("float32", refuse_the_first))
+    assert len(tried) == 1
     assert_same_step(convnet(width=5), draw(6), 0.5, CompiledLoss("float32", refuse_the_first))
     assert len(tried) == 2
 
