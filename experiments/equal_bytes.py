@@ -272,7 +272,7 @@ def teacher_of(
     train: LabelledImages, config: hmn_replay.LabelConfig, seed: int, device: str
 ) -> Any:
     """Return the teacher of a seed, trained once for all real images that learn from it."""
-    key = (id(train), config, seed)
+    key = (config, seed)
     if key not in TEACHERS:
         TEACHERS[key] = hmn_replay.train_teacher(train, config, seed=seed, device=device)
     return TEACHERS[key]

@@ -42,7 +42,7 @@ from hmn_replay.errors import (
     UnknownOptionError,
 )
 from hmn_replay.files import check_target, clear_stale
-from hmn_replay.memory.export import DD_RANKING
+from hmn_replay.memory.export import DD_RANKING, check_new_folder
 from hmn_replay.memory.file import unpack
 from hmn_replay.objectives.trajectories import delete_checkpoint, delete_experts, experts_beside
 from hmn_replay.registry import suggest
@@ -346,8 +346,12 @@ def export(args: argparse.Namespace) -> Result:
     _check_not_read("--contact-sheet", sheet, args.file)
     if sheet and sheet.suffix.lower() != ".png":
         raise ConfigError(f"a contact sheet is a .png file; got {str(sheet)!r}")
+    if folder:
+        check_new_folder(folder)
+    made = [path.absolute() for path in (folder, args.dd_ranking) if path]
     for path in filter(None, (folder, args.npz, args.dd_ranking, sheet)):
-        if not path.absolute().parent.is_dir():
+        parent = path.absolute().parent
+        if not parent.is_dir() and parent not in made:
             raise ConfigError(f"the folder of {str(path)!r} does not exist; make it first")
     memory = hmn_replay.load(args.file, device=args.device)
     written = {"file": str(args.file)}

@@ -61,7 +61,8 @@ def evaluate(
         labels: What of a memory to learn from: ``"hard"``, its classes; ``"soft"``, the soft labels
             in its file too; ``"labeller"``, the classes and what the labeller in its file says of
             each augmented image. Default: the last of these that it has.
-        seed: The same seed gives the same accuracy, on the same machine and number of threads.
+        seed: The same seed gives the same accuracy, on the same machine's CPU and number of
+            threads.
         device: Where to train. Default: CUDA where present, else the CPU.
         config: The training. Default: ``TrainingConfig()``; for features, with
             ``network=linear_head``, ``augmentations=()`` and ``cutmix_probability=0``.

@@ -122,7 +122,7 @@ def _new_temporary(path: Path) -> tuple[str, int | None]:
 
 def _stem(path: Path) -> str:
     """Return how the names of temporary files begin, short enough for any name of a file."""
-    return f".{os.fsdecode(os.fsencode(path.name)[:_MOST_STEM])}."
+    return f".{os.fsencode(path.name)[:_MOST_STEM].decode(errors='ignore')}."
 
 
 def _try_lock(descriptor: int) -> bool:

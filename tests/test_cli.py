@@ -357,6 +357,7 @@ def test_export_writes_what_is_asked(run: Console, memory_file: Path, tmp_path: 
         ("--contact-sheet sheet.jpg", "a contact sheet is a .png file; got 'sheet.jpg'"),
         ("--npz absent/x.npz", "the folder of 'absent/x.npz' does not exist; make it first"),
         ("--dd-ranking ranking", "DD-Ranking knows no data set of 3 classes"),
+        ("--npz x.npz --contact-sheet absent/x.png", "the folder of 'absent/x.png' does not exist"),
     ],
 )
 def test_export_that_fails_has_written_nothing(
@@ -365,7 +366,15 @@ def test_export_that_fails_has_written_nothing(
     monkeypatch.chdir(memory_file.parent)
     run("export", memory_file, "pictures", *line.split(), code=2)
     assert message in run.err
-    assert not Path("pictures").exists()
+    assert not Path("pictures").exists() and not Path("x.npz").exists()
+
+
+def test_export_writes_into_the_folder_that_it_makes(
+    run: Console, memory_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(memory_file.parent)
+    run("export", memory_file, "out", "--npz", "out/x.npz", "--contact-sheet", "out/sheet.png")
+    assert Path("out/x.npz").is_file() and Path("out/sheet.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -191,8 +191,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             cosine.
         normalization: ``(mean, std)`` that the benchmark's transforms apply. Default: ``None``,
             that of torchvision's ``Normalize`` in the eval transforms, or none.
-        max_raw_images: Bound on the raw images gathered of an online experience. They do not count
-            towards the memory's bytes, as an experience's own data does not.
+        max_raw_images: Bound on the raw images gathered of an online experience, but for one of
+            each class. They do not count towards the memory's bytes, as an experience's own data
+            does not.
         seed: Seed of every draw.
         device: Where the memory is made: None for the strategy's device, ``"auto"`` for CUDA where
             there is one, else the CPU, or anything that ``torch.device`` takes.

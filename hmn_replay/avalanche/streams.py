@@ -104,19 +104,33 @@ class Normalization:
 
 
 class NormalisingNetwork(nn.Module):
-    """A network of normalised images, for images in [0, 1]."""
+    """A network of normalised images, for images in [0, 1].
+
+    Attributes:
+        network: The network itself.
+    """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: nn.Module, normalization: Normalization) -> None:
         super().__init__()
-        self.network, self.normalization = network, normalization
+        self.network = network
+        device = next(network.parameters(), torch.empty(0)).device
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(normalization, name), dtype=torch.float64, device=device)
+            self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Any:
-        """Return the network's output for float images in [0, 1]."""
-        return self.network(self.normalization.apply(images))
+    def forward(self, images: Tensor, *args: Any, **options: Any) -> Any:
+        """Return the network's output for float images in [0, 1], and what else it takes."""
+        return self.network(self._normalised(images), *args, **options)
 
     def features(self, images: Tensor) -> Any:
         """Return the features of float images in [0, 1]."""
-        return self.network.features(self.normalization.apply(images))  # type: ignore[operator]
+        return self.network.features(self._normalised(images))  # type: ignore[operator]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
 
 
 @functools.lru_cache

@@ -307,8 +307,9 @@ def choose_quality(
         training: How each network is trained. Default: a ConvNet of width 32, 6,000 image passes.
 
     Returns:
-        The quality, the lower one of two as good, and the accuracy of each that fits, in [0, 1]. Of
-        qualities at which all images fit, the highest: there fewer bytes would buy nothing.
+        The quality, the lower one of two as good, and the accuracy of each that was tried, in [0,
+        1]. Of qualities at which all images fit, the highest alone is tried: there fewer bytes
+        would buy nothing.
         Where there is nothing to choose by (one class alone, no image to hold out, no room), 20 and
         no accuracy.
 
@@ -468,7 +469,8 @@ def _check_label_room(memory: RealMemory, data: LabelledImages, config: LabelCon
     smallest.keep(counts.cumsum(0) - counts)
     fixed, each = config.planned_bytes(memory.image_shape, data.num_classes)
     needed = smallest.file_bytes_for(data.num_classes) + fixed + each * data.num_classes
-    if memory.budget_bytes is not None and needed > memory.budget_bytes:
+    is_short = memory.num_classes < data.num_classes
+    if memory.budget_bytes is not None and (is_short or needed > memory.budget_bytes):
         raise BudgetError(
             f"a budget of {memory.budget_bytes:,} bytes does not hold one image of each of "
             f"{data.num_classes} classes beside labels={config.labels!r}; about "

@@ -194,6 +194,7 @@ def condense(
     if layout is None:
         num_classes = max(data.num_classes, expected_classes or 0)
         num_real = len(data) // data.num_classes
+        label_bytes = config.planned_bytes(data.image_shape, num_classes)
         layout = memory_type.choose_layout(
             limit,
             data.image_shape,
@@ -201,7 +202,7 @@ def condense(
             config.number_format,
             num_real,
             config.image_bytes,
-            config.planned_bytes(data.image_shape, num_classes),
+            **({} if config.labels == "hard" else {"label_bytes": label_bytes}),
         )
     elif memory is None and config.image_bytes not in (None, _planned_bytes(layout)):
         raise ConfigError(
@@ -248,6 +249,7 @@ def condense(
         **settings,
         **config.model_dump(),
         "image_bytes": _planned_bytes(layout),
+        "labels": "hard" if condensed.richest_labels == "hard" else config.labels,
         **run.report(),
         "unused_bytes": limit.num_bytes - condensed.file_bytes,
         "fill": condensed.file_bytes / limit.num_bytes,

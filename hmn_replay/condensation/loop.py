@@ -634,7 +634,7 @@ class Condensation(Run):
                 fit_code(self.memory, self.budget.num_bytes, num_old)
             except BudgetError:  # old images, and what all share, take more than was planned
                 self._shrink()
-            if self.config.labels != "soft":
+            if self.config.labels != "soft" or not self.memory.has_soft_labels:
                 self._fill()
         else:
             self._shrink()
@@ -655,7 +655,7 @@ class Condensation(Run):
             warnings.warn(
                 f"the memory has hard labels alone, not labels={labels!r}: {error}",
                 HMNReplayWarning,
-                stacklevel=5,
+                stacklevel=7,
             )
 
     def _fill(self) -> None:

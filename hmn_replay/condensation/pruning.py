@@ -6,6 +6,7 @@ easiest of each class until the budget holds. AUM is Pleiss et al. 2020, arXiv 2
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.budget import as_int
-from hmn_replay.data.lookup import Images, as_floats, images_at_once
+from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError
 from hmn_replay.training.networks import evaluating
@@ -85,22 +86,27 @@ class MarginRecorder:
         images: uint8, or float in [0, 1], ``(N, C, H, W)``.
         class_indices: int64 ``(N,)``, the logit of each image's class.
         team: The processes that train together; each shows its share of the images.
+
+    Raises:
+        DataError: Images or class indices that are not as said above.
     """
 
     def __init__(self, images: Images, class_indices: Tensor, team: Team = ALONE) -> None:
+        check_labelled(images, class_indices)
         self.images, self.class_indices, self.team = images, class_indices, team
         self.recorded: list[Tensor] = []
 
     @torch.no_grad()
     def __call__(self, epoch: int, network: nn.Module) -> None:
         """Record what the network of an epoch says of the images, in evaluation mode."""
-        device = next(network.parameters()).device
-        images, labels = self.images.to(device), self.class_indices.to(device)
-        found = torch.zeros(len(images), dtype=torch.float32, device=device)
-        positions = torch.arange(len(images), device=device)
+        images, labels = self.images, self.class_indices
+        home = next(itertools.chain(network.parameters(), network.buffers()), labels).device
+        found = torch.zeros(len(images), dtype=torch.float32, device=labels.device)
+        positions = torch.arange(len(images), device=labels.device)
         with evaluating(network):
             for part in self.team.share(positions.split(images_at_once(images.shape[1:]))):
-                found[part] = margins(network(as_floats(images[part])).float(), labels[part])
+                logits = network(as_floats(images[part].to(home))).float()
+                found[part] = margins(logits.to(found.device), labels[part])
         self.team.add_up(found)
         self.recorded.append(found)
 

@@ -134,11 +134,7 @@ def export_images(
     from torchvision.transforms.functional import to_pil_image
 
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(
-            f"{str(folder)!r} exists already and is not an empty folder; name another one, or "
-            "remove it first"
-        )
+    check_new_folder(folder)
     pixels, labels = _decode(memory)
     names = _folder_names(labels.unique().tolist(), _names_of(memory, class_names))
     with tempfile.TemporaryDirectory(
@@ -153,6 +149,15 @@ def export_images(
         if folder.exists():
             folder.rmdir()
         building.rename(folder)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise a ConfigError for what is there already and is not an empty folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(
+            f"{str(folder)!r} exists already and is not an empty folder; name another one, or "
+            "remove it first"
+        )
 
 
 def export_npz(

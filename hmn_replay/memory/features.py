@@ -303,6 +303,7 @@ class FeatureMemory(LearnedMemory):
 
     def _warn_of_another_range(self, offsets: Tensor, first_class: int, is_below: bool) -> None:
         """Warn where added features lie outside of what the first ones have left room for."""
+        self.update_scales(first_class)
         stored = self._rounded(self.tensors["class_offset"])[first_class:]
         error = float((offsets - stored).abs().max()) if offsets.numel() else 0.0
         if is_below or error > 1:  # a deviation of the first ones
@@ -311,7 +312,7 @@ class FeatureMemory(LearnedMemory):
                 "of the memory were made, and are cut off where they leave it: normalise features, "
                 "or let the first classes have the whole range",
                 HMNReplayWarning,
-                stacklevel=6,
+                stacklevel=9,
             )
 
     @torch.no_grad()

@@ -298,14 +298,16 @@ class HierarchicalMemory(LearnedMemory):
         limit = Budget.parse(budget).num_bytes
         layouts: list[HMNLayout] = cls._layouts(limit, shape, number_format, image_bytes)
         for layout in layouts:
-            shared_bytes = cls.file_bytes_of(layout, num_classes, 0, limit) + label_bytes[0]
+            shared_bytes = cls.file_bytes_of(layout, num_classes, 0, limit)
             each = cls.group_bytes(layout) + label_bytes[1]
             instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * each
-            if shared_bytes <= min(_SHARED_SHARE * limit, limit - instances_bytes):
+            left = limit - label_bytes[0] - instances_bytes
+            if shared_bytes <= min(_SHARED_SHARE * limit, left):
                 break
         if layout.is_coded:
-            room = (limit - shared_bytes) / (_MIN_CODED_IMAGES_PER_CLASS * num_classes)
-            room = max(1, math.floor(room - label_bytes[1]))
+            left = limit - label_bytes[0] - shared_bytes
+            each = left / (_MIN_CODED_IMAGES_PER_CLASS * num_classes) - label_bytes[1]
+            room = max(1, math.floor(each))
             # A file of many values has a byte for 64 of them at least.
             values = layout.instance_channels * math.prod(layout.grid)
             is_small = _MIN_CODED_IMAGES_PER_CLASS * num_classes * values <= FREE_VALUES

@@ -192,7 +192,7 @@ def expected_bytes(num_classes: int) -> float:
     """Return about how many bytes a soft label takes, to plan with before there are any."""
     if num_classes <= _FEW_CLASSES:
         return 2.6 * num_classes / 8
-    return (6 + 1.2 * math.log2(math.comb(num_classes, _NUM_NAMED))) / 8
+    return (8 + 1.3 * math.log2(math.comb(num_classes, _NUM_NAMED))) / 8
 
 
 def _num_named(num_classes: int) -> int:

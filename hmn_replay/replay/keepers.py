@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -73,9 +72,6 @@ __all__ = [
 Selection: TypeAlias = "str | Callable[[LabelledImages, nn.Module], Tensor]"
 
 AnyMemory = TypeVar("AnyMemory", bound=Memory)
-
-# Times what is planned for a code of one image of each class, there is room for what is learned.
-_CODE_MARGIN = 1.05
 
 
 class Keeper(ABC):
@@ -238,16 +234,7 @@ class LearnedKeeper(Keeper):
             layout = _of_type(memory, self.memory_type).layout
             check_same_shape(memory, images)
             known.update(memory.classes.tolist())
-        classes, limit = with_unknown(known, count), self.budget.num_bytes
-        self.memory_type.max_images(layout, self.budget, classes)
-        if layout.is_coded:  # what is learned may turn out a little larger than planned
-            num_images = layout.group_size * len(classes)
-            planned = self.memory_type.file_bytes_of(layout, classes, num_images, limit)
-            if (needed := math.ceil(_CODE_MARGIN * planned)) > limit:
-                raise BudgetError(
-                    f"a budget of {limit:,} bytes does not hold one image of each of "
-                    f"{len(classes)} classes for sure; {needed:,} bytes do"
-                )
+        self.memory_type.max_images(layout, self.budget, with_unknown(known, count))
 
     def renew(
         self,
@@ -313,8 +300,9 @@ class RealKeeper(Keeper):
             :class:`PQKeeper`.
         selection: Which images of a class stay longest: one of
             :data:`~hmn_replay.baselines.selection.SELECTIONS`, or a callable that takes the images
-            that come and the network that is being trained, as one of images in [0, 1], and returns
-            their order, int64 ``(n,)``.
+            that come and the network that is being trained, and returns their order, int64
+            ``(n,)``. Where a benchmark normalises images, a plugin wraps the network in a module
+            that does, whose ``network`` it is.
         training: Training of the network that a selection by name needs, other than ``"random"``.
             Default: None, that of :func:`~hmn_replay.select_images`.
         expected_classes: How many classes there will be in all, if that is known: a budget that

@@ -63,8 +63,8 @@ class ReplayMemory:
             :class:`Keeper`, for a memory of your own.
         kind: A memory kind: ``"hmn"`` or another learned one, ``"jpeg"``, ``"raw"``,
             ``"subsampled"`` or ``"lossless"``. Not used with a keeper.
-        max_raw_images: Bound on the images that :meth:`gather` holds. They do not count towards the
-            memory's bytes.
+        max_raw_images: Bound on the images that :meth:`gather` holds, but for one of each class.
+            They do not count towards the memory's bytes.
         seed: Seed of every draw.
         device: Where the memory is made and drawn: ``"auto"`` for CUDA where there is one, else the
             CPU, or anything that ``torch.device`` takes.
@@ -325,9 +325,10 @@ class ReplayMemory:
         return memory
 
     def gather(self, images: ImageSource, labels: Any = None) -> None:
-        """Take images that come in pieces, at most ``max_raw_images``, for :meth:`finish`.
+        """Take images that come in pieces, for :meth:`finish`.
 
-        Beyond the bound, a random sample is kept, of every class alike.
+        Beyond ``max_raw_images``, a random sample is kept, of every class alike, and one of each
+        class at least.
 
         Args:
             images: As in :meth:`update`.

@@ -40,7 +40,7 @@ Compile: TypeAlias = Literal["auto"] | bool
 # first compilation, which torch keeps on disk, takes half a minute to a minute.
 _WORTH_COMPILING = 2.5e9
 # Backends that could not compile, each with the type of device that it was to compile for, or with
-# the network that it could not compile: in this process they are not tried again.
+# what it could not compile: in this process they are not tried again.
 _BROKEN: set[tuple[object, object]] = set()
 _NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing")
 # Compiled functions of so many architectures, batch shapes and precisions are kept.
@@ -144,11 +144,14 @@ class CompiledLoss:
         Returns:
             The loss, a scalar without a graph; or None where nothing was done: the batch is half
             the first one or less, or compiling failed, of which a warning is given once: where the
-            compiler did, or that network, once in a process.
+            compiler did, or on such a network, once in a process.
         """
         count = len(images)
         self._num_rows = max(self._num_rows, count)
-        self._has_failed = self._has_failed or _is_broken(self.backend, network, images)
+        temperature = soft.temperature if soft else None
+        precision = resolve_precision(self.precision, images.device)
+        key = (_weighted_loss, *_key(network, images), precision, temperature)
+        self._has_failed = self._has_failed or _is_broken(self.backend, images, key)
         if self._has_failed or 2 * count <= self._num_rows:
             return None
         rows = (images, labels_a, labels_b)
@@ -157,7 +160,6 @@ class CompiledLoss:
         weights = weights * (scale * (1.0 - soft.weight if soft else 1.0))
         weights = weights.repeat(1, count)
         targets = soft.scaled(scale) if soft else None
-        temperature = soft.temperature if soft else None
         is_dynamic = mixes_images(network)
         if not is_dynamic and (missing := self._num_rows - count):
             images, labels_a, labels_b = (
@@ -175,16 +177,14 @@ class CompiledLoss:
                     *([] if targets is None else [(targets, 0)]),
                 ):
                     torch._dynamo.maybe_mark_dynamic(values, dim)
-            precision = resolve_precision(self.precision, images.device)
-            compiled = self._function(network, images, precision, temperature)
-            loss = compiled(
+            loss: Tensor = _compiled(_weighted_loss, self.backend, key)(
                 network, images, labels_a, labels_b, weights, targets, temperature, precision
             )
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         except Exception as error:
             # Whatever it was, the same batch is computed without compiling, and raises if it must.
             self._has_failed = True
-            _note_failure(error, self.backend, network, images)
+            _note_failure(error, self.backend, images, key)
             return None
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
@@ -194,13 +194,6 @@ class CompiledLoss:
             before = parameter.grad
             parameter.grad = gradient if before is None else before + gradient
         return loss.detach()
-
-    def _function(
-        self, network: nn.Module, images: Tensor, precision: str, temperature: float | None
-    ) -> Callable[..., Tensor]:
-        return _compiled(
-            _weighted_loss, self.backend, (*_key(network, images), precision, temperature)
-        )
 
 
 class CompiledFunction:
@@ -229,11 +222,11 @@ class CompiledFunction:
 
     def __call__(self, network: nn.Module, images: Tensor, own: Tensor, *others: Any) -> Any:
         """Return what the function returns, but for rounding."""
-        self._has_failed = self._has_failed or _is_broken(self.backend, network, images)
+        device = images.device.type
+        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (self.function, *_key(network, images), cast, torch.is_grad_enabled())
+        self._has_failed = self._has_failed or _is_broken(self.backend, images, key)
         if not self._has_failed:
-            device = images.device.type
-            cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-            key = (*_key(network, images), cast, torch.is_grad_enabled())
             try:
                 if self.image_dim is not None:
                     torch._dynamo.maybe_mark_dynamic(images, 0)
@@ -242,7 +235,7 @@ class CompiledFunction:
                 return compiled(network, images, own, *others)
             except Exception as error:
                 self._has_failed = True
-                _note_failure(error, self.backend, network, images)
+                _note_failure(error, self.backend, images, key)
         return self.function(network, images, own, *others)
 
 
@@ -253,19 +246,18 @@ def _key(network: nn.Module, images: Tensor) -> tuple[object, ...]:
     return (type(network), names, images.device, *images.shape[1:], torch.get_num_threads())
 
 
-def _is_broken(backend: object, network: nn.Module, images: Tensor) -> bool:
+def _is_broken(backend: object, images: Tensor, key: object) -> bool:
     """Return whether a backend could compile nothing for these images' device, or not this."""
-    if not _BROKEN:
-        return False
-    failures = (backend, images.device.type), (backend, _key(network, images))
-    return not _BROKEN.isdisjoint(failures)
+    return (backend, images.device.type) in _BROKEN or (backend, key) in _BROKEN
 
 
-def _note_failure(error: Exception, backend: object, network: nn.Module, images: Tensor) -> None:
-    """Warn that compiling failed, and remember it: of the network, or of the whole compiler."""
+def _note_failure(error: Exception, backend: object, images: Tensor, key: object) -> None:
+    """Warn that compiling failed, and remember it: of what it was, or of the whole compiler."""
     cause = getattr(error, "inner_exception", error)
-    is_compilers = type(cause).__name__ in _NO_COMPILER
-    _BROKEN.add((backend, images.device.type if is_compilers else _key(network, images)))
+    if type(cause).__name__ in _NO_COMPILER:
+        _BROKEN.add((backend, images.device.type))
+    elif not isinstance(cause, MemoryError | torch.OutOfMemoryError):
+        _BROKEN.add((backend, key))
     reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
     warnings.warn(
         f"torch.compile failed ({reason}); going on without, which is slower: install a "

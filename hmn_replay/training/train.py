@@ -244,7 +244,6 @@ def train_network(
     draws_globally = not is_built_in(config.network)
     with (
         deterministic_cudnn(),
-        isolated(device, seed, "training") if draws_globally else contextlib.nullcontext(),
         torch.enable_grad(),
         tqdm(
             total=num_passes,
@@ -274,17 +273,20 @@ def train_network(
                     cutmix_probability=config.cutmix_probability,
                 )
                 optimizer.zero_grad()
-                total_loss += add_gradients(
-                    network,
-                    batch,
-                    class_indices[first],
-                    class_indices[second],
-                    lam,
-                    soft=_soft_targets(targets, batch, first, second, lam, config),
-                    precision=config.precision,
-                    team=team,
-                    compiled=compiled,
-                )
+                soft = _soft_targets(targets, batch, first, second, lam, config)
+                names = "training", epoch, number
+                with isolated(device, seed, *names) if draws_globally else contextlib.nullcontext():
+                    total_loss += add_gradients(
+                        network,
+                        batch,
+                        class_indices[first],
+                        class_indices[second],
+                        lam,
+                        soft=soft,
+                        precision=config.precision,
+                        team=team,
+                        compiled=compiled,
+                    )
                 optimizer.step()
                 num_seen += len(indices)
                 bar.update(len(indices))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hmn_replay import ReplayMemory, raw_images
+from hmn_replay import HierarchicalMemory, ReplayMemory, raw_images
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError
 from hmn_replay.memory import LearnedMemory, Memory, RealMemory, load, loads
@@ -182,6 +182,16 @@ def test_a_labeller_takes_its_bytes_when_classes_come_again() -> None:
     memory.extend(LabelledImages(images[100:], labels[100:]))
     assert memory.richest_labels == "labeller"
     assert 16_000 - 2 * 192 < memory.file_bytes == len(memory.to_bytes()) <= 16_000
+
+
+def test_a_labeller_leaves_the_decoder_as_it_is() -> None:
+    """What is planned for it is taken off the images, not off what they share."""
+    plain, with_labeller = (
+        HierarchicalMemory.choose_layout("30 KiB", (3, 32, 32), 10, label_bytes=(size, 0.0))
+        for size in (0, 3_712)
+    )
+    assert with_labeller.decoder_channels == plain.decoder_channels
+    assert with_labeller.dataset_channels == plain.dataset_channels
 
 
 @every_kind

@@ -154,6 +154,11 @@ def test_a_network_that_cannot_be_compiled_keeps_no_other_from_it() -> None:
     assert len(tried) == 1
     assert_same_step(convnet(width=5), draw(6), 0.5, CompiledLoss("float32", refuse_the_first))
     assert len(tried) == 2
+    # Another function of the same network is.
+    arguments = convnet(), draw(6)[0], torch.rand(2, 6), 2
+    other = CompiledFunction(sums, image_dim=1, backend=refuse_the_first)
+    torch.testing.assert_close(other(*arguments), sums(*arguments))
+    assert len(tried) == 3
 
 
 def test_the_networks_own_error_is_raised_as_it_is(backend: CountingBackend) -> None:

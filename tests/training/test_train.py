@@ -396,9 +396,22 @@ def test_what_a_network_of_ones_own_draws_comes_from_the_seed(
 ) -> None:
     images, labels = stripes(30, labels=(0, 1, 2))
     config = TrainingConfig(network=with_dropout, num_passes=60, batch_size=10)
-    found = []
+    found: list[nn.Module] = []
+    drawn: list[float] = []
     for state in (1, 2):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(state)
-            found.append(train_network(images, labels, 3, config=config, seed=5, device="cpu"))
+
+            # What is drawn between epochs is the caller's own.
+            def on_epoch(*_: Any, state: int = state) -> None:
+                if state > 1:
+                    drawn.append(float(torch.rand(())))
+
+            network = train_network(
+                images, labels, 3, config=config, seed=5, device="cpu", on_epoch=on_epoch
+            )
+            found.append(network)
     assert weights(found[0]).equal(weights(found[1]))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(2)
+        assert drawn == [float(torch.rand(())) for _ in drawn]
