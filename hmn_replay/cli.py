@@ -42,7 +42,7 @@ from hmn_replay.errors import (
     UnknownOptionError,
 )
 from hmn_replay.files import check_target, clear_stale
-from hmn_replay.memory.export import DD_RANKING, check_new_folder
+from hmn_replay.memory.export import DD_RANKING, check_new_folder, check_sheet_name
 from hmn_replay.memory.file import unpack
 from hmn_replay.objectives.trajectories import delete_checkpoint, delete_experts, experts_beside
 from hmn_replay.registry import suggest
@@ -344,8 +344,8 @@ def export(args: argparse.Namespace) -> Result:
         )
     _check_not_read("--npz", args.npz, args.file)
     _check_not_read("--contact-sheet", sheet, args.file)
-    if sheet and sheet.suffix.lower() != ".png":
-        raise ConfigError(f"a contact sheet is a .png file; got {str(sheet)!r}")
+    if sheet:
+        check_sheet_name(sheet)
     if folder:
         check_new_folder(folder)
     made = [path.absolute() for path in (folder, args.dd_ranking) if path]

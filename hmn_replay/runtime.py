@@ -29,6 +29,7 @@ __all__ = [
     "deterministic_cudnn",
     "drawing_from",
     "isolated",
+    "isolated_if",
     "make_generator",
     "peak_memory_bytes",
     "resolve_device",
@@ -273,6 +274,13 @@ def isolated(device: torch.device, seed: int, *names: int | str) -> Iterator[Non
     """
     with _RANDOM_LOCK:
         yield from _isolated(device, derive_seed(seed, *names))
+
+
+def isolated_if(
+    draws_globally: bool, device: torch.device, seed: int, *names: int | str
+) -> contextlib.AbstractContextManager[None]:
+    """Return :func:`isolated` for code that may draw from a global generator, else nothing."""
+    return isolated(device, seed, *names) if draws_globally else contextlib.nullcontext()
 
 
 def _isolated(device: torch.device, value: int) -> Iterator[None]:

@@ -464,9 +464,8 @@ def _labelled(
 
 def _check_label_room(memory: RealMemory, data: LabelledImages, config: LabelConfig) -> None:
     """Raise a BudgetError where one image of each class does not fit beside labels."""
-    counts = torch.tensor(memory.images_per_class)
     smallest = copy.deepcopy(memory)
-    smallest.keep(counts.cumsum(0) - counts)
+    smallest.keep_one_of_each()
     fixed, each = config.planned_bytes(memory.image_shape, data.num_classes)
     needed = smallest.file_bytes_for(data.num_classes) + fixed + each * data.num_classes
     is_short = memory.num_classes < data.num_classes

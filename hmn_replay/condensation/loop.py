@@ -62,7 +62,7 @@ from hmn_replay.memory.layout import MemoryLayout
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import get_objective
 from hmn_replay.objectives.trajectories import Experts, experts_beside
-from hmn_replay.runtime import derive_seed, isolated, make_generator, peak_memory_bytes
+from hmn_replay.runtime import derive_seed, isolated_if, make_generator, peak_memory_bytes
 from hmn_replay.training.train import cosine_rate, train_network
 
 __all__ = ["Condensation", "Run"]
@@ -464,18 +464,13 @@ class Condensation(Run):
             while (done := self._share_done(num_steps, config.max_seconds)) < 1:
                 rate = cosine_rate(done, 1, config.memory_learning_rate)
                 steps.set_rate(context.optimizer, rate)
-                with self._drawing_alike(self.state["step"]):
-                    num_decoded = matcher.step(self.state["step"])
+                step = self.state["step"]
+                with isolated_if(config.draws_globally, self.device, self.seed, "step", step):
+                    num_decoded = matcher.step(step)
                 bar.update(matcher.images_per_step)
                 self._stepped(num_decoded, {**matcher.kept(), **_kept(context)})
         self.state |= matcher.results()
         self._next_phase()
-
-    def _drawing_alike(self, step: int) -> contextlib.AbstractContextManager[None]:
-        """Let what a user's own network or objective draws in a step depend on the step alone."""
-        if not self.config.draws_globally:
-            return contextlib.nullcontext()
-        return isolated(self.device, self.seed, "step", step)
 
     def _context(self, betas: tuple[float, float]) -> steps.StepContext:
         """Return what the steps of a phase share, as its checkpoint has it if it goes on from one.

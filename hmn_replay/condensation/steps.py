@@ -164,8 +164,7 @@ class StepContext:
         blocks = [each for each in self.networks[-1].modules() if isinstance(each, ConvBlock)]
         width = max((each.convolution.out_channels for each in blocks), default=None)
         if width is None:
-            is_asked = training.compile is True
-            return training.replace(compile=is_asked)
+            return training.replace(compile=training.compile is True)
         return training.replace(network="convnet", width=width)
 
     def decode(self, indices: Tensor) -> Tensor:

@@ -301,10 +301,15 @@ def contact_sheet(
         DataError: The memory holds no image.
         OSError: The file cannot be written.
     """
-    if Path(path).suffix.lower() != ".png":
-        raise ConfigError(f"a contact sheet is a .png file; got {os.fspath(path)!r}")
+    check_sheet_name(path)
     png = contact_sheet_png(memory, columns=columns, rows=rows, class_names=class_names)
     write_atomically(path, png)
+
+
+def check_sheet_name(path: str | Path) -> None:
+    """Raise a ConfigError for a contact sheet that is no ``.png`` file."""
+    if Path(path).suffix.lower() != ".png":
+        raise ConfigError(f"a contact sheet is a .png file; got {os.fspath(path)!r}")
 
 
 def contact_sheet_png(

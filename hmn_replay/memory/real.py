@@ -249,6 +249,11 @@ class RealMemory(Memory):
             specs["names"] = TensorSpec(torch.uint8, (names_bytes,))
         return packed_size(self.kind, len(lengths), self.budget_bytes, self.words(), specs)
 
+    def keep_one_of_each(self) -> None:
+        """Drop every image but the first of each class."""
+        counts = torch.tensor([count for count in self.images_per_class if count])
+        self.keep(counts.cumsum(0) - counts)
+
     def file_bytes_for(self, num_classes: int) -> int:
         """Return the file's bytes with one image more, as large as those here, for each new class.
 

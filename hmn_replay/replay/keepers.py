@@ -373,8 +373,7 @@ class RealKeeper(Keeper):
         tried = self.empty(images.image_shape) if tried is None else tried
         tried.budget_bytes = None
         tried.extend(images)
-        counts = torch.tensor([count for count in tried.images_per_class if count])
-        tried.keep(counts.cumsum(0) - counts)  # the first of each class
+        tried.keep_one_of_each()
         tried.budget_bytes = self.budget.num_bytes
         labels = tried.classes.tolist()
         tried.class_names = affordable_names(tried.class_names, labels, tried.budget_bytes)

@@ -148,11 +148,13 @@ class CompiledLoss:
         """
         count = len(images)
         self._num_rows = max(self._num_rows, count)
+        if self._has_failed or 2 * count <= self._num_rows:
+            return None
         temperature = soft.temperature if soft else None
         precision = resolve_precision(self.precision, images.device)
         key = (_weighted_loss, *_key(network, images), precision, temperature)
-        self._has_failed = self._has_failed or _is_broken(self.backend, images, key)
-        if self._has_failed or 2 * count <= self._num_rows:
+        if _is_broken(self.backend, images, key):
+            self._has_failed = True
             return None
         rows = (images, labels_a, labels_b)
         scale = share / count
@@ -222,10 +224,11 @@ class CompiledFunction:
 
     def __call__(self, network: nn.Module, images: Tensor, own: Tensor, *others: Any) -> Any:
         """Return what the function returns, but for rounding."""
-        device = images.device.type
-        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        key = (self.function, *_key(network, images), cast, torch.is_grad_enabled())
-        self._has_failed = self._has_failed or _is_broken(self.backend, images, key)
+        if not self._has_failed:
+            device = images.device.type
+            cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+            key = (self.function, *_key(network, images), cast, torch.is_grad_enabled())
+            self._has_failed = _is_broken(self.backend, images, key)
         if not self._has_failed:
             try:
                 if self.image_dim is not None:

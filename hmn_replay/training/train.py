@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeAlias
@@ -23,7 +22,7 @@ from hmn_replay.runtime import (
     PRECISIONS,
     autocast,
     deterministic_cudnn,
-    isolated,
+    isolated_if,
     make_generator,
     resolve_device,
 )
@@ -274,8 +273,7 @@ def train_network(
                 )
                 optimizer.zero_grad()
                 soft = _soft_targets(targets, batch, first, second, lam, config)
-                names = "training", epoch, number
-                with isolated(device, seed, *names) if draws_globally else contextlib.nullcontext():
+                with isolated_if(draws_globally, device, seed, "training", epoch, number):
                     total_loss += add_gradients(
                         network,
                         batch,

@@ -14,6 +14,7 @@ from hmn_replay import (
     LabelledImages,
     RealMemory,
     ReplayMemory,
+    baselines,
     evaluate,
     jpeg_images,
     raw_images,
@@ -104,7 +105,7 @@ def test_what_does_not_fit_is_left_out() -> None:
 
 def test_what_fits_for_some_seeds_alone_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     # Some images take many more bytes as JPEG than others.
-    monkeypatch.setattr("hmn_replay.baselines.scores.choose_quality", lambda *_, **__: (20, {}))
+    monkeypatch.setattr(baselines.scores, "choose_quality", lambda *_, **__: (20, {}))
     images = torch.full((21, 3, 32, 32), 90, dtype=torch.uint8)
     images[:10] = torch.randint(256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     train = LabelledImages(images, torch.tensor([*[0, 1] * 10, 2]))
@@ -133,8 +134,8 @@ def test_what_does_not_belong_together_is_refused_before_any_training(
     def train(*_: Any, **__: Any) -> Any:
         raise AssertionError("trained")
 
-    monkeypatch.setattr("hmn_replay.baselines.scores.evaluate", train)
-    monkeypatch.setattr("hmn_replay.baselines.scores.choose_quality", train)
+    monkeypatch.setattr(baselines.scores, "evaluate", train)
+    monkeypatch.setattr(baselines.scores, "choose_quality", train)
     memory = real("jpeg", classes=(0, 1, 2), counts=(1, 1, 1))
     sets = {"train_set": data(9), "test_set": data(9), **change}
     with pytest.raises(DataError, match=message):

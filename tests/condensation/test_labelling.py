@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import hmn_replay
-from hmn_replay import LabelConfig, Memory, TrainingConfig, condense, evaluate, train_teacher
+from hmn_replay import (
+    LabelConfig,
+    Memory,
+    TrainingConfig,
+    baselines,
+    condense,
+    evaluate,
+    train_teacher,
+)
 from hmn_replay.condensation.labelling import label_images
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayWarning
@@ -274,7 +282,7 @@ def test_real_images_without_room_for_labels_are_refused_before_a_teacher_is_tra
     def train(*_: Any, **__: Any) -> Any:
         raise AssertionError("trained")
 
-    monkeypatch.setattr("hmn_replay.baselines.fill.train_teacher", train)
+    monkeypatch.setattr(baselines.fill, "train_teacher", train)
     data = real_set((3, 8, 8), tuple(range(5)), (4,) * 5)
     hard = MAKERS[kind](data, 100_000)
     hard.keep(torch.arange(5) * 4)

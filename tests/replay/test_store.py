@@ -27,7 +27,7 @@ from hmn_replay.errors import (
     HMNReplayWarning,
 )
 from hmn_replay.memory import MEMORIES, JPEGMemory, RawMemory
-from hmn_replay.replay import Keeper
+from hmn_replay.replay import Keeper, store
 from hmn_replay.training.train import TrainingConfig
 from tests.support import LEARNED, REAL, TINY, real_set, registered
 
@@ -615,7 +615,7 @@ def test_a_device_that_has_been_looked_at_is_not_asked_again(
     asked: list[object] = []
     memory.update(batch(0, 1))
     memory.decoded(torch.device("cpu"))
-    monkeypatch.setattr("hmn_replay.replay.store.resolve_device", asked.append)
+    monkeypatch.setattr(store, "resolve_device", asked.append)
     memory.sample(2, device=torch.device("cpu"))
     memory.sample(2)
     assert not asked
