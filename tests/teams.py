@@ -180,7 +180,7 @@ def same_results(scenes: Scenes) -> None:
             scenes.team(f"grown-{number_format}-{size}", size, alike(grown, first))
     for size in (1, 2):
         for kind in ("idc", "haba"):
-            scenes.team(f"{kind}-{size}", size, alike(new, kind))
+            scenes.team(f"{kind}-{size}", size, alike(new, kind, fidelity=0.5))
         scenes.team(f"mtt-{size}", size, alike(new, **json.loads(sys.argv[3])))
 
 

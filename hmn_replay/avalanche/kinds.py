@@ -117,7 +117,8 @@ class HMNReplay(MemoryReplay):
             them; otherwise ``"trained"``. The report says how many states of its own were used, as
             ``networks_given``.
         **options: Fields of :class:`~hmn_replay.CondenseConfig`, but those of
-            :class:`~hmn_replay.LabelConfig`.
+            :class:`~hmn_replay.LabelConfig`. Default of ``fidelity``: 0.3 where the memory is
+            replayed beside real images, 0 with ``"memory_only"``.
 
     Raises:
         BudgetError: The budget cannot be read.
@@ -159,6 +160,11 @@ class HMNReplay(MemoryReplay):
                 f"matching_networks is auto, trained or own; got {matching_networks!r}"
             )
         check_learned_options(type(self).__name__, type(self), options)
+        if mode == "memory_only":  # no real images beside it
+            if config is None:
+                options = {"fidelity": 0.0, **options}
+            elif config.fidelity is None:
+                config = config.replace(fidelity=0.0)
         keeper = LearnedKeeper(
             budget,
             kind=kind,

@@ -94,6 +94,13 @@ class CondenseConfig(LabelConfig):
     memory_learning_rate: _Rate = 0.003
     """Learning rate of matching's Adam, at first; it falls to 0 along half a cosine."""
 
+    fidelity: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """How much decoded images stay, while they are matched, like the real ones that the warm start
+    fitted them to: the weight w of log d + w log e, for the objective's distance d and the mean
+    squared error e to these. A network that learns from the memory alone learns most with 0; one
+    that learns from real images beside it, as in a stream, gains by more. Default: 0, in a stream
+    0.3."""
+
     augmentations: tuple[_Augmentation, ...] = ("color", "crop", "cutout")
     """Augmentations, drawn once for each class and step, for real and decoded images alike; of
     experts and students, for every image."""

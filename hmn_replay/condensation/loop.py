@@ -478,6 +478,9 @@ class Condensation(Run):
         Args:
             betas: Adam's coefficients of the running means of gradients and their squares.
         """
+        sources = None
+        if self.config.fidelity:
+            sources = steps.warm_start_targets(self.memory, self.real, self.seed, self.first_class)
         # Processes may differ in last bits; from here on, all move the same memory.
         self.team.copy_first(self.memory.state_dict().values())
         optimizer, rate_control = steps.make_optimizer(self.memory, betas), self._rate_control()
@@ -497,6 +500,7 @@ class Condensation(Run):
             self.least_images,
             self.networks,
             self.expected_classes or 0,
+            sources,
         )
 
     def _rate_control(self) -> RateControl | None:

@@ -112,6 +112,9 @@ class StepContext:
         networks: Networks that were given to match on; none where they are made.
         expected_classes: How many classes there will be in all. When classes are added, the others
             will be as well, by what is compiled for these.
+        sources: int64 ``(M,)``, for each of the memory's last M images, which are condensed, the
+            real image that ``config.fidelity`` keeps it near; see :func:`warm_start_targets`. None
+            where it keeps none.
     """
 
     memory: LearnedMemory
@@ -124,6 +127,7 @@ class StepContext:
     least_images: int | None = None
     networks: Sequence[nn.Module] = ()
     expected_classes: int = 0
+    sources: Tensor | None = None
     objective: Objective = field(init=False)
     compiled: CompiledLoss | None = field(init=False)
     _images: Images = field(init=False)
@@ -183,6 +187,17 @@ class StepContext:
         if isinstance(images, Tensor):
             indices = indices.to(images.device, non_blocking=True)
         return as_floats(images[indices])
+
+    def offsets(self, indices: Tensor, images: Tensor) -> Tensor:
+        """Return how far decoded images are from their sources, float32 ``(B, C, H, W)``.
+
+        Args:
+            indices: int64 ``(B,)``, positions of images that are condensed.
+            images: What they decode to; no graph leads back to them.
+        """
+        assert self.sources is not None, "a context with sources"
+        own = self.sources[indices.cpu() - self.memory.num_images + len(self.sources)]
+        return images.detach() - self.real_images(own)
 
     def draw_augmentation(
         self, generator: torch.Generator, batch: int | None = None
@@ -285,7 +300,8 @@ def match_step(
 
     Classes are decoded in groups, so that peak memory grows with the batch of a group and not with
     the number of classes. A group is matched at once where the objective takes several classes,
-    else class by class. A step that draws no class with images moves nothing.
+    else class by class. A step that draws no class with images moves nothing. Where the context has
+    sources, images are kept near to them, by ``config.fidelity``; they are then decoded twice.
 
     Args:
         context: What the phase's steps share.
@@ -312,9 +328,13 @@ def match_step(
     shared = context.team.share(drawn)
     pixels = config.decoded_batch * math.prod(memory.image_shape[1:])
     group_size = max(1, _pixels_per_group(device) // pixels)
+    waiting: list[tuple[Tensor, Tensor]] = []
+    offsets: list[Tensor] = []
     for first in range(0, len(shared), group_size):
         group = shared[first : first + group_size]
-        images = context.decode(torch.cat([match.decoded for match in group]))
+        indices = torch.cat([match.decoded for match in group])
+        with torch.set_grad_enabled(context.sources is None):
+            images = context.decode(indices)
         gradients = []
         parts = [group] if objective.several_classes else [[match] for match in group]
         sizes = [sum(len(match.decoded) for match in part) for part in parts]
@@ -323,10 +343,50 @@ def match_step(
             loss = _objective_of(context, network, part, decoded, logits)
             distance += loss.detach()
             gradients.extend(torch.autograd.grad(loss, decoded))
-        torch.autograd.backward(images, torch.cat(gradients))
+        gradient = torch.cat(gradients)
+        if context.sources is None:
+            torch.autograd.backward(images, gradient)
+        else:
+            waiting.append((indices, gradient))
+            offsets.append(context.offsets(indices, images))
+    if context.sources is not None:
+        _add_fidelity([of_group for _, of_group in waiting], offsets, context, distance)
+        for group_indices, gradient in waiting:
+            torch.autograd.backward(context.decode(group_indices), gradient)
     indices = torch.cat([match.decoded for match in drawn])
     context.move(indices, distance)
     return len(indices)
+
+
+def _add_fidelity(
+    gradients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    context: StepContext,
+    distance: Tensor,
+    *,
+    shared: bool = True,
+) -> None:
+    """Make gradients of a distance d those of ``log d + fidelity log e``, times d, in place.
+
+    Args:
+        gradients: Of d with respect to decoded images, a group of images each. The squared error e
+            is that of all groups, and so known when all have been decoded.
+        offsets: How far these images are from their sources; see :meth:`StepContext.offsets`.
+        context: What the step's parts share.
+        distance: d, a scalar without a graph: that of this process's share.
+        shared: Whether each process has its share only, as in :meth:`StepContext.move`.
+    """
+    error = torch.zeros((), dtype=torch.float32, device=context.device)
+    for of_group in offsets:
+        error += of_group.square().sum()
+    totals = torch.stack([distance, error])
+    if shared:
+        context.team.add_up(totals)
+    whole, error = totals.unbind()
+    weight = 2 * (context.config.fidelity or 0.0)
+    scale = weight * whole / error.clamp_min(torch.finfo(error.dtype).tiny)
+    for gradient, of_group in zip(gradients, offsets, strict=True):
+        gradient += scale * of_group
 
 
 def try_matching(
@@ -445,6 +505,10 @@ def trajectory_step(
         )
     gradient, of_rate = torch.autograd.grad(loss, [images, rate])
     context.optimizer.zero_grad()
+    if context.sources is not None:
+        _add_fidelity(
+            [gradient], [context.offsets(seen, images)], context, loss.detach(), shared=False
+        )
     for group, of_group in zip(groups, gradient.split([len(g) for g in groups]), strict=True):
         torch.autograd.backward(context.decode(group), of_group)
     context.move(seen, loss.detach(), shared=False)

@@ -73,6 +73,9 @@ Selection: TypeAlias = "str | Callable[[LabelledImages, nn.Module], Tensor]"
 
 AnyMemory = TypeVar("AnyMemory", bound=Memory)
 
+# Images that are replayed beside real ones stay like these.
+_FIDELITY = 0.3
+
 
 class Keeper(ABC):
     """Says how a memory is renewed with images that come. Subclass it for a memory of your own."""
@@ -171,7 +174,8 @@ class LearnedKeeper(Keeper):
             streams, where training waits for every update.
         **options: Fields of :class:`~hmn_replay.CondenseConfig`, but those of
             :class:`~hmn_replay.LabelConfig`: labels are made by the network that learns, see
-            :meth:`hmn_replay.ReplayMemory.label`.
+            :meth:`hmn_replay.ReplayMemory.label`. Default of ``fidelity``: 0.3, for a network that
+            learns from real images too; 0 is better for one that learns from the memory alone.
 
     Raises:
         BudgetError: The budget cannot be read.
@@ -206,9 +210,10 @@ class LearnedKeeper(Keeper):
                 'labels, by HMNReplay(labels="soft") or ReplayMemory.label(network); leave it out'
             )
         self.budget, self.kind = Budget.parse(budget), kind
-        self.config = config or make_config(effort, **{**memory_type.settings, **options})
-        check_config(self.config, memory_type)
         self.effort = effort if config is None else None
+        config = config or make_config(effort, **{**memory_type.settings, **options})
+        self.config = config if config.fidelity is not None else config.replace(fidelity=_FIDELITY)
+        check_config(self.config, memory_type)
         self.expected_classes = _number_of_classes(expected_classes)
 
     @property

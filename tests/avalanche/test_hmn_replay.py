@@ -179,6 +179,28 @@ def test_settings_may_be_given_as_a_whole() -> None:
     assert (by_name.report[0]["effort"], as_a_whole.report[0]["effort"]) == ("draft", None)
 
 
+@pytest.mark.parametrize("as_a_whole", [False, True])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 0.3),
+        ({"mode": "memory_only"}, 0.0),
+        ({"fidelity": 0.0}, 0.0),
+        ({"mode": "memory_only", "fidelity": 2.0}, 2.0),
+    ],
+)
+def test_images_that_are_replayed_beside_real_ones_stay_like_these(
+    options: dict[str, Any], expected: float, as_a_whole: bool
+) -> None:
+    if as_a_whole:
+        settings = {name: value for name, value in options.items() if name != "mode"}
+        options = {**options, "config": make_config("draft", **settings)}
+        options.pop("fidelity", None)
+    replay = HMNReplay(BUDGET, **options)
+    keeper = keeper_of(replay)
+    assert isinstance(keeper, LearnedKeeper) and keeper.config.fidelity == expected
+
+
 @pytest.mark.parametrize("renew", ["before", "after"])
 def test_a_budget_that_cannot_do_is_refused_before_training(renew: Any) -> None:
     for options in ({"expected_classes": 900}, {}):

@@ -65,7 +65,9 @@ class Scene:
         steps.warm_start_step(self.context(team), indices, wanted)
 
     def match(self, seed: int = 0, team: Team = ALONE) -> int:
-        return steps.match_step(self.context(team), self.network, make_generator(seed))
+        sources = steps.warm_start_targets(self.memory, self.real, 0)
+        context = self.context(team, sources=sources if self.config.fidelity else None)
+        return steps.match_step(context, self.network, make_generator(seed))
 
     def train(self, seed: int = 0, team: Team = ALONE) -> None:
         steps.train_step(self.context(team), self.network, self.learner, make_generator(seed))
@@ -122,6 +124,22 @@ def matching_gradients(
 ) -> list[Tensor]:
     """Return the gradients of the loss of all classes, through one graph from end to end."""
     memory = copy.deepcopy(scene.memory).to(dtype)
+    loss = matching_distance(scene, dtype, augment, memory)
+    gradients = torch.autograd.grad(loss, list(memory.parameters()), allow_unused=True)
+    return [
+        torch.zeros_like(p) if g is None else g
+        for p, g in zip(memory.parameters(), gradients, strict=True)
+    ]
+
+
+def matching_distance(
+    scene: Scene,
+    dtype: torch.dtype,
+    augment: Augment = lambda images: images,
+    memory: HierarchicalMemory | None = None,
+) -> Tensor:
+    """Return the loss of all classes, with a graph to the memory, a copy where none is given."""
+    memory = copy.deepcopy(scene.memory).to(dtype) if memory is None else memory
     network = copy.deepcopy(scene.network).to(dtype)
     kernels = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)]
 
@@ -145,11 +163,7 @@ def matching_gradients(
             losses.append(
                 squares.mean() if scene.config.objective == "distribution" else squares.sum()
             )
-    parameters = list(memory.parameters())
-    gradients = torch.autograd.grad(sum(losses, torch.zeros(())), parameters, allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)
-    ]
+    return sum(losses, torch.zeros(()))
 
 
 # Real images.
@@ -279,6 +293,45 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_of_all_classes(
     expected = matching_gradients(scene, dtype)
     assert all(float(gradient.abs().max()) > 0 for gradient in expected)
     assert_close(gradients_of(scene.memory), expected)
+
+
+@both_objectives
+@pytest.mark.parametrize("decoded_batch", [1000, 10**6])  # all classes at once, and one by one
+def test_with_fidelity_the_gradient_is_that_of_both_logarithms(
+    make_scene: Callable[..., Scene], objective: str, decoded_batch: int
+) -> None:
+    scene = make_scene(objective=objective, fidelity=0.7, decoded_batch=decoded_batch)
+    scene.match()
+    memory, sources = scene.memory, steps.warm_start_targets(scene.memory, scene.real, 0)
+    distance = matching_distance(scene, torch.float32).detach()
+    error = F.mse_loss(memory(torch.arange(9)), scene.data.floats(sources))
+    of_error = torch.autograd.grad(distance * 0.7 * error.log(), list(memory.parameters()))
+    of_distance = matching_gradients(scene, torch.float32)
+    expected = [one + other for one, other in zip(of_distance, of_error, strict=True)]
+    assert_close(gradients_of(memory), expected)
+
+
+@pytest.mark.parametrize("first_class", [0, 1])
+def test_with_fidelity_images_that_match_nothing_come_nearer_to_their_sources(
+    make_scene: Callable[..., Scene], first_class: int
+) -> None:
+    def objective(_: Any, __: Any, ___: Any, own: Tensor, ____: Any) -> Tensor:
+        return 1 + 0 * own.sum()
+
+    scene = make_scene(objective=objective, fidelity=1.0)
+    scene.learn()
+    num_old = sum(scene.memory.images_per_class[:first_class])
+    sources = steps.warm_start_targets(scene.memory, scene.real, 0, first_class)
+    context = scene.context(sources=sources, first_class=first_class)
+
+    def error() -> float:
+        decoded = scene.memory.decode()[0][num_old:]
+        return float(F.mse_loss(decoded, scene.data.floats(sources)))
+
+    before = error()
+    for seed in range(5):
+        steps.match_step(context, scene.network, make_generator(seed))
+    assert error() < 0.8 * before
 
 
 def nearest(images: Tensor, known: Tensor) -> Tensor:

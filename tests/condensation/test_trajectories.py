@@ -25,6 +25,7 @@ from hmn_replay.condensation.steps import (
     make_optimizer,
     set_rate,
     trajectory_step,
+    warm_start_targets,
 )
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ExpertError, TrainingError
@@ -71,6 +72,7 @@ class Scene:
         options = {"student_steps": 3, "student_batch": 4, "augmentations": (), **options}
         self.config = make_config(objective="mtt", precision=precision, **options)
         self.real, self.memory = RealImages.of(data), memory
+        self.sources = warm_start_targets(memory, self.real, 0)
         self.network = make_network(data.images, 3, TrainingConfig(width=4))
         self.seen: list[Tensor] = []  # the batches that the student is shown, there and back
         self.network.register_forward_pre_hook(
@@ -90,7 +92,14 @@ class Scene:
 
     def follow(self, seed: int = 0, first_class: int = 0) -> tuple[int, Tensor]:
         self.seen.clear()
-        context = StepContext(self.memory, self.real, self.config, self.optimizer, first_class)
+        context = StepContext(
+            self.memory,
+            self.real,
+            self.config,
+            self.optimizer,
+            first_class,
+            sources=self.sources if self.config.fidelity else None,
+        )
         generator = make_generator(seed)
         return trajectory_step(context, self.network, self.start, self.target, self.rate, generator)
 
@@ -134,10 +143,12 @@ def make_scene(make_set: MakeSet) -> Callable[..., Scene]:
 
 
 @every_kind
+@pytest.mark.parametrize("fidelity", [0.0, 0.7])
 def test_the_gradient_of_a_step_is_that_of_the_whole_training(
-    make_scene: Callable[..., Scene], kind: str
+    make_scene: Callable[..., Scene], kind: str, fidelity: float
 ) -> None:
-    scene = make_scene(kind, student_batch=1000)  # all images, so that it depends on no draw
+    # Of all images, so that it depends on no draw.
+    scene = make_scene(kind, student_batch=1000, fidelity=fidelity)
     memory, network = copy.deepcopy(scene.memory).double(), copy.deepcopy(scene.network).double()
     rate = scene.rate.double().requires_grad_()
     start = {name: value.double() for name, value in scene.start.items()}
@@ -155,7 +166,11 @@ def test_the_gradient_of_a_step_is_that_of_the_whole_training(
         torch.stack([((v - scene.target[name]) ** 2).sum() for name, v in values.items()]).sum()
         for values in (parameters, start)
     )
-    *expected, of_rate = torch.autograd.grad(missed / moved, [*memory.parameters(), rate])
+    distance = missed / moved
+    error = (images - scene.real.data.floats(scene.sources)).square().mean()
+    (of_rate,) = torch.autograd.grad(distance, rate, retain_graph=True)
+    loss = distance + distance.detach() * fidelity * error.log()
+    expected = torch.autograd.grad(loss, list(memory.parameters()))
 
     num_seen, found = scene.follow()
     assert num_seen == 3 * scene.memory.num_images
