@@ -96,6 +96,13 @@ def test_the_score_is_that_of_the_paper() -> None:
     assert ddranking_score(0.2, -0.1, 0.3) == pytest.approx(expected)
 
 
+@pytest.fixture
+def one_quality(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take JPEG's quality as chosen: a choice trains for longer than these tests do."""
+    monkeypatch.setattr(baselines.scores, "choose_quality", lambda *_, **__: (20, {}))
+
+
+@pytest.mark.usefixtures("one_quality")
 def test_what_does_not_fit_is_left_out() -> None:
     memory = real("jpeg", classes=(0, 1, 2), counts=(1, 1, 1))
     found = scores(memory, data(60), data(12, seed=1), repeats=1, **OPTIONS)
@@ -103,9 +110,9 @@ def test_what_does_not_fit_is_left_out() -> None:
     assert found["hard_label_recovery"]["std"] == 0.0
 
 
-def test_what_fits_for_some_seeds_alone_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("one_quality")
+def test_what_fits_for_some_seeds_alone_is_left_out() -> None:
     # Some images take many more bytes as JPEG than others.
-    monkeypatch.setattr(baselines.scores, "choose_quality", lambda *_, **__: (20, {}))
     images = torch.full((21, 3, 32, 32), 90, dtype=torch.uint8)
     images[:10] = torch.randint(256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     train = LabelledImages(images, torch.tensor([*[0, 1] * 10, 2]))
@@ -151,6 +158,7 @@ def test_features_have_no_scores() -> None:
         scores(memory.memory, data(9), data(9), **OPTIONS)
 
 
+@pytest.mark.usefixtures("one_quality")
 def test_progress_is_printed_or_given_to_a_function(capsys: pytest.CaptureFixture[str]) -> None:
     memory, lines = real("jpeg", classes=(0, 1, 2), counts=(1, 1, 1)), list[str]()
     for progress in (True, lines.append):
