@@ -21,7 +21,7 @@ def test_settings_reach_the_plugin() -> None:
     assert keeper.budget.num_bytes == BUDGET
     assert (replay.batch_size_mem, replay.seed, replay.mode) == (5, 3, "memory_only")
     assert keeper.expected_classes == 6
-    assert keeper.config == make_config("standard", **OPTIONS["hmn"])
+    assert keeper.config == make_config("standard", fidelity=0.0, **OPTIONS["hmn"])
     assert replay.device is None and replay.loss == "auto"
 
 
