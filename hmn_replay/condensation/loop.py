@@ -456,7 +456,10 @@ class Condensation(Run):
 
     def _match(self) -> None:
         config, num_steps = self.config, self.config.num_steps
-        context = self._context((0.5, 0.99))
+        sources = None
+        if config.fidelity:
+            sources = steps.warm_start_targets(self.memory, self.real, self.seed, self.first_class)
+        context = self._context((0.5, 0.99), sources)
         matcher = make_matcher(context, self.seed, networks=self.networks, experts=self.experts)
         if self.resumed and self.state["step"]:
             matcher.resume(self.resumed, self.state["step"])
@@ -472,15 +475,15 @@ class Condensation(Run):
         self.state |= matcher.results()
         self._next_phase()
 
-    def _context(self, betas: tuple[float, float]) -> steps.StepContext:
+    def _context(
+        self, betas: tuple[float, float], sources: Tensor | None = None
+    ) -> steps.StepContext:
         """Return what the steps of a phase share, as its checkpoint has it if it goes on from one.
 
         Args:
             betas: Adam's coefficients of the running means of gradients and their squares.
+            sources: The real images that those of the memory are kept near to, if any are.
         """
-        sources = None
-        if self.config.fidelity:
-            sources = steps.warm_start_targets(self.memory, self.real, self.seed, self.first_class)
         # Processes may differ in last bits; from here on, all move the same memory.
         self.team.copy_first(self.memory.state_dict().values())
         optimizer, rate_control = steps.make_optimizer(self.memory, betas), self._rate_control()

@@ -621,7 +621,7 @@ def test_a_device_that_has_been_looked_at_is_not_asked_again(
     assert not asked
 
 
-@pytest.mark.parametrize("first_label", [0, 2**40])
+@pytest.mark.parametrize("first_label", [0, 70_000, 2**40])
 def test_room_for_labels_of_any_width_is_there_or_refused_at_first(first_label: int) -> None:
     def named(first: int) -> LabelledImages:
         data = two_digits(first)
@@ -635,9 +635,11 @@ def test_room_for_labels_of_any_width_is_there_or_refused_at_first(first_label: 
             return True
         return False
 
-    # Ten labels take a byte each, or eight.
-    width = 8 if first_label else 1
+    # Ten labels take a byte each, or four, or eight.
+    width = {0: 1, 70_000: 4, 2**40: 8}[first_label]
     smallest = bisect.bisect_left(range(900), True, 600, key=lambda budget: not refuses(budget))
+    beside = [680, *range(smallest - 8, smallest + 8), 839]
+    assert [refuses(budget) for budget in beside] == [budget < smallest for budget in beside]
     plain = smallest - 10 * (width - 1)
     assert 690 < plain < 740
     memory = ReplayMemory(900, expected_classes=10, device="cpu", **QUICK)
