@@ -18,6 +18,8 @@ import hmn_replay
 from tests.hub import Hub
 from tests.streams import streams
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 DOCS = Path(__file__).parents[2] / "docs"
 HOSTS = ("models.er", "avalanche", "timm-pretrained", "torchrl")
 
@@ -47,16 +49,6 @@ def run_page(
                 block = block.replace(word, smaller)
             exec(compile(block, name, "exec"), names)
     return names
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Run in an empty folder; only "quick" is quicker."""
-    monkeypatch.chdir(tmp_path)
-    settings = {"warm_start_steps": 20, "outer_steps": 1, "inner_steps": 2, "trained_networks": 0}
-    monkeypatch.setitem(
-        hmn_replay.EFFORTS, "quick", {**settings, "pruning_passes": 200, "pruning_width": 8}
-    )
 
 
 def test_replay_in_a_loop_of_ones_own() -> None:

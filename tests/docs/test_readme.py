@@ -14,23 +14,11 @@ import hmn_replay
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SCRIPTS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-# What is run here is the code of README to the letter; only "quick" is quicker.
-QUICKER = {
-    "warm_start_steps": 40,
-    "outer_steps": 1,
-    "inner_steps": 2,
-    "trained_networks": 1,
-    "trained_passes": 64,
-    "pruning_passes": 1000,
-    "pruning_width": 8,
-}
 
 
 @pytest.fixture
-def run_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def run_script(quick: None) -> Any:
     """Return a function that runs a script in an empty folder and returns its names."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(hmn_replay.EFFORTS, "quick", QUICKER)
 
     def run(script: str) -> dict[str, Any]:
         names: dict[str, Any] = {}

@@ -17,11 +17,9 @@ TUTORIALS = Path(__file__).parents[2] / "docs" / "tutorials"
 def test_tutorial(
     name: str,
     file: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    quick: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         runpy.run_path(str(TUTORIALS / f"{name}.py"))
     assert 0 < Path(file).stat().st_size <= 2048
