@@ -147,11 +147,14 @@ def shortcut_report(
 
 def _normalization_of(strategy: Any) -> Callable[[Tensor], Tensor] | None:
     """Return what a strategy's replay plugin found that its benchmark does to images in [0, 1]."""
-    for plugin in getattr(strategy, "plugins", ()):
-        found = getattr(plugin, "found_normalization", None)
-        if found is not None:
-            apply: Callable[[Tensor], Tensor] = found.apply
-            return apply
+    for owner in (strategy, *getattr(strategy, "plugins", ())):
+        # A MemoryBuffer, which methods such as ER-ACE and ReplayPlugin replay from, holds a plugin.
+        buffered = getattr(getattr(owner, "storage_policy", None), "replay", None)
+        for replay in (owner, buffered):
+            found = getattr(replay, "found_normalization", None)
+            if found is not None:
+                apply: Callable[[Tensor], Tensor] = found.apply
+                return apply
     return None
 
 

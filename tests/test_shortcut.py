@@ -125,6 +125,12 @@ def test_images_are_normalised_as_the_strategys_plugin_has_found() -> None:
     strategy = SimpleNamespace(model=Normalised(False), plugins=plugins)
     report = shortcut_report(strategy, None, noisy_set(), new_classes=NEW)
     assert report["clean"]["accuracy"] == 1
+    buffer = SimpleNamespace(replay=plugins[1])
+    plugins[1] = SimpleNamespace(storage_policy=buffer)
+    assert shortcut_report(strategy, None, noisy_set(), new_classes=NEW) == report
+    del strategy.plugins
+    strategy.storage_policy = buffer
+    assert shortcut_report(strategy, None, noisy_set(), new_classes=NEW) == report
     bare = shortcut_report(strategy.model, None, noisy_set(), new_classes=NEW)
     assert bare["clean"]["accuracy"] < 1
 

@@ -72,8 +72,9 @@ class MemoryBuffer(ExemplarsBuffer):
 
     Args:
         replay: What makes the memory: a replay plugin such as ``HMNReplay("300 KiB")``, which is
-            not to be among the strategy's plugins too. Its options that concern training (``loss``,
-            ``batch_size_mem``, ``mode``) are not used; its ``memory``, ``report``, ``finish()`` and
+            not to be among the strategy's plugins too. Its options that concern training are not
+            used (``loss``, ``batch_size_mem``, ``mode``) or refused (``distill``, ``tune``,
+            ``recode_share``, ``labels``); its ``memory``, ``report``, ``finish()`` and
             ``state_dict()`` are what they always are.
         max_size: Images in the buffer at most; more of the memory's are left out, of every class
             alike. Default: None, no bound but the memory's own in bytes.
@@ -112,6 +113,17 @@ class MemoryBuffer(ExemplarsBuffer):
                 "features cannot: use the plugin itself"
             )
         self.replay, self.task_labels, self.needs_logits = replay, task_labels, logits
+        unused = {
+            "distill": bool(replay.distill),
+            "recode_share": bool(replay.recode_share),
+            "tune": replay.tune != "none",
+        }
+        for name, is_given in unused.items():
+            if is_given:
+                raise ConfigError(
+                    f"{name} is for a plugin, which sees the training; a method that replays from "
+                    "a buffer has its own: leave it out"
+                )
         if getattr(replay, "matching_networks", None) == "own":
             raise ConfigError(
                 'matching_networks="own" is for a plugin, which sees the network from the '
@@ -184,7 +196,17 @@ class MemoryBuffer(ExemplarsBuffer):
         """Make an experience into the memory.
 
         A piece of an online stream is gathered, as :class:`~hmn_replay.MemoryReplay` says.
+
+        Raises:
+            BudgetError: The budget does not hold one image of each class; a buffer first learns of
+                an experience once it has been trained on.
+            ConfigError: The plugin is among the strategy's own, too.
         """
+        if any(plugin is self.replay for plugin in getattr(agent, "plugins", ())):
+            raise ConfigError(
+                f"the {type(self.replay).__name__} of a MemoryBuffer is among the strategy's "
+                "plugins, and would make each experience into the memory twice: take it out"
+            )
         self.replay.learn(agent, exp)
         self._compute_logits(agent)
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
 from hmn_replay.registry import Registry, suggest
@@ -269,6 +269,11 @@ def find_loss(loss: Loss) -> tuple[str, ReplayLoss]:
     Raises:
         ConfigError: It is neither callable nor a registered name, nor ``"auto"``.
     """
+    if isinstance(loss, nn.modules.loss._Loss):
+        raise ConfigError(
+            f"loss says how current and replayed images are weighed; got {loss!r}, which belongs "
+            "in the strategy's criterion: leave loss out"
+        )
     if callable(loss):
         return getattr(loss, "__name__", type(loss).__name__), loss
     if loss == "auto":

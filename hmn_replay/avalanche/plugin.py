@@ -246,7 +246,21 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         progress: bool = True,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        _check_settings(mode, batch_size_mem, replay_weight, loss, renew, distill, recode_share)
+        if not isinstance(keeper, Keeper):
+            raise ConfigError(
+                "keeper says how the memory is renewed, as LearnedKeeper(budget) does; got "
+                f"{keeper!r:.60}: for a budget alone take HMNReplay(budget)"
+            )
+        _check_settings(
+            mode,
+            batch_size_mem,
+            replay_transform,
+            replay_weight,
+            loss,
+            renew,
+            distill,
+            recode_share,
+        )
         if recode_share and not keeper.has_codec:
             raise _no_codec(keeper)
         if labels != "hard" and keeper.holds_features:
@@ -422,8 +436,6 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if is_piece(strategy, experience):
             self._gather(experience)
             self._end_piece(experience)
-            if not experience.access_task_boundaries:
-                self._end_by_number()
         else:
             self._learn(strategy, experience)
 
@@ -520,7 +532,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._teacher = self._make_teacher(strategy.model, torch.tensor(distilled))
         needs_head = getattr(self._loss_now, "needs_head", False)
         if self.tune == "head" or needs_head:
-            images = first_images(experiences, 2)
+            with isolated(self._device, self.seed, "first images"):
+                images = first_images(experiences, 2)
             if len(images) > 1:  # a mistake is told before the first step
                 head = self._find_head(strategy.model, images.to(self._device))
                 self._head = Head(head) if needs_head else None
@@ -623,7 +636,6 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if self._num_pieces > 1:
             self.finish()
         elif self._num_pieces and not strategy.experience.access_task_boundaries:
-            self._end_by_number()
             self._warn(
                 "the online stream hides where an experience ends: its images are made into the "
                 f"memory each time that max_raw_images={self.max_raw_images} of them have come, "
@@ -897,11 +909,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self.store.gather(self._read([piece]))
 
     def _end_piece(self, piece: Any) -> None:
-        if piece.access_task_boundaries and piece.is_last_subexp:
-            self.finish()
-
-    def _end_by_number(self) -> None:
-        if self.store.gatherer.num_seen.total() >= self.max_raw_images:
+        """Make what was gathered into the memory, if its end is known, or enough has come."""
+        if piece.access_task_boundaries:
+            is_end = piece.is_last_subexp
+        else:
+            is_end = self.store.gatherer.num_seen.total() >= self.max_raw_images
+        if is_end:
             self.finish()
 
     def _settle(self, strategy: Strategy, experiences: Sequence[Any]) -> None:
@@ -1064,6 +1077,7 @@ def _is_in(value: object, low: float, high: float = math.inf) -> bool:
 def _check_settings(
     mode: str,
     batch_size_mem: int | None,
+    replay_transform: object,
     replay_weight: float | None,
     loss: Loss,
     renew: str,
@@ -1088,6 +1102,11 @@ def _check_settings(
     if batch_size_mem is not None and (as_int(batch_size_mem) or 0) < 1:
         raise ConfigError(
             f"batch_size_mem must be a whole number of 1 or more; got {batch_size_mem!r}"
+        )
+    if replay_transform is not None and not callable(replay_transform):
+        raise ConfigError(
+            "replay_transform is a function of a batch of images, such as "
+            f'hmn_replay.RandomAugmentation("crop,flip"); got {replay_transform!r}'
         )
     if replay_weight is not None and not _is_in(replay_weight, 0, 1):
         raise ConfigError(f"replay_weight must be None, or in [0, 1]; got {replay_weight!r}")

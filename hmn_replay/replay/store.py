@@ -297,16 +297,12 @@ class ReplayMemory:
                 HMNReplayWarning,
                 stacklevel=2,
             )
-        budget_bytes = memory.budget_bytes
         entry = {
             "update": index,
-            "fill": None if budget_bytes is None else memory.file_bytes / budget_bytes,
             **report,
             **(note or {}),
             "seconds": time.monotonic() - started,
-            "num_images": memory.num_images,
-            "images_per_class": list(memory.images_per_class),
-            "file_bytes": memory.file_bytes,
+            **_sizes(memory),
         }
         # Through JSON, so that what a checkpoint gives back has the same types.
         self.report.append(json.loads(json.dumps(entry, default=_plain)))
@@ -491,8 +487,7 @@ class ReplayMemory:
             return 0
         self._memory = memory
         if self.report:
-            sizes = {"num_images": memory.num_images, "file_bytes": memory.file_bytes}
-            self.report[-1] |= {**sizes, "images_per_class": list(memory.images_per_class)}
+            self.report[-1] |= _sizes(memory)
         return len(chosen)
 
     def state_dict(self) -> dict[str, Any]:
@@ -639,6 +634,17 @@ class DecodedImages:
             images = images.to(dtype).div_(255) if is_bytes else images.to(dtype)
         soft = None if self.soft is None else self.soft[indices]
         return images, self.labels[indices], soft
+
+
+def _sizes(memory: Memory) -> dict[str, Any]:
+    """Return what the report says of a memory."""
+    budget_bytes = memory.budget_bytes
+    return {
+        "num_images": memory.num_images,
+        "images_per_class": list(memory.images_per_class),
+        "file_bytes": memory.file_bytes,
+        "fill": None if budget_bytes is None else memory.file_bytes / budget_bytes,
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -187,6 +187,23 @@ def test_a_buffer_does_not_see_the_network_from_its_beginning() -> None:
         MemoryBuffer(HMNReplay(6000, matching_networks="own"))
 
 
+@pytest.mark.parametrize("option", [{"tune": "all"}, {"distill": 1.0}, {"recode_share": 0.5}])
+def test_options_of_a_training_that_a_buffer_does_not_see_are_refused(
+    option: dict[str, Any],
+) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(option))} is for a plugin, which sees"):
+        MemoryBuffer(RawReplay(3000, **option))
+
+
+def test_a_plugin_of_the_strategy_is_no_buffer_too() -> None:
+    replay = KeepFirst()
+    strategy = make_strategy(
+        [replay, ReplayPlugin(8, storage_policy=MemoryBuffer(replay, max_size=8))]
+    )
+    with pytest.raises(ConfigError, match=r"among the strategy's plugins.*take it out"):
+        strategy.train(streams().train_stream[0])
+
+
 def test_images_are_normalised_as_the_benchmark_does_and_not_augmented() -> None:
     normalise = transforms.Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     data = Images(transform=normalise)

@@ -290,6 +290,8 @@ def test_values_outside_0_1_are_told_before_training() -> None:
         ({"mode": "both"}, "mode must be one of"),
         ({"renew": "never"}, "renew must be one of auto, before, after"),
         ({"loss": "balance"}, "loss must be a callable or one of auto, .* mean 'balanced'"),
+        ({"loss": nn.CrossEntropyLoss()}, "belongs in the strategy's criterion: leave loss out"),
+        ({"replay_transform": "crop,flip"}, "a function of a batch of images, .*; got 'crop,flip'"),
         ({"batch_size_mem": 0}, "batch_size_mem must be a whole number"),
         ({"max_raw_images": 1.5}, "max_raw_images must be a whole number"),
         ({"replay_weight": 1.5}, r"replay_weight must be None, or in \[0, 1\]"),
@@ -306,6 +308,27 @@ def test_values_outside_0_1_are_told_before_training() -> None:
 def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         KeepFirst(**options)
+
+
+def test_a_budget_is_no_keeper() -> None:
+    with pytest.raises(ConfigError, match=r"got '3 KiB': for a budget alone take HMNReplay"):
+        MemoryReplay("3 KiB")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"tune": "head"}, {"loss": "grouped"}])
+def test_looking_for_the_head_leaves_the_random_state_alone(options: Any) -> None:
+    def drawing(image: Tensor) -> Tensor:
+        torch.rand(())
+        return image
+
+    replay = KeepFirst(**options)
+    strategy = make_strategy([replay])
+    strategy.experience = streams(data=Images(transform=drawing)).train_stream[0]
+    replay.before_training(strategy)
+    replay.before_train_dataset_adaptation(strategy)
+    before = torch.get_rng_state()
+    replay.before_training_exp(strategy)
+    assert torch.get_rng_state().equal(before)
 
 
 @pytest.mark.parametrize("kind", ["nc", "ci", "datasets"])
@@ -580,12 +603,21 @@ def test_pieces_of_a_stream_that_hides_its_borders_are_condensed_by_number() -> 
 
 def test_an_online_stream_given_at_once_is_condensed_in_the_end() -> None:
     benchmark = streams(data=Images(each=20))
-    replay = KeepFirst(max_raw_images=10)
+    replay = KeepFirst()
     strategy = make_strategy([replay])
     for experience in benchmark.train_stream:
         strategy.train(in_pieces([experience], 8))
         assert replay.num_pending == 0
-    assert [images.class_indices.bincount().tolist() for images in replay.given] == [[5, 5], [5, 5]]
+    assert [each.class_indices.bincount().tolist() for each in replay.given] == [[20, 20]] * 2
+
+
+def test_pieces_given_at_once_whose_borders_are_hidden_are_condensed_by_number_too() -> None:
+    replay = KeepFirst(max_raw_images=20, batch_size_mem=3)
+    strategy = make_strategy([replay])
+    strategy.train(list(in_pieces(streams(data=Images(each=20)).train_stream, 8)))
+    # 24 of the 40 images of an experience are over 20, of which 20 are kept.
+    assert [len(images) for images in replay.given] == [20, 20, 20, 8]
+    assert replay.num_pending == 0
 
 
 def test_the_last_piece_that_says_so_ends_an_experience() -> None:

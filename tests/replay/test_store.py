@@ -391,6 +391,8 @@ def test_a_network_that_labels_has_a_logit_for_each_class_of_the_memory() -> Non
     assert memory.memory is not None
     classes = memory.memory.classes
     assert memory.label(lambda images: network(images)[:, classes]) == len(memory)
+    assert memory.report[-1]["file_bytes"] == memory.memory_bytes
+    assert memory.report[-1]["fill"] == memory.memory_bytes / (memory.memory.budget_bytes or 0)
 
 
 def test_room_is_checked_before_it_is_needed() -> None:
