@@ -13,6 +13,7 @@ from torch import Tensor
 
 from experiments.results import called_new, deviation, finished
 from hmn_replay.files import write_atomically
+from hmn_replay.replay.gatherer import first_in_turn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,12 +94,7 @@ def save_samples(images: Tensor, labels: Tensor, path: Path) -> None:
 
     # The first image of every class, then the second of every class, and so on.
     images, labels = images.cpu(), labels.cpu()
-    rank = torch.empty_like(labels)
-    for label in torch.unique(labels).tolist():
-        positions = (labels == label).nonzero().flatten()
-        rank[positions] = torch.arange(len(positions))
-    by_label = torch.argsort(labels, stable=True)
-    chosen = by_label[torch.argsort(rank[by_label], stable=True)][:SAMPLES]
+    chosen = first_in_turn(labels, torch.arange(len(labels)))[:SAMPLES]
     chosen = chosen[torch.argsort(labels[chosen], stable=True)]
     strip = torch.cat(list(images[chosen].movedim(1, -1)), dim=1).numpy()
     file = io.BytesIO()

@@ -47,6 +47,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import hmn_replay
+from experiments import arguments
 from experiments.arguments import (
     add_data,
     make_parser,
@@ -417,9 +418,7 @@ def score_each(model: nn.Module, parts: Sequence[LabelledImages]) -> list[float]
 def load(args: argparse.Namespace, split: Split) -> LabelledImages:
     """Load a split, of each class at most as many images as are wanted."""
     try:
-        data = hmn_replay.load_dataset(
-            args.data, split, data_root=args.data_root, download=args.download, size=args.size
-        )
+        data = arguments.load(args, split)
     except DataError as error:
         if args.data not in TORCHVISION:
             raise

@@ -348,7 +348,7 @@ class JPEGReplay(MemoryReplay):
         expected_classes: How many classes the stream will have in all, if that is known, for that
             choice. Default: None, ten times those of the first experience.
         training: Training of that network, and of a selection's. Default: None, that of
-            ``choose_quality``.
+            ``choose_quality``, and ``TrainingConfig()`` for a selection.
         selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`.
         **options: Those of :class:`MemoryReplay`.
 

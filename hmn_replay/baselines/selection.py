@@ -94,6 +94,8 @@ def select_images(
         raise ConfigError(f"a selection is one of {', '.join(SELECTIONS)}; got {method!r}")
     if num_images is not None and (as_int(num_images) is None or num_images < 1):
         raise ConfigError(f"num_images is None, or a whole number of 1 or more; got {num_images!r}")
+    if not 0 <= hard_share < 1:
+        raise ConfigError(f"hard_share is in [0, 1); got {hard_share}")
     data = as_labelled_images(data)
     if isinstance(data, LabelledFeatures):
         check_method_of_features(method)
@@ -145,7 +147,7 @@ def select_images(
         trained = train() if network is None and not holds_features else network
         embed: Callable[[Tensor], Tensor] = partial(torch.flatten, start_dim=1)
         if trained is not None:
-            embed = _embedding(trained, data.images[:2])
+            embed = _embedding(trained, data.images[[0, -1]])  # images that differ, mostly
         orders = []
         for own in members.values():
             features = embed(data.images[own])

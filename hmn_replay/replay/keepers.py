@@ -485,7 +485,7 @@ class JPEGKeeper(RealKeeper):
         expected_classes: How many classes there will be in all, if that is known, for that choice.
             Default: None, ten times those that come first.
         training: Training of that network, and of a selection's; see :class:`RealKeeper`. Default:
-            None, that of ``choose_quality``.
+            None, that of ``choose_quality``, and ``TrainingConfig()`` for a selection.
         selection: Which images of a class stay longest; see :class:`RealKeeper`.
 
     Raises:

@@ -207,16 +207,6 @@ class MammothBuffer:
                 found = [network(self._images(part).to(self.device)).cpu() for part in parts]
             self._set_logits(torch.cat(found))
 
-    def learn(self, examples: Any, labels: Any = None) -> None:
-        """Make images into the memory at once, such as a task's before it is trained on.
-
-        Args:
-            examples: As :meth:`hmn_replay.ReplayMemory.update` takes them.
-            labels: The same.
-        """
-        self.memory.update(examples, labels)
-        self._set_logits(None)
-
     def get_data(
         self,
         size: int,

@@ -404,6 +404,24 @@ def test_kernels_make_no_graph(kernel: Callable[[Tensor, int], Tensor]) -> None:
         kernel(features, 4)
 
 
+def test_the_head_is_found_where_the_first_images_are_alike() -> None:
+    class Masked(nn.Module):
+        """Has logits for classes that have not come yet, as an incremental classifier does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = build_network("convnet", (3, 8, 8), 3, width=4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.network(images)
+            return logits.masked_fill(torch.tensor([False, False, True]), -1000.0)
+
+    images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    images[3:] = torch.randint(256, (3, 3, 8, 8), generator=draw())
+    data = LabelledImages(images, torch.arange(6) // 3)
+    assert sorted(select_images(data, "herding", network=Masked()).tolist()) == list(range(6))
+
+
 def test_wrong_options_are_refused() -> None:
     data = an_uneven_set()
     network = build_network("convnet", (3, 8, 8), 3, width=4)
