@@ -339,6 +339,7 @@ def run(
         renew=args.renew,
         distill=args.distill,
         labels=args.labels,
+        label_augmentations=names,
         tune=args.tune,
         tune_steps=args.tune_steps,
         tune_rate=args.tune_rate,

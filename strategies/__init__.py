@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -98,6 +98,7 @@ def build(
     renew: Renewal = "auto",
     distill: float | None = None,
     labels: Literal["hard", "soft"] = "hard",
+    label_augmentations: Collection[str] = ("flip", "crop"),
     tune: Literal["none", "head", "all"] = "none",
     tune_steps: int = 100,
     tune_rate: float = 0.01,
@@ -147,6 +148,7 @@ def build(
             says.
         labels: Whether our memories keep what the network says of their images, in the same bytes,
             and learn it again: ``"hard"`` or ``"soft"``.
+        label_augmentations: Augmentations that these answers are averaged over.
         tune: What of the network is tuned on one of our memories after each experience but the
             first, for as long as no other comes: ``"none"``, ``"head"`` or ``"all"``.
         tune_steps: Steps of that tuning.
@@ -188,6 +190,7 @@ def build(
         renew=renew,
         distill=distill,
         labels=labels,
+        label_augmentations=label_augmentations,
         tune=tune,
         tune_steps=tune_steps,
         tune_rate=tune_rate,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -51,6 +51,7 @@ class Settings:
     renew: Renewal
     distill: float | None
     labels: Literal["hard", "soft"]
+    label_augmentations: Collection[str]
     tune: Literal["none", "head", "all"]
     tune_steps: int
     tune_rate: float
@@ -98,6 +99,7 @@ class Settings:
             "renew": self.renew,
             "distill": self.distill,
             "labels": self.labels,
+            "label_augmentations": self.label_augmentations,
             "tune": self.tune,
             "tune_steps": self.tune_steps,
             "tune_rate": self.tune_rate,

@@ -10,7 +10,7 @@ replay.memory.save("seen.hmn")
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -23,6 +23,7 @@ from hmn_replay.avalanche.streams import Strategy, experiences_of
 from hmn_replay.avalanche.weights import on_cpu
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
+from hmn_replay.condensation.labelling import LABEL_AUGMENTATIONS
 from hmn_replay.condensation.matchers import check_given_networks
 from hmn_replay.errors import ConfigError
 from hmn_replay.objectives import get_objective
@@ -55,6 +56,7 @@ class ReplayOptions(TypedDict, total=False):
     recode_share: float
     labels: Literal["hard", "soft"]
     label_weight: float
+    label_augmentations: str | Collection[str]
     tune: Literal["none", "head", "all"]
     tune_steps: int
     tune_rate: float
@@ -95,6 +97,7 @@ class HMNReplay(MemoryReplay):
             memory's codec; for ``kind="hmn"``.
         labels: ``"hard"`` or ``"soft"``: whether the network's answers are kept beside the images.
         label_weight: Weight of these in the loss of replayed images.
+        label_augmentations: Augmentations that these answers are averaged over.
         tune: ``"none"``, ``"head"`` or ``"all"``: what is tuned on the memory after an experience.
         tune_steps: Steps of that tuning.
         tune_rate: Learning rate of that tuning.
@@ -144,6 +147,7 @@ class HMNReplay(MemoryReplay):
         recode_share: float = 0.0,
         labels: Literal["hard", "soft"] = "hard",
         label_weight: float = 1.0,
+        label_augmentations: str | Collection[str] = LABEL_AUGMENTATIONS,
         tune: Literal["none", "head", "all"] = "none",
         tune_steps: int = 100,
         tune_rate: float = 0.01,
@@ -185,6 +189,7 @@ class HMNReplay(MemoryReplay):
             recode_share=recode_share,
             labels=labels,
             label_weight=label_weight,
+            label_augmentations=label_augmentations,
             tune=tune,
             tune_steps=tune_steps,
             tune_rate=tune_rate,

@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -60,6 +60,8 @@ from hmn_replay.avalanche.weights import (
     weights_of,
 )
 from hmn_replay.budget import as_int, as_number
+from hmn_replay.condensation.labelling import LABEL_AUGMENTATIONS
+from hmn_replay.data.augment import RandomAugmentation
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import as_floats
 from hmn_replay.errors import (
@@ -179,6 +181,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             for task labels above 0 or ``"memory_only"``.
         label_weight: Weight, 0 or more, of that term, which is a mean over the mini-batch; see
             :func:`hmn_replay.avalanche.losses.label_distillation`. Default: 1.
+        label_augmentations: Augmentations of the images that the network labels, whose answers are
+            averaged: names, or one text of them, as ``"crop,flip"``; without ``"flip"`` where a
+            mirrored image is of no class, as digits are.
         tune: ``"head"``, the ``nn.Linear`` that makes the logits, or ``"all"``: what is tuned after
             each experience but the first, on mini-batches of the memory's images alone that have as
             many of every class (as in EEIL, Castro et al. 2018). By SGD of its own, under the
@@ -236,6 +241,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         recode_share: float = 0.0,
         labels: Literal["hard", "soft"] = "hard",
         label_weight: float = 1.0,
+        label_augmentations: str | Collection[str] = LABEL_AUGMENTATIONS,
         tune: Literal["none", "head", "all"] = "none",
         tune_steps: int = 100,
         tune_rate: float = 0.01,
@@ -278,6 +284,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         _check_tuning(mode, tune, tune_steps, tune_rate)
         self.tune, self.tune_steps, self.tune_rate = tune, tune_steps, tune_rate
         self.labels, self.label_weight = labels, label_weight
+        self.label_augmentations = RandomAugmentation(label_augmentations).names
         self._soft: Tensor | None = None
         self.batch_size_mem, self.mode = batch_size_mem, mode
         self.replay_transform = replay_transform
@@ -808,7 +815,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             return logits[:, labels]
 
         with evaluating(model):
-            self.store.label(network)
+            self.store.label(network, augmentations=self.label_augmentations)
 
     def _find_head(self, model: nn.Module, images: Tensor) -> nn.Linear:
         """Return the layer that makes the logits, found by two images as the network takes them."""

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hmn_replay.data.augment import draw_augmentation
+from hmn_replay.data.augment import STRATEGIES, draw_augmentation
 from hmn_replay.data.images import ImageSource, as_labelled_images, channel_stats
 from hmn_replay.data.lookup import Images, as_floats, images_at_once
 from hmn_replay.distributed import ALONE, Team
@@ -28,6 +28,7 @@ from hmn_replay.training.networks import Network, default_depth
 from hmn_replay.training.train import Compile, TrainingConfig, train_network
 
 __all__ = [
+    "LABEL_AUGMENTATIONS",
     "LabelConfig",
     "add_labels",
     "as_label_config",
@@ -36,7 +37,9 @@ __all__ = [
     "train_teacher",
 ]
 
-_AUGMENTATIONS = ("flip", "crop")
+LABEL_AUGMENTATIONS = ("flip", "crop")
+"""Those of the images that soft labels are made of, by default."""
+
 # To plan with: bits of a labeller's weight, and bytes of a tensor's name and place in the header.
 _WEIGHT_BITS, _HEADER_BYTES = 4.2, 80
 
@@ -64,7 +67,12 @@ class LabelConfig(Settings):
     """Channels of the blocks of the ConvNet in the file."""
 
     label_views: Annotated[int, Field(ge=1)] = 8
-    """Augmentations of an image that its soft label is a mean over."""
+    """How many augmentations of an image its soft label is a mean over."""
+
+    label_augmentations: tuple[Annotated[str, one_of("augmentation", STRATEGIES)], ...] = (
+        LABEL_AUGMENTATIONS
+    )
+    """Augmentations of these: without flip where a mirrored image is of no class, as digits are."""
 
     @property
     def makes_soft(self) -> bool:
@@ -181,6 +189,7 @@ def label_images(
     parts: Sequence[Images],
     *,
     views: int = 8,
+    augmentations: Sequence[str] = LABEL_AUGMENTATIONS,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Tensor:
@@ -192,6 +201,7 @@ def label_images(
         parts: Images, float in [0, 1] or uint8, ``(N, C, H, W)`` each: several ones of every image,
             such as it is decoded and as it was, whose labels are averaged.
         views: How many augmentations, which the parts share among them; one each at least.
+        augmentations: Their names; see :func:`hmn_replay.data.augment.draw_augmentation`.
         seed: Seed of the augmentations.
         device: Where the network is. Default: that of its parameters, or that of the images.
 
@@ -215,7 +225,7 @@ def label_images(
             floats = floats if target is None else floats.to(target)
             for view in range(each):
                 augment = draw_augmentation(
-                    _AUGMENTATIONS,
+                    augmentations,
                     (shape[1], shape[2]),
                     make_generator(seed, "label views", view, int(chunk[0])),
                     batch=len(chunk),
@@ -260,6 +270,12 @@ def add_labels(
         decoded = memory.decoded(torch.uint8)
         own = decoded[positions] if isinstance(decoded, Tensor) else decoded.take(positions)
         parts = [own] if sources is None else [own, sources]
-        rows = label_images(network, parts, views=config.label_views, seed=seed)
+        rows = label_images(
+            network,
+            parts,
+            views=config.label_views,
+            augmentations=config.label_augmentations,
+            seed=seed,
+        )
         team.copy_first([rows])
         memory.set_soft_labels(rows, positions)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.budget import Budget, as_int
-from hmn_replay.condensation.labelling import label_images
+from hmn_replay.condensation.labelling import LABEL_AUGMENTATIONS, label_images
 from hmn_replay.data.features import read_data
 from hmn_replay.data.images import ImageSource, LabelledImages, joined_names
 from hmn_replay.errors import (
@@ -439,7 +439,13 @@ class ReplayMemory:
         self._num_draws += 1
         return decoded.draw(count, dtype, generator)
 
-    def label(self, network: Callable[[Tensor], Tensor], *, views: int = 4) -> int:
+    def label(
+        self,
+        network: Callable[[Tensor], Tensor],
+        *,
+        views: int = 4,
+        augmentations: Sequence[str] = LABEL_AUGMENTATIONS,
+    ) -> int:
         """Give images that have hard labels soft ones, by what a network says of them.
 
         To be called when the network has learned what the memory was last renewed with. The file
@@ -449,7 +455,9 @@ class ReplayMemory:
             network: From float images ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)``, in the order
                 of the memory's classes; shown without gradients, and in evaluation mode if it is a
                 module.
-            views: Augmentations (crop and flip) that a label is a mean over.
+            views: How many augmentations a label is a mean over.
+            augmentations: Their names; see :func:`hmn_replay.data.augment.draw_augmentation`.
+                Without ``"flip"`` where a mirrored image is of no class, as digits are.
 
         Returns:
             How many images got a label; none, with a warning, where the budget does not hold one
@@ -471,7 +479,9 @@ class ReplayMemory:
         with evaluating(network), without_autocast(self.device):
             images = memory.decode(chosen, dtype=torch.uint8)[0].to(self.device)
             seed = derive_seed(self.seed, "labels", self._num_updates)
-            rows = label_images(network, [images], views=views, seed=seed)
+            rows = label_images(
+                network, [images], views=views, augmentations=augmentations, seed=seed
+            )
         if rows.shape[1] != memory.num_classes:
             raise ConfigError(
                 f"expected logits (B, {memory.num_classes}), one for each of memory.classes in "

@@ -94,6 +94,43 @@ def test_the_network_labels_what_it_has_learned(renew: Any) -> None:
     assert plugin.report[-1]["num_images"] == len(plugin.memory)
 
 
+def test_images_that_have_a_left_and_a_right_are_labelled_without_mirroring() -> None:
+    images = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
+    images[:4, ..., :4] = images[4:, ..., 4:] = 200  # bright on the left, and on the right
+
+    def network(shown: Tensor) -> Tensor:
+        left, right = shown[..., :4].mean(dim=(1, 2, 3)), shown[..., 4:].mean(dim=(1, 2, 3))
+        return 20 * torch.stack([left, right], dim=1)
+
+    own: dict[tuple[str, ...], Tensor] = {}
+    for names in (("flip", "crop"), ("crop",)):
+        memory = ReplayMemory(9000, "raw", device="cpu")
+        memory.update(images, torch.arange(8) // 4)
+        assert memory.label(network, views=8, augmentations=names) == 8
+        assert memory.memory is not None
+        own[names] = memory.memory.soft_labels()[torch.arange(8), memory.memory.class_index]
+    assert float(own["crop",].min()) > 0.95
+    assert float(own["flip", "crop"].mean()) < 0.8
+
+
+@pytest.mark.parametrize(("names", "used"), [("crop, flip", ("crop", "flip")), ((), ())])
+def test_the_strategys_network_is_shown_the_augmentations_that_were_asked_for(
+    names: Any, used: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin, label = replay(label_augmentations=names), ReplayMemory.label
+    given: list[Any] = []
+
+    def note(self: ReplayMemory, network: Any, **options: Any) -> int:
+        given.append(options["augmentations"])
+        return label(self, network, **options)
+
+    monkeypatch.setattr(ReplayMemory, "label", note)
+    learn(plugin, count=1)
+    assert given == [used] and plugin.memory is not None and plugin.memory.has_soft_labels
+    with pytest.raises(ConfigError, match="mirror"):
+        replay(label_augmentations="mirror")
+
+
 def test_old_images_are_learned_by_their_soft_labels_too() -> None:
     found = {
         weight: [weights(learn(replay(label_weight=weight), count=n)) for n in (1, 2)]
