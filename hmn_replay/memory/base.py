@@ -427,6 +427,8 @@ class Memory(abc.ABC):
             MemoryFileError: They are not those of this memory's images and classes.
             ConfigError: As well.
         """
+        if self.holds_features and tensors.keys() & (_OPTIONAL - {"names"}):
+            raise MemoryFileError("a memory of features has labels of images")
         self._soft = SoftLabels.restored(tensors, self._counts, num_bytes)
         self.set_labeller(Labeller.restored(tensors, self.image_shape, self.num_classes, num_bytes))
 
@@ -582,6 +584,7 @@ class Memory(abc.ABC):
         Raises:
             DataError: The memory has no class, as before :meth:`RealMemory.extend`.
             TrainingError: Learned values that are not finite, or far too large.
+            ConfigError: Soft labels over more classes than a file of so few bytes may have.
         """
         if not self.num_classes:
             raise DataError(
@@ -595,6 +598,15 @@ class Memory(abc.ABC):
             **self._stored_names(),
             **self.stored_labels(),
         }
+        if self._soft is not None:
+            num_bytes = sum(spec.num_bytes for spec in specs_of(tensors).values())
+            try:
+                self._soft.check_claims(num_bytes)
+            except MemoryFileError as error:
+                raise ConfigError(
+                    f"a file with these soft labels could not be read again: {error}; store labels "
+                    "of fewer images, images of more bytes, or hard labels alone"
+                ) from error
         return pack(Record(self.kind, self.num_images, self.budget_bytes, self.words(), tensors))
 
     def save(self, path: str | Path) -> None:
@@ -1040,6 +1052,10 @@ def _decompress(names: Tensor, num_classes: int) -> list[str]:
     except (zlib.error, ValueError, RecursionError) as error:
         raise MemoryFileError(f"its class names cannot be read ({error})") from error
     texts = [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise MemoryFileError(f"its class names are not all of Unicode ({error})") from error
     if not len(texts) == len(found) == num_classes:
         raise MemoryFileError(f"its class names are not {num_classes} texts")
     return texts

@@ -267,7 +267,7 @@ def _read_text(header: bytes) -> tuple[str, int, int | None, tuple[str, ...], st
         _, digest, kind, images, budget, *words = text.split(" ")
         num_images = int(images)
         budget_bytes = None if budget == "-" else Budget(int(budget)).num_bytes
-        if num_images < 0 or len(digest) != _DIGEST_LENGTH:
+        if num_images < 0 or len(digest) != _DIGEST_LENGTH or not digest.isascii():
             raise ValueError("a negative number of images, or a digest of another length")
         if _text(kind, num_images, budget_bytes, words, digest) != text:
             raise ValueError("its numbers are written in another way than this package writes them")

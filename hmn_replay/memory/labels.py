@@ -148,6 +148,10 @@ class SoftLabels:
         code = torch.frombuffer(bytearray(self.code + b"\0"), dtype=torch.uint8)[:-1]
         return {"label_code": code}
 
+    def check_claims(self, num_bytes: int) -> None:
+        """Raise a MemoryFileError where :meth:`restored` would refuse a file of so many bytes."""
+        check_claims(num_bytes, len(self.levels), self.levels.numel())
+
     @classmethod
     def restored(
         cls, tensors: Mapping[str, Tensor], counts: Sequence[int], num_bytes: int
@@ -223,8 +227,9 @@ class _Coder:
             levels: ``(N, K)``, filled in with what ``code`` returns.
         """
         starts = np.concatenate([[0], self.counts.cumsum()[:-1]])
-        sums = np.zeros((len(self.counts),) * 2, np.int64)
-        own = np.eye(len(self.counts), dtype=np.int64)
+        # Of the smallest types that hold them: they take K * K values, and are copied below.
+        sums = np.zeros((len(self.counts),) * 2, np.int32)
+        own = np.eye(len(self.counts), dtype=np.uint8)
         for first, last in _blocks(int(self.counts.max(initial=0))):
             classes = np.flatnonzero(self.counts > first)
             sizes = np.minimum(self.counts[classes], last) - first
@@ -233,7 +238,8 @@ class _Coder:
             rows = starts[owners] + first + offsets
             if first:
                 # Of a class that has images here, all those before this block have been coded.
-                contexts = _NUM_FIRST + np.searchsorted(_MEAN_BOUNDS, _MEAN_UNITS * sums // first)
+                means = np.searchsorted(_MEAN_BOUNDS, _MEAN_UNITS * sums // first)
+                contexts = (_NUM_FIRST + means).astype(np.uint8)
             else:
                 contexts = own
             contexts, given = contexts[owners], levels[rows]

@@ -24,6 +24,7 @@ from hmn_replay.memory.base import (
     Codec,
     Memory,
     affordable_names,
+    check_classes,
     check_image_shape,
     check_tensors,
     class_specs,
@@ -158,7 +159,8 @@ class RealMemory(Memory):
 
         Raises:
             BudgetError: Not one image fits; the message gives the smallest budget that holds one.
-            ConfigError: ``order`` is not as said above.
+            ConfigError: ``order`` is not as said above, or more than 1000 classes with those of the
+                memory.
             DataError: Images of another shape, or that cannot be used; or a label that has another
                 name in them than in the memory.
         """
@@ -174,6 +176,8 @@ class RealMemory(Memory):
         queue = [(next(places[label]), label, i) for i, label in enumerate(labels)]
         order = order[[i for _, _, i in sorted(queue)]]
         old, new = self._by_class(), {label: list[_Kept]() for label in places}
+        if places:
+            check_classes(sorted(old.keys() | new.keys()))  # what a file may have
         known = {(label, payload) for label in places for payload, _ in old.get(label, ())}
         num_bytes = 0
         for chunk in order.split(_ENCODED_AT_ONCE):

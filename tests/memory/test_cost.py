@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hmn_replay.errors import MemoryFileError, TrainingError
-from hmn_replay.memory import HierarchicalMemory, HMNLayout, load, loads
+from hmn_replay.memory import HierarchicalMemory, HMNLayout, SubsampledMemory, load, loads
 from hmn_replay.memory.entropy import encode
 from hmn_replay.memory.file import Record, check_claims, integer_dtype, pack, unpack
 from tests.support import real
@@ -58,6 +58,17 @@ def sparse(layout: HMNLayout, num_images: int) -> bytes:
     return pack(Record(record.kind, num_images, None, record.words, tensors))
 
 
+def run_alone(script: str) -> str:
+    """Run a script in a process of its own; return what it prints."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ).stdout
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a Linux process")
 def test_what_a_file_costs_is_in_proportion_to_its_bytes(tmp_path: Path) -> None:
     """Files that claim as much as they may are read, and those that claim more are refused."""
@@ -80,19 +91,34 @@ def test_what_a_file_costs_is_in_proportion_to_its_bytes(tmp_path: Path) -> None
         cost({str(most)!r})
         cost({str(more)!r})
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    (num_images, read), (none, refused) = (map(int, s.split()) for s in result.stdout.splitlines())
+    num_images, read, none, refused = map(int, run_alone(script).split())
     assert (num_images, none) == (400_000, 0)
     assert most.stat().st_size < 60_000
     assert more.stat().st_size < 30_000
     assert read < FREE_BYTES + BYTES_PER_BYTE * most.stat().st_size
     assert refused < FREE_BYTES
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a Linux process")
+def test_labels_of_many_classes_cost_in_proportion_too(tmp_path: Path) -> None:
+    num_classes, path, tiny = 1000, tmp_path / "many.hmn", tmp_path / "tiny.hmn"
+    images = torch.arange(num_classes).view(-1, 1, 1, 1).expand(-1, 1, 8, 8) % 256
+    for count, file in ((num_classes, path), (3, tiny)):
+        memory = SubsampledMemory((1, 8, 8), factor=8)
+        memory.extend((images[:count].to(torch.uint8), torch.arange(count)))
+        memory.set_soft_labels(torch.eye(count)[:1], [0])
+        memory.save(file)
+    script = f"""
+        from hmn_replay import load
+        from hmn_replay.runtime import peak_memory_bytes
+        import torch, pathlib
+        load({str(tiny)!r})
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        before = peak_memory_bytes(torch.device("cpu"))
+        assert load({str(path)!r}).has_soft_labels
+        print(peak_memory_bytes(torch.device("cpu")) - before)
+    """
+    assert int(run_alone(script)) < FREE_BYTES + BYTES_PER_BYTE * path.stat().st_size
 
 
 @pytest.mark.parametrize("num_images", [10**6, 10**9, 10**18])

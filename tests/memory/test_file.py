@@ -576,6 +576,16 @@ def forgeries() -> dict[str, tuple[bytes, str]]:
         "names of another number": (renamed(zlib_of('["a"]')), "its class names are not 3 texts"),
         "names that are numbers": (renamed(zlib_of("[1,2,3]")), "its class names are not 3 texts"),
         "names that are a text": (renamed(zlib_of('"abc"')), "its class names"),
+        "names that no text can have": (
+            renamed(zlib_of('["\\ud800"]')),
+            "its class names are not all of Unicode",
+        ),
+        "a digest that no text can have": (
+            sealed(with_text(header, text_of(header)), body).replace(
+                text_of(header).split(" ")[1].encode(), b"\\ud800" + b"0" * 10
+            ),
+            "not a memory file",
+        ),
         "names that are no JSON": (renamed(zlib_of("[")), "its class names cannot be read"),
     }
 

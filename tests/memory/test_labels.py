@@ -16,7 +16,7 @@ from torch import Tensor
 from hmn_replay import HierarchicalMemory, ReplayMemory, raw_images
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError
-from hmn_replay.memory import LearnedMemory, Memory, RealMemory, load, loads
+from hmn_replay.memory import LearnedMemory, Memory, RealMemory, SubsampledMemory, load, loads
 from hmn_replay.memory.file import Record, pack, unpack
 from hmn_replay.memory.labels import Labeller, SoftLabels, expected_bytes
 from hmn_replay.training.networks import Network, build_network
@@ -170,6 +170,9 @@ def test_features_have_no_labels_of_augmented_images(kind: str) -> None:
         memory.memory.set_soft_labels(torch.ones(len(memory.memory), 2))
     with pytest.raises(ConfigError, match="leave them out for features"):
         memory.memory.set_labeller(Labeller.of(network(), (3, 8, 8)))
+    code = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(MemoryFileError, match="a memory of features has labels of images"):
+        loads(altered(memory.memory, label_code=code))
 
 
 def test_a_labeller_takes_its_bytes_when_classes_come_again() -> None:
@@ -296,6 +299,18 @@ def test_a_file_with_labels_that_are_none_is_refused(
 ) -> None:
     with pytest.raises(MemoryFileError, match=message):
         loads(altered(labelled("raw"), **tensors))
+
+
+def test_labels_that_could_not_be_read_again_are_not_saved(tmp_path: Path) -> None:
+    memory = SubsampledMemory((1, 8, 8), factor=8)
+    images = torch.zeros(8000, 1, 8, 8, dtype=torch.uint8) + torch.arange(250).repeat(32).view(
+        -1, 1, 1, 1
+    ).to(torch.uint8)
+    memory.extend((images, torch.arange(8000) % 1000))
+    memory.set_soft_labels(torch.eye(1000)[:1], [0])
+    with pytest.raises(ConfigError, match=r"labels could not be read again: .*or hard labels"):
+        memory.save(tmp_path / "memory.hmn")
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_labels_than_the_format_lets_a_file_have_are_refused() -> None:

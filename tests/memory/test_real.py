@@ -379,6 +379,19 @@ def test_extend_that_fails_changes_nothing(kind: str) -> None:
 
 
 @every_kind
+def test_more_classes_than_a_file_may_have_are_refused(kind: str) -> None:
+    memory = empty(kind)
+    data = LabelledImages(
+        torch.zeros(600, *memory.image_shape, dtype=torch.uint8), torch.arange(600)
+    )
+    memory.extend(data)
+    before = memory.to_bytes()
+    with pytest.raises(ConfigError, match="a memory has 1 to 1000 classes; got 1100"):
+        memory.extend(LabelledImages(data.images, data.labels + 500))
+    assert memory.to_bytes() == before
+
+
+@every_kind
 def test_a_memory_before_its_first_images_has_a_size_and_no_file(kind: str, tmp_path: Path) -> None:
     memory = empty(kind)
     assert memory.file_bytes > 0 and memory.num_classes == 0
