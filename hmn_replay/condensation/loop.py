@@ -360,6 +360,9 @@ class Condensation(Run):
         objective = get_objective(config.objective)
         pooled = objective.matches_trained and config.trained_networks > 0 and not networks
         trains = config.num_steps > 0 and (objective.compares_trainings or pooled)
+        if trains:
+            compares = objective.compares_trainings
+            _check_architectures(config, "num_experts" if compares else "trained_networks")
         phases = ["warm_start", *(["experts"] if trains else []), "matching"]
         phases += [*([] if config.labels == "hard" else ["labels"]), "pruning"]
         super().__init__(
@@ -374,20 +377,23 @@ class Condensation(Run):
             team,
             config.checkpoint_seconds,
         )
+        self._try_matching()  # before there is a checkpoint
+
+    def _num_images_of(self, num_classes: int) -> int:
+        """Return how many images the budget is planned for with so many classes; 0 for none."""
+        memory = self.growth.memory
+        sizes = memory.names_bytes, self.growth.label_bytes
+        with contextlib.suppress(BudgetError):
+            return memory.max_images(memory.layout, self.budget, num_classes, *sizes)
+        return 0
 
     def _least_images(self) -> int:
         """Return how many images a class will have when all expected classes have come."""
-        memory = self.growth.memory
-        num_classes = max(memory.num_classes, self.expected_classes or 0)
-        with contextlib.suppress(BudgetError):
-            num_images = memory.max_images(memory.layout, self.budget, num_classes)
-            return max(1, num_images // num_classes)
-        return 1
+        num_classes = max(self.growth.memory.num_classes, self.expected_classes or 0)
+        return max(1, self._num_images_of(num_classes) // num_classes)
 
     def finish(self) -> LearnedMemory:
         """Take all the steps that are left."""
-        if self.resumed is None:
-            self._try_matching()
         with self._open_experts() as self.experts:
             self.work(
                 {
@@ -529,11 +535,8 @@ class Condensation(Run):
         memory, expected = self.memory, self.expected_classes or 0
         if expected <= memory.num_classes:
             return math.inf
-        sizes = memory.names_bytes, self.growth.label_bytes
-        with contextlib.suppress(BudgetError):
-            num_images = memory.max_images(memory.layout, self.budget, expected, *sizes)
-            return num_images * memory.planned_image_bytes(memory.layout) / expected
-        return math.inf
+        num_images = self._num_images_of(expected)
+        return num_images * memory.planned_image_bytes(memory.layout) / expected or math.inf
 
     # Networks that are trained before matching.
 
@@ -781,6 +784,16 @@ def _kept(context: steps.StepContext) -> dict[str, Stateful]:
     if context.rate_control is not None:
         kept["rate_control"] = context.rate_control.state
     return kept
+
+
+def _check_architectures(config: CondenseConfig, option: str) -> None:
+    """Raise a ConfigError where some architecture would have no trained network of its own."""
+    num_trained, num_architectures = getattr(config, option), len(config.network)
+    if num_trained < num_architectures:
+        raise ConfigError(
+            f"{num_architectures} architectures take turns, of {option}={num_trained} trained "
+            f"networks in all: set {option} to {num_architectures} or more, or name fewer"
+        )
 
 
 def _identity(

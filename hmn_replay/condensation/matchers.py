@@ -165,7 +165,7 @@ class TrainedNetworks:
     def draw(self, number: int) -> None:
         """Draw one of the trained networks, and a point between its initial weights and these."""
         generator = make_generator(self.seed, "network", number)
-        expert = int(torch.randint(self.experts.num_experts, (), generator=generator))
+        expert = self.experts.draw(number, generator)
         share = float(torch.rand((), dtype=torch.float32, generator=generator))
         read = partial(self.experts.read, expert, 0, self.experts.num_epochs)
         initial, trained = self.context.team.agree(read)
@@ -309,7 +309,7 @@ class TrajectoryMatcher:
         """Follow an expert from some epoch on."""
         config, device = self.context.config, self.context.device
         generator = make_generator(self.seed, "match", number)
-        expert = int(torch.randint(self.experts.num_experts, (), generator=generator))
+        expert = self.experts.draw(number, generator)
         epoch = int(torch.randint(config.max_start_epoch + 1, (), generator=generator))
         read = partial(self.experts.read, expert, epoch, epoch + config.expert_epochs)
         start, target = (

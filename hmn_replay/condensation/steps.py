@@ -33,6 +33,7 @@ from hmn_replay.training.train import (
     compiled_loss,
     draw_batch,
     draw_epoch,
+    mixes_images,
     wants_compiling,
 )
 
@@ -299,9 +300,11 @@ def match_step(
     """Match batches of some classes, and move the memory once.
 
     Classes are decoded in groups, so that peak memory grows with the batch of a group and not with
-    the number of classes. A group is matched at once where the objective takes several classes,
-    else class by class. A step that draws no class with images moves nothing. Where the context has
-    sources, images are kept near to them, by ``config.fidelity``; they are then decoded twice.
+    the number of classes. A group is matched at once where the objective takes several classes and
+    the network does not normalise by the batch, else class by class. A step that draws no class
+    with images moves nothing. Where the context has sources, images are kept near to them, by
+    ``config.fidelity``; they are then decoded twice, and two values of each of their pixels are
+    held for all classes of the step.
 
     Args:
         context: What the phase's steps share.
@@ -328,6 +331,8 @@ def match_step(
     shared = context.team.share(drawn)
     pixels = config.decoded_batch * math.prod(memory.image_shape[1:])
     group_size = max(1, _pixels_per_group(device) // pixels)
+    # What a network that normalises by the batch gives is not to depend on how classes are grouped.
+    together = objective.several_classes and not (network.training and mixes_images(network))
     waiting: list[tuple[Tensor, Tensor]] = []
     offsets: list[Tensor] = []
     for first in range(0, len(shared), group_size):
@@ -336,7 +341,7 @@ def match_step(
         with torch.set_grad_enabled(context.sources is None):
             images = context.decode(indices)
         gradients = []
-        parts = [group] if objective.several_classes else [[match] for match in group]
+        parts = [group] if together else [[match] for match in group]
         sizes = [sum(len(match.decoded) for match in part) for part in parts]
         for part, own in zip(parts, images.split(sizes), strict=True):
             decoded = own.detach().requires_grad_()

@@ -62,7 +62,8 @@ class Objective:
         network_augments: Whether that training augments its images.
         network_cutmix: Whether that training mixes images by CutMix.
         several_classes: Whether a batch may be of several classes, whose losses the function sums
-            over; it is then given labels on the CPU. Default: each class has a batch of its own.
+            over; it is then given labels on the CPU. Default: each class has a batch of its own, as
+            it has wherever the network normalises by the batch.
         matches_features: Whether the network needs ``features(images)``.
         compiled: Returns the loss with its passes through the network compiled, for one run that is
             long enough to gain by it. Default: None, there is no such thing.

@@ -301,6 +301,12 @@ class Experts:
         """Return the file of an expert."""
         return self.folder / f"expert-{number:04}.safetensors"
 
+    def draw(self, number: int, generator: torch.Generator) -> int:
+        """Draw an expert of the architecture whose turn it is; number counts the draws."""
+        num_architectures = len(self._networks)
+        own = range(number % num_architectures, self.num_experts, num_architectures)
+        return own[int(torch.randint(len(own), (), generator=generator))]
+
     def missing(self) -> list[int]:
         """Return the experts that have no file yet."""
         return [number for number in range(self.num_experts) if not self.path(number).exists()]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from hmn_replay.condensation import steps
 from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import CondenseConfig, make_config
 from hmn_replay.data.images import LabelledImages
@@ -421,12 +424,39 @@ def test_the_callers_modes_are_neither_read_nor_changed(
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trained_networks": 1, "trained_passes": 20}, "of trained_networks=1 trained networks"),
+        ({"objective": "mtt", "num_experts": 1}, "of num_experts=1 trained networks in all"),
+    ],
+)
+def test_every_architecture_has_a_trained_network(
+    make_set: MakeSet, make_layout: MakeLayout, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(make_set(), make_layout(), network=("convnet", "resnet18"), **options)
+
+
+def test_a_refused_run_leaves_no_checkpoint(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
+) -> None:
+    def too_narrow(image_shape: Sequence[int], num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes - 1))
+
+    options = {"network": too_narrow, "objective": "dc", "checkpoint": tmp_path / "run.ckpt"}
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"logits \(B, K\), K of 3 or more"):
+            tiny(make_set(), make_layout(), **options)
+        assert not (tmp_path / "run.ckpt").exists()
+
+
 def test_a_thread_that_draws_numbers_neither_disturbs_nor_is_disturbed(
     make_set: MakeSet, make_layout: MakeLayout
 ) -> None:
     """All of its numbers come from torch's global generator, which nobody seeds or restores."""
     data, layout = make_set(), make_layout()
-    options = {"trained_networks": 1, "trained_passes": 20, "network": ("convnet", "resnet18")}
+    options = {"trained_networks": 2, "trained_passes": 20, "network": ("convnet", "resnet18")}
     expected = tiny(data, layout, **options).to_bytes()
     drawn, is_over = [], threading.Event()
 
@@ -709,6 +739,28 @@ def test_the_largest_learning_rates_end_in_a_memory_or_in_a_line(
     with contextlib.suppress(TrainingError):
         memory = condense(make_set(), "6 kB", kind=kind, **{**TINY, **rates})
         assert memory.decode()[0].isfinite().all()
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_batches_by_order_leave_room_for_labels(
+    make_set: MakeSet, make_layout: MakeLayout, labels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least: list[int] = []
+    match = steps.match_step
+
+    def note(context: steps.StepContext, *args: Any, **kwargs: Any) -> int:
+        assert context.least_images is not None
+        least.append(context.least_images)
+        return match(context, *args, **kwargs)
+
+    monkeypatch.setattr(steps, "match_step", note)
+    data, layout = make_set(num_images=90), make_layout()
+    budget = room_for(layout, 6, 30)
+    options = {"pruning": "order", "beta_grid": (), "teacher_passes": 32, "labels": labels}
+    tiny(data, layout, budget=budget, expected_classes=6, **options)
+    hard = HierarchicalMemory.max_images(layout, budget, 6) // 6
+    assert hard == 5
+    assert least and all(0 < each < hard if labels == "soft" else each == hard for each in least)
 
 
 @pytest.mark.parametrize("expected_classes", ["ten", -5, 5000, 0])

@@ -295,6 +295,23 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_of_all_classes(
     assert_close(gradients_of(scene.memory), expected)
 
 
+def test_a_network_that_normalises_by_the_batch_sees_one_class_at_a_time(
+    make_scene: Callable[..., Scene],
+) -> None:
+    found = []
+    for decoded_batch in (1000, 10**6):  # all classes in a group, and one
+        scene = make_scene(
+            counts=(16, 12, 14),
+            num_images=48,
+            network="resnet18",
+            decoded_batch=decoded_batch,
+        )
+        scene.match()
+        found.append(gradients_of(scene.memory))
+    assert any(bool(gradient.any()) for gradient in found[0])
+    assert_close(*found)
+
+
 @both_objectives
 @pytest.mark.parametrize("decoded_batch", [1000, 10**6])  # all classes at once, and one by one
 def test_with_fidelity_the_gradient_is_that_of_both_logarithms(

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hmn_replay.condensation.config import make_config
@@ -45,6 +47,26 @@ def matcher(make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path) -> Batch
         config=config.pool_training,
     )
     return BatchMatcher(context, TrainedNetworks(context, 7, experts), 7)
+
+
+@given(num_experts=st.integers(1, 12), num_architectures=st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_architectures_take_turns(num_experts: int, num_architectures: int) -> None:
+    num_experts = max(num_experts, num_architectures)
+    images, labels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.arange(2)
+    experts = Experts(
+        "nowhere",
+        images,
+        labels,
+        2,
+        num_experts=num_experts,
+        num_epochs=1,
+        networks=("convnet",) * num_architectures,
+    )
+    generator = torch.Generator().manual_seed(0)
+    drawn = [experts.draw(number, generator) for number in range(300 * num_architectures)]
+    assert [k % num_architectures for k in drawn] == [*range(num_architectures)] * 300
+    assert set(drawn) == set(range(num_experts))
 
 
 def position(values: list[Tensor], initial: list[Tensor], trained: list[Tensor]) -> float | None:
