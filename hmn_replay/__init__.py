@@ -97,10 +97,9 @@ from hmn_replay.training.backbones import (
     FeatureClassifier,
     FrozenBackbone,
     extract_features,
-    linear_head,
     load_backbone,
 )
-from hmn_replay.training.networks import NETWORKS, build_network
+from hmn_replay.training.networks import NETWORKS, build_network, linear_head
 from hmn_replay.training.train import TrainingConfig, train_network
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.labels import LABELS
 from hmn_replay.runtime import resolve_device, without_autocast
-from hmn_replay.training.backbones import linear_head
-from hmn_replay.training.networks import Network, NetworkFactory, evaluating
+from hmn_replay.training.networks import Network, NetworkFactory, evaluating, linear_head
 from hmn_replay.training.train import Targets, TrainingConfig, train_network
 
 __all__ = ["Decodable", "evaluate", "labeller_accuracy", "score"]

@@ -248,7 +248,7 @@ class CondenseConfig(LabelConfig):
     def network_training(self) -> TrainingConfig:
         """What the matched networks' training has in common with others."""
         is_short = self.max_seconds is not None and self.max_seconds < _WORTH_COMPILING_SECONDS
-        is_eager = is_short or len(set(self.network)) > 1
+        is_eager = is_short or any(each != self.network[0] for each in self.network)
         return TrainingConfig(
             network=self.network[0],
             width=self.network_width,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ __all__ = [
     "FeatureClassifier",
     "FrozenBackbone",
     "extract_features",
-    "linear_head",
     "load_backbone",
 ]
 
@@ -128,16 +126,6 @@ class FeatureClassifier(nn.Module):
             )
         logits: Tensor = self.head(images)
         return logits
-
-
-def linear_head(feature_shape: Sequence[int], num_classes: int) -> nn.Module:
-    """Return a linear layer on features ``(N, C, H, W)``: as for :data:`hmn_replay.NETWORKS`.
-
-    Args:
-        feature_shape: ``(C, H, W)``.
-        num_classes: Number of logits.
-    """
-    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(feature_shape), num_classes))
 
 
 def load_backbone(

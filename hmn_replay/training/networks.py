@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -27,6 +28,7 @@ __all__ = [
     "default_depth",
     "find_head",
     "is_built_in",
+    "linear_head",
     "logits_and_features",
 ]
 
@@ -239,7 +241,7 @@ def build_network(
 
 def is_built_in(network: str | NetworkFactory) -> bool:
     """Return whether a network is this package's, and so draws from no global generator."""
-    return (NETWORKS[network] if isinstance(network, str) else network) in _BUILT_IN
+    return id(NETWORKS[network] if isinstance(network, str) else network) in _BUILT_IN
 
 
 def default_depth(height: int, width: int) -> int:
@@ -507,4 +509,14 @@ def _stem(channels: int, side: int, *, mode: Literal["fan_in", "fan_out"]) -> nn
     return stem
 
 
-_BUILT_IN = frozenset(NETWORKS.values())
+def linear_head(feature_shape: Sequence[int], num_classes: int) -> nn.Module:
+    """Return a linear layer on features ``(N, C, H, W)``: as for :data:`hmn_replay.NETWORKS`.
+
+    Args:
+        feature_shape: ``(C, H, W)``.
+        num_classes: Number of logits.
+    """
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(feature_shape), num_classes))
+
+
+_BUILT_IN = frozenset(map(id, (*NETWORKS.values(), linear_head)))

@@ -227,6 +227,7 @@ def train_network(
     network = make_network(images, num_classes, config, seed).to(device)
     mean, std = network.mean.cpu(), network.std.cpu()
     images, class_indices = images.to(device), class_indices.to(device)
+    on_device = isinstance(images, Tensor)  # a lookup takes positions on the CPU
     if isinstance(targets, Tensor):
         targets = (targets.to(device, torch.float32).log() / config.temperature).softmax(1)
     optimizer = torch.optim.SGD(
@@ -263,7 +264,7 @@ def train_network(
                     for group in optimizer.param_groups:
                         group["lr"] = cosine_rate(step, num_steps, config.learning_rate)
                 batch, first, second, lam = draw_batch(
-                    as_floats(images[indices].to(device)),
+                    as_floats(images[indices if on_device else chosen].to(device)),
                     indices,
                     mean,
                     std,

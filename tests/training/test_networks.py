@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
 from hmn_replay.evaluation import evaluate
 from hmn_replay.runtime import derive_seed
@@ -24,10 +26,12 @@ from hmn_replay.training.networks import (
     build_network,
     default_depth,
     find_head,
+    is_built_in,
+    linear_head,
     logits_and_features,
 )
 from tests.stripes import PLAIN, stripes
-from tests.support import TINY_MTT, CountingBackend, tiny
+from tests.support import TINY_MTT, CountingBackend, hmn_layout, tiny
 
 
 def conv_weights(network: Network) -> list[torch.Tensor]:
@@ -44,6 +48,30 @@ def penultimate_features(network: nn.Module, images: Tensor) -> Tensor:
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Plain:
+    """A factory that cannot be hashed."""
+
+    hidden: int
+
+    def __call__(self, image_shape: Sequence[int], num_classes: int) -> nn.Module:
+        layers = nn.Linear(math.prod(image_shape), self.hidden), nn.Linear(self.hidden, num_classes)
+        return nn.Sequential(nn.Flatten(), *layers)
+
+
+def test_a_factory_may_be_any_callable_object() -> None:
+    images, labels = stripes(12)
+    data = LabelledImages(images, labels)
+    _, accuracy = evaluate(data, data, network=Plain(4), num_passes=24, batch_size=4, device="cpu")
+    assert 0 <= accuracy <= 1
+    layout = hmn_layout((3, 8, 8), "int8")
+    assert tiny(data, layout, network=(Plain(4), Plain(4)), objective="dc").num_images
+
+
+def test_features_are_learned_without_seeding_global_generators() -> None:
+    assert is_built_in(linear_head)
 
 
 def test_convnet_3_has_the_parameters_of_the_literature() -> None:
