@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.dropout import _DropoutNd
 
 from hmn_replay.data.lookup import Images
 from hmn_replay.distributed import ALONE, Team
@@ -33,6 +34,7 @@ from hmn_replay.training.train import TrainingConfig, make_network, train_networ
 __all__ = [
     "EXPERT_TRAINING",
     "Experts",
+    "check_repeatable",
     "delete_checkpoint",
     "delete_experts",
     "experts_beside",
@@ -89,8 +91,9 @@ def trajectory_matching(
     number of decoded images.
 
     Args:
-        network: Maps images to logits ``(N, K)``. Its architecture and mode count, its values do
-            not. It is left as it is, and so are batch normalisation's statistics.
+        network: Maps images to logits ``(N, K)``, and draws nothing. Its architecture and mode
+            count, its values do not. It is left as it is, and so are batch normalisation's
+            statistics.
         start: The expert's parameters that the student begins with, by the names and on the device
             of the network's.
         target: The expert's parameters later, by the same names.
@@ -107,9 +110,11 @@ def trajectory_matching(
         either.
 
     Raises:
-        ConfigError: Parameters have other names or shapes than the network's, or the numbers of
-            batches and of augmentations differ.
+        ConfigError: Parameters have other names or shapes than the network's, the numbers of
+            batches and of augmentations differ, or the network has dropout, whose mask would be
+            another one on the way back.
     """
+    check_repeatable(network)
     names = list(dict(network.named_parameters()))
     path = [_values(network, start, "start")]
     wanted = _values(network, target, "target")
@@ -163,6 +168,16 @@ def trajectory_matching(
             image_gradient.index_add_(0, indices, -rate * of_batch)
             rate_gradient -= along
     return with_gradients(loss, inputs, [image_gradient, rate_gradient][: len(inputs)])
+
+
+def check_repeatable(network: nn.Module) -> None:
+    """Raise a ConfigError for a network with dropout, whose steps cannot be taken again."""
+    for module in network.modules():
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            raise ConfigError(
+                f"a student's steps are taken twice, and {type(module).__name__} would draw "
+                "another mask the second time: match trajectories of a network without dropout"
+            )
 
 
 def record_experts(

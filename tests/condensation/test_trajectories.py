@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from hmn_replay.condensation.condense import condense
@@ -28,7 +28,7 @@ from hmn_replay.condensation.steps import (
     warm_start_targets,
 )
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import ExpertError, TrainingError
+from hmn_replay.errors import ConfigError, ExpertError, TrainingError
 from hmn_replay.memory import HierarchicalMemory, HMNLayout, LearnedMemory
 from hmn_replay.objectives.trajectories import Experts, trajectory_matching
 from hmn_replay.runtime import make_generator
@@ -446,6 +446,17 @@ def test_several_architectures_take_turns(make_set: MakeSet, make_layout: MakeLa
     memory = tiny(make_set(), make_layout(), **{**options, "over_budget": 0, "student_steps": 1})
     assert memory.report["network"] == ("convnet", "resnet18")
     assert bool(memory.decode()[0].isfinite().all())
+
+
+def test_a_network_with_dropout_is_refused_before_any_work(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    def with_dropout(image_shape: Any, num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(192, num_classes))
+
+    options = {**TINY_MTT, "network": with_dropout, "warm_start_steps": 10**6}
+    with pytest.raises(ConfigError, match="Dropout would draw another mask the second time"):
+        tiny(make_set(), make_layout(), **options)
 
 
 def test_a_rate_that_diverges_is_reported(make_set: MakeSet, make_layout: MakeLayout) -> None:
