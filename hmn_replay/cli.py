@@ -348,11 +348,13 @@ def export(args: argparse.Namespace) -> Result:
         check_sheet_name(sheet)
     if folder:
         check_new_folder(folder)
-    made = [path.absolute() for path in (folder, args.dd_ranking) if path]
-    for path in filter(None, (folder, args.npz, args.dd_ranking, sheet)):
+    made: list[Path] = []
+    for path in filter(None, (args.dd_ranking, folder, args.npz, sheet)):  # as they are written
         parent = path.absolute().parent
         if not parent.is_dir() and parent not in made:
             raise ConfigError(f"the folder of {str(path)!r} does not exist; make it first")
+        if path in (args.dd_ranking, folder):
+            made.append(path.absolute())
     memory = hmn_replay.load(args.file, device=args.device)
     written = {"file": str(args.file)}
     if args.dd_ranking:  # first, as it may not take such images
@@ -581,8 +583,21 @@ class _Parser(argparse.ArgumentParser):
             found, unknown = super().parse_known_args(words, namespace)
         if unknown:
             near = suggest(unknown[0], list(self._option_string_actions))
+            setting = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+            if (
+                "--set" in self._option_string_actions
+                and setting in hmn_replay.CondenseConfig.model_fields
+            ):
+                near = f"; it is a setting: give --set {setting}=VALUE"
+            elif self._subparsers is not None and unknown[0] in self._options_of_commands():
+                near = f"; write {unknown[0]} after COMMAND"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
         return found, unknown
+
+    def _options_of_commands(self) -> set[str]:
+        commands = self._subparsers._group_actions[0].choices if self._subparsers else {}
+        parsers = commands.values() if isinstance(commands, dict) else ()
+        return {option for parser in parsers for option in parser._option_string_actions}
 
     def error(self, message: str) -> NoReturn:
         see = " See" if message.endswith("?") else "; see"

@@ -357,6 +357,10 @@ def test_export_writes_what_is_asked(run: Console, memory_file: Path, tmp_path: 
         ("--contact-sheet sheet.jpg", "a contact sheet is a .png file; got 'sheet.jpg'"),
         ("--npz absent/x.npz", "the folder of 'absent/x.npz' does not exist; make it first"),
         ("--dd-ranking ranking", "DD-Ranking knows no data set of 3 classes"),
+        (
+            "--dd-ranking pictures/ranking",
+            "the folder of 'pictures/ranking' does not exist; make it first",
+        ),
         ("--npz x.npz --contact-sheet absent/x.png", "the folder of 'absent/x.png' does not exist"),
     ],
 )
@@ -654,6 +658,11 @@ def test_data_that_do_not_fit_are_said_not_to_have_been_named(
             "condense --budget 9kB --out x --sed 3 --xyz",
             "arguments: --sed --xyz; did you mean '--seed'? See hmn-replay condense --help\n",
         ),
+        (
+            "condense --budget 9kB --out x --outer-steps 4",
+            "--outer-steps; it is a setting: give --set outer_steps=VALUE; see hmn-replay condense",
+        ),
+        ("--json inspect a", "unrecognized arguments: --json; write --json after COMMAND; see"),
         ("condense --buget 9kB --out x", "--buget; did you mean '--budget'?"),
         ("inspect a -- --b", "unrecognized arguments: --b; see hmn-replay inspect --help\n"),
         ("inspect a b", "unrecognized arguments: b; see hmn-replay inspect --help\n"),

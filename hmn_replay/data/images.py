@@ -514,7 +514,8 @@ def _stack_pair(images: Sequence[object], labels: Tensor, size: int | None) -> L
 def _from_dataset(source: Any, size: int | None) -> LabelledImages:
     if isinstance(source, (str, os.PathLike)):
         raise DataError(
-            f"expected images, got the name {os.fspath(source)!r}: pass it to load_dataset"
+            f"expected images, got the name {os.fspath(source)!r}: pass that of a data set to "
+            "load_dataset, or that of a memory file to hmn_replay.load"
         )
     is_map_style = hasattr(source, "__len__") and hasattr(source, "__getitem__")
     if not is_map_style or isinstance(source, Mapping) or _is_array(source):

@@ -161,6 +161,8 @@ def _load_torchvision(name: str, split: Split, root: Path, download: bool) -> La
 
 def _load_npz(path: Path, split: Split, size: int | None) -> LabelledImages:
     wanted = (f"x_{split}", f"y_{split}")
+    if path.suffix == ".hmn":
+        raise DataError(f"{path} is a memory file, not a data set: hmn_replay.load reads it")
     if not zipfile.is_zipfile(path):
         raise DataError(
             f"{path} is not a whole .npz file of arrays x_train, y_train, x_test and y_test; write "

@@ -35,6 +35,8 @@ __all__ = [
 # Smaller images are enlarged on a contact sheet, by a whole factor.
 _SHEET_SIDE = 64
 _SHEET_GAP = 2
+# Of a class name on a sheet, and in the name of a folder.
+_TEXT_LETTERS, _FOLDER_LETTERS = 40, 100
 # Half the height of a line of Pillow's own font.
 _TEXT_RISE = 6
 # Class names of labels from here on are not exported as arrays, which have a place for every label.
@@ -331,7 +333,7 @@ def contact_sheet_png(
     names = _names_of(memory, class_names)
     classes, counts = labels.unique(return_counts=True)
     columns = min(columns, int(counts.max()))
-    texts = [names.get(label, str(label)) for label in classes.tolist()]
+    texts = [_shortened(names.get(label, str(label))) for label in classes.tolist()]
     cells = pixels.new_full((len(classes), columns, *pixels.shape[1:]), 255)
     for row, label in enumerate(classes):
         own = pixels[(labels == label).nonzero().flatten()[:columns]]
@@ -372,9 +374,16 @@ def _names_of(memory: DecodableBytes, class_names: Mapping[int, str] | None) -> 
     return own if class_names is None else class_names
 
 
+def _shortened(name: str) -> str:
+    """Return a class name on one line of a picture."""
+    text = " ".join(name.split())
+    return text if len(text) <= _TEXT_LETTERS else f"{text[: _TEXT_LETTERS - 3]}..."
+
+
 def _folder_names(labels: list[int], class_names: Mapping[int, str]) -> dict[int, str]:
     names = {
-        label: re.sub(r"[^\w.-]", "_", class_names.get(label, "")).lstrip(".") or str(label)
+        label: re.sub(r"[^\w.-]", "_", class_names.get(label, ""))[:_FOLDER_LETTERS].lstrip(".")
+        or str(label)
         for label in labels
     }
     # Some file systems take upper and lower case for the same. A name that was added to may be that

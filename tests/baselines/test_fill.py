@@ -237,7 +237,7 @@ def test_any_images_are_taken(kind: str) -> None:
     memory = RawMemory(data.image_shape, budget=3000)
     memory.extend(arrays)
     assert memory.to_bytes() == raw_images(data, 3000, selection=torch.arange(30)).to_bytes()
-    with pytest.raises(DataError, match="pass it to load_dataset"):
+    with pytest.raises(DataError, match="pass that of a data set to load_dataset"):
         FILL[kind]("cifar10", 3000)
 
 

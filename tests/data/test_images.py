@@ -316,7 +316,7 @@ IMAGE = torch.zeros(1, 2, 2)
         (([IMAGE, IMAGE], [0.5, 1.5]), "labels: expected integers as labels, got float64"),
         ((torch.zeros(2, 3, 4, 4), []), "2 images and 0 labels"),
         (([], []), "at least 1 image, got an empty data set"),
-        ("cifar10", "got the name 'cifar10': pass it to load_dataset"),
+        ("cifar10", "got the name 'cifar10': pass that of a data set to load_dataset, or"),
         (torch.zeros(2, 3, 4, 4), "got Tensor"),
         ({"train": [(IMAGE, 0)]}, "got dict"),
         (Stream(), "with a length, got Stream"),

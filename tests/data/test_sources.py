@@ -464,3 +464,10 @@ def test_a_size_that_is_no_side_of_an_image_is_refused(size: Any) -> None:
 def test_a_name_that_is_no_text_is_refused(name: Any) -> None:
     with pytest.raises(DataError, match="expected the name or the path of a data set"):
         load_dataset(name)
+
+
+def test_a_memory_file_is_no_data_set(tmp_path: Path) -> None:
+    path = tmp_path / "seen.hmn"
+    path.write_bytes(b"any")
+    with pytest.raises(DataError, match=r"is a memory file, not a data set: hmn_replay\.load"):
+        load_dataset(path)

@@ -212,6 +212,19 @@ def test_a_contact_sheet_shows_every_class(
         assert (shown == images[labels == label][0].movedim(0, -1).numpy()).all()
 
 
+def test_any_class_name_is_shown_and_names_a_folder(
+    memory: HierarchicalMemory, tmp_path: Path
+) -> None:
+    names = {LABELS[0]: "two\nlines", LABELS[1]: "long" * 10_000, LABELS[2]: "long" * 20_000}
+    memory.class_names = names
+    contact_sheet(memory, tmp_path / "sheet.png")
+    assert open_sheet(tmp_path / "sheet.png").shape[1] < 2000
+    export_images(memory, tmp_path / "pictures")
+    folders = sorted(path.name for path in (tmp_path / "pictures").iterdir() if path.is_dir())
+    assert len(folders) == 3 and "two_lines" in folders
+    assert max(map(len, folders)) < 130
+
+
 def test_large_images_are_shown_as_they_are(tmp_path: Path) -> None:
     large = LabelledImages(torch.zeros(1, 3, 70, 90, dtype=torch.uint8), torch.zeros(1).long())
     contact_sheet(raw_images(large, 10**6), tmp_path / "sheet.png", class_names={0: "night"})

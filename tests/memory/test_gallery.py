@@ -136,7 +136,7 @@ def test_sources_are_any_images() -> None:
         pages.append(gallery.html())
         assert psnr_by_class(memory, sources) == psnr_by_class(memory, data)
     assert pages[0] == pages[1] == pages[2] and "dB from the real ones" in pages[0]
-    with pytest.raises(DataError, match="pass it to load_dataset"):
+    with pytest.raises(DataError, match="pass that of a data set to load_dataset"):
         Gallery(sources="cifar10")
 
 
