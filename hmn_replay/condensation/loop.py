@@ -554,6 +554,8 @@ class Condensation(Run):
         with contextlib.ExitStack() as stack:
             if config.experts is not None:
                 folder = Path(config.experts)
+                # What cannot be written to is found out before any work.
+                self.team.agree(lambda: folder.exists() or folder.mkdir(parents=True))
             elif self.checkpoint is not None:
                 folder = experts_beside(self.checkpoint)
             else:

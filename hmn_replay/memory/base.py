@@ -721,8 +721,8 @@ def load(
     """Read a memory file, of whatever kind.
 
     What the memory decodes to is bit for bit what it was when it was saved, on the same kind of
-    device. Whatever the file claims, reading it takes memory and time in proportion to its bytes;
-    decoding all of its images may take more.
+    device and with as many threads. Whatever the file claims, reading it takes memory and time in
+    proportion to its bytes; decoding all of its images may take more.
 
     Args:
         path: A file that :meth:`Memory.save` wrote; or ``"hf://OWNER/NAME"`` for one that

@@ -49,6 +49,15 @@ def matcher(make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path) -> Batch
     return BatchMatcher(context, TrainedNetworks(context, 7, experts), 7)
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_any_work(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    options = {"experts": str(tmp_path / "file" / "experts"), "warm_start_steps": 10**6}
+    with pytest.raises(OSError, match="file"):
+        tiny(make_set(), make_layout(), **TRAINED, **options)
+
+
 @given(num_experts=st.integers(1, 12), num_architectures=st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
 def test_architectures_take_turns(num_experts: int, num_architectures: int) -> None:
