@@ -554,8 +554,7 @@ class Condensation(Run):
         with contextlib.ExitStack() as stack:
             if config.experts is not None:
                 folder = Path(config.experts)
-                # What cannot be written to is found out before any work.
-                self.team.agree(lambda: folder.exists() or folder.mkdir(parents=True))
+                self.team.agree(partial(_make_folder, folder))
             elif self.checkpoint is not None:
                 folder = experts_beside(self.checkpoint)
             else:
@@ -786,6 +785,12 @@ def _kept(context: steps.StepContext) -> dict[str, Stateful]:
     if context.rate_control is not None:
         kept["rate_control"] = context.rate_control.state
     return kept
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder where there is nothing: what cannot be made is found out before any work."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
 
 
 def _check_architectures(config: CondenseConfig, option: str) -> None:
