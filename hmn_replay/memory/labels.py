@@ -227,28 +227,45 @@ class _Coder:
             levels: ``(N, K)``, filled in with what ``code`` returns.
         """
         starts = np.concatenate([[0], self.counts.cumsum()[:-1]])
-        # Of the smallest types that hold them: they take K * K values, and are copied below.
-        sums = np.zeros((len(self.counts),) * 2, np.int32)
-        own = np.eye(len(self.counts), dtype=np.uint8)
+        # All is of the smallest type that holds it: a file of few bytes may have K * K values here.
+        most = _MEAN_UNITS * _TOP_LEVEL * int(self.counts.max(initial=0))
+        sums = np.zeros((len(self.counts),) * 2, np.min_scalar_type(most))
         for first, last in _blocks(int(self.counts.max(initial=0))):
             classes = np.flatnonzero(self.counts > first)
             sizes = np.minimum(self.counts[classes], last) - first
             owners = classes.repeat(sizes)
             offsets = np.arange(len(owners)) - (sizes.cumsum() - sizes).repeat(sizes)
             rows = starts[owners] + first + offsets
-            if first:
-                # Of a class that has images here, all those before this block have been coded.
-                means = np.searchsorted(_MEAN_BOUNDS, _MEAN_UNITS * sums // first)
-                contexts = (_NUM_FIRST + means).astype(np.uint8)
-            else:
-                contexts = own
-            contexts, given = contexts[owners], levels[rows]
+            # Of a class that has images here, all those before this block have been coded.
+            contexts = self._contexts(sums, classes, first).repeat(sizes, axis=0)
+            given = levels[rows]
             found = np.zeros(contexts.shape, np.uint8)
             for context in np.unique(contexts):
                 chosen = contexts == context
                 found[chosen] = self._code(code, given[chosen], self.seen[context])
             levels[rows] = found
             np.add.at(sums, owners, found)
+
+    @staticmethod
+    def _contexts(
+        sums: npt.NDArray[Any], classes: npt.NDArray[np.int64], first: int
+    ) -> npt.NDArray[np.uint8]:
+        """Return which model codes the next levels of some classes: uint8 ``(len(classes), K)``.
+
+        Args:
+            sums: ``(K, K)``, the levels of the images that were coded, added up by class.
+            classes: The classes.
+            first: How many images of each of these were coded.
+        """
+        if not first:
+            return np.eye(len(sums), dtype=np.uint8)[classes]
+        means = sums[classes]
+        means *= _MEAN_UNITS
+        means //= first
+        contexts = np.full(means.shape, _NUM_FIRST, np.uint8)
+        for bound in _MEAN_BOUNDS:
+            contexts += means > bound
+        return contexts
 
     @staticmethod
     def _code(
@@ -262,7 +279,8 @@ class _Coder:
         counts[seen.argmax()] += one - counts.sum()
         model = stream.model.Categorical(counts / one, perfect=False)
         found: npt.NDArray[np.uint8] = code(symbols, model)
-        seen += _INCREMENT * np.bincount(found, minlength=size)
+        # np.bincount would make them integers of 64 bits.
+        seen += _INCREMENT * np.array([np.count_nonzero(found == level) for level in range(size)])
         return found
 
 
