@@ -35,8 +35,10 @@ __all__ = [
 # Smaller images are enlarged on a contact sheet, by a whole factor.
 _SHEET_SIDE = 64
 _SHEET_GAP = 2
-# Of a class name on a sheet, and in the name of a folder.
-_TEXT_LETTERS, _FOLDER_LETTERS = 40, 100
+# Of a class name on a sheet.
+_TEXT_LETTERS = 40
+# Of a class name in the name of a folder, as UTF-8; file systems take 255.
+_FOLDER_BYTES = 100
 # Half the height of a line of Pillow's own font.
 _TEXT_RISE = 6
 # Class names of labels from here on are not exported as arrays, which have a place for every label.
@@ -125,8 +127,9 @@ def export_images(
         memory: A memory of any kind.
         folder: A folder that does not exist yet, or that is empty. Its parent must exist.
         class_names: Label to name of the class folder; a class without one is named by its label.
-            Characters other than letters, digits, ``-``, ``.`` and ``_`` become ``_``; names that
-            would be the same get ``_LABEL`` added, until none are. Default: the memory's own names.
+            Characters other than letters, digits, ``-``, ``.`` and ``_`` become ``_``, and names
+            are cut to 100 bytes; those that would be the same get ``_LABEL`` added, until none are.
+            Default: the memory's own names.
 
     Raises:
         ConfigError: ``folder`` exists, and is not an empty folder.
@@ -380,12 +383,14 @@ def _shortened(name: str) -> str:
     return text if len(text) <= _TEXT_LETTERS else f"{text[: _TEXT_LETTERS - 3]}..."
 
 
+def _folder_name(name: str) -> str:
+    """Return a class name as that of a folder, cut where it is long."""
+    start = re.sub(r"[^\w.-]", "_", name).encode()[:_FOLDER_BYTES]
+    return start.decode(errors="ignore").lstrip(".")
+
+
 def _folder_names(labels: list[int], class_names: Mapping[int, str]) -> dict[int, str]:
-    names = {
-        label: re.sub(r"[^\w.-]", "_", class_names.get(label, ""))[:_FOLDER_LETTERS].lstrip(".")
-        or str(label)
-        for label in labels
-    }
+    names = {label: _folder_name(class_names.get(label, "")) or str(label) for label in labels}
     # Some file systems take upper and lower case for the same. A name that was added to may be that
     # of a third class; two that were both added to never are the same.
     while len(counts := Counter(name.lower() for name in names.values())) < len(names):

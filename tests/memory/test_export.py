@@ -223,6 +223,9 @@ def test_any_class_name_is_shown_and_names_a_folder(
     folders = sorted(path.name for path in (tmp_path / "pictures").iterdir() if path.is_dir())
     assert len(folders) == 3 and "two_lines" in folders
     assert max(map(len, folders)) < 130
+    export_images(memory, tmp_path / "kanji", class_names=dict.fromkeys(LABELS, "\u9f8d" * 200))
+    folders = sorted(path.name for path in (tmp_path / "kanji").iterdir() if path.is_dir())
+    assert len(folders) == 3 and max(len(name.encode()) for name in folders) < 130
 
 
 def test_large_images_are_shown_as_they_are(tmp_path: Path) -> None:
