@@ -348,6 +348,13 @@ def export(args: argparse.Namespace) -> Result:
         check_sheet_name(sheet)
     if folder:
         check_new_folder(folder)
+    if folder and args.dd_ranking:
+        ranking: Path = args.dd_ranking.resolve()
+        if folder.resolve() in (ranking, *ranking.parents):
+            raise ConfigError(
+                f"DIR must be empty when pictures are written; got {str(folder)!r} with "
+                f"--dd-ranking {str(args.dd_ranking)!r} in it: name a folder beside it"
+            )
     made: list[Path] = []
     for path in filter(None, (args.dd_ranking, folder, args.npz, sheet)):  # as they are written
         parent = path.absolute().parent

@@ -357,10 +357,9 @@ def test_export_writes_what_is_asked(run: Console, memory_file: Path, tmp_path: 
         ("--contact-sheet sheet.jpg", "a contact sheet is a .png file; got 'sheet.jpg'"),
         ("--npz absent/x.npz", "the folder of 'absent/x.npz' does not exist; make it first"),
         ("--dd-ranking ranking", "DD-Ranking knows no data set of 3 classes"),
-        (
-            "--dd-ranking pictures/ranking",
-            "the folder of 'pictures/ranking' does not exist; make it first",
-        ),
+        ("--dd-ranking pictures", "DIR must be empty when pictures are written; got 'pictures'"),
+        ("--dd-ranking pictures/x", "--dd-ranking 'pictures/x' in it: name a folder beside it"),
+        ("--dd-ranking absent/x", "the folder of 'absent/x' does not exist; make it first"),
         ("--npz x.npz --contact-sheet absent/x.png", "the folder of 'absent/x.png' does not exist"),
     ],
 )
