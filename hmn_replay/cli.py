@@ -573,7 +573,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose error is one line."""
+    """A parser whose error is one line.
+
+    Attributes:
+        settings: Names that --set takes, where there is one.
+    """
+
+    settings: Collection[str] = ()
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
@@ -591,10 +597,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             near = suggest(unknown[0], list(self._option_string_actions))
             setting = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
-            if (
-                "--set" in self._option_string_actions
-                and setting in hmn_replay.CondenseConfig.model_fields
-            ):
+            if setting in self.settings:
                 near = f"; it is a setting: give --set {setting}=VALUE"
             elif self._subparsers is not None and unknown[0] in self._options_of_commands():
                 near = f"; write {unknown[0]} after COMMAND"
@@ -645,11 +648,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_condense(parser: _Parser) -> None:
     add, fields = parser.add_argument, hmn_replay.CondenseConfig.model_fields
+    parser.settings = fields
     _add_data(parser)
     add("--budget", required=True, help="bytes of the file, header and all: 122880, 120KiB, ...")
     add("--out", required=True, type=Path, help="the memory file to write")
     kinds = _kinds(hmn_replay.LearnedMemory)
-    add("--kind", choices=kinds, default="hmn", help="memory kind")
+    add("--kind", type=_condensed, choices=kinds, default="hmn", help="memory kind")
     add(
         "--effort",
         choices=tuple(hmn_replay.EFFORTS),
@@ -740,11 +744,9 @@ def _add_gallery(parser: _Parser) -> None:
 
 def _add_baseline(parser: _Parser) -> None:
     add = parser.add_argument
+    parser.settings = _label_settings()
     _add_data(parser)
-    kinds = [
-        name for name in _kinds(hmn_replay.RealMemory) if name == "jpeg" or _needs_no_settings(name)
-    ]
-    add("--kind", choices=kinds, required=True, help="how pixels are stored")
+    add("--kind", choices=_real_kinds(), required=True, help="how pixels are stored")
     add("--budget", required=True, help="bytes of the file, header and labels counted")
     add("--out", type=Path, help="write the memory of the first seed, and best quality, here")
     add(
@@ -767,7 +769,7 @@ def _add_baseline(parser: _Parser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help=f"how labels are made: {', '.join(_label_settings())}, as hmn-replay options "
+        help=f"how labels are made: {', '.join(parser.settings)}, as hmn-replay options "
         "explains them; may be given several times",
     )
     add(
@@ -861,6 +863,21 @@ def _kinds(base: type[Any]) -> list[str]:
         for name, kind in hmn_replay.MEMORIES.items()
         if issubclass(kind, base) and not kind.holds_features
     ]
+
+
+def _real_kinds() -> list[str]:
+    """Return the kinds of real images that a budget alone fills; of JPEG, qualities are tried."""
+    kinds = _kinds(hmn_replay.RealMemory)
+    return [name for name in kinds if name == "jpeg" or _needs_no_settings(name)]
+
+
+def _condensed(kind: str) -> str:
+    """Return the kind, unless it is one of real images."""
+    if kind in _real_kinds():
+        raise argparse.ArgumentTypeError(
+            f"{kind!r} holds real images: hmn-replay baseline --kind {kind} --out FILE makes it"
+        )
+    return kind
 
 
 def _needs_no_settings(kind: str) -> bool:

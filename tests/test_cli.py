@@ -642,6 +642,10 @@ def test_data_that_do_not_fit_are_said_not_to_have_been_named(
         ("condense --budget 9kB --out x --set outer_steps", "expected FIELD=VALUE"),
         ("condense --budget 9kB --out x --effort great", "invalid choice: 'great'"),
         ("condense --budget 9kB --out x --kind box", "invalid choice: 'box'"),
+        (
+            "condense --budget 9kB --out x --kind jpeg",
+            "'jpeg' holds real images: hmn-replay baseline --kind jpeg --out FILE makes it",
+        ),
         ("evaluate x --repeats 0", "expected a whole number of 1 or more, got '0'"),
         ("evaluate x --network lenet", "network must be one of convnet"),
         ("baseline --budget 9kB", "--kind"),
@@ -660,6 +664,10 @@ def test_data_that_do_not_fit_are_said_not_to_have_been_named(
         (
             "condense --budget 9kB --out x --outer-steps 4",
             "--outer-steps; it is a setting: give --set outer_steps=VALUE; see hmn-replay condense",
+        ),
+        (
+            "baseline --kind raw --budget 9kB --outer-steps 4",
+            "unrecognized arguments: --outer-steps; see hmn-replay baseline --help\n",
         ),
         ("--json inspect a", "unrecognized arguments: --json; write --json after COMMAND; see"),
         ("condense --buget 9kB --out x", "--buget; did you mean '--budget'?"),
