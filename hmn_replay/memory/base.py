@@ -228,7 +228,8 @@ class Memory(abc.ABC):
         """Decode images.
 
         An image's bits do not depend on which others are decoded with it, nor on its place among
-        them, nor on a surrounding ``torch.autocast``.
+        them, nor on a surrounding ``torch.autocast``. With another kind of device, or on a CPU with
+        another number of threads, the last bits of floats may differ.
 
         Args:
             indices: Positions of the images wanted, ``(B,)``; repeats are allowed. Default: all.
@@ -614,6 +615,7 @@ class Memory(abc.ABC):
 
         Raises:
             BudgetError: The file would be over the budget; nothing is written.
+            ConfigError: As :meth:`to_bytes`.
             DataError: As :meth:`to_bytes`.
             TrainingError: As :meth:`to_bytes`.
         """
@@ -721,8 +723,8 @@ def load(
     """Read a memory file, of whatever kind.
 
     What the memory decodes to is bit for bit what it was when it was saved, on the same kind of
-    device and with as many threads. Whatever the file claims, reading it takes memory and time in
-    proportion to its bytes; decoding all of its images may take more.
+    device, and on a CPU with as many threads. Whatever the file claims, reading it takes memory and
+    time in proportion to its bytes; decoding all of its images may take more.
 
     Args:
         path: A file that :meth:`Memory.save` wrote; or ``"hf://OWNER/NAME"`` for one that
