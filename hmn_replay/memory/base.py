@@ -29,6 +29,7 @@ from hmn_replay.files import write_atomically
 from hmn_replay.memory.file import (
     Record,
     TensorSpec,
+    as_bytes,
     check_claims,
     integer_dtype,
     pack,
@@ -813,8 +814,7 @@ def _stored_names(class_names: Mapping[int, str], classes: Sequence[int]) -> dic
             f"class names take {_MAX_NAMES_BYTES:,} bytes in all at most; these take "
             f"{len(encoded):,}: give shorter ones"
         )
-    data = zlib.compress(encoded, 9)
-    return {"names": torch.frombuffer(bytearray(data), dtype=torch.uint8)}
+    return {"names": as_bytes(zlib.compress(encoded, 9))}
 
 
 def _encoded_names(class_names: Mapping[int, str], classes: Sequence[int]) -> bytes:

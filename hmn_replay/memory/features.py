@@ -36,7 +36,7 @@ from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory.base import check_num_classes, register_memory
 from hmn_replay.memory.entropy import best_levels, bits
 from hmn_replay.memory.formats import NUMBER_FORMATS
-from hmn_replay.memory.layout import MemoryLayout, StoredTensor
+from hmn_replay.memory.layout import PRIVATE_RATE, MemoryLayout, StoredTensor
 from hmn_replay.memory.learned import LearnedMemory
 
 __all__ = ["FeatureLayout", "FeatureMemory"]
@@ -59,9 +59,6 @@ _RIDGE = 1e-3
 # Widths of the steps of entropy-coded integers: the decoder's in units of its weights' deviation,
 # the others' in that of the features.
 _CODE_STEP, _TIER_STEP, _CLASS_STEP, _DECODER_STEP = 0.5, 0.125, 0.0625, 0.5
-# Class and instance memories, which few images share, learn faster; coded ones by a tenth of a step
-# where others learn by a tenth.
-_PRIVATE_RATE = 10.0
 _NO_BOUND = -1e3
 _NUM_HALVINGS = 24
 # Finer steps would need finer ones of the decoder, too.
@@ -94,11 +91,7 @@ class FeatureLayout(MemoryLayout):
         most = min(_MAX_CODES, self.image_shape[0])
         if not 1 <= self.code_channels <= most:
             raise ConfigError(f"code_channels is 1 to {most}; got {self.code_channels!r}")
-        if (self.image_bytes > 0) != self.is_coded or self.image_bytes < 0:
-            raise ConfigError(
-                f"image_bytes is 1 or more where values are entropy-coded, and 0 otherwise; got "
-                f"{self.image_bytes!r} with {self.number_format!r}"
-            )
+        self._check_image_bytes(self.image_bytes)
 
     @staticmethod
     def check_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
@@ -147,7 +140,7 @@ class FeatureMemory(LearnedMemory):
         """Return what is stored: the three tiers, the decoder and the offsets."""
         channels, height, width = layout.image_shape
         codes = (layout.code_channels, height, width)
-        private = _PRIVATE_RATE * (_CODE_STEP if layout.is_coded else 1.0)
+        private = PRIVATE_RATE * (_CODE_STEP if layout.is_coded else 1.0)
         deviation = channels**-0.5
         return (
             StoredTensor("dataset_memory", "shared", codes, step=_TIER_STEP, model_axes=(0,)),

@@ -34,6 +34,7 @@ __all__ = [
     "MAX_VALUES_PER_BYTE",
     "Record",
     "TensorSpec",
+    "as_bytes",
     "check_claims",
     "integer_dtype",
     "pack",
@@ -109,6 +110,12 @@ class Record:
     def num_bytes(self) -> int:
         """Bytes of the tensors' values."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def as_bytes(data: bytes) -> Tensor:
+    """Return bytes as a tensor, uint8 ``(n,)``."""
+    # torch.frombuffer refuses a buffer of no bytes.
+    return torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8)[:-1]
 
 
 def pack(record: Record) -> bytes:

@@ -32,7 +32,7 @@ from hmn_replay.errors import ConfigError
 from hmn_replay.memory.base import Codec, check_image_shape, check_num_classes, register_memory
 from hmn_replay.memory.file import FREE_VALUES, MAX_VALUES_PER_BYTE
 from hmn_replay.memory.formats import NUMBER_FORMATS
-from hmn_replay.memory.layout import MemoryLayout, StoredTensor
+from hmn_replay.memory.layout import PRIVATE_RATE, MemoryLayout, StoredTensor
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.runtime import without_autocast
 
@@ -64,9 +64,6 @@ _ENCODED_STEPS, _ENCODED_RATE = 30, 0.02
 # principal component begins with the deviation below: 8 steps.
 _INSTANCE_STEP, _SHARED_STEP, _DECODER_STEP = 0.25, 0.0625, 0.35
 _CODED_DEVIATION = 2.0
-# Class and instance memories, which few images share, learn faster; coded ones by a tenth of a step
-# where others learn by a tenth.
-_PRIVATE_RATE = 10.0
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -145,11 +142,7 @@ class HMNLayout(MemoryLayout):
                 f"decoder_channels has one entry a doubling, {self.num_doublings} for stride "
                 f"{self.stride}; got {self.decoder_channels!r}"
             )
-        if (self.image_bytes > 0) != self.is_coded or self.image_bytes < 0:
-            raise ConfigError(
-                f"image_bytes is 1 or more where values are entropy-coded, and 0 otherwise; got "
-                f"{self.image_bytes!r} with {self.number_format!r}"
-            )
+        self._check_image_bytes(self.image_bytes)
 
     @property
     def num_doublings(self) -> int:
@@ -204,7 +197,7 @@ class HierarchicalMemory(LearnedMemory):
     @classmethod
     def table(cls, layout: HMNLayout) -> tuple[StoredTensor, ...]:
         """Return what is stored: the three tiers, the extractors and the decoder."""
-        private = _PRIVATE_RATE * (_INSTANCE_STEP if layout.is_coded else 1.0)
+        private = PRIVATE_RATE * (_INSTANCE_STEP if layout.is_coded else 1.0)
         dataset, features = layout.dataset_channels, layout.feature_channels
         tiers = (
             StoredTensor("dataset_memory", "shared", (dataset, *layout.grid), init=0.5),

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError, MemoryFileError
 from hmn_replay.memory import entropy
-from hmn_replay.memory.file import check_claims
+from hmn_replay.memory.file import as_bytes, check_claims
 
 __all__ = ["LABELS", "Labeller", "SoftLabels", "expected_bytes"]
 
@@ -144,9 +144,7 @@ class SoftLabels:
 
     def stored(self) -> dict[str, Tensor]:
         """Return what the file stores, name to tensor; :meth:`restored` reads it."""
-        # torch.frombuffer refuses a buffer of no bytes.
-        code = torch.frombuffer(bytearray(self.code + b"\0"), dtype=torch.uint8)[:-1]
-        return {"label_code": code}
+        return {"label_code": as_bytes(self.code)}
 
     def check_claims(self, num_bytes: int) -> None:
         """Raise a MemoryFileError where :meth:`restored` would refuse a file of so many bytes."""
@@ -404,7 +402,7 @@ class Labeller(nn.Module):
         head = torch.tensor([self.depth, self.width, *levels], dtype=torch.float16)
         values = torch.cat([head, *(part.cpu() for part in (self.steps, *plain))])
         return {
-            "labeller_code": torch.frombuffer(bytearray(code), dtype=torch.uint8),
+            "labeller_code": as_bytes(code),
             "labeller_values": values,
         }
 

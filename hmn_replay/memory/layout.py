@@ -15,7 +15,11 @@ from hmn_replay.errors import ConfigError
 from hmn_replay.memory.base import check_image_shape
 from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
 
-__all__ = ["MemoryLayout", "StoredTensor"]
+__all__ = ["PRIVATE_RATE", "MemoryLayout", "StoredTensor"]
+
+PRIVATE_RATE = 10.0
+"""How many times faster class and instance memories learn, which few images share. Coded ones learn
+by a tenth of a step where others learn by a tenth."""
 
 Init = Callable[[torch.Generator, tuple[int, ...]], Tensor]
 
@@ -125,6 +129,14 @@ class MemoryLayout:
         return [
             f for f in dataclasses.fields(cls) if f.name not in ("image_shape", "number_format")
         ]
+
+    def _check_image_bytes(self, image_bytes: int) -> None:
+        """Raise a ConfigError unless the bytes planned for an image go with the number format."""
+        if (image_bytes > 0) != self.is_coded or image_bytes < 0:
+            raise ConfigError(
+                f"image_bytes is 1 or more where values are entropy-coded, and 0 otherwise; got "
+                f"{image_bytes!r} with {self.number_format!r}"
+            )
 
     @property
     def format(self) -> NumberFormat:

@@ -44,6 +44,7 @@ from hmn_replay.memory.file import (
     MAX_VALUES_PER_BYTE,
     Record,
     TensorSpec,
+    as_bytes,
     check_claims,
     packed_size,
 )
@@ -905,7 +906,7 @@ class LearnedMemory(Memory, nn.Module):
         if self.layout.is_coded:
             coded = self._coded()
             stored["levels"] = _flat([levels for _, levels in coded])
-            stored["code"] = torch.frombuffer(bytearray(encode(coded)), dtype=torch.uint8)
+            stored["code"] = as_bytes(encode(coded))
             try:
                 self._check_claims(self.layout, self.num_classes, self.num_images, stored)
             except MemoryFileError as error:

@@ -32,7 +32,7 @@ from hmn_replay.memory.base import (
     stored_names_bytes,
     with_unknown,
 )
-from hmn_replay.memory.file import Record, TensorSpec, integer_dtype, packed_size
+from hmn_replay.memory.file import Record, TensorSpec, as_bytes, integer_dtype, packed_size
 from hmn_replay.memory.jpeg import (
     decode_jpeg_scans,
     encode_jpeg_scans,
@@ -47,7 +47,6 @@ __all__ = [
     "RawMemory",
     "RealMemory",
     "SubsampledMemory",
-    "as_bytes",
     "check_order",
     "join_numbers",
     "split_numbers",
@@ -571,12 +570,6 @@ def check_order(order: Any, num_images: int) -> Tensor:
     if len(positions.unique()) < len(positions):
         raise ConfigError("an order has each position once at most; this one has some twice")
     return positions
-
-
-def as_bytes(data: bytes) -> Tensor:
-    """Return bytes as a tensor, uint8 ``(n,)``."""
-    # torch.frombuffer refuses a buffer of no bytes.
-    return torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8)[:-1]
 
 
 def join_numbers(shape: Sequence[int]) -> str:

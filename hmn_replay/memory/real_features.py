@@ -15,7 +15,8 @@ from hmn_replay.data.features import FeatureSource, as_labelled_features, check_
 from hmn_replay.errors import ConfigError, DataError, MemoryFileError
 from hmn_replay.extras import import_extra
 from hmn_replay.memory.base import Codec, register_memory
-from hmn_replay.memory.real import RealMemory, as_bytes, join_numbers, split_numbers
+from hmn_replay.memory.file import as_bytes
+from hmn_replay.memory.real import RealMemory, join_numbers, split_numbers
 
 __all__ = ["PQMemory", "RawFeatureMemory"]
 
