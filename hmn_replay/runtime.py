@@ -34,6 +34,7 @@ __all__ = [
     "peak_memory_bytes",
     "resolve_device",
     "resolve_precision",
+    "rewinder",
     "seeded",
     "without_autocast",
 ]
@@ -262,6 +263,22 @@ def seeded(seed: int, *names: int | str) -> Iterator[None]:
     with _RANDOM_LOCK, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *names))
         yield
+
+
+def rewinder(device: torch.device) -> Callable[[], None]:
+    """Return a function that sets torch's global generators back to where they are now.
+
+    It lets code that draws from them draw the same numbers again: on the CPU, and on a device.
+    """
+    state = torch.get_rng_state()
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def rewind() -> None:
+        torch.set_rng_state(state)
+        if own is not None:
+            torch.cuda.set_rng_state(own, device)
+
+    return rewind
 
 
 @contextlib.contextmanager

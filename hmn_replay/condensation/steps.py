@@ -23,7 +23,7 @@ from hmn_replay.distributed import ALONE, GradientPart, Team
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import Objective, get_objective
-from hmn_replay.objectives.trajectories import check_repeatable, trajectory_matching
+from hmn_replay.objectives.trajectories import trajectory_matching
 from hmn_replay.runtime import autocast, make_generator
 from hmn_replay.training.networks import ConvBlock, Network, build_network
 from hmn_replay.training.train import (
@@ -438,8 +438,6 @@ def try_matching(
             f"a network to match on returns logits (B, K), K of {wanted} or more here; {name} "
             f"returns {shape or type(found).__name__} for {len(images)} images"
         )
-    if objective.compares_trainings:
-        check_repeatable(network)
     if objective.compiled is None:  # of whole trainings, or from outside
         return
     augment = context.draw_augmentation(make_generator(0, "trial"))
@@ -509,6 +507,7 @@ def trajectory_step(
             positions.to(device).split(sizes),
             rate,
             augmentations,
+            draws_globally=config.draws_globally,
         )
     gradient, of_rate = torch.autograd.grad(loss, [images, rate])
     context.optimizer.zero_grad()

@@ -20,21 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.dropout import _DropoutNd
 
 from hmn_replay.data.lookup import Images
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError, ExpertError
 from hmn_replay.files import clear_stale, digest_tensors, write_atomically
 from hmn_replay.objectives._network import uncached_autocast, with_gradients
-from hmn_replay.runtime import derive_seed
+from hmn_replay.runtime import derive_seed, rewinder
 from hmn_replay.training.networks import Network, NetworkFactory
 from hmn_replay.training.train import TrainingConfig, make_network, train_network
 
 __all__ = [
     "EXPERT_TRAINING",
     "Experts",
-    "check_repeatable",
     "delete_checkpoint",
     "delete_experts",
     "experts_beside",
@@ -67,6 +65,8 @@ def trajectory_matching(
     batches: Sequence[Tensor],
     learning_rate: Tensor | float,
     augmentations: Sequence[Callable[[Tensor], Tensor]] | None = None,
+    *,
+    draws_globally: bool = True,
 ) -> Tensor:
     """Match where a student gets to with where an expert got to (MTT; Cazenavette et al. 2022).
 
@@ -83,7 +83,8 @@ def trajectory_matching(
     The gradients are exact, through all steps, and are computed with the loss; ``backward()`` hands
     them over. Only one step's graph is kept at a time: on the way back, each step is taken again
     from the parameters that it began with, and turns d loss / d theta_(t+1) into d loss / d theta_t
-    by a product with its Hessian.
+    by a product with its Hessian. A network that draws, such as one with dropout, draws the same
+    numbers again.
 
     Costs about 12 convolution passes over each batch, 3 forward in time and 9 back, where 9 would
     do with all graphs kept. Peak memory is N + 1 copies of the parameters, and the second-order
@@ -91,9 +92,8 @@ def trajectory_matching(
     number of decoded images.
 
     Args:
-        network: Maps images to logits ``(N, K)``, and draws nothing. Its architecture and mode
-            count, its values do not. It is left as it is, and so are batch normalisation's
-            statistics.
+        network: Maps images to logits ``(N, K)``. Its architecture and mode count, its values do
+            not. It is left as it is, and so are batch normalisation's statistics.
         start: The expert's parameters that the student begins with, by the names and on the device
             of the network's.
         target: The expert's parameters later, by the same names.
@@ -103,6 +103,10 @@ def trajectory_matching(
         learning_rate: The student's learning rate: a number, or a scalar on the network's device.
         augmentations: For each step, a differentiable function of its batch, which gives the same
             result whenever it is called. Default: none.
+        draws_globally: Whether the network may draw from torch's global generators, which are then
+            set back for each step that is taken again, and end where N steps leave them; another
+            thread that draws from them meanwhile draws other numbers. Default: True. False, for one
+            that draws nothing, leaves them alone.
 
     Returns:
         The loss, a scalar with a graph to ``decoded_images`` and, where it is a tensor,
@@ -110,11 +114,9 @@ def trajectory_matching(
         either.
 
     Raises:
-        ConfigError: Parameters have other names or shapes than the network's, the numbers of
-            batches and of augmentations differ, or the network has dropout, whose mask would be
-            another one on the way back.
+        ConfigError: Parameters have other names or shapes than the network's, or the numbers of
+            batches and of augmentations differ.
     """
-    check_repeatable(network)
     names = list(dict(network.named_parameters()))
     path = [_values(network, start, "start")]
     wanted = _values(network, target, "target")
@@ -150,8 +152,12 @@ def trajectory_matching(
 
     inputs = [x for x in (decoded_images, learning_rate) if isinstance(x, Tensor)]
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    device = images.device
+    rewinds: list[Callable[[], None]] = []
     with torch.enable_grad():
         for step, indices in enumerate(batches):
+            if draws_globally and wants_gradient:
+                rewinds.append(rewinder(device))
             found = gradients_at(step, _leaves(path[-1]), images[indices], create_graph=False)
             path.append([p - rate * g for p, g in zip(path[-1], found, strict=True)])
 
@@ -162,22 +168,16 @@ def trajectory_matching(
             return loss
         backward = [2 * (p - w) / moved for p, w in zip(path.pop(), wanted, strict=True)]
         image_gradient, rate_gradient = torch.zeros_like(images), torch.zeros_like(loss)
-        for step, indices in reversed(list(enumerate(batches))):
-            along, of_batch, *of_parameters = step_back(step, path.pop(), backward)
-            backward = [b - rate * c for b, c in zip(backward, of_parameters, strict=True)]
-            image_gradient.index_add_(0, indices, -rate * of_batch)
-            rate_gradient -= along
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=draws_globally):
+            for step, indices in reversed(list(enumerate(batches))):
+                if draws_globally:
+                    rewinds[step]()
+                along, of_batch, *of_parameters = step_back(step, path.pop(), backward)
+                backward = [b - rate * c for b, c in zip(backward, of_parameters, strict=True)]
+                image_gradient.index_add_(0, indices, -rate * of_batch)
+                rate_gradient -= along
     return with_gradients(loss, inputs, [image_gradient, rate_gradient][: len(inputs)])
-
-
-def check_repeatable(network: nn.Module) -> None:
-    """Raise a ConfigError for a network with dropout, whose steps cannot be taken again."""
-    for module in network.modules():
-        if isinstance(module, _DropoutNd) and module.p > 0:
-            raise ConfigError(
-                f"a student's steps are taken twice, and {type(module).__name__} would draw "
-                "another mask the second time: match trajectories of a network without dropout"
-            )
 
 
 def record_experts(

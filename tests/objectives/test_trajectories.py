@@ -132,6 +132,32 @@ def test_it_goes_through_batch_normalisation() -> None:
     assert_same(differentiate(scene), written_out(scene))
 
 
+class Dropping(nn.Module):
+    """Drops by a layer and by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(192, 12), nn.Linear(12, 3)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.drop(self.hidden(images.flatten(1)).tanh())
+        logits: Tensor = self.head(F.dropout(hidden, 0.3))
+        return logits
+
+
+def test_it_goes_through_the_same_dropout_twice() -> None:
+    found = []
+    for function in (differentiate, written_out):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(5)
+            scene = make_scene(Dropping())
+            found.append((function(scene), torch.rand(2)))
+    (actual, next_drawn), (expected, wanted_next) = found
+    assert_same(actual, expected)
+    assert next_drawn.equal(wanted_next)
+
+
 def test_both_gradients_are_the_slopes_of_the_loss() -> None:
     scene = make_scene()
     _, of_images, of_rate = differentiate(scene)
