@@ -14,12 +14,13 @@ from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.data.lookup import images_at_once
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.runtime import resolve_device, without_autocast
-from hmn_replay.training.networks import Network, build_network
+from hmn_replay.training.networks import Network, build_network, linear_head
 
 __all__ = [
     "FeatureClassifier",
     "FrozenBackbone",
     "extract_features",
+    "linear_head",
     "load_backbone",
 ]
 

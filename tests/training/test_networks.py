@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import subprocess
 import sys
 from collections import OrderedDict
@@ -72,6 +73,12 @@ def test_a_factory_may_be_any_callable_object() -> None:
 
 def test_features_are_learned_without_seeding_global_generators() -> None:
     assert is_built_in(linear_head)
+
+
+def test_a_linear_head_has_the_weights_that_a_seed_gave_before_it_was_built_in() -> None:
+    weight = build_network(linear_head, (8, 1, 1), 3, seed=4).get_parameter("body.1.weight")
+    assert weight[0, :3].tolist() == pytest.approx([0.285003, 0.247796, 0.291003], abs=1e-6)
+    assert pickle.loads(pickle.dumps(linear_head)) is linear_head
 
 
 def test_convnet_3_has_the_parameters_of_the_literature() -> None:
