@@ -32,6 +32,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self.what = what
         self._entries: dict[str, T] = {}
         self._families: dict[str, Callable[[str], T]] = {}
+        self._built_in: tuple[T, ...] = ()
 
     def add(self, name: str, entry: T) -> None:
         """Register an entry.
@@ -80,6 +81,21 @@ class Registry(Mapping[str, T], Generic[T]):
         """
         self[name]
         del self._entries[name]
+
+    def mark_built_in(self, *others: T) -> None:
+        """Take the entries that there are now for this package's own, and others without a name."""
+        self._built_in = (*self._entries.values(), *others)
+
+    def is_built_in(self, entry: str | T) -> bool:
+        """Return whether an entry, or the one of a name, is this package's own.
+
+        A user's is not, though it may compare equal to one, or have no hash.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
+        found = self[entry] if isinstance(entry, str) else entry
+        return any(found is own for own in self._built_in)
 
     def __getitem__(self, name: str) -> T:
         """Return the entry of that name.

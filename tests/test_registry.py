@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -54,6 +55,27 @@ def test_other_characters_are_refused(colours: Registry[int], name: str) -> None
 def test_a_name_is_registered_once(colours: Registry[int]) -> None:
     with pytest.raises(ConfigError, match="there is a colour 'red' already"):
         colours.add("red", 1)
+
+
+@dataclass
+class Shade:
+    """Equal to others of its level, and without a hash."""
+
+    level: int
+
+
+def test_what_users_add_is_not_built_in_though_it_is_equal() -> None:
+    shades: Registry[Shade] = Registry("shade")
+    own, unnamed, users = Shade(1), Shade(2), Shade(1)
+    shades.add("own", own)
+    shades.mark_built_in(unnamed)
+    shades.add("users", users)
+    assert shades.is_built_in("own") and shades.is_built_in(own) and shades.is_built_in(unnamed)
+    assert not shades.is_built_in("users") and not shades.is_built_in(users)
+    shades.remove("own")
+    assert shades.is_built_in(own)
+    with pytest.raises(ConfigError, match="shade must be one of users; got 'own'"):
+        shades.is_built_in("own")
 
 
 class Callable:

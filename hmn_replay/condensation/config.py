@@ -9,7 +9,7 @@ from pydantic import Field, field_serializer
 from hmn_replay.condensation.labelling import LabelConfig
 from hmn_replay.data.augment import STRATEGIES
 from hmn_replay.memory.formats import NUMBER_FORMATS
-from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction, is_built_in_objective
+from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction
 from hmn_replay.objectives.trajectories import EXPERT_TRAINING
 from hmn_replay.registry import UnknownNameError, name_of
 from hmn_replay.runtime import PRECISIONS
@@ -237,7 +237,7 @@ class CondenseConfig(LabelConfig):
     def draws_globally(self) -> bool:
         """Whether a network or an objective is a user's own, which may draw as it likes."""
         is_ours = all(map(is_built_in, self.network))
-        return not (is_ours and is_built_in_objective(self.objective))
+        return not (is_ours and OBJECTIVES.is_built_in(self.objective))
 
     @property
     def num_steps(self) -> int:

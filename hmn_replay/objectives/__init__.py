@@ -38,7 +38,6 @@ __all__ = [
     "distribution_matching",
     "get_objective",
     "gradient_matching",
-    "is_built_in_objective",
     "last_block_matching",
     "trajectory_matching",
 ]
@@ -186,12 +185,7 @@ OBJECTIVES.add(
 # Compares a student's training with an expert's: by trajectory_matching, in a step of its own.
 OBJECTIVES.add("mtt", Objective(None, learns_from="nothing"))
 
-_BUILT_IN = frozenset(map(id, OBJECTIVES.values()))
-
-
-def is_built_in_objective(objective: str | ObjectiveFunction) -> bool:
-    """Return whether an objective is this package's, and so draws from no global generator."""
-    return id(OBJECTIVES[objective] if isinstance(objective, str) else objective) in _BUILT_IN
+OBJECTIVES.mark_built_in()
 
 
 def get_objective(objective: str | ObjectiveFunction) -> Objective:

@@ -241,7 +241,7 @@ def build_network(
 
 def is_built_in(network: str | NetworkFactory) -> bool:
     """Return whether a network is this package's, and so draws from no global generator."""
-    return id(NETWORKS[network] if isinstance(network, str) else network) in _BUILT_IN
+    return NETWORKS.is_built_in(network)
 
 
 def default_depth(height: int, width: int) -> int:
@@ -522,4 +522,4 @@ def linear_head(feature_shape: Sequence[int], num_classes: int) -> nn.Module:
 # Reports name it so, and a seed's weights are drawn by that name.
 linear_head.__module__ = "hmn_replay.training.backbones"
 
-_BUILT_IN = frozenset(map(id, (*NETWORKS.values(), linear_head)))
+NETWORKS.mark_built_in(linear_head)

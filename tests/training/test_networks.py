@@ -62,13 +62,24 @@ class Plain:
         return nn.Sequential(nn.Flatten(), *layers)
 
 
-def test_a_factory_may_be_any_callable_object() -> None:
+@dataclass
+class Means:
+    """An objective that cannot be hashed."""
+
+    weight: float
+
+    def __call__(self, _: nn.Module, real: Tensor, __: Tensor, own: Tensor, ___: Tensor) -> Tensor:
+        return self.weight * (own.mean(0) - real.mean(0)).square().sum()
+
+
+def test_factories_and_objectives_may_be_any_callable_objects() -> None:
     images, labels = stripes(12)
     data = LabelledImages(images, labels)
     _, accuracy = evaluate(data, data, network=Plain(4), num_passes=24, batch_size=4, device="cpu")
     assert 0 <= accuracy <= 1
     layout = hmn_layout((3, 8, 8), "int8")
     assert tiny(data, layout, network=(Plain(4), Plain(4)), objective="dc").num_images
+    assert tiny(data, layout, network=Plain(4), objective=Means(2.0)).num_images
 
 
 def test_features_are_learned_without_seeding_global_generators() -> None:
