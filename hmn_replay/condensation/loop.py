@@ -554,7 +554,6 @@ class Condensation(Run):
         with contextlib.ExitStack() as stack:
             if config.experts is not None:
                 folder = Path(config.experts)
-                self.team.agree(partial(_make_folder, folder))
             elif self.checkpoint is not None:
                 folder = experts_beside(self.checkpoint)
             else:
@@ -570,7 +569,7 @@ class Condensation(Run):
                 num_experts, training = config.trained_networks, config.pool_training
                 num_epochs = round(config.trained_passes / len(images))
                 num_epochs = max(1, min(num_epochs, _MOST_POOL_EPOCHS))
-            yield Experts(
+            experts = Experts(
                 folder,
                 images,
                 class_indices,
@@ -580,7 +579,11 @@ class Condensation(Run):
                 networks=config.network,
                 config=training,
                 seed=self.seed,
+                team=self.team,
             )
+            if self.state["phase"] in ("warm_start", "experts"):
+                self.team.agree(experts.make_folder)
+            yield experts
 
     def _record_experts(self) -> None:
         experts = self.experts
@@ -785,12 +788,6 @@ def _kept(context: steps.StepContext) -> dict[str, Stateful]:
     if context.rate_control is not None:
         kept["rate_control"] = context.rate_control.state
     return kept
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder where there is nothing: what cannot be made is found out before any work."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
 
 
 def _check_architectures(config: CondenseConfig, option: str) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,7 @@ def record_experts(
         config=config,
         seed=seed,
     )
+    experts.make_folder()
     for number in experts.missing():
         experts.record(number, device)
     return experts
@@ -276,7 +278,8 @@ def delete_experts(folder: str | Path) -> None:
 class Experts:
     """Expert trajectories in a folder; arguments and errors as for :func:`record_experts`.
 
-    The settings in the files that are there are checked; no parameter is read.
+    The settings in the files that are there are checked; no parameter is read. Of a ``team``, the
+    first process alone does so, and all make their experts alike.
 
     Attributes:
         folder: Folder of the files.
@@ -297,6 +300,7 @@ class Experts:
         networks: Sequence[str | NetworkFactory] = ("convnet",),
         config: TrainingConfig = EXPERT_TRAINING,
         seed: int = 0,
+        team: Team = ALONE,
     ) -> None:
         self.folder, self.num_experts, self.num_epochs = Path(folder), num_experts, num_epochs
         self.num_images = num_epochs * min(config.epoch_images or len(images), len(images))
@@ -305,12 +309,7 @@ class Experts:
         self._known_shapes: dict[int, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
         self._config = config.replace(num_passes=self.num_images)
         self._digest = digest_tensors(str(num_classes), {"images": images, "of": class_indices})
-        if self.folder.exists() and not self.folder.is_dir():
-            message = "A file stands where the folder of the experts is to be"
-            raise NotADirectoryError(errno.ENOTDIR, message, str(self.folder))
-        for number in range(num_experts):
-            if self.path(number).exists():
-                self._check(number)
+        team.agree(self._check_folder)
 
     def path(self, number: int) -> Path:
         """Return the file of an expert."""
@@ -321,6 +320,17 @@ class Experts:
         num_architectures = len(self._networks)
         own = range(number % num_architectures, self.num_experts, num_architectures)
         return own[int(torch.randint(len(own), (), generator=generator))]
+
+    def make_folder(self) -> None:
+        """Make the folder where experts are missing, and try to write to it, before any work.
+
+        Raises:
+            OSError: The folder cannot be made, or nothing can be written to it.
+        """
+        if self.missing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
 
     def missing(self) -> list[int]:
         """Return the experts that have no file yet."""
@@ -436,6 +446,15 @@ class Experts:
     def _settings(self, number: int) -> dict[str, Any]:
         settings = self._training(number).model_dump(mode="json", exclude={"num_passes"})
         return {**settings, "seed": self._seed, "number": number, "data": self._digest}
+
+    def _check_folder(self) -> None:
+        """Raise an error for what is no folder, or has experts of another recording."""
+        if self.folder.exists() and not self.folder.is_dir():
+            message = "A file stands where the folder of the experts is to be"
+            raise NotADirectoryError(errno.ENOTDIR, message, str(self.folder))
+        for number in range(self.num_experts):
+            if self.path(number).exists():
+                self._check(number)
 
     def _check(self, number: int) -> None:
         """Raise an ExpertError for the file of another recording, or of fewer epochs."""

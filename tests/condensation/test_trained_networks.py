@@ -49,13 +49,21 @@ def matcher(make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path) -> Batch
     return BatchMatcher(context, TrainedNetworks(context, 7, experts), 7)
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_any_work(
+def test_a_folder_that_cannot_be_written_to_is_told_before_any_work(
     make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
-    options = {"experts": str(tmp_path / "file" / "experts"), "warm_start_steps": 10**6}
-    with pytest.raises(OSError, match="file"):
-        tiny(make_set(), make_layout(), **TRAINED, **options)
+    folders = [tmp_path / "file" / "experts"]
+    folders += [path for path in [Path("/proc")] if path.is_dir()]  # nobody can write there
+    for folder in folders:
+        with pytest.raises(OSError, match=str(folder)):
+            tiny(
+                make_set(),
+                make_layout(),
+                **TRAINED,
+                experts=str(folder),
+                warm_start_steps=10**6,
+            )
 
 
 @given(num_experts=st.integers(1, 12), num_architectures=st.integers(1, 5))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hmn_replay.data.images import LabelledImages
+from hmn_replay.distributed import Team
 from hmn_replay.errors import ExpertError, TrainingError
 from hmn_replay.files import digest_tensors
 from hmn_replay.objectives.trajectories import (
@@ -300,6 +301,31 @@ def test_experts_of_other_settings_are_refused_and_left(
         record(tmp_path, make_set(), **options)
     assert repr(str(tmp_path)) in str(one.value)
     assert files(tmp_path) == before
+
+
+class Second(Team):
+    """Process 1 of two, which decides nothing."""
+
+    rank, size = 1, 2
+
+    def agree(self, decide: Callable[[], Any]) -> Any:
+        """Return what process 0 says: nothing."""
+
+
+def test_the_first_process_alone_reads_the_files(make_set: MakeSet, tmp_path: Path) -> None:
+    data = make_set()
+    record(tmp_path, data)
+    wanted = data.images, data.class_indices, data.num_classes
+    options: dict[str, Any] = {"num_experts": 2, "num_epochs": 2, "config": CONFIG, "seed": 1}
+    with pytest.raises(ExpertError, match="with seed 0, not 1"):
+        Experts(tmp_path, *wanted, **options)
+    assert Experts(tmp_path, *wanted, **options, team=Second()).num_experts == 2
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_to_is_told_before_a_training(make_set: MakeSet) -> None:
+    with pytest.raises(OSError, match="/proc"):
+        record(Path("/proc"), make_set(), num_epochs=10**9)
 
 
 def test_experts_of_other_data_are_refused(make_set: MakeSet, tmp_path: Path) -> None:
