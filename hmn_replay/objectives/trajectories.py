@@ -12,6 +12,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hmn_replay.data.images import channel_stats
 from hmn_replay.data.lookup import Images
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError, ExpertError
@@ -340,7 +342,7 @@ class Experts:
         """Return a network of an expert's architecture with its initial weights, on the CPU."""
         images, _, num_classes = self._data
         seed = derive_seed(self._seed, "expert", number)
-        return make_network(images, num_classes, self._training(number), seed)
+        return make_network(images, num_classes, self._training(number), seed, self._stats)
 
     def record(
         self,
@@ -376,6 +378,7 @@ class Experts:
             progress=progress or False,
             on_epoch=keep,
             team=team,
+            stats=self._stats,
         )
         if not team.first:
             return
@@ -423,6 +426,11 @@ class Experts:
                     self._cannot_read(number, f"{wrong} is not a parameter of its network")
                 )
         return found
+
+    @cached_property
+    def _stats(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the images, which all experts are normalised by."""
+        return channel_stats(self._data[0])
 
     @staticmethod
     def _parameters(tensors: Mapping[str, Tensor], epoch: int) -> dict[str, Tensor]:

@@ -181,6 +181,7 @@ def train_network(
     progress: bool | Callable[[int, int], None] = False,
     on_epoch: Callable[[int, Network], None] | None = None,
     team: Team = ALONE,
+    stats: tuple[Tensor, Tensor] | None = None,
 ) -> Network:
     """Train a fresh network by SGD, CutMix and differentiable augmentation.
 
@@ -203,6 +204,8 @@ def train_network(
             put into evaluation mode: to record margins, say.
         team: The processes that share each batch; all call this alike. See
             :func:`add_gradients`.
+        stats: What :func:`hmn_replay.data.images.channel_stats` returns of the images, where it is
+            known. Default: None, they are measured.
 
     Returns:
         The network of the last epoch, in evaluation mode, on the device.
@@ -224,7 +227,7 @@ def train_network(
             f"{tuple(targets.shape)}"
         )
     device = resolve_device(device)
-    network = make_network(images, num_classes, config, seed).to(device)
+    network = make_network(images, num_classes, config, seed, stats).to(device)
     mean, std = network.mean.cpu(), network.std.cpu()
     images, class_indices = images.to(device), class_indices.to(device)
     on_device = isinstance(images, Tensor)  # a lookup takes positions on the CPU
@@ -304,7 +307,11 @@ def train_network(
 
 
 def make_network(
-    images: Images, num_classes: int, config: TrainingConfig, seed: int = 0
+    images: Images,
+    num_classes: int,
+    config: TrainingConfig,
+    seed: int = 0,
+    stats: tuple[Tensor, Tensor] | None = None,
 ) -> Network:
     """Return the network that :func:`train_network` begins with, on the CPU.
 
@@ -314,11 +321,12 @@ def make_network(
         num_classes: Number of logits.
         config: ``network``, ``width`` and ``depth`` are read.
         seed: Seed of the network's weights.
+        stats: As in :func:`train_network`.
 
     Raises:
         ConfigError: A network from outside that does not give so many logits for such images.
     """
-    mean, std = channel_stats(images)
+    mean, std = channel_stats(images) if stats is None else stats
     network = build_network(
         config.network,
         images.shape[1:],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.lookup import ImageLookup
 from hmn_replay.distributed import Team
 from hmn_replay.errors import ExpertError, TrainingError
 from hmn_replay.files import digest_tensors
@@ -86,6 +87,27 @@ def test_an_expert_is_kept_as_it_is_after_every_epoch(make_set: MakeSet, tmp_pat
             assert same(found, dict(trained.named_parameters()))
     assert not same(recorded.read(0, 0)[0], recorded.read(1, 0)[0])
     assert all(value.dtype == torch.float32 for value in recorded.read(0, 2)[0].values())
+
+
+def test_the_images_are_measured_once(make_set: MakeSet, tmp_path: Path) -> None:
+    data, num_read = make_set(), 0
+
+    def fetch(positions: Tensor) -> Tensor:
+        nonlocal num_read
+        num_read += len(positions)
+        return data.images[positions]
+
+    images = ImageLookup(fetch, data.images.shape, data.images.dtype)
+    options: dict[str, Any] = {"num_epochs": 1, "config": CONFIG, "device": "cpu"}
+    read = []
+    for num_experts in (1, 3):
+        num_read, folder = 0, tmp_path / str(num_experts)
+        classes = data.class_indices, data.num_classes
+        record_experts(folder, images, *classes, num_experts=num_experts, **options)
+        read.append(num_read)
+    assert read[1] - read[0] == 2 * len(images)  # an epoch of two experts more
+    both = (tmp_path / str(n) / "expert-0000.safetensors" for n in (1, 3))
+    assert len({path.read_bytes() for path in both}) == 1
 
 
 def test_an_epoch_may_be_of_some_images(make_set: MakeSet, tmp_path: Path) -> None:
