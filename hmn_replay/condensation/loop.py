@@ -565,7 +565,8 @@ class Condensation(Run):
                 images, class_indices = take_images(images, chosen), class_indices[chosen]
             num_experts, training = config.num_experts, config.expert_training
             num_epochs = config.max_start_epoch + config.expert_epochs
-            if not get_objective(config.objective).compares_trainings:
+            compares = get_objective(config.objective).compares_trainings
+            if not compares:
                 num_experts, training = config.trained_networks, config.pool_training
                 num_epochs = round(config.trained_passes / len(images))
                 num_epochs = max(1, min(num_epochs, _MOST_POOL_EPOCHS))
@@ -580,6 +581,7 @@ class Condensation(Run):
                 config=training,
                 seed=self.seed,
                 team=self.team,
+                every_epoch=compares,
             )
             if self.state["phase"] in ("warm_start", "experts"):
                 self.team.agree(experts.make_folder)

@@ -281,7 +281,8 @@ class Experts:
     """Expert trajectories in a folder; arguments and errors as for :func:`record_experts`.
 
     The settings in the files that are there are checked; no parameter is read. Of a ``team``, the
-    first process alone does so, and all make their experts alike.
+    first process alone does so, and all make their experts alike. Without ``every_epoch``, only
+    the initial and the last parameters of each are kept.
 
     Attributes:
         folder: Folder of the files.
@@ -303,9 +304,11 @@ class Experts:
         config: TrainingConfig = EXPERT_TRAINING,
         seed: int = 0,
         team: Team = ALONE,
+        every_epoch: bool = True,
     ) -> None:
         self.folder, self.num_experts, self.num_epochs = Path(folder), num_experts, num_epochs
         self.num_images = num_epochs * min(config.epoch_images or len(images), len(images))
+        self._kept = range(0, num_epochs + 1, 1 if every_epoch else num_epochs)
         self._data = (images, class_indices, num_classes)
         self._networks, self._seed = tuple(networks), seed
         self._known_shapes: dict[int, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
@@ -363,6 +366,8 @@ class Experts:
         tensors: dict[str, Tensor] = {}
 
         def keep(epoch: int, network: Network) -> None:
+            if epoch + 1 not in self._kept:
+                return
             for name, value in network.named_parameters():
                 tensors[f"{epoch + 1}/{name}"] = value.detach().to("cpu", copy=True)
 
@@ -382,11 +387,13 @@ class Experts:
         )
         if not team.first:
             return
-        by_epoch = (self._parameters(tensors, epoch) for epoch in range(self.num_epochs + 1))
+        digests: list[str | None] = [None] * (self.num_epochs + 1)
+        for epoch in self._kept:
+            digests[epoch] = digest_tensors("", self._parameters(tensors, epoch))
         description = {
             "num_epochs": self.num_epochs,
             "settings": self._settings(number),
-            "digests": [digest_tensors("", parameters) for parameters in by_epoch],
+            "digests": digests,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         clear_stale(self.path(number))
@@ -398,7 +405,8 @@ class Experts:
 
         Args:
             number: Number of the expert, from 0.
-            *epochs: Numbers of completed epochs, from 0 for the initial weights to ``num_epochs``.
+            *epochs: Numbers of completed epochs, from 0 for the initial weights to ``num_epochs``;
+                without ``every_epoch``, these two alone.
 
         Returns:
             For each epoch, the parameters by name, on the CPU.
@@ -472,6 +480,8 @@ class Experts:
             settings, num_epochs = dict(description["settings"]), int(description["num_epochs"])
             if len(description["digests"]) != num_epochs + 1:
                 raise ValueError("it has not a digest for each epoch")
+            enough = num_epochs >= self.num_epochs
+            absent = [k for k in self._kept if enough and description["digests"][k] is None]
         except (safetensors.SafetensorError, OSError, *_NOT_AS_WRITTEN) as error:
             raise ExpertError(self._cannot_read(number, error)) from error
         for name, expected in self._settings(number).items():
@@ -482,9 +492,11 @@ class Experts:
                 mismatch = f"was recorded with {got}, not {wanted}"
                 break
         else:
-            if num_epochs >= self.num_epochs:
+            if enough and not absent:
                 return
             mismatch = f"has {num_epochs} epochs, not {self.num_epochs}"
+            if absent:
+                mismatch = f"has not the parameters of epoch {absent[0]}"
         raise ExpertError(
             f"{str(self.path(number))!r} {mismatch}; delete {str(self.folder)!r} to record its "
             "experts anew, or give another folder"

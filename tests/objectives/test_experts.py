@@ -110,6 +110,27 @@ def test_the_images_are_measured_once(make_set: MakeSet, tmp_path: Path) -> None
     assert len({path.read_bytes() for path in both}) == 1
 
 
+def test_both_ends_may_be_all_that_is_kept(make_set: MakeSet, tmp_path: Path) -> None:
+    data = make_set()
+    usual = data.images, data.class_indices, data.num_classes
+    options: dict[str, Any] = {"num_experts": 1, "num_epochs": 5, "config": CONFIG}
+    ends = Experts(tmp_path / "ends", *usual, **options, every_epoch=False)
+    ends.record(0, "cpu")
+    every = record(tmp_path / "every", data, num_experts=1, num_epochs=5)
+    assert 2.5 * ends.path(0).stat().st_size < every.path(0).stat().st_size
+    assert all(map(same, ends.read(0, 0, 5), every.read(0, 0, 5)))
+    with pytest.raises(ExpertError, match="cannot read the expert"):
+        ends.read(0, 1)
+    again = Experts(tmp_path / "ends", *usual, **options, every_epoch=False)
+    assert not again.missing()
+    Experts(tmp_path / "every", *usual, **options, every_epoch=False)
+    with pytest.raises(ExpertError, match="has not the parameters of epoch 1; delete"):
+        record(tmp_path / "ends", data, num_experts=1, num_epochs=5)
+    fewer = {**options, "num_epochs": 4}
+    with pytest.raises(ExpertError, match="has not the parameters of epoch 4; delete"):
+        Experts(tmp_path / "ends", *usual, **fewer, every_epoch=False)
+
+
 def test_an_epoch_may_be_of_some_images(make_set: MakeSet, tmp_path: Path) -> None:
     config = CONFIG.replace(epoch_images=6)
     few = record(tmp_path / "few", make_set(), config=config)
