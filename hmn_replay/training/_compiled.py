@@ -7,7 +7,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from hmn_replay.errors import HMNReplayWarning
-from hmn_replay.runtime import autocast, resolve_precision
+from hmn_replay.runtime import autocast, resolve_precision, seeded
 
 __all__ = [
     "Compile",
@@ -45,6 +46,12 @@ _BROKEN: set[tuple[object, object]] = set()
 _NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing")
 # Compiled functions of so many architectures, batch shapes and precisions are kept.
 _NUM_KEPT = 64
+# What is compiled may differ from what is not by this share of it: rounding of bfloat16 is a fifth
+# of that, and a faulty compiler is far above.
+_MOST_DIFFERENCE = 0.5
+# What to compile with next on a CPU where the code computes something else: vectors of half the
+# bits, as GCC 12 is at fault with those of 512 on some processors.
+_VARIANTS: tuple[dict[str, Any] | None, ...] = (None, {"cpp.simdlen": 256})
 
 
 def can_compile(device: torch.device) -> bool:
@@ -270,19 +277,103 @@ def _note_failure(error: Exception, backend: object, images: Tensor, key: object
     )
 
 
+class _WrongCodeError(Exception):
+    """What was compiled computes something else than what it was compiled from."""
+
+
+class _Checked:
+    """A compiled copy of a function of a network, images and more, checked at its first call.
+
+    On a CPU, a fault of the C++ compiler would spoil a whole training: outputs and gradients are
+    compared with those of the function itself, once.
+
+    Torch keeps what it compiled, a limited number of versions, with a function's code: copies of
+    the code leave each all of them, and none to the caller's functions.
+    """
+
+    def __init__(self, function: Callable[..., Any], backend: str | Callable[..., Any]) -> None:
+        self.function, self.backend = function, backend
+        self._untried = list(_VARIANTS if backend == "inductor" else _VARIANTS[:1])
+        self._agreed: Callable[..., Any] | None = None
+
+    def __call__(self, network: nn.Module, images: Tensor, *others: Any) -> Any:
+        """Return what the function does; raise a _WrongCodeError where no code computes it."""
+        while self._agreed is None:
+            if not self._untried:
+                raise _WrongCodeError("its code computes something else")
+            compiled = self._compile(self._untried.pop(0))
+            if images.device.type != "cpu" or self._agrees(compiled, network, images, *others):
+                self._agreed = compiled
+        return self._agreed(network, images, *others)
+
+    def _compile(self, options: dict[str, Any] | None) -> Callable[..., Any]:
+        name = f"compiled{self.function.__name__}"
+        code = self.function.__code__.replace(co_name=name)
+        copy = FunctionType(code, self.function.__globals__)
+        compiled: Callable[..., Any] = torch.compile(
+            copy, backend=self.backend, dynamic=False, options=options
+        )
+        return compiled
+
+    def _agrees(self, compiled: Callable[..., Any], network: nn.Module, *others: Any) -> bool:
+        """Return whether both compute the same, but for rounding and what a network draws."""
+        found, expected = (
+            _outputs_and_gradients(function, 0, network, *others)
+            for function in (compiled, self.function)
+        )
+        if all(map(_is_near, found, expected)):
+            return True
+        if _are_finite(expected) and not _are_finite(found):
+            return False
+        redrawn = _outputs_and_gradients(self.function, 1, network, *others)
+        return not all(map(_is_near, redrawn, expected))
+
+
+def _outputs_and_gradients(
+    function: Callable[..., Any], seed: int, network: nn.Module, images: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    """Return all that a function of a network returns, and the gradients of its square, each flat.
+
+    What the network draws, it draws with the seed. Generators and the network's buffers, such as
+    batch normalisation's, are left as they are.
+    """
+    inputs = [x for x in (images, *network.parameters()) if x.requires_grad]
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    with seeded(seed, "check"):
+        tree = function(network, images, *others)
+    outputs = [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    learned = [x for x in outputs if x.requires_grad]
+    gradients: Sequence[Tensor | None] = []
+    if learned and inputs:
+        total = torch.stack([x.float().square().sum() for x in learned]).sum()
+        gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return _flat(outputs), _flat([x for x in gradients if x is not None])
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    parts = [x.detach().float().flatten() for x in tensors]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(x.isfinite().all()) for x in tensors)
+
+
+def _is_near(found: Tensor, expected: Tensor) -> bool:
+    """Return whether a tensor is another one but for rounding, as a whole. NaN is not."""
+    difference = float(torch.linalg.vector_norm(found - expected))
+    return difference <= _MOST_DIFFERENCE * float(torch.linalg.vector_norm(expected))
+
+
 @lru_cache(_NUM_KEPT)
 def _compiled(
     function: Callable[..., Any], backend: str | Callable[..., Any], key: object
-) -> Callable[..., Any]:
-    """Return a compiled function of its own for each key.
-
-    Torch keeps what it compiled, a limited number of versions, with a function's code: copies of
-    the code leave each key all of them, and none to the caller's functions.
-    """
-    code = function.__code__.replace(co_name=f"compiled{function.__name__}")
-    copy = FunctionType(code, function.__globals__)
-    compiled: Callable[..., Any] = torch.compile(copy, backend=backend, dynamic=False)
-    return compiled
+) -> _Checked:
+    """Return a compiled function of its own for each key."""
+    return _Checked(function, backend)
 
 
 def _weighted_loss(

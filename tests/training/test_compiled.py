@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_compiler
+from torch._functorch.compilers import nop
 from torch._inductor.exc import InvalidCxxCompiler
 
 from hmn_replay.errors import ConfigError, HMNReplayWarning
@@ -267,3 +271,69 @@ def test_a_function_that_cannot_be_compiled_is_called_as_it_is_with_one_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert compiled(*arguments).equal(sums(*arguments))
+
+
+def wrong(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+    """Compile code that computes NaN, as a faulty C++ compiler was seen to."""
+
+    def call(*inputs: Any) -> Any:
+        return [x * math.nan if isinstance(x, Tensor) else x for x in module(*inputs)]
+
+    return call
+
+
+@pytest.mark.parametrize("make", [convnet, with_batch_norm])
+def test_code_that_computes_something_else_is_not_used(make: Callable[[], nn.Module]) -> None:
+    with pytest.warns(HMNReplayWarning, match="its code computes something else.*going on without"):
+        assert_same_step(make(), draw(6), 0.5, CompiledLoss("float32", wrong))
+
+
+def test_a_compiled_function_that_computes_something_else_is_not_used() -> None:
+    arguments = convnet(), draw(6)[0], torch.rand(2, 6), 2
+    with pytest.warns(HMNReplayWarning, match="its code computes something else"):
+        found = CompiledFunction(sums, image_dim=1, backend=wrong)(*arguments)
+    assert found.equal(sums(*arguments))
+
+
+def test_code_whose_gradients_alone_are_wrong_is_not_used() -> None:
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=make_boxed_compiler(wrong))
+    with pytest.warns(HMNReplayWarning, match="its code computes something else"):
+        assert_same_step(convnet(), draw(6), 0.5, CompiledLoss("float32", backend))
+
+
+def test_where_code_for_wide_vectors_is_wrong_that_for_narrow_ones_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[Any] = []
+
+    def compile(function: Any, backend: str, dynamic: bool, options: Any) -> Any:
+        tried.append(options)
+        is_right = options is not None
+        return function if is_right else lambda *inputs: function(*inputs) * math.nan
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert_same_step(convnet(width=3), draw(6), 0.5, CompiledLoss("float32"))
+    assert tried == [None, {"cpp.simdlen": 256}]
+
+
+def test_a_network_that_draws_is_compiled_though_its_code_draws_other_numbers() -> None:
+    tried = []
+
+    def compile(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        tried.append(1)
+
+        def call(*inputs: Any) -> Any:
+            torch.rand(100)
+            return module(*inputs)
+
+        return call
+
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(192, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            add_gradients(network, *draw(6), 0.5, compiled=CompiledLoss("float32", compile))
+    assert len(tried) == 1
