@@ -114,8 +114,9 @@ class CompiledLoss:
     """The gradient of :func:`hmn_replay.training.train.mixed_loss`, compiled at the first batch.
 
     Networks of one architecture share a compiled function, in this process and, by torch's cache on
-    disk, in later ones. Batches that are smaller than the first are padded by images of weight 0,
-    so that one function serves them all; with batch normalisation, it takes any number of images.
+    disk, in later ones. It takes a number of images of which there are four from one power of two
+    to the next: smaller batches are padded by images of weight 0, and serve trainings of other
+    batch sizes, too. With batch normalisation, it takes any number of images.
 
     Args:
         precision: Precision of the network; see :func:`hmn_replay.runtime.autocast`.
@@ -125,7 +126,7 @@ class CompiledLoss:
     def __init__(self, precision: str, backend: str | Callable[..., Any] = "inductor") -> None:
         self.precision, self.backend = precision, backend
         self._has_failed = False
-        self._num_rows = 0
+        self._largest = 0
 
     def add_gradients(
         self,
@@ -154,12 +155,15 @@ class CompiledLoss:
             compiler did, or on such a network, once in a process.
         """
         count = len(images)
-        self._num_rows = max(self._num_rows, count)
-        if self._has_failed or 2 * count <= self._num_rows:
+        self._largest = max(self._largest, count)
+        if self._has_failed or 2 * count <= self._largest:
             return None
+        is_dynamic = mixes_images(network)
+        num_rows = count if is_dynamic else _round_up(self._largest)
         temperature = soft.temperature if soft else None
         precision = resolve_precision(self.precision, images.device)
-        key = (_weighted_loss, *_key(network, images), precision, temperature)
+        options = (precision, temperature, None if is_dynamic else num_rows)
+        key = (_weighted_loss, *_key(network, images), *options)
         if _is_broken(self.backend, images, key):
             self._has_failed = True
             return None
@@ -169,8 +173,7 @@ class CompiledLoss:
         weights = weights * (scale * (1.0 - soft.weight if soft else 1.0))
         weights = weights.repeat(1, count)
         targets = soft.scaled(scale) if soft else None
-        is_dynamic = mixes_images(network)
-        if not is_dynamic and (missing := self._num_rows - count):
+        if missing := num_rows - count:
             images, labels_a, labels_b = (
                 torch.cat([values, values[:1].expand(missing, *values.shape[1:])])
                 for values in rows
@@ -235,6 +238,7 @@ class CompiledFunction:
             device = images.device.type
             cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
             key = (self.function, *_key(network, images), cast, torch.is_grad_enabled())
+            key += (len(images),) if self.image_dim is None else ()
             self._has_failed = _is_broken(self.backend, images, key)
         if not self._has_failed:
             try:
@@ -247,6 +251,12 @@ class CompiledFunction:
                 self._has_failed = True
                 _note_failure(error, self.backend, images, key)
         return self.function(network, images, own, *others)
+
+
+def _round_up(count: int) -> int:
+    """Return the next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: a fourth more at most."""
+    step = max(1, (1 << (count.bit_length() - 1)) // 4)
+    return -(-count // step) * step
 
 
 def _key(network: nn.Module, images: Tensor) -> tuple[object, ...]:

@@ -103,6 +103,12 @@ def test_parts_of_a_large_batch_are_compiled_but_for_a_small_rest(backend: Count
     assert backend.count == 1
 
 
+def test_trainings_of_any_batch_size_share_a_few_functions(backend: CountingBackend) -> None:
+    for count in range(33, 65):
+        assert_same_step(convnet(), draw(count), 0.5, CompiledLoss("float32", backend))
+    assert backend.count == 4
+
+
 def test_another_number_of_threads_gets_a_function_of_its_own(backend: CountingBackend) -> None:
     before = torch.get_num_threads()
     try:
@@ -253,11 +259,12 @@ def test_a_compiled_function_serves_all_batches_and_networks_of_an_architecture(
 
 def test_a_function_can_be_compiled_for_each_number_of_images(backend: CountingBackend) -> None:
     compiled = CompiledFunction(sums, image_dim=None, backend=backend)
-    for seed, count in enumerate((6, 6, 4, 6)):
+    counts = range(2, 14)  # more than torch compiles of one function before it gives up
+    for seed, count in enumerate((*counts, *counts)):
         network, (images, *_) = convnet(seed), draw(count)
         arguments = network, images, torch.rand(2, count), 2
         torch.testing.assert_close(compiled(*arguments), sums(*arguments))
-    assert backend.count == 2
+    assert backend.count == len(counts)
 
 
 def test_a_function_that_cannot_be_compiled_is_called_as_it_is_with_one_warning() -> None:
