@@ -52,6 +52,8 @@ _MOST_DIFFERENCE = 0.5
 # What to compile with next on a CPU where the code computes something else: vectors of half the
 # bits, as GCC 12 is at fault with those of 512 on some processors.
 _VARIANTS: tuple[dict[str, Any] | None, ...] = (None, {"cpp.simdlen": 256})
+# Those whose code was wrong: in this process they are not tried again.
+_FAULTY: list[dict[str, Any] | None] = []
 
 
 def can_compile(device: torch.device) -> bool:
@@ -303,7 +305,9 @@ class _Checked:
 
     def __init__(self, function: Callable[..., Any], backend: str | Callable[..., Any]) -> None:
         self.function, self.backend = function, backend
-        self._untried = list(_VARIANTS if backend == "inductor" else _VARIANTS[:1])
+        self._untried: list[dict[str, Any] | None] = [None]
+        if backend == "inductor":
+            self._untried = [each for each in _VARIANTS if each not in _FAULTY]
         self._agreed: Callable[..., Any] | None = None
 
     def __call__(self, network: nn.Module, images: Tensor, *others: Any) -> Any:
@@ -311,9 +315,12 @@ class _Checked:
         while self._agreed is None:
             if not self._untried:
                 raise _WrongCodeError("its code computes something else")
-            compiled = self._compile(self._untried.pop(0))
+            options = self._untried.pop(0)
+            compiled = self._compile(options)
             if images.device.type != "cpu" or self._agrees(compiled, network, images, *others):
                 self._agreed = compiled
+            elif self._untried:  # the last one may do for another function
+                _FAULTY.append(options)
         return self._agreed(network, images, *others)
 
     def _compile(self, options: dict[str, Any] | None) -> Callable[..., Any]:
