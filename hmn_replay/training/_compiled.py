@@ -282,7 +282,7 @@ def _note_failure(error: Exception, backend: object, images: Tensor, key: object
         _BROKEN.add((backend, key))
     reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
     warnings.warn(
-        f"torch.compile failed ({reason}); going on without, which is slower: install a "
+        f"torch.compile failed ({reason}); going on without, which is slower: install a recent "
         "C++ compiler, or pass compile=False",
         HMNReplayWarning,
         stacklevel=5,
