@@ -360,14 +360,14 @@ def _outputs_and_gradients(
         tree = function(network, images, *others)
     outputs = [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
     learned = [x for x in outputs if x.requires_grad]
-    gradients: Sequence[Tensor | None] = []
+    gradients: Sequence[Tensor] = []
     if learned and inputs:
         total = torch.stack([x.float().square().sum() for x in learned]).sum()
-        gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+        gradients = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    return _flat(outputs), _flat([x for x in gradients if x is not None])
+    return _flat(outputs), _flat(gradients)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
