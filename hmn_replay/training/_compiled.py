@@ -41,7 +41,8 @@ Compile: TypeAlias = Literal["auto"] | bool
 # first compilation, which torch keeps on disk, takes half a minute to a minute.
 _WORTH_COMPILING = 2.5e9
 # Backends that could not compile, each with the type of device that it was to compile for, or with
-# what it could not compile: in this process they are not tried again.
+# what it could not compile, or with the bits of vectors whose code was wrong: in this process they
+# are not tried again.
 _BROKEN: set[tuple[object, object]] = set()
 _NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing")
 # Compiled functions of so many architectures, batch shapes and precisions are kept.
@@ -49,11 +50,9 @@ _NUM_KEPT = 64
 # What is compiled may differ from what is not by this share of it: rounding of bfloat16 is a fifth
 # of that, and a faulty compiler is far above.
 _MOST_DIFFERENCE = 0.5
-# What to compile with next on a CPU where the code computes something else: vectors of half the
-# bits, as GCC 12 is at fault with those of 512 on some processors.
-_VARIANTS: tuple[dict[str, Any] | None, ...] = (None, {"cpp.simdlen": 256})
-# Those whose code was wrong: in this process they are not tried again.
-_FAULTY: list[dict[str, Any] | None] = []
+# Bits of the vectors that are compiled for on a CPU, one after the other where code computes
+# something else; None for the processor's. GCC 12 is at fault with 512 on some processors.
+_VECTOR_BITS = (None, 256)
 
 
 def can_compile(device: torch.device) -> bool:
@@ -305,9 +304,9 @@ class _Checked:
 
     def __init__(self, function: Callable[..., Any], backend: str | Callable[..., Any]) -> None:
         self.function, self.backend = function, backend
-        self._untried: list[dict[str, Any] | None] = [None]
+        self._untried: list[int | None] = [None]
         if backend == "inductor":
-            self._untried = [each for each in _VARIANTS if each not in _FAULTY]
+            self._untried = [bits for bits in _VECTOR_BITS if (backend, bits) not in _BROKEN]
         self._agreed: Callable[..., Any] | None = None
 
     def __call__(self, network: nn.Module, images: Tensor, *others: Any) -> Any:
@@ -315,15 +314,16 @@ class _Checked:
         while self._agreed is None:
             if not self._untried:
                 raise _WrongCodeError("its code computes something else")
-            options = self._untried.pop(0)
-            compiled = self._compile(options)
+            bits = self._untried.pop(0)
+            compiled = self._compile(bits)
             if images.device.type != "cpu" or self._agrees(compiled, network, images, *others):
                 self._agreed = compiled
             elif self._untried:  # the last one may do for another function
-                _FAULTY.append(options)
+                _BROKEN.add((self.backend, bits))
         return self._agreed(network, images, *others)
 
-    def _compile(self, options: dict[str, Any] | None) -> Callable[..., Any]:
+    def _compile(self, bits: int | None) -> Callable[..., Any]:
+        options: dict[str, Any] | None = None if bits is None else {"cpp.simdlen": bits}
         name = f"compiled{self.function.__name__}"
         code = self.function.__code__.replace(co_name=name)
         copy = FunctionType(code, self.function.__globals__)
