@@ -10,6 +10,7 @@ from hmn_replay.memory.base import (
 )
 from hmn_replay.memory.features import FeatureLayout, FeatureMemory
 from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
+from hmn_replay.memory.frequencies import FrequencyLayout, FrequencyMemory
 from hmn_replay.memory.hierarchical import HierarchicalMemory, HMNLayout
 from hmn_replay.memory.layout import MemoryLayout, StoredTensor
 from hmn_replay.memory.learned import LearnedMemory
@@ -38,6 +39,8 @@ __all__ = [
     "DecodedDataset",
     "FeatureLayout",
     "FeatureMemory",
+    "FrequencyLayout",
+    "FrequencyMemory",
     "HMNLayout",
     "HaBaLayout",
     "HaBaMemory",
