@@ -114,7 +114,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 @contextlib.contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
     """Let no ``torch.autocast`` of the caller apply inside the block, on a device or the CPU."""
-    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", device.type):
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

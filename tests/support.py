@@ -17,6 +17,7 @@ from hmn_replay.distributed import GradientPart, Team
 from hmn_replay.memory import (
     MEMORIES,
     NUMBER_FORMATS,
+    FrequencyLayout,
     HaBaLayout,
     HMNLayout,
     IDCLayout,
@@ -88,8 +89,19 @@ def hmn_layout(
     return HMNLayout(image_shape, number_format, **{**HMN_FIELDS, **planned, **fields})
 
 
+def frequency_layout(
+    image_shape: tuple[int, int, int] = (3, 8, 8),
+    number_format: str = "int8",
+    num_frequencies: int = 24,
+) -> FrequencyLayout:
+    """Return a small layout, planned for its images if it is entropy-coded."""
+    image_bytes = 9 if NUMBER_FORMATS[number_format].is_coded else 0
+    return FrequencyLayout(image_shape, number_format, num_frequencies, image_bytes)
+
+
 LAYOUTS: dict[str, Callable[..., MemoryLayout]] = {
     "hmn": hmn_layout,
+    "fred": frequency_layout,
     "pixels": PixelLayout,
     "idc": IDCLayout,
     "haba": partial(HaBaLayout, num_hallucinators=3),

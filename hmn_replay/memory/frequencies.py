@@ -216,17 +216,21 @@ class FrequencyMemory(LearnedMemory):
     def _decode_chunk(self, indices: Tensor) -> Tensor:
         return self._images(indices, _sum_in_order)
 
+    @property
+    def _step(self) -> Tensor:
+        return self.value("log_step").clamp(*_LOG_STEPS).exp()
+
     def _images(self, indices: Tensor, product: _Product) -> Tensor:
         """Return images, float32 ``(n, C, H, W)``, by a way to combine values along an axis."""
         (channels, height, width), (down, across) = self.layout.image_shape, self.layout.blocks
-        coefficients = self.value("coefficients", indices) * self.value("log_step").exp()
-        device, size = coefficients.device, self.layout.block
-        _, places = _frequencies(channels, size, self.layout.num_frequencies)
+        coefficients = self.value("coefficients", indices) * self._step
+        size = self.layout.block
+        _, places = _frequencies(channels, size, self.layout.num_frequencies, coefficients.device)
         # What is not stored is the zero at the end.
-        x = F.pad(coefficients.flatten(2), (0, 1))[..., places.to(device)]
-        x = x.unflatten(2, (channels, *size))
-        for dim, matrix in zip((2, 3, 4), _transforms(channels, size), strict=True):
-            x = product(x, matrix.to(device), dim)
+        x = F.pad(coefficients.flatten(2), (0, 1))[..., places].unflatten(2, (channels, *size))
+        matrices = _transforms(channels, size, x.device, x.dtype)
+        for dim, matrix in zip((2, 3, 4), matrices, strict=True):
+            x = product(x, matrix, dim)
         x = rearrange(x, "n (a b) c h w -> n c (a h) (b w)", a=down, b=across)
         return to_unit_interval(x[..., :height, :width] + 0.5)
 
@@ -237,10 +241,11 @@ class FrequencyMemory(LearnedMemory):
         beyond = (0, across * size[1] - width, 0, down * size[0] - height)
         x = F.pad(images - 0.5, beyond, mode="replicate")
         x = rearrange(x, "n c (a h) (b w) -> n (a b) c h w", a=down, b=across)
-        for dim, matrix in zip((2, 3, 4), _transforms(channels, size), strict=True):
-            x = _product(x, matrix.T.to(x.device), dim)
-        stored, _ = _frequencies(channels, size, self.layout.num_frequencies)
-        found: Tensor = x.flatten(2)[..., stored.to(x.device)].unflatten(2, (-1, _GROUP))
+        matrices = _transforms(channels, size, x.device, x.dtype)
+        for dim, matrix in zip((2, 3, 4), matrices, strict=True):
+            x = _product(x, matrix.T, dim)
+        stored, _ = _frequencies(channels, size, self.layout.num_frequencies, x.device)
+        found: Tensor = x.flatten(2)[..., stored].unflatten(2, (-1, _GROUP))
         return found
 
     @torch.no_grad()
@@ -302,15 +307,14 @@ class FrequencyMemory(LearnedMemory):
 
     def _in_steps(self, coefficients: Tensor, shift: float = _LEAST_SHIFT) -> Tensor:
         """Return coefficients in units of a step; if coded, nearer to zero by a part of one."""
-        steps = coefficients / self.value("log_step").exp()
+        steps = coefficients / self._step
         return F.softshrink(steps, shift) if self.layout.is_coded else steps
 
     @torch.no_grad()
     def largest_sum(self) -> float:
         """Return what no sum of a transform can exceed: its matrices have no entry above 1."""
         sums = self.coefficients.double().abs().flatten(1).sum(dim=1)
-        step = float(self.log_step.double().exp())
-        return max(step, float(sums.max()) * max(1.0, step)) if len(sums) else step
+        return float(sums.max()) * max(1.0, float(self._step)) if len(sums) else 0.0
 
 
 _Product = Callable[[Tensor, Tensor, int], Tensor]
@@ -347,33 +351,41 @@ def _sum_in_order(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
 
 
 @functools.lru_cache
-def _transforms(channels: int, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def _transforms(
+    channels: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return what colours, rows and columns of coefficients are turned into pixels by.
 
+    They are kept, so that a device does not wait for them in each step.
+
     Returns:
-        Three orthonormal matrices, float32 ``(C, C)``, ``(h, h)`` and ``(w, w)``: for each
+        Three orthonormal matrices, ``(C, C)``, ``(h, h)`` and ``(w, w)``: for each
         coefficient the colours, or the cosine, that it stands for.
     """
-    colours = torch.tensor(_COLOURS, dtype=torch.float64) if channels == 3 else torch.ones(1, 1)
-    colours = F.normalize(colours.double(), dim=1)
-    return colours.float(), _cosines(size[0]), _cosines(size[1])
+    colours = F.normalize(torch.tensor(_COLOURS, dtype=torch.float64), dim=1)
+    colours = colours if channels == 3 else torch.ones((1, 1), dtype=torch.float64)
+    rows, columns = map(_cosines, size)
+    return colours.to(device, dtype), rows.to(device, dtype), columns.to(device, dtype)
 
 
 def _cosines(size: int) -> Tensor:
-    """Return the orthonormal discrete cosine transform (type II): float32, a row a frequency."""
+    """Return the orthonormal discrete cosine transform (type II): float64, a row a frequency."""
     steps = torch.arange(size, dtype=torch.float64)
     cosines = (math.pi / size * steps[:, None] * (steps + 0.5)).cos()
-    return F.normalize(cosines, dim=1).float()
+    return F.normalize(cosines, dim=1)
 
 
 @functools.lru_cache
-def _frequencies(channels: int, size: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
+def _frequencies(
+    channels: int, size: tuple[int, int], count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return which coefficients of a block are stored.
 
     Args:
         channels: C.
         size: Height and width of a block.
         count: F.
+        device: Where the result is to be.
 
     Returns:
         int64 ``(F,)``, the positions of those that are stored among all of a block, ``(C, h, w)``
@@ -391,4 +403,4 @@ def _frequencies(channels: int, size: tuple[int, int], count: int) -> tuple[Tens
     stored = torch.tensor([(c * height + u) * width + v for c, u, v in order])
     places = torch.full((channels * height * width,), count)
     places[stored] = torch.arange(count)
-    return stored, places
+    return stored.to(device), places.to(device)

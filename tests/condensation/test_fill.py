@@ -78,7 +78,7 @@ def test_images_that_would_want_for_labels_are_not_added_and_it_is_said() -> Non
     assert memory.report["unused_reason"].startswith("the images take fewer bytes")
 
 
-@pytest.mark.parametrize("kind", ["hmn", "pixels", "idc", "haba", "linba"])
+@pytest.mark.parametrize("kind", ["hmn", "fred", "pixels", "idc", "haba", "linba"])
 def test_images_are_added_behind_those_of_their_class(kind: str) -> None:
     memory = made(kind, "float32")
     size = memory.layout.group_size

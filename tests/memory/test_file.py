@@ -39,7 +39,16 @@ from hmn_replay.memory import (
     loads,
 )
 from hmn_replay.memory.file import FILE_VERSION, Record, TensorSpec, pack, packed_size, unpack
-from tests.support import LEARNED, LEARNED_FORMATS, REAL, hmn_layout, learned_type, real, same_bits
+from tests.support import (
+    LEARNED,
+    LEARNED_FORMATS,
+    REAL,
+    frequency_layout,
+    hmn_layout,
+    learned_type,
+    real,
+    same_bits,
+)
 
 # The files that are damaged and forged: every kind, and HMN's in every format.
 FILES = [
@@ -59,6 +68,7 @@ SMALL: dict[str, Any] = {
 }
 SMALL_LAYOUTS: dict[str, Any] = {
     "hmn": functools.partial(hmn_layout, **SMALL),
+    "fred": functools.partial(frequency_layout, (1, 8, 8)),
     "pixels": functools.partial(PixelLayout, (1, 8, 8)),
     "idc": functools.partial(IDCLayout, (1, 8, 8), pieces=2),
     "haba": functools.partial(HaBaLayout, (1, 8, 8), num_hallucinators=2),

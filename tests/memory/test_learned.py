@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hmn_replay.errors import BudgetError, ConfigError, DataError, TrainingError
 from hmn_replay.memory import (
     NUMBER_FORMATS,
+    FrequencyLayout,
     HaBaLayout,
     HaBaMemory,
     HMNLayout,
@@ -622,6 +623,11 @@ def layouts(draw: st.DrawFn, kind: str) -> MemoryLayout:
         return HaBaLayout(shape, number_format, draw(few))
     if kind == "linba":
         return LinBaLayout(shape, number_format, draw(st.integers(1, 40)), draw(st.integers(1, 8)))
+    if kind == "fred":
+        most = channels * height * width // 8
+        count = 8 * draw(st.integers(1, most))
+        is_coded = NUMBER_FORMATS[number_format].is_coded
+        return FrequencyLayout(shape, number_format, count, draw(few) if is_coded else 0)
     assert kind == "pixels"
     return PixelLayout(shape, number_format)
 

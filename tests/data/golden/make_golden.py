@@ -38,6 +38,7 @@ from hmn_replay import (
 )
 from hmn_replay.memory import (
     FeatureLayout,
+    FrequencyLayout,
     HaBaLayout,
     HMNLayout,
     IDCLayout,
@@ -61,8 +62,14 @@ def feature_layout(number_format: str) -> FeatureLayout:
     return FeatureLayout(FEATURE_SHAPE, number_format, 3, image_bytes)
 
 
+def frequency_layout(number_format: str) -> FrequencyLayout:
+    image_bytes = 5 if NUMBER_FORMATS[number_format].is_coded else 0
+    return FrequencyLayout(SHAPE, number_format, 40, image_bytes)
+
+
 LAYOUTS: dict[str, Callable[[str], Any]] = {
     "hmn": hmn_layout,
+    "fred": frequency_layout,
     "features": feature_layout,
     "pixels": lambda number_format: PixelLayout(SHAPE, number_format),
     "idc": lambda number_format: IDCLayout(SHAPE, number_format),
