@@ -50,7 +50,8 @@ def wave(colour: int, u: int, v: int, shape: tuple[int, int, int]) -> Doubles:
     own = np.array(colours[colour], np.float64)
     rows = np.array([cosine(u, i, height) for i in range(height)])
     columns = np.array([cosine(v, j, width) for j in range(width)])
-    return np.einsum("c,i,j->cij", own / np.linalg.norm(own), rows, columns)
+    found: Doubles = np.einsum("c,i,j->cij", own / np.linalg.norm(own), rows, columns)
+    return found
 
 
 def waves(shape: tuple[int, int, int], block: tuple[int, int], count: int) -> Doubles:
@@ -184,8 +185,8 @@ def test_condensing_fits_fills_and_matches() -> None:
     options: dict[str, Any] = {"kind": "fred", "effort": "draft", "device": "cpu", "over_budget": 0}
     fitted = condense(data, "1200", outer_steps=0, **options)
     assert fitted.report["warm_start_psnr"] > 25 and fitted.report["fill"] > 0.97
-    few: dict[str, Any] = {"network_width": 4, "trained_passes": 100, "decoded_batch": 8, "real_batch": 8}
-    matched = condense(data, "1200", outer_steps=2, **few, **options)
+    options |= {"network_width": 4, "trained_passes": 100, "decoded_batch": 8, "real_batch": 8}
+    matched = condense(data, "1200", outer_steps=2, **options)
     assert matched.file_bytes <= 1200
     count = min(fitted.num_images, matched.num_images)
     moved = matched.decode(range(count))[0] - fitted.decode(range(count))[0]
