@@ -17,6 +17,7 @@ a number format    (float32, float16, int8, entropy) HMN, condensed for --second
 FORMAT-warm        HMN, the warm start alone, for --seconds
 an effort          (draft, quick, standard, paper) HMN with all of the effort's settings, however
                    long it takes
+KIND-EFFORT        (fred-quick, idc-draft, ...) another learned memory kind with these
 
 --labels hard,soft,labeller makes a memory of each row and budget for each of these, in the same
 bytes, and trains on it by these labels alone: a column each, never mixed. Beside a labeller stands
@@ -74,8 +75,15 @@ from hmn_replay.training.train import TrainingConfig
 Data: TypeAlias = "tuple[LabelledImages, LabelledImages]"
 
 REAL, WARM = ("raw", "jpeg", "lossless", "subsampled"), "-warm"
+KINDS = ("fred", "pixels", "idc", "haba", "linba")
 TEACHERS: dict[Any, Any] = {}
-ROWS = (*REAL, *NUMBER_FORMATS, *(f"{name}{WARM}" for name in NUMBER_FORMATS), *EFFORTS)
+ROWS = (
+    *REAL,
+    *NUMBER_FORMATS,
+    *(f"{name}{WARM}" for name in NUMBER_FORMATS),
+    *EFFORTS,
+    *(f"{kind}-{effort}" for kind in KINDS for effort in EFFORTS),
+)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -149,8 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def condensation(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of :func:`hmn_replay.condense` for a row that is condensed."""
-    if row in EFFORTS:
-        return {"effort": row, **parse_settings(args.set)}
+    effort = row.rpartition("-")[2]
+    if effort in EFFORTS:
+        return {"effort": effort, **parse_settings(args.set)}
     seconds: float = args.seconds
     row_sets = {"number_format": row.removesuffix(WARM), "warm_start_steps": UNBOUNDED}
     if row.endswith(WARM):
@@ -224,6 +233,7 @@ def measure_one(
                 checkpoint=path.with_suffix(".checkpoint"),
                 progress=sys.stderr.isatty(),
                 labels=labels,
+                kind=row.partition("-")[0] if row.startswith(KINDS) else "hmn",
                 **condensation(row, args),
             )
             report = memory.report

@@ -46,6 +46,7 @@ SYSTEMS = {
     "linba": System("LinBa", "linba"),
     "haba": System("HaBa", "haba"),
     "idc": System("IDC", "idc"),
+    "fred": System("FreD", "fred"),
     "pixels": System("learned pixels", "pixels"),
     "dc": System("DC", "pixels", "dc"),
     "dsa": System("DSA", "pixels", "dsa"),
@@ -59,7 +60,7 @@ SYSTEMS = {
     "ccs": System("real images, CCS", selection="ccs"),
 }
 ROWS = [name for name, system in SYSTEMS.items() if system.kind or system.selection]
-DEFAULT_ROWS = "hmn,linba,haba,idc,pixels,random,herding,k-centre,ccs"
+DEFAULT_ROWS = "hmn,linba,haba,idc,fred,pixels,random,herding,k-centre,ccs"
 
 
 def run(args: argparse.Namespace, settings: Settings, store: Store) -> None:

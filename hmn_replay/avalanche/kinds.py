@@ -76,8 +76,8 @@ class HMNReplay(MemoryReplay):
 
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        kind: A learned memory kind: ``"hmn"``, or ``"pixels"``, ``"idc"``, ``"haba"``, ``"linba"``;
-            ``"features"`` for a model with a frozen backbone.
+        kind: A learned memory kind: ``"hmn"``, or ``"fred"``, ``"pixels"``, ``"idc"``, ``"haba"``,
+            ``"linba"``; ``"features"`` for a model with a frozen backbone.
         expected_classes: How many classes the stream will have in all, if that is known: the
             memory's tensors are shaped for so many. Default: None, ten times those of the first
             experience, or as many of them as the budget can be shaped for.

@@ -163,8 +163,8 @@ class LearnedKeeper(Keeper):
 
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        kind: A learned memory kind: ``"hmn"``, or ``"pixels"``, ``"idc"``, ``"haba"``, ``"linba"``;
-            ``"features"`` for a frozen network's features.
+        kind: A learned memory kind: ``"hmn"``, or ``"fred"``, ``"pixels"``, ``"idc"``, ``"haba"``,
+            ``"linba"``; ``"features"`` for a frozen network's features.
         expected_classes: How many classes there will be in all, if that is known: the memory's
             tensors are shaped for so many. Default: None, ten times those that come first, or as
             many of them as the budget can be shaped for.

@@ -119,6 +119,17 @@ def test_every_format_has_the_same_seconds_and_an_effort_its_own_settings() -> N
     assert condensation("standard", args) == {"effort": "standard", "real_batch": 7}
 
 
+def test_a_row_may_be_another_memory_kind(cifar10: Path, tmp_path: Path) -> None:
+    args = parse_arguments(["--set", "real_batch=7"])
+    assert condensation("fred-draft", args) == {"effort": "draft", "real_batch": 7}
+    fast = ("--set", "outer_steps=0", "--set", "over_budget=0", "--seeds", "0", "--budgets", "4000")
+    assert run(cifar10, tmp_path, "fred-draft,pixels-draft", *fast) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [row["row"] for row in report["rows"]] == ["fred-draft", "pixels-draft"]
+    kinds = {hmn_replay.load(path).kind for path in tmp_path.glob("*.hmn")}
+    assert kinds == {"fred", "pixels"}
+
+
 def test_a_budget_that_holds_no_image_is_a_finding(cifar10: Path, tmp_path: Path) -> None:
     assert run(cifar10, tmp_path, "raw,jpeg", "--budgets", "300", "--seeds", "0") == 0
     table = (tmp_path / "table.md").read_text()
