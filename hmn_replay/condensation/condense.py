@@ -85,9 +85,9 @@ def condense(
             twice on CUDA.
         device: Where to compute; ``"auto"`` is CUDA where it is present, else the CPU.
         kind: The memory kind: ``"hmn"``, or one that it is compared with: ``"fred"``,
-            ``"pixels"``, ``"idc"``, ``"haba"`` or ``"linba"``; or ``"features"``, which is fitted by
-            the warm start and not matched. Not read with ``memory``, which has one. Default: ``"features"`` for features,
-            else ``"hmn"``.
+            ``"pixels"``, ``"idc"``, ``"haba"`` or ``"linba"``; or ``"features"``, which is fitted
+            by the warm start and not matched. Not read with ``memory``, which has one. Default:
+            ``"features"`` for features, else ``"hmn"``.
         layout: The shapes of the memory's tensors, and the number format. Default: what the kind
             chooses for the budget, by ``choose_layout``.
         memory: A memory to add to. Its classes stay and make room: each gives up images by
