@@ -350,7 +350,9 @@ def _sum_in_order(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
     return total
 
 
+# What is made inside torch.inference_mode() could not be differentiated by later.
 @functools.lru_cache
+@torch.inference_mode(False)
 def _transforms(
     channels: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -376,6 +378,7 @@ def _cosines(size: int) -> Tensor:
 
 
 @functools.lru_cache
+@torch.inference_mode(False)
 def _frequencies(
     channels: int, size: tuple[int, int], count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

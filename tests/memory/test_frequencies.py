@@ -109,6 +109,15 @@ def test_bytes_are_spent_on_low_frequencies_and_on_brightness() -> None:
     assert float(spectrum[:, :, 8:24, 8:].sum() / spectrum.sum()) < 0.01
 
 
+def test_images_may_be_looked_at_first_and_learned_afterwards() -> None:
+    # Of a shape that no other test has, for which nothing has been kept.
+    memory = FrequencyMemory(FrequencyLayout((1, 11, 13), "float32", 40), [0], 2)
+    with torch.inference_mode():
+        memory.decode()
+    memory(torch.arange(2)).sum().backward()
+    assert memory.coefficients.grad is not None and bool(memory.coefficients.grad.any())
+
+
 # Fitting to real images.
 
 
