@@ -42,7 +42,7 @@ TINY = dict.fromkeys(("real_batch", "decoded_batch", "network_width", "network_b
 STEPS = {"warm_start_steps": 2, "outer_steps": 1, "inner_steps": 2, "over_budget": 0.0}
 STEPS |= {"trained_networks": 0}
 STEPS |= {"num_experts": 1, "expert_epochs": 1, "max_start_epoch": 0}
-COLOURS = dict(zip(KINDS, ("red", "blue", "green", "orange", "purple"), strict=True))
+COLOURS = dict(zip(KINDS, ("red", "blue", "green", "orange", "purple", "brown"), strict=True))
 MARKERS = "osD^vPX*"
 
 

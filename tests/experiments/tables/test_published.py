@@ -31,7 +31,7 @@ def test_numbers_are_percents_of_systems_that_the_tables_have() -> None:
 
 def test_hmn_is_above_every_rival_under_the_same_loss() -> None:
     hmn = published.CONTAINERS["hmn"]
-    for name in set(KINDS) - {"hmn"}:
+    for name in set(KINDS) - {"hmn", "fred"}:  # the paper says nothing of FreD
         assert all(hmn[ipc] > accuracy for ipc, accuracy in published.CONTAINERS[name].items())
 
 
