@@ -51,13 +51,14 @@ class CondenseConfig(LabelConfig):
     catalogue = "the command 'hmn-replay options' lists the settings"
 
     number_format: Annotated[str, one_of("number format", NUMBER_FORMATS)] | None = None
-    """How values are stored, by name. Default: the memory kind's own, entropy-coded for hmn."""
+    """How values are stored, by name. Default: the memory kind's own, entropy-coded for hmn and
+    fred."""
 
     image_bytes: Annotated[int, Field(ge=1)] | None = None
     """Bytes planned for an image's own values, where these are entropy-coded: more bytes for fewer
     and better images. Less is taken where five images of a class would not fit, more where there
     are fewer real images than would. A memory that is added to keeps its own. None for the memory
-    kind's choice: of hmn, 1.73 times the root of an image's number of values."""
+    kind's choice: of hmn and fred, 1.73 times the root of an image's number of values."""
 
     objective: Annotated[str | ObjectiveFunction, one_of("objective", OBJECTIVES)] = "distribution"
     """What is matched: a registered name, or a function like those of `hmn_replay.objectives`; see
