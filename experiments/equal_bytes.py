@@ -57,6 +57,7 @@ from experiments.arguments import (
 )
 from experiments.figures import save
 from experiments.results import deviation, markdown_table, percent
+from experiments.tables import study
 from experiments.tables.rows import accuracies
 from experiments.tables.settings import UNBOUNDED
 from experiments.tables.store import Store
@@ -75,7 +76,7 @@ from hmn_replay.training.train import TrainingConfig
 Data: TypeAlias = "tuple[LabelledImages, LabelledImages]"
 
 REAL, WARM = ("raw", "jpeg", "lossless", "subsampled"), "-warm"
-KINDS = ("fred", "pixels", "idc", "haba", "linba")
+KINDS = [kind for kind in study.KINDS if kind != "hmn"]
 TEACHERS: dict[Any, Any] = {}
 ROWS = (
     *REAL,
@@ -233,7 +234,7 @@ def measure_one(
                 checkpoint=path.with_suffix(".checkpoint"),
                 progress=sys.stderr.isatty(),
                 labels=labels,
-                kind=row.partition("-")[0] if row.startswith(KINDS) else "hmn",
+                kind=kind if (kind := row.partition("-")[0]) in KINDS else "hmn",
                 **condensation(row, args),
             )
             report = memory.report

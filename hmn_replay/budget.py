@@ -14,7 +14,7 @@ import numpy as np
 
 from hmn_replay.errors import BudgetError
 
-__all__ = ["Budget", "as_int", "as_number", "largest"]
+__all__ = ["Budget", "as_int", "as_number", "largest", "smallest"]
 
 _UNITS = {
     "": 1,
@@ -132,6 +132,21 @@ def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def smallest(low: float, high: float, fits: Callable[[float], bool], num_halvings: int) -> float:
+    """Return about the smallest number from ``low`` to ``high`` that fits, found by bisection.
+
+    Args:
+        low: A number that does not fit.
+        high: One that does; returned where no smaller one is found.
+        fits: Whether a number fits; what is larger than one that does, does as well.
+        num_halvings: How often the range between the two is halved.
+    """
+    for _ in range(num_halvings):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
 
 
 def as_int(value: object) -> int | None:

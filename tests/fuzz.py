@@ -31,18 +31,8 @@ FREE_BYTES, BYTES_PER_BYTE = 2**24, 768
 # For one file on a busy machine; those that are read take milliseconds.
 FREE_SECONDS, SECONDS_PER_BYTE = 5.0, 1e-5
 WORDS = [b"0", b"1", b"-1", b"7", b"64", b"999999999", b"1,1", b"3,224,224", b"1,8,8", b"32"]
-WORDS += [
-    b"entropy",
-    b"int8",
-    b"float16",
-    b"hmn",
-    b"raw",
-    b"jpeg",
-    b"lossless",
-    b"idc",
-    b"linba",
-    b"fred",
-]
+WORDS += [b"entropy", b"int8", b"float16", b"hmn", b"raw", b"jpeg", b"lossless"]
+WORDS += [b"idc", b"linba", b"fred"]
 
 
 def sealed(data: bytes) -> bytes:

@@ -90,13 +90,11 @@ def hmn_layout(
 
 
 def frequency_layout(
-    image_shape: tuple[int, int, int] = (3, 8, 8),
-    number_format: str = "int8",
-    num_frequencies: int = 24,
+    image_shape: tuple[int, int, int] = (3, 8, 8), number_format: str = "int8"
 ) -> FrequencyLayout:
     """Return a small layout, planned for its images if it is entropy-coded."""
     image_bytes = 9 if NUMBER_FORMATS[number_format].is_coded else 0
-    return FrequencyLayout(image_shape, number_format, num_frequencies, image_bytes)
+    return FrequencyLayout(image_shape, number_format, 24, image_bytes)
 
 
 LAYOUTS: dict[str, Callable[..., MemoryLayout]] = {

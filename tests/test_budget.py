@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmn_replay.budget import Budget, as_int, largest
+from hmn_replay.budget import Budget, as_int, largest, smallest
 from hmn_replay.errors import BudgetError
 
 UNITS = {
@@ -190,3 +190,15 @@ def test_the_largest_number_that_fits_is_found(low: int, span: int, limit: int) 
     high = low + span
     assert largest(low, high, fits) == max(low, min(high, limit))
     assert all(low < number <= high for number in asked)
+
+
+@given(st.floats(-5, 5), st.floats(0.1, 9), st.floats(0, 1))
+def test_the_smallest_number_that_fits_is_found(low: float, span: float, share: float) -> None:
+    high, limit = low + span, low + share * span
+
+    def fits(number: float) -> bool:
+        assert low < number < high
+        return number >= limit
+
+    found = smallest(low, high, fits, 20)
+    assert limit - 1e-9 <= found <= min(high, limit + span / 2**19)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hmn_replay.budget import largest
+from hmn_replay.budget import largest, smallest
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import BudgetError
 from hmn_replay.memory.learned import LearnedMemory
@@ -184,14 +184,11 @@ def fit_code(memory: LearnedMemory, budget_bytes: int, first_image: int = 0) -> 
 
     if takes(0.0) <= budget_bytes:
         return
-    low, high = 0.0, float(magnitudes.max()) + 1
-    if (smallest := takes(high)) > budget_bytes:
-        takes(low)
+    most = float(magnitudes.max()) + 1
+    if (least := takes(most)) > budget_bytes:
+        takes(0.0)
         raise BudgetError(
-            f"the memory takes {smallest:,} bytes even with all its images alike, over its budget "
+            f"the memory takes {least:,} bytes even with all its images alike, over its budget "
             f"of {budget_bytes:,}; give a larger budget, or a layout of fewer channels"
         )
-    for _ in range(_NUM_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if takes(middle) <= budget_bytes else (middle, high)
-    takes(high)
+    takes(smallest(0.0, most, lambda steps: takes(steps) <= budget_bytes, _NUM_HALVINGS))

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from hmn_replay.budget import Budget, largest
+from hmn_replay.budget import Budget, largest, smallest
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.memory.base import Codec, check_image_shape, check_num_classes, register_memory
 from hmn_replay.memory.formats import NUMBER_FORMATS
@@ -265,16 +265,18 @@ class FrequencyMemory(LearnedMemory):
             return True
         positions = positions.to(device)
 
-        def fits(shift: float = _LEAST_SHIFT, log_step: float | None = None) -> bool:
-            if log_step is not None:
-                self.log_step.fill_(log_step)
+        def fits(shift: float) -> bool:
             self.coefficients[first_image:] = self._in_steps(exact, shift)
             return float(self.rate(positions)[0]) <= 8 * self.layout.image_bytes
 
+        def fits_with(log_step: float) -> bool:
+            self.log_step.fill_(log_step)
+            return fits(_LEAST_SHIFT)
+
         if first_image == 0:
-            _least(*_LOG_STEPS, lambda log_step: fits(log_step=log_step))
-        elif not fits():
-            _least(_LEAST_SHIFT, _MOST_SHIFT, fits)
+            fits_with(smallest(*_LOG_STEPS, fits_with, _NUM_HALVINGS))
+        elif not fits(_LEAST_SHIFT):
+            fits(smallest(_LEAST_SHIFT, _MOST_SHIFT, fits, _NUM_HALVINGS))
         return True
 
     @torch.no_grad()
@@ -318,14 +320,6 @@ class FrequencyMemory(LearnedMemory):
 
 
 _Product = Callable[[Tensor, Tensor, int], Tensor]
-
-
-def _least(low: float, high: float, fits: Callable[[float], bool]) -> None:
-    """Ask for the least number that fits, found by bisection, last."""
-    for _ in range(_NUM_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    fits(high)
 
 
 def _product(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
