@@ -18,7 +18,6 @@ planned for it. The steps of the warm start then move all of it together.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +29,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hmn_replay.budget import Budget
 from hmn_replay.data.features import check_feature_shape
 from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
-from hmn_replay.memory.base import check_num_classes, register_memory
+from hmn_replay.memory.base import register_memory
 from hmn_replay.memory.entropy import best_levels, bits
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.layout import PRIVATE_RATE, MemoryLayout, StoredTensor
@@ -43,12 +41,8 @@ __all__ = ["FeatureLayout", "FeatureMemory"]
 
 _MAX_CODES = 512
 _CODES = (96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
-# All features together share no more than this share of a budget.
-_SHARED_SHARE = 0.5
-_MIN_IMAGES_PER_CLASS = 5
 # Bytes planned for an image, if entropy-coded, over the root of its number of values.
 _IMAGE_BYTES = 0.5
-_LARGEST_IMAGE = 8
 # Planned for a value of an instance memory: more are worth less than another code channel.
 _MAX_CODE_BITS = 1.5
 # Principal components are computed from about so many values.
@@ -119,6 +113,9 @@ class FeatureMemory(LearnedMemory):
     default_number_format = "entropy"
     codes_entropy = True
     shared_bits = 5.0
+    most_shared = 0.5
+    planned_images = 5
+    largest_image = 8
     settings: ClassVar[Mapping[str, Any]] = {
         "outer_steps": 0,
         "over_budget": 0.0,
@@ -194,46 +191,21 @@ class FeatureMemory(LearnedMemory):
         return [cls.Layout(image_shape, number_format, n, image_bytes(n)) for n in counts]
 
     @classmethod
-    def choose_layout(
+    def leaves_room(
         cls,
-        budget: Budget | int | str,
-        image_shape: Sequence[int],
+        layout: FeatureLayout,
+        budget_bytes: int,
         num_classes: int,
-        number_format: str | None = None,
-        real_images_per_class: int | None = None,
-        image_bytes: int | None = None,
         label_bytes: tuple[int, float] = (0, 0.0),
-    ) -> FeatureLayout:
-        """Return the layout for a budget; see :meth:`LearnedMemory.choose_layout`.
-
-        It is the first of which all images share half of the budget at most, and that leaves room
-        for 5 images a class; or the first that has room for all real ones. Where more images than
-        there are real ones would fit, entropy-coded ones take up to eight times the bytes.
-        """
-        shape, num_classes = check_feature_shape(image_shape), check_num_classes(num_classes)
-        del label_bytes  # features have none
-        limit = Budget.parse(budget).num_bytes
-        layouts: list[FeatureLayout] = cls._layouts(limit, shape, number_format, image_bytes)
-        for layout in layouts:
-            shared_bytes = cls.file_bytes_of(layout, num_classes, 0, limit)
-            image_of_each = num_classes * cls.group_bytes(layout)
-            most = min(_SHARED_SHARE * limit, limit - _MIN_IMAGES_PER_CLASS * image_of_each)
-            if real_images_per_class is not None:
-                # What real images leave free goes to more code channels.
-                most = max(most, limit - real_images_per_class * image_of_each)
-            if shared_bytes <= most:
-                break
-        if layout.is_coded:
-            room = max(1, (limit - shared_bytes) // (_MIN_IMAGES_PER_CLASS * num_classes))
-            layout = dataclasses.replace(layout, image_bytes=min(layout.image_bytes, room))
-        num_images = cls.max_images(layout, limit, num_classes)
-        if real_images_per_class is None or not layout.is_coded:
-            return layout
-        num_real, most = real_images_per_class * num_classes, _LARGEST_IMAGE * layout.image_bytes
-        while num_images > num_real and layout.image_bytes < most:
-            layout = dataclasses.replace(layout, image_bytes=layout.image_bytes + 1)
-            num_images = cls.max_images(layout, limit, num_classes)
-        return layout
+        real_images_per_class: int | None = None,
+    ) -> bool:
+        """Return whether enough is left for images: it is where all real ones fit."""
+        if super().leaves_room(layout, budget_bytes, num_classes, label_bytes):
+            return True
+        if real_images_per_class is None:
+            return False
+        num_images = real_images_per_class * num_classes
+        return cls.file_bytes_of(layout, num_classes, num_images, budget_bytes) <= budget_bytes
 
     @classmethod
     def image_work(cls, layout: FeatureLayout) -> int:

@@ -15,11 +15,10 @@ the first classes left it, and all of a budget is for images. Here
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +26,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from hmn_replay.budget import Budget, largest, smallest
-from hmn_replay.errors import BudgetError, ConfigError
-from hmn_replay.memory.base import Codec, check_image_shape, check_num_classes, register_memory
+from hmn_replay.budget import smallest
+from hmn_replay.errors import ConfigError
+from hmn_replay.memory.base import Codec, register_memory
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.layout import PRIVATE_RATE, MemoryLayout, StoredTensor
 from hmn_replay.memory.learned import LearnedMemory
@@ -52,7 +51,6 @@ _VALUES_PER_STORED, _FREQUENCIES_PER_BYTE = 16, 11
 _LEAST_SHIFT, _MOST_SHIFT, _NUM_HALVINGS = 1 / 6, 8.0, 20
 # Of the logarithm of the step: coefficients are below 28 in blocks of 32 x 32 and three colours.
 _LOG_STEPS = -8.0, 4.0
-_LEAST_IMAGES_PER_CLASS, _LARGEST_IMAGE = 5, 4
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,10 @@ class FrequencyLayout(MemoryLayout):
         most = least.image_shape[0] * math.prod(least.block) // _GROUP
         groups = max(1, min(most, round(wanted / num_blocks / _GROUP)))
         return dataclasses.replace(least, num_frequencies=_GROUP * groups)
+
+    def with_images_of(self, size: int) -> FrequencyLayout:
+        """Return the layout of images of other bytes; see :attr:`image_field`."""
+        return self.of_images(self.image_shape, self.number_format, size)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -161,42 +163,6 @@ class FrequencyMemory(LearnedMemory):
         if NUMBER_FORMATS[number_format].is_coded:
             image_bytes = math.ceil(_IMAGE_BYTES * math.sqrt(math.prod(image_shape)))
         return [cls.Layout.of_images(image_shape, number_format, image_bytes)]
-
-    @classmethod
-    def choose_layout(
-        cls,
-        budget: Budget | int | str,
-        image_shape: Sequence[int],
-        num_classes: int,
-        number_format: str | None = None,
-        real_images_per_class: int | None = None,
-        image_bytes: int | None = None,
-        label_bytes: tuple[int, float] = (0, 0.0),
-    ) -> FrequencyLayout:
-        """Return the layout for a budget; see :meth:`LearnedMemory.choose_layout`.
-
-        Entropy-coded images take less than was planned where five of each class would not fit, and
-        up to four times as much where more than there are real ones would.
-        """
-        shape, limit = check_image_shape(image_shape), Budget.parse(budget).num_bytes
-        layout: FrequencyLayout
-        (layout,) = cls._layouts(limit, shape, number_format, image_bytes)
-
-        def num_images(tried: int) -> int:
-            with contextlib.suppress(BudgetError):
-                own = cls.Layout.of_images(shape, layout.number_format, tried)
-                return cls.max_images(own, limit, num_classes, label_bytes=label_bytes)
-            return 0
-
-        if layout.is_coded:
-            least = _LEAST_IMAGES_PER_CLASS * check_num_classes(num_classes)
-            planned = largest(1, layout.image_bytes, lambda tried: num_images(tried) >= least)
-            if real_images_per_class is not None:
-                real, most = real_images_per_class * num_classes, _LARGEST_IMAGE * planned
-                planned = largest(planned, most, lambda tried: num_images(tried - 1) > real)
-            layout = cls.Layout.of_images(shape, layout.number_format, planned)
-        cls.max_images(layout, limit, num_classes, label_bytes=label_bytes)
-        return layout
 
     @classmethod
     def image_work(cls, layout: FrequencyLayout) -> int:

@@ -15,10 +15,9 @@ them, whose last one makes 2 x 2 pixels of each cell (pixel shuffle), before a s
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,10 +26,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from hmn_replay.budget import Budget
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.base import Codec, check_image_shape, check_num_classes, register_memory
-from hmn_replay.memory.file import FREE_VALUES, MAX_VALUES_PER_BYTE
+from hmn_replay.memory.base import Codec, register_memory
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.layout import PRIVATE_RATE, MemoryLayout, StoredTensor
 from hmn_replay.memory.learned import LearnedMemory
@@ -39,11 +36,6 @@ from hmn_replay.runtime import without_autocast
 __all__ = ["HMNLayout", "HierarchicalMemory"]
 
 _MAX_CHANNELS = 512
-_SHARED_SHARE = 0.3
-_MIN_IMAGES_PER_CLASS = 10
-# Below that, better images teach less than more of them: less than planned is then spent on each.
-_MIN_CODED_IMAGES_PER_CLASS = 5
-_LARGEST_INSTANCE = 4
 _SHRINKS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 
 # Components are computed from about so many cells of images: those of 512 images of 4 x 4.
@@ -69,7 +61,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class _Rule(NamedTuple):
-    """What :meth:`HierarchicalMemory.choose_layout` begins with.
+    """What :meth:`HierarchicalMemory.layouts` begins with.
 
     Attributes:
         cells_below: The grid has fewer cells than that along the smaller side.
@@ -145,6 +137,11 @@ class HMNLayout(MemoryLayout):
         self._check_image_bytes(self.image_bytes)
 
     @property
+    def image_field(self) -> str:
+        """The name of the field that says how large images are."""
+        return "image_bytes" if self.is_coded else "instance_channels"
+
+    @property
     def num_doublings(self) -> int:
         """How many times the decoder doubles the grid: log2(stride)."""
         return self.stride.bit_length() - 1
@@ -187,6 +184,8 @@ class HierarchicalMemory(LearnedMemory):
     has_codec = True
     default_number_format = "entropy"
     codes_entropy = True
+    most_shared = 0.3
+    planned_images = 10
     layout: HMNLayout
     dataset_memory: Tensor
     class_memory: Tensor
@@ -269,55 +268,6 @@ class HierarchicalMemory(LearnedMemory):
             )
             for shrink in _SHRINKS
         ]
-
-    @classmethod
-    def choose_layout(
-        cls,
-        budget: Budget | int | str,
-        image_shape: Sequence[int],
-        num_classes: int,
-        number_format: str | None = None,
-        real_images_per_class: int | None = None,
-        image_bytes: int | None = None,
-        label_bytes: tuple[int, float] = (0, 0.0),
-    ) -> HMNLayout:
-        """Return the layout for a budget; see :meth:`LearnedMemory.choose_layout`.
-
-        It is the first of which all images share 30 % of the budget at most, and that leaves room
-        for 10 images a class. Where more images than there are real ones would fit, instance
-        memories grow, up to four times.
-        """
-        shape, num_classes = check_image_shape(image_shape), check_num_classes(num_classes)
-        limit = Budget.parse(budget).num_bytes
-        layouts: list[HMNLayout] = cls._layouts(limit, shape, number_format, image_bytes)
-        for layout in layouts:
-            shared_bytes = cls.file_bytes_of(layout, num_classes, 0, limit)
-            each = cls.group_bytes(layout) + label_bytes[1]
-            instances_bytes = _MIN_IMAGES_PER_CLASS * num_classes * each
-            left = limit - label_bytes[0] - instances_bytes
-            if shared_bytes <= min(_SHARED_SHARE * limit, left):
-                break
-        if layout.is_coded:
-            left = limit - label_bytes[0] - shared_bytes
-            each = left / (_MIN_CODED_IMAGES_PER_CLASS * num_classes) - label_bytes[1]
-            room = max(1, math.floor(each))
-            # A file of many values has a byte for 64 of them at least.
-            values = layout.instance_channels * math.prod(layout.grid)
-            is_small = _MIN_CODED_IMAGES_PER_CLASS * num_classes * values <= FREE_VALUES
-            least = 1 if is_small else math.ceil(values / MAX_VALUES_PER_BYTE)
-            image_bytes = max(least, min(layout.image_bytes, room))
-            layout = dataclasses.replace(layout, image_bytes=image_bytes)
-        num_images = cls.max_images(layout, limit, num_classes, label_bytes=label_bytes)
-        if real_images_per_class is None:
-            return layout
-        num_real, smallest_bytes = real_images_per_class * num_classes, cls.group_bytes(layout)
-        grows = "image_bytes" if layout.is_coded else "instance_channels"
-        while num_images > num_real:
-            if cls.group_bytes(layout) >= _LARGEST_INSTANCE * smallest_bytes:
-                break
-            layout = dataclasses.replace(layout, **{grows: getattr(layout, grows) + 1})
-            num_images = cls.max_images(layout, limit, num_classes, label_bytes=label_bytes)
-        return layout
 
     @classmethod
     def image_work(cls, layout: HMNLayout) -> int:

@@ -149,6 +149,17 @@ class MemoryLayout:
         return self.format.is_coded
 
     @property
+    def image_field(self) -> str | None:
+        """The name of the field that says how large images are; None where they have one size."""
+        return "image_bytes" if self.is_coded else None
+
+    def with_images_of(self, size: int) -> Any:
+        """Return the same layout with images of another size; see :attr:`image_field`."""
+        assert self.image_field is not None, "images have one size"
+        changed: dict[str, Any] = {self.image_field: size}
+        return dataclasses.replace(self, **changed)
+
+    @property
     def group_size(self) -> int:
         """How many images share stored values, and so are kept or dropped together."""
         return 1

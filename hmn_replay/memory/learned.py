@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hmn_replay.budget import Budget
+from hmn_replay.budget import Budget, largest
 from hmn_replay.data.lookup import num_pixels
 from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError, TrainingError
 from hmn_replay.memory.base import (
@@ -66,6 +66,8 @@ _MAX_MAGNITUDE = 1e4
 # Near the end of float32; what is saved stays so far below that rounding cannot keep it from being
 # loaded.
 _MAX_SUM_LOADED, _MAX_SUM_SAVED = 1e37, 1e36
+# Below that, better images teach less than more of them: less than planned is then spent on each.
+_LEAST_IMAGES_PER_CLASS = 5
 
 AnyLearned = TypeVar("AnyLearned", bound="LearnedMemory")
 
@@ -106,6 +108,13 @@ class LearnedMemory(Memory, nn.Module):
     """Bits planned for a value that all images share, or those of a class, if entropy-coded."""
     settings: ClassVar[Mapping[str, Any]] = {}
     """Settings of a condensation that the kind has in place of an effort's."""
+    # How a layout is chosen; see :meth:`choose_layout`.
+    most_shared: ClassVar[float] = 1.0
+    """The share of a budget that what all images share may take."""
+    planned_images: ClassVar[int] = 1
+    """How many images of a class, or groups of them, are to fit beside what all images share."""
+    largest_image: ClassVar[int] = 4
+    """How many times what is planned for it an image may take."""
     layout: Any
 
     def __init__(
@@ -164,7 +173,12 @@ class LearnedMemory(Memory, nn.Module):
         image_bytes: int | None = None,
         label_bytes: tuple[int, float] = (0, 0.0),
     ) -> Any:
-        """Return the layout for a budget: the first one that holds an image of every class.
+        """Return the layout for a budget: the first of :meth:`layouts` that leaves enough of it.
+
+        What all images share takes :attr:`most_shared` of the budget at most by it, and
+        :attr:`planned_images` of each class fit; it is the last one where none is such. Where
+        images have no fixed size, they then take less than it plans where 5 of each class would not
+        fit, and up to :attr:`largest_image` times as much where more than the real ones would.
 
         Args:
             budget: Bytes of the file.
@@ -185,15 +199,49 @@ class LearnedMemory(Memory, nn.Module):
                 its range.
             DataError: Images of another height or width than a memory can hold.
         """
-        del real_images_per_class
-        shape, limit = cls.Layout.check_shape(image_shape), Budget.parse(budget).num_bytes
-        *others, last = cls._layouts(limit, shape, number_format, image_bytes)
-        for layout in others:
+        shape, num_classes = cls.Layout.check_shape(image_shape), check_num_classes(num_classes)
+        limit = Budget.parse(budget).num_bytes
+        layouts = cls._layouts(limit, shape, number_format, image_bytes)
+        cls.check_layout(layouts[0])
+        room = (limit, num_classes, label_bytes, real_images_per_class)
+        layout = next((one for one in layouts if cls.leaves_room(one, *room)), layouts[-1])
+
+        def num_images(size: int) -> int:
             with contextlib.suppress(BudgetError):
-                cls.max_images(layout, limit, num_classes, label_bytes=label_bytes)
-                return layout
-        cls.max_images(last, limit, num_classes, label_bytes=label_bytes)
-        return last
+                tried = layout.with_images_of(size)
+                return cls.max_images(tried, limit, num_classes, label_bytes=label_bytes)
+            return 0
+
+        if layout.image_field is not None:
+            size = getattr(layout, layout.image_field)
+            if layout.is_coded:
+                wanted = _LEAST_IMAGES_PER_CLASS * num_classes
+                least = _least_image_bytes(cls.table(layout.with_images_of(1)), wanted)
+                size = largest(least, size, lambda tried: num_images(tried) >= wanted)
+            if real_images_per_class is not None:
+                num_real, most = real_images_per_class * num_classes, cls.largest_image * size
+                size = largest(size, most, lambda tried: num_images(tried - 1) > num_real)
+            layout = layout.with_images_of(size)
+        cls.max_images(layout, limit, num_classes, label_bytes=label_bytes)
+        return layout
+
+    @classmethod
+    def leaves_room(
+        cls,
+        layout: Any,
+        budget_bytes: int,
+        num_classes: int,
+        label_bytes: tuple[int, float] = (0, 0.0),
+        real_images_per_class: int | None = None,
+    ) -> bool:
+        """Return whether a layout leaves enough for images; see :meth:`choose_layout`."""
+        del real_images_per_class
+        num_images = cls.planned_images * num_classes * layout.group_size
+        shared, takes = (
+            cls.file_bytes_of(layout, num_classes, count, budget_bytes) for count in (0, num_images)
+        )
+        takes += math.ceil(label_bytes[0] + label_bytes[1] * num_images)
+        return bool(shared <= cls.most_shared * budget_bytes and takes <= budget_bytes)
 
     @classmethod
     def _layouts(
@@ -213,7 +261,7 @@ class LearnedMemory(Memory, nn.Module):
                 f"image_bytes plans the code of an image, which number_format='entropy' has; "
                 f"{number_format!r} takes as many bytes for each image: leave image_bytes out"
             )
-        return [dataclasses.replace(layout, image_bytes=image_bytes) for layout in layouts]
+        return [layout.with_images_of(image_bytes) for layout in layouts]
 
     @abc.abstractmethod
     def forward(self, indices: Tensor) -> Tensor:
@@ -1032,3 +1080,14 @@ def _is_tame(values: Tensor) -> bool:
     low, high = map(float, values.aminmax())
     # A comparison with NaN is false, so NaN is not tame either.
     return low >= -_MAX_MAGNITUDE and high <= _MAX_MAGNITUDE
+
+
+def _least_image_bytes(table: Iterable[StoredTensor], num_images: int) -> int:
+    """Return the fewest bytes that so many entropy-coded images of a table can take each.
+
+    A file of many values has a byte for 64 of them at least.
+    """
+    values = sum(math.prod(tensor.shape) for tensor in table if tensor.rows == "image")
+    if num_images * values <= FREE_VALUES:
+        return 1
+    return math.ceil(values / MAX_VALUES_PER_BYTE)
