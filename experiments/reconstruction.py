@@ -161,7 +161,7 @@ def measure(train: LabelledImages, rate: int, args: argparse.Namespace, store: S
 def layout_at(rate: int, budget: int, train: LabelledImages) -> HMNLayout:
     """Return the coded layout with which a budget holds images of so many bytes, all counted."""
     choose, max_images = HierarchicalMemory.choose_layout, HierarchicalMemory.max_images
-    layout = choose(budget, train.image_shape, train.num_classes, "entropy")
+    layout: HMNLayout = choose(budget, train.image_shape, train.num_classes, "entropy")
     wanted = min(budget // rate, len(train))
     layouts = [dataclasses.replace(layout, image_bytes=n) for n in range(1, rate + 1)]
     return min(layouts, key=lambda one: abs(max_images(one, budget, train.num_classes) - wanted))

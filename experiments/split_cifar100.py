@@ -57,6 +57,7 @@ from experiments.arguments import (
 )
 from experiments.results import make_table, reset_peak_memory, resumed, summarise, versions
 from hmn_replay.avalanche.losses import LOSSES, RENEWALS, TUNED
+from hmn_replay.avalanche.plugin import replay_of
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import make_config
 from hmn_replay.data.images import LabelledImages, channel_stats
@@ -355,8 +356,8 @@ def run(
     steps = [stream] if name == "joint" else [[experience] for experience in stream]
     matrix: list[list[float | None]] = [[None] * len(tests) for _ in tests]
     before: list[list[float | None]] = [[None] * len(tests) for _ in tests]
-    replays = [each for each in strategy.plugins if isinstance(each, hmn_replay.MemoryReplay)]
-    tuning = [replay for replay in replays if replay.tune != "none"]
+    replay = replay_of(strategy)
+    tuned = None if replay is None or replay.tune == "none" else replay
     seconds = 0.0
     for step, experiences in enumerate(steps, 1 + len(stream) - len(steps)):
         started = time.perf_counter()
@@ -367,8 +368,8 @@ def run(
             raise BudgetError(f"{name} stores {use.num_bytes} bytes; the budget is {args.budget}")
         # Classes not seen yet have never been a target: nothing to learn from their score.
         matrix[step - 1][:step] = score_each(strategy.model, tests[:step])
-        for replay in tuning:
-            with replay.untuned(strategy.model):
+        if tuned is not None:
+            with tuned.untuned(strategy.model):
                 before[step - 1][:step] = score_each(strategy.model, tests[:step])
         summary = summarise(matrix, [len(images) for images in tests])
         print(
@@ -378,8 +379,7 @@ def run(
             flush=True,
         )
 
-    kept = [getattr(plugin, "memory", None) for plugin in strategy.plugins]
-    memory = next((each for each in kept if isinstance(each, hmn_replay.Memory)), None)
+    memory = None if replay is None else replay.memory
     shortcut = None
     if len(sizes) > 1:
         shortcut = hmn_replay.shortcut_report(
@@ -403,7 +403,7 @@ def run(
         "memory_images": use.num_images,
         "accuracy_matrix": matrix,
         **summary,
-        "untuned": summarise(before, [len(images) for images in tests]) if tuning else None,
+        "untuned": tuned and summarise(before, [len(images) for images in tests]),
         "shortcut": shortcut,
         "psnr_by_experience": psnr,
         "train_seconds": seconds - use.seconds,

@@ -10,6 +10,7 @@ from avalanche.training.supervised import JointTraining, Naive
 from torch import Tensor
 
 from hmn_replay import MemoryReplay
+from hmn_replay.avalanche.plugin import replay_of
 from hmn_replay.data.images import as_labelled_images
 from strategies.buffers import MeasuredBuffer
 from strategies.settings import Strategy
@@ -106,13 +107,10 @@ def memory_images(strategy: Strategy) -> tuple[Tensor, Tensor]:
 
 
 def _find_memory(strategy: Any) -> MemoryReplay | MeasuredBuffer | None:
-    for owner in (strategy, *strategy.plugins):
-        if isinstance(owner, MemoryReplay):
-            return owner
-        buffer = getattr(owner, "storage_policy", None)
-        if isinstance(buffer, MeasuredBuffer):
-            return buffer
-    return None
+    owners = (strategy, *strategy.plugins)
+    buffers = (getattr(owner, "storage_policy", None) for owner in owners)
+    measured = (buffer for buffer in buffers if isinstance(buffer, MeasuredBuffer))
+    return replay_of(strategy) or next(measured, None)
 
 
 def _sample_bytes(

@@ -16,8 +16,7 @@ from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name
 from torch import Tensor
 
-from hmn_replay.avalanche.buffer import MemoryBuffer
-from hmn_replay.avalanche.plugin import MemoryReplay
+from hmn_replay.avalanche.plugin import MemoryReplay, replay_of
 from hmn_replay.avalanche.streams import experiences_of, is_piece, split_class_keys
 from hmn_replay.registry import UnknownNameError
 
@@ -85,7 +84,7 @@ class MemoryMetric(PluginMetric[float | None]):
 
     def after_training_exp(self, strategy: Any) -> Any:
         """Measure the memory as the experience leaves it."""
-        replay = _find(strategy)
+        replay = replay_of(strategy)
         self._value = None if replay is None else self.measure(replay)
         return _logged(self, strategy, self._value)
 
@@ -131,7 +130,7 @@ class CalledNew(PluginMetric[float | None]):
         if shows_where and not experience.is_first_subexp:
             labels.update(self._new.tolist())
         self._seen.update(self._new.tolist())
-        replay = _find(strategy)
+        replay = replay_of(strategy)
         if replay is not None and replay.memory is not None:
             self._seen.update(split_class_keys(replay.memory.classes)[0].tolist())
         self._new = torch.tensor(sorted(labels), dtype=torch.int64)
@@ -184,16 +183,6 @@ def memory_metrics(*names: str) -> list[PluginMetric[float | None]]:
         CalledNew() if name == "called_new" else MemoryMetric(name, METRICS[name])
         for name in names or known
     ]
-
-
-def _find(strategy: Any) -> MemoryReplay | None:
-    for owner in (strategy, *strategy.plugins):
-        buffer = getattr(owner, "storage_policy", None)
-        if isinstance(owner, MemoryReplay):
-            return owner
-        if isinstance(buffer, MemoryBuffer):
-            return buffer.replay
-    return None
 
 
 def _logged(metric: Any, strategy: Any, value: float | None) -> Any:

@@ -18,6 +18,7 @@ from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import Tensor, nn
 
 from hmn_replay.avalanche.buffer import (
+    MemoryBuffer,
     add_to_minibatch,
     as_avalanche_dataset,
     count_labels,
@@ -84,7 +85,7 @@ from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
 from hmn_replay.training.networks import evaluating, find_head
 
-__all__ = ["FIRST_WEIGHTS", "MODES", "MemoryReplay"]
+__all__ = ["FIRST_WEIGHTS", "MODES", "MemoryReplay", "replay_of"]
 
 MODES = ("replay", "memory_only")
 
@@ -1155,3 +1156,18 @@ def _reattach_optim_modules() -> None:
         parent, _, child = name.rpartition(".")
         if parent == "torch.optim":
             setattr(torch.optim, child, module)
+
+
+def replay_of(strategy: Any) -> MemoryReplay | None:
+    """Return the plugin by which a strategy replays from a memory of this package.
+
+    It is among the strategy's plugins, or that of a ``MemoryBuffer`` which the strategy (ER-ACE) or
+    one of its plugins (Avalanche's ``ReplayPlugin``) keeps; None where there is none.
+    """
+    for owner in (strategy, *strategy.plugins):
+        buffer = getattr(owner, "storage_policy", None)
+        if isinstance(owner, MemoryReplay):
+            return owner
+        if isinstance(buffer, MemoryBuffer):
+            return buffer.replay
+    return None
