@@ -77,7 +77,7 @@ Data: TypeAlias = "tuple[LabelledImages, LabelledImages]"
 
 REAL, WARM = ("raw", "jpeg", "lossless", "subsampled"), "-warm"
 KINDS = [kind for kind in study.KINDS if kind != "hmn"]
-TEACHERS: dict[Any, Any] = {}
+TEACHERS: dict[Any, tuple[Any, float]] = {}
 ROWS = (
     *REAL,
     *NUMBER_FORMATS,
@@ -213,7 +213,10 @@ def measure_one(
         memory: Memory
         if row in REAL:
             config = label_config(labels, args)
-            teacher = None if labels == "hard" else teacher_of(train, config, seed, args.device)
+            teacher, waited = None, 0.0
+            if labels != "hard":  # each row that learns from the teacher waits for it
+                teacher, waited = teacher_of(train, config, seed, args.device)
+                started = time.monotonic() - waited
             codec: dict[str, Any] = {} if quality is None else {"quality": quality}
             fill: Any = getattr(hmn_replay, f"{row}_images")  # such as hmn_replay.jpeg_images
             memory = fill(
@@ -281,22 +284,31 @@ def label_config(labels: str, args: argparse.Namespace) -> hmn_replay.LabelConfi
 
 def teacher_of(
     train: LabelledImages, config: hmn_replay.LabelConfig, seed: int, device: str
-) -> Any:
-    """Return the teacher of a seed, trained once for all real images that learn from it."""
+) -> tuple[Any, float]:
+    """Return the teacher of a seed, and the seconds that it took.
+
+    It is trained once for all real images that learn from it.
+    """
     key = (config, seed)
     if key not in TEACHERS:
-        TEACHERS[key] = hmn_replay.train_teacher(train, config, seed=seed, device=device)
+        started = time.monotonic()
+        teacher = hmn_replay.train_teacher(train, config, seed=seed, device=device)
+        TEACHERS[key] = teacher, time.monotonic() - started
     return TEACHERS[key]
 
 
 def best_quality(store: Store, budget: int, labels: str = "hard") -> int | None:
-    """Return the quality of JPEG with the best test accuracy so far; None where there is none."""
+    """Return the quality of JPEG with the best test accuracy so far; None where there is none.
+
+    Of qualities with other seeds, those with most count: a mean of fewer may be best by chance.
+    """
     scores = {
         quality: accuracies(store, row="jpeg", labels=labels, quality=quality, budget=budget)
         for row, quality in store.seen("training", "row", "quality")
         if row == "jpeg"
     }
-    means = {quality: statistics.fmean(found) for quality, found in scores.items() if found}
+    most = max([1, *map(len, scores.values())])
+    means = {q: statistics.fmean(found) for q, found in scores.items() if len(found) == most}
     return max(means, key=means.__getitem__, default=None)
 
 

@@ -29,6 +29,7 @@ failed; its error is in results.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -242,6 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import strategies  # Avalanche takes seconds to import: only once all else is known to be well
 
     names = parse_names("--strategies", args.strategies, strategies.NAMES)
+    for name in names:  # what an option's value is wrong for fails before the first hour
+        with contextlib.suppress(BudgetError):
+            make_strategy(name, seeds[0], train, args)
     for seed in seeds:
         order = torch.randperm(num_classes, generator=make_generator(seed, "classes")).tolist()
         report["seeds"] = sorted({*report["seeds"], seed})
@@ -273,6 +277,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def make_strategy(name: str, seed: int, train: LabelledImages, args: argparse.Namespace) -> Any:
+    """Return a strategy and its network, of which nothing is trained yet."""
+    import strategies
+
+    model: nn.Module = build_model(args, train, seed=seed)
+    if args.compile:
+        model.compile(dynamic=True)
+    if args.precision != "float32":
+        model = MixedPrecision(model, args.precision, args.device)
+    names = ("crop",) if args.data in DIGITS else ("crop", "flip")
+    fill = channel_stats(train.images)[0] if args.crop_fill == "mean" else 0.0
+    hmn_replay.augment_training(model, names, fill=fill, seed=seed)
+    options: dict[str, dict[str, Any]] = {
+        "hmn": {
+            "kind": args.kind,
+            "matching_networks": args.matching_networks,
+            "recode_share": args.recode,
+            **args.options,
+        },
+        "jpeg": {
+            "quality": args.quality,
+            "training": hmn_replay.TrainingConfig(**args.jpeg_training),
+            "recode_share": args.recode,
+        },
+        "subsampled": {"factor": args.factor, "recode_share": args.recode},
+    }
+    return strategies.build(
+        name,
+        model,
+        args.budget,
+        num_classes=train.num_classes,
+        image_shape=train.image_shape,
+        lr=args.lr,
+        batch_size=args.batch_size,
+        batch_size_mem=args.batch_size_mem,
+        epochs=args.epochs,
+        seed=seed,
+        device=args.device,
+        mode=args.mode,
+        loss=args.loss,
+        renew=args.renew,
+        distill=args.distill,
+        labels=args.labels,
+        label_augmentations=names,
+        tune=args.tune,
+        tune_steps=args.tune_steps,
+        tune_rate=args.tune_rate,
+        replay_weight=args.replay_weight,
+        effort=args.effort,
+        expected_classes=args.expected_classes,
+        progress=sys.stderr.isatty(),
+        **options.get(name, {}),
+    )
+
+
 def run(
     name: str,
     seed: int,
@@ -301,55 +360,7 @@ def run(
     )
     parts = [part.tolist() for part in torch.tensor(order).split(sizes)]
     tests = [test.take(torch.isin(test.labels, torch.tensor(part))) for part in parts]
-    model: nn.Module = build_model(args, train, seed=seed)
-    if args.compile:
-        model.compile(dynamic=True)
-    if args.precision != "float32":
-        model = MixedPrecision(model, args.precision, args.device)
-    names = ("crop",) if args.data in DIGITS else ("crop", "flip")
-    fill = channel_stats(train.images)[0] if args.crop_fill == "mean" else 0.0
-    hmn_replay.augment_training(model, names, fill=fill, seed=seed)
-    options: dict[str, dict[str, Any]] = {
-        "hmn": {
-            "kind": args.kind,
-            "matching_networks": args.matching_networks,
-            "recode_share": args.recode,
-            **args.options,
-        },
-        "jpeg": {
-            "quality": args.quality,
-            "training": hmn_replay.TrainingConfig(**args.jpeg_training),
-            "recode_share": args.recode,
-        },
-        "subsampled": {"factor": args.factor, "recode_share": args.recode},
-    }
-    strategy = strategies.build(
-        name,
-        model,
-        args.budget,
-        num_classes=len(order),
-        image_shape=train.image_shape,
-        lr=args.lr,
-        batch_size=args.batch_size,
-        batch_size_mem=args.batch_size_mem,
-        epochs=args.epochs,
-        seed=seed,
-        device=args.device,
-        mode=args.mode,
-        loss=args.loss,
-        renew=args.renew,
-        distill=args.distill,
-        labels=args.labels,
-        label_augmentations=names,
-        tune=args.tune,
-        tune_steps=args.tune_steps,
-        tune_rate=args.tune_rate,
-        replay_weight=args.replay_weight,
-        effort=args.effort,
-        expected_classes=args.expected_classes,
-        progress=sys.stderr.isatty(),
-        **options.get(name, {}),
-    )
+    strategy = make_strategy(name, seed, train, args)
 
     # Joint training sees all experiences at once, and is measured once.
     stream = list(benchmark.train_stream)

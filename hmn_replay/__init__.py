@@ -114,7 +114,7 @@ if TYPE_CHECKING:
     from hmn_replay.avalanche.losses import LOSSES, ReplayStep, label_distillation
     from hmn_replay.avalanche.metrics import memory_metrics
     from hmn_replay.avalanche.plugin import MemoryReplay
-    from hmn_replay.avalanche.streams import split_class_keys
+    from hmn_replay.avalanche.streams import images_of, split_class_keys
 
 __version__ = "0.1.0"
 
@@ -200,6 +200,7 @@ __all__ = [
     "export_npz",
     "extract_features",
     "gradient_matching",
+    "images_of",
     "jpeg_images",
     "label_distillation",
     "label_images",
@@ -239,6 +240,7 @@ _LAZY = {
     "RawReplay": "kinds",
     "ReplayStep": "losses",
     "SubsampledReplay": "kinds",
+    "images_of": "streams",
     "label_distillation": "losses",
     "memory_metrics": "metrics",
     "split_class_keys": "streams",

@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 import hmn_replay
-from hmn_replay.baselines.fill import QUALITIES, next_quality, real_images
+from hmn_replay.baselines.fill import QUALITIES, real_images, search_qualities
 from hmn_replay.condensation.config import make_config
 from hmn_replay.data.images import show_label
 from hmn_replay.data.sources import Split, dataset_name
@@ -161,7 +161,8 @@ def condense(args: argparse.Namespace) -> Result | None:
 def _condense(args: argparse.Namespace, team: Team) -> Result | None:
     out: Path = args.out
     checkpoint = Path(f"{out}.checkpoint")
-    settings = _settings(args, hmn_replay.CondenseConfig.model_fields)
+    config_type = hmn_replay.CondenseConfig
+    settings = _settings(args, config_type.model_fields, config_type.catalogue)
     for name in ("objective", "number_format", "labels"):
         if (value := getattr(args, name)) is not None:
             if name in settings:
@@ -233,6 +234,7 @@ def evaluate(args: argparse.Namespace) -> Result:
     memory = hmn_replay.load(args.file, device=args.device)
     if args.scores:
         return _all_scores(args, memory)
+    _check_label_weight(args, args.labels or memory.richest_labels)
     test = _load_data(args, "test")
     scores = _score(args, lambda seed: memory, test)
     result = {
@@ -423,8 +425,13 @@ def baseline(args: argparse.Namespace) -> Result:
             "--set says how labels are made, and --labels hard makes none; choose others, or leave "
             "--set out"
         )
+    _check_label_weight(args, args.labels)
     if args.qualities and args.kind != "jpeg":
         raise ConfigError(f"--qualities are of JPEG; got --kind {args.kind}: leave them out")
+    if args.factor is not None and args.kind != "subsampled":
+        raise ConfigError(f"--factor is of subsampled images; got --kind {args.kind}: leave it out")
+    if args.factor is None:
+        args.factor = 2
     labels = hmn_replay.LabelConfig(**settings, labels=args.labels)
     train, test = _load_data(args, "train"), _load_data(args, "test")
     # Of compressed images, it is not known before how many fit.
@@ -467,27 +474,27 @@ def baseline(args: argparse.Namespace) -> Result:
         )
         return memory
 
-    waiting: list[dict[str, int]] = [{}]
-    if args.kind == "jpeg":
-        waiting = [{"quality": quality} for quality in args.qualities or QUALITIES]
-    codec_names = list(waiting[0])
+    codec_names = {"jpeg": ["quality"], "subsampled": ["factor"]}.get(args.kind, [])
     scored: list[dict[str, Any]] = []
-    highest = 100
-    while waiting:
-        codec = waiting.pop(0)
-        try:
-            memory = fill(args.seed, **codec)
-        except hmn_replay.BudgetError:
-            if args.qualities or not scored:
-                raise
-            highest, waiting = codec["quality"] - 1, []  # better qualities take more bytes
-        else:
-            sizes = {"num_images": memory.num_images, "file_bytes": memory.file_bytes}
-            name = "".join(f"{name} {value}, " for name, value in codec.items())
-            scored.append({**codec, **sizes, **_score(args, partial(fill, **codec), test, name)})
-        if args.kind == "jpeg" and not args.qualities and not waiting:
-            further = next_quality({one["quality"]: one["accuracy_mean"] for one in scored})
-            waiting = [] if further is None or further > highest else [{"quality": further}]
+
+    def scored_with(**codec: int) -> float:
+        memory = fill(args.seed, **codec)
+        sizes = {"num_images": memory.num_images, "file_bytes": memory.file_bytes}
+        name = "".join(f"{name} {value}, " for name, value in codec.items())
+        scored.append({**codec, **sizes, **_score(args, partial(fill, **codec), test, name)})
+        return float(scored[-1]["accuracy_mean"])
+
+    if args.kind == "jpeg":
+        for quality in args.qualities or QUALITIES[:1]:
+            fill(args.seed, quality=quality)  # one that has no room is refused at once
+        search_qualities(
+            lambda quality: fill(args.seed, quality=quality),
+            lambda quality, _: scored_with(quality=quality),
+            num_images=None if args.qualities else len(train),
+            qualities=args.qualities,
+        )
+    else:
+        scored_with(**({"factor": args.factor} if codec_names else {}))
     scored.sort(key=lambda one: one.get("quality", 0))
     best = max(scored, key=lambda one: one["accuracy_mean"])
     common = {"kind": args.kind, "selection": args.selection, "budget_bytes": budget.num_bytes}
@@ -777,7 +784,12 @@ def _add_baseline(parser: _Parser) -> None:
         type=_qualities,
         metavar="Q,Q,...",
         help=f"JPEG qualities to try, 1 to 100 (default: {','.join(map(str, QUALITIES))}, and on "
-        "past their edge while the best is there)",
+        "past their edge while the best is there; of those at which all images fit, the highest)",
+    )
+    add(
+        "--factor",
+        type=_positive,
+        help="of subsampled images: one pixel in so many is kept along each side (default: 2)",
     )
     _add_training(parser)
     _add_common(parser)
@@ -921,14 +933,16 @@ def _assignment(text: str) -> tuple[str, str]:
 # --- what the sub-commands share
 
 
-def _settings(args: argparse.Namespace, known: Collection[str]) -> dict[str, Any]:
+def _settings(
+    args: argparse.Namespace, known: Collection[str], catalogue: str = ""
+) -> dict[str, Any]:
     """Return what --set gives, checked to be settings, and no options of the sub-command."""
     settings = dict(args.set)
     for name in settings:
         if name not in known and name in vars(args):
             flag = name.replace("_", "-")
             raise UnknownOptionError(f"--set has no option {name!r}; pass --{flag} by itself")
-    check_options("--set", settings, known, catalogue=hmn_replay.CondenseConfig.catalogue)
+    check_options("--set", settings, known, catalogue=catalogue)
     return settings
 
 
@@ -990,6 +1004,14 @@ def _training(args: argparse.Namespace) -> hmn_replay.TrainingConfig:
         precision=args.precision,
         label_weight=args.label_weight,
     )
+
+
+def _check_label_weight(args: argparse.Namespace, labels: str) -> None:
+    if args.label_weight is not None and labels == "hard":
+        raise ConfigError(
+            "--label-weight is of what soft labels or a labeller say, and hard labels alone are "
+            "learned from: leave it out"
+        )
 
 
 def _score(

@@ -9,13 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.data.features import LabelledFeatures
-from hmn_replay.data.images import ImageSource, as_labelled_images, check_same_names, show_label
+from hmn_replay.data.images import (
+    ImageSource,
+    as_labelled_images,
+    check_same_keys,
+    check_same_names,
+    show_label,
+)
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once, join_images
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.labels import LABELS
 from hmn_replay.runtime import resolve_device, without_autocast
-from hmn_replay.training.networks import Network, NetworkFactory, evaluating, linear_head
+from hmn_replay.training.networks import Network, NetworkFactory, lent_to, linear_head
 from hmn_replay.training.train import Targets, TrainingConfig, train_network
 
 __all__ = ["Decodable", "evaluate", "labeller_accuracy", "score"]
@@ -145,18 +151,12 @@ def score(
     """
     check_labelled(images, class_indices)
     batch_size = images_at_once(images.shape[1:]) if batch_size is None else batch_size
-    home = next(network.parameters(), torch.empty(0)).device
-    target = home if device is None else resolve_device(device)
-    num_right = torch.zeros((), dtype=torch.int64, device=target)
-    try:
-        network.to(target)
-        with evaluating(network), torch.no_grad():
-            for start in range(0, len(images), batch_size):
-                chunk = slice(start, start + batch_size)
-                predicted = network(as_floats(images[chunk].to(target))).argmax(dim=1)
-                num_right += (predicted == class_indices[chunk].to(target)).sum()
-    finally:
-        network.to(home)
+    with lent_to(network, device) as target, torch.no_grad():
+        num_right = torch.zeros((), dtype=torch.int64, device=target)
+        for start in range(0, len(images), batch_size):
+            chunk = slice(start, start + batch_size)
+            predicted = network(as_floats(images[chunk].to(target))).argmax(dim=1)
+            num_right += (predicted == class_indices[chunk].to(target)).sum()
     return float(num_right) / len(images)
 
 
@@ -184,6 +184,7 @@ def labeller_accuracy(memory: Memory, test_set: Decodable | ImageSource) -> floa
 
 def _positions(labels: Tensor, classes: Tensor, owner: str) -> Tensor:
     """Return the positions of a test set's labels in ascending classes; -1 for those not there."""
+    check_same_keys(labels, classes, "the test set")
     positions = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
     known = classes[positions] == labels
     if len(labels) and not known.any():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Generic, TypeVar
 
 from hmn_replay.errors import ConfigError
@@ -137,15 +138,29 @@ def name_of(entry: object) -> str:
     """Return what reports and files call a thing that is given by name, or as a function.
 
     A name is returned as it is, and a function or class as its module and name, such as
-    ``"my_project.losses.match_means"``. A partial or wrapper has the name of its function, and any
-    other callable that of its class.
+    ``"my_project.losses.match_means"``. A wrapper has the name of its function, a partial its
+    arguments as well, as in ``"my_project.losses.match_means(power=2)"``, and any other callable
+    the name of its class.
     """
     if isinstance(entry, str):
         return entry
-    while inner := getattr(entry, "__wrapped__", getattr(entry, "func", None)):
-        entry = inner
+    if isinstance(entry, partial):
+        given = [*map(_shown, entry.args), *(f"{k}={_shown(v)}" for k, v in entry.keywords.items())]
+        return f"{name_of(entry.func)}({', '.join(given)})" if given else name_of(entry.func)
+    if wrapped := getattr(entry, "__wrapped__", None):
+        return name_of(wrapped)
     named = entry if hasattr(entry, "__qualname__") else type(entry)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def _shown(argument: object) -> str:
+    """Return an argument as it is, if it is a plain value; else what kind of thing it is."""
+    if callable(argument):
+        return name_of(argument)
+    if isinstance(argument, list | tuple):
+        return f"[{', '.join(map(_shown, argument))}]"
+    is_plain = isinstance(argument, str | bytes | int | float | None)
+    return repr(argument) if is_plain else type(argument).__name__
 
 
 def suggest(name: object, known: list[str]) -> str:

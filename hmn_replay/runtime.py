@@ -172,6 +172,14 @@ def _has_native_bfloat16(device_type: str) -> bool:
     return False
 
 
+def check_seed(seed: int) -> int:
+    """Return a seed as Python's integer, or raise a ConfigError for what is none."""
+    number = as_int(seed)
+    if number is None:
+        raise ConfigError(f"seed must be an integer, got {seed!r}")
+    return number
+
+
 def derive_seed(seed: int, *names: int | str) -> int:
     """Return the 63-bit seed of one named draw.
 
@@ -181,10 +189,7 @@ def derive_seed(seed: int, *names: int | str) -> int:
     Raises:
         ConfigError: The seed is not an integer.
     """
-    number = as_int(seed)
-    if number is None:
-        raise ConfigError(f"seed must be an integer, got {seed!r}")
-    digest = hashlib.blake2b(repr((number, *names)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((check_seed(seed), *names)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -8,7 +8,7 @@ putting them through the memory's codec.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from hmn_replay.data.lookup import as_floats, images_at_once
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
 from hmn_replay.runtime import make_generator, without_autocast
-from hmn_replay.training.networks import evaluating, find_head, logits_and_features
+from hmn_replay.training.networks import device_of, evaluating, find_head, logits_and_features
 
 __all__ = ["shortcut_report"]
 
@@ -86,6 +86,13 @@ def shortcut_report(
     network = model if isinstance(model, nn.Module) else model.model
     if transform is None:
         transform = _normalization_of(model)
+    if multi := [m for m in network.modules() if hasattr(m, "forward_single_task")]:
+        raise ConfigError(
+            f"the report is of networks with one head; {type(multi[0]).__name__} has one for each "
+            "task"
+        )
+    if not isinstance(new_classes, Iterable):
+        raise ConfigError(f"new_classes is a list of labels; got {new_classes!r}")
     new = torch.as_tensor(list(new_classes), dtype=torch.int64)
     if not len(new):
         raise ConfigError("new_classes must have one label or more; got none")
@@ -178,7 +185,7 @@ def _features_of(
     network: nn.Module, some_images: Tensor, transform: Callable[[Tensor], Tensor] | None
 ) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """Give a function from images to predicted labels ``(N,)`` and features ``(N, D)``."""
-    device = next(network.parameters(), torch.empty(0)).device
+    device = device_of(network)
 
     def shown(images: Tensor) -> Tensor:
         floats = as_floats(images.to(device))

@@ -31,7 +31,7 @@ class Settings:
     """The arguments of :func:`strategies.build`, which says what each is.
 
     Raises:
-        ConfigError: ``mode`` is none of the two.
+        ConfigError: ``mode`` is none of the two, or a number of the training is below its range.
     """
 
     model: nn.Module
@@ -66,6 +66,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+        for name in ("batch_size", "batch_size_mem", "epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more; got {getattr(self, name)!r}")
+        if not self.lr > 0:
+            raise ConfigError(f"lr must be above 0; got {self.lr!r}")
 
     def common(self, *plugins: SupervisedPlugin[Any]) -> dict[str, Any]:
         """Return what all of Avalanche's strategies take, the given plugins before the caller's."""

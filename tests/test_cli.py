@@ -214,7 +214,8 @@ def test_baseline_goes_on_past_the_edge_where_the_best_quality_is(
     options = ["--kind", "jpeg", "--budget", "20 kB", "--repeats", 1, "--quiet"]
     result = run.json("baseline", *options)
     tried = [one["quality"] for one in result["tried"]]
-    assert tried == [5, 10, 20, 35, 50, 75, 95, 98, 99, 100]
+    # At 5 and at 10 all images fit: the fewer bytes would buy nothing.
+    assert tried == [10, 20, 35, 50, 75, 95, 98, 99, 100]
     assert result["quality"] == 100
 
 
@@ -651,6 +652,7 @@ def test_data_that_do_not_fit_are_said_not_to_have_been_named(
         ("baseline --budget 9kB", "--kind"),
         ("baseline --kind raw --budget 9kB --selection best", "invalid choice: 'best'"),
         ("baseline --kind jpeg --budget 9kB --qualities 5,x", "1 or more, got 'x'"),
+        ("baseline --kind subsampled --budget 9kB --factor x", "1 or more, got 'x'"),
         ("baseline --kind jpeg --budget 9kB --qualities 101", "qualities from 1 to 100"),
         (
             "baseline --quality=30",
@@ -855,3 +857,33 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
         run(*common, out, code=2 if "read by" in message else 1)
         assert message in run.err
     assert data.read_bytes() == b""
+
+
+def test_baseline_takes_the_factor_of_subsampled_images(
+    run: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hmn_replay, "evaluate", lambda source, test, **_: (None, 0.25))
+    options = ["baseline", "--kind", "subsampled", "--budget", 5000, "--quiet"]
+    counts = [run.json(*options, *more)["num_images"] for more in ([], ["--factor", 4])]
+    assert run.json(*options)["factor"] == 2
+    assert counts[1] > 3 * counts[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--kind raw --factor 4", "--factor is of subsampled images; got --kind raw"),
+        ("--kind raw --label-weight 0.3", "hard labels alone are learned from: leave it out"),
+        ("--kind raw --labels soft --set outer_steps=3", "it has teacher_width"),
+    ],
+)
+def test_options_that_baseline_has_no_use_for_are_refused(
+    run: Console, options: str, message: str
+) -> None:
+    run("baseline", "--budget", 5000, *options.split(), code=2)
+    assert message in run.err
+
+
+def test_a_weight_of_labels_is_for_labels(run: Console, memory_file: Path) -> None:
+    run("evaluate", memory_file, "--label-weight", 0.3, code=2)
+    assert "hard labels alone are learned from: leave it out" in run.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import ImageLookup, Images
 from hmn_replay.errors import DataError
 from hmn_replay.evaluation import evaluate, score
-from hmn_replay.memory import HierarchicalMemory, HMNLayout
+from hmn_replay.memory import HierarchicalMemory, HMNLayout, RawMemory
+from hmn_replay.memory.gallery import psnr_by_class
 from tests.stripes import PLAIN, TINY, stripes, weights
 from tests.support import KINDS, any_memory, real_set
 
@@ -234,3 +236,15 @@ def test_training_is_the_same_inside_other_modes() -> None:
         assert inside.state_dict()[name].equal(value)
         assert other.state_dict()[name].equal(value)
         assert cast.state_dict()[name].equal(value)
+
+
+def test_class_keys_of_tasks_are_not_compared_with_plain_labels() -> None:
+    images, labels = stripes(12, labels=(0, 1, 2, 3))[:2]
+    keys = labels + (labels >= 2).long() * 2**32
+    memory = RawMemory(images.shape[1:])
+    memory.extend(LabelledImages(images, keys))
+    for compare in (partial(evaluate, config=TINY), psnr_by_class):
+        with pytest.raises(DataError, match=r"class keys of tasks, .*split_class_keys"):
+            compare(memory, (images, labels))
+    # Those of the first task alone are the same.
+    assert len(psnr_by_class(memory, (images[labels < 2], labels[labels < 2]))) == 2

@@ -87,3 +87,6 @@ def test_things_are_called_by_module_and_name() -> None:
     assert name_of(name_of) == name_of(partial(name_of)) == "hmn_replay.registry.name_of"
     assert name_of(Registry) == "hmn_replay.registry.Registry"
     assert name_of(Callable()) == f"{__name__}.Callable"
+    bound = partial(print, (2, name_of), 0.5, "x", sep=Callable(), file=object())
+    given = f"[2, hmn_replay.registry.name_of], 0.5, 'x', sep={__name__}.Callable, file=object"
+    assert name_of(bound) == f"builtins.print({given})"

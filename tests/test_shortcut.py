@@ -162,3 +162,15 @@ def test_without_old_or_new_classes_there_is_nothing_to_measure() -> None:
         shortcut_report(Bright(False), None, noisy_set(), new_classes=[0, 1, 2, 3])
     with pytest.raises(ConfigError, match="new_classes must have one label or more"):
         shortcut_report(Bright(False), None, noisy_set(), new_classes=[])
+
+
+def test_labels_are_a_list_and_the_network_has_one_head() -> None:
+    with pytest.raises(ConfigError, match="new_classes is a list of labels; got 1"):
+        shortcut_report(Bright(True), None, noisy_set(), new_classes=1)  # type: ignore[arg-type]
+    pytest.importorskip("avalanche")
+    from avalanche.models import SimpleMLP
+    from avalanche.models.helper_method import as_multitask
+
+    multi = as_multitask(SimpleMLP(num_classes=2, input_size=4), "classifier")
+    with pytest.raises(ConfigError, match=r"of networks with one head; .* one for each task"):
+        shortcut_report(multi, None, noisy_set(), new_classes=NEW)

@@ -103,6 +103,10 @@ class MemoryBuffer(ExemplarsBuffer):
             raise ConfigError(
                 f"max_size must be a whole number of 1 or more, or None; got {max_size!r}"
             )
+        if not hasattr(replay, "store"):
+            raise ConfigError(
+                f"a MemoryBuffer is of a plugin, such as HMNReplay('300 KiB'); got {replay!r:.80}"
+            )
         if replay.labels != "hard":
             raise ConfigError(
                 "a method that replays from a buffer learns classes alone: leave labels out"

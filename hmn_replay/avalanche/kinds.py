@@ -37,7 +37,7 @@ from hmn_replay.replay import (
 from hmn_replay.replay.keepers import check_learned_options, kinds_with, named_arguments
 from hmn_replay.runtime import isolated
 from hmn_replay.settings import check_options
-from hmn_replay.training.networks import evaluating
+from hmn_replay.training.networks import device_of, evaluating
 from hmn_replay.training.train import TrainingConfig
 
 __all__ = ["HMNReplay", "JPEGReplay", "LosslessReplay", "RawReplay", "SubsampledReplay"]
@@ -94,7 +94,7 @@ class HMNReplay(MemoryReplay):
         renew: ``"before"``, ``"after"`` or ``"auto"``: when to condense an experience.
         distill: Weight of the distillation from the previous network.
         recode_share: Probability with which an image of the experience is shown through the
-            memory's codec; for ``kind="hmn"``.
+            memory's codec; for kinds that have one, ``"hmn"`` and ``"fred"``.
         labels: ``"hard"`` or ``"soft"``: whether the network's answers are kept beside the images.
         label_weight: Weight of these in the loss of replayed images.
         label_augmentations: Augmentations that these answers are averaged over.
@@ -406,7 +406,7 @@ def _gives_blocks(model: nn.Module, image_shape: Sequence[int]) -> bool:
     """Return whether a network gives logits of images alone, and the features of several blocks."""
     if not callable(getattr(model, "features", None)):
         return False
-    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     images = torch.full((2, *image_shape), 0.5, device=device)
     try:
         with isolated(device, 0, "features"), evaluating(model):

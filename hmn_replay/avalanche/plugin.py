@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from avalanche.core import BasePlugin, SupervisedPlugin
 from avalanche.models import MultiTaskModule
+from avalanche.training.plugins.lwf import LwFPlugin
 from avalanche.training.supervised import JointTraining
 from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import Tensor, nn
@@ -43,12 +44,14 @@ from hmn_replay.avalanche.streams import (
     Normalization,
     Strategy,
     check_experiences,
+    check_is_normalised,
     class_counts,
     experiences_of,
     find_normalization,
     first_images,
     first_of_each_class,
     is_piece,
+    normalises,
     read_experiences,
     split_class_keys,
 )
@@ -173,8 +176,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         recode_share: Probability in [0, 1] with which an image of the experience is shown as the
             memory would give it back, encoded and decoded, so that a network cannot tell age by
             what a codec does to images (Wang et al. 2023, CIM-CIL). Default: 0, none. For kinds of
-            memory with a codec (:attr:`hmn_replay.Memory.has_codec`), which are hmn and all real
-            images; not for ``"memory_only"``.
+            memory with a codec (:attr:`hmn_replay.Memory.has_codec`), which are hmn, fred and all
+            real images; not for ``"memory_only"``.
         labels: ``"hard"``, or ``"soft"``: when an experience has been trained on, the network says
             of the memory's images of its classes what else they resemble, which is kept in the file
             and counts towards its bytes. From the next experience on it is learned beside the
@@ -712,6 +715,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._kept, self._found = kept, self.normalization or found
         self.loss_used, self.renew_used = names
         self._num_updates_before, self._tuned_digests = num_before, dict(tuned)
+        # What is trained next need not be the network of before.
+        self._model = self._soft = self._codec = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no network, and no decoded image."""
@@ -758,7 +763,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if self.distill is not None:
             return self.distill
         can_be = _has_plain_criterion(strategy) and not self._has_tasks(experiences)
-        return float(can_be and self._has_learned and _needs_all_classes(self._loss_now))
+        if not (can_be and self._has_learned and _needs_all_classes(self._loss_now)):
+            return 0.0
+        if any(isinstance(plugin, LwFPlugin) for plugin in strategy.plugins):
+            self._warn("LwFPlugin distils the previous network: going on as with distill=0")
+            return 0.0
+        return 1.0
 
     def _make_teacher(self, model: nn.Module, classes: Tensor) -> Teacher | None:
         """Return a copy of the network to distil, or None where none is wanted."""
@@ -777,6 +787,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def _check_data(self, experiences: Sequence[Any]) -> None:
         self._found = self.normalization or find_normalization(*(e.dataset for e in experiences))
         with isolated(self._device, self.seed, "check"):
+            if self.normalization is not None:
+                check_is_normalised(experiences, self.normalization)
             self._item_length, self._image_shape = check_experiences(experiences, self._found)
 
     def _learn(self, strategy: Strategy, experience: Any) -> LabelledImages | None:
@@ -807,13 +819,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         memory, model, found = self.memory, self._model, self._found
         if self.labels != "soft" or memory is None or model is None:
             return
-        labels = memory.classes.to(self._device)
 
         def network(images: Tensor) -> Tensor:
             images = images.to(self._device)  # the memory may be on another
-            images = images if found is None else found.apply(images)
-            logits: Tensor = model(images)
-            return logits[:, labels]
+            logits: Tensor = model(images if found is None else found.apply(images))
+            return logits
 
         with evaluating(model):
             self.store.label(network, augmentations=self.label_augmentations)
@@ -919,7 +929,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def _end_piece(self, piece: Any) -> None:
         """Make what was gathered into the memory, if its end is known, or enough has come."""
         if piece.access_task_boundaries:
-            is_end = piece.is_last_subexp
+            # Avalanche calls no piece the last where all are of one size.
+            num_all = len(piece.origin_experience.dataset)
+            is_end = piece.is_last_subexp or self.store.gatherer.num_seen.total() >= num_all
         else:
             is_end = self.store.gatherer.num_seen.total() >= self.max_raw_images
         if is_end:
@@ -1115,6 +1127,11 @@ def _check_settings(
         raise ConfigError(
             "replay_transform is a function of a batch of images, such as "
             f'hmn_replay.RandomAugmentation("crop,flip"); got {replay_transform!r}'
+        )
+    if normalises(replay_transform):
+        raise ConfigError(
+            "replay_transform takes images in [0, 1], which are normalised afterwards as the "
+            "benchmark does: leave Normalize out of it"
         )
     if replay_weight is not None and not _is_in(replay_weight, 0, 1):
         raise ConfigError(f"replay_weight must be None, or in [0, 1]; got {replay_weight!r}")

@@ -24,18 +24,21 @@ from torchvision.transforms import v2
 
 from hmn_replay.data.images import LabelledImages, stack_images, to_image, to_label
 from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.training.networks import device_of
 
 __all__ = [
     "NormalisingNetwork",
     "Normalization",
     "Strategy",
     "check_experiences",
+    "check_is_normalised",
     "class_counts",
     "class_key",
     "experiences_of",
     "find_normalization",
     "first_images",
     "first_of_each_class",
+    "images_of",
     "is_piece",
     "read_experiences",
     "split_class_keys",
@@ -46,6 +49,8 @@ Strategy: TypeAlias = Any
 
 # A class key holds the task's label in its upper half, the class's in its lower.
 _LABEL_BITS = 32
+# So many images of an experience show whether it is normalised.
+_NUM_LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class NormalisingNetwork(nn.Module):
     def __init__(self, network: nn.Module, normalization: Normalization) -> None:
         super().__init__()
         self.network = network
-        device = next(network.parameters(), torch.empty(0)).device
+        device = device_of(network)
         for name in ("mean", "std"):
             values = torch.tensor(getattr(normalization, name), dtype=torch.float64, device=device)
             self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
@@ -168,10 +173,16 @@ def find_normalization(*datasets: Any) -> Normalization | None:
     if len(found["eval"]) > 1 or found["train"] != found["eval"]:
         raise DataError(
             "expected one normalisation, the same in the train and the eval transforms, found "
-            f"{sorted(map(str, found['train']))} and {sorted(map(str, found['eval']))}; "
-            "pass the one that training sees as normalization=(mean, std)"
+            f"{sorted(map(str, found['train']))} and {sorted(map(str, found['eval']))}: memories "
+            "read images by the eval transforms, so give both the same; where both do the same "
+            "in a way that is not found, pass normalization=(mean, std)"
         )
     return next(iter(found["eval"]), None)
+
+
+def normalises(transform: object) -> bool:
+    """Return whether a transform has a ``Normalize`` of torchvision in it."""
+    return next(_walk(transform), None) is not None
 
 
 def check_experiences(
@@ -192,6 +203,51 @@ def check_experiences(
     image, _ = _fetch(dataset, 0, normalization)
     shape = tuple(to_image(image, "image 0 of the experience").shape)
     return len(dataset[0]), shape
+
+
+def check_is_normalised(experiences: Sequence[Any], normalization: Normalization) -> None:
+    """Refuse a normalisation that the eval transforms of some experiences do not apply.
+
+    Raises:
+        DataError: They have no ``Normalize``, and give images in [0, 1].
+    """
+    found = (_normalizations(each.dataset, "eval") for each in experiences)
+    if any(next(each, None) is not None for each in found) or min(normalization.mean) <= 0:
+        return
+    images = first_images(experiences, _NUM_LOOKED_AT)
+    is_plain = images.is_floating_point() and bool(((images >= 0) & (images <= 1)).all())
+    if is_plain and images.numel():
+        raise DataError(
+            f"normalization= says that images are normalised with {normalization.mean} and "
+            f"{normalization.std}, but the eval transforms give images in [0, 1]: give these the "
+            "Normalize that training has, or leave normalization= out where nothing normalises"
+        )
+
+
+def images_of(
+    experiences: Any, normalization: tuple[Sequence[float], Sequence[float]] | None = None
+) -> LabelledImages:
+    """Return the images of an experience of Avalanche, or of all of a stream, as a memory has them.
+
+    They are read by their eval transforms, whose normalisation is undone.
+
+    Args:
+        experiences: An experience, a stream, or a list of experiences.
+        normalization: Mean and deviation by channel that the transforms end in. Default: None,
+            those of the ``Normalize`` of torchvision that is found in them; of none, no
+            normalisation.
+
+    Returns:
+        The images, whose labels are class keys where there are task labels; see
+        :func:`hmn_replay.split_class_keys`.
+
+    Raises:
+        DataError: Images or labels that cannot be used.
+    """
+    parts = [experiences] if hasattr(experiences, "dataset") else list(experiences)
+    if normalization is None:
+        return read_experiences(parts, find_normalization(*(each.dataset for each in parts)))
+    return read_experiences(parts, Normalization.of(normalization))
 
 
 def first_of_each_class(

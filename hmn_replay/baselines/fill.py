@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ __all__ = [
     "raw_features",
     "raw_images",
     "real_images",
+    "search_qualities",
     "subsampled_images",
 ]
 
@@ -325,34 +326,62 @@ def choose_quality(
     num_bytes = Budget.parse(budget).num_bytes
     share = num_bytes * data.num_classes // max(num_classes, data.num_classes)
     training = training or TrainingConfig(width=32, num_passes=6000)
-    filled: dict[int, RealMemory] = {}
 
-    def fill(quality: int) -> bool:
+    def fill(quality: int) -> RealMemory:
+        return jpeg_images(train, max(share, 1), quality=quality, seed=seed)
+
+    def score(quality: int, memory: RealMemory) -> float:
+        del quality
+        return evaluate(memory, held_out, seed=seed, device=device, config=training)[1]
+
+    best, found = search_qualities(fill, score, num_images=len(train), qualities=qualities)
+    found = dict(sorted(found.items()))
+    return best or _USUAL_QUALITY, {str(quality): accuracy for quality, accuracy in found.items()}
+
+
+def search_qualities(
+    fill: Callable[[int], RealMemory],
+    score: Callable[[int, RealMemory], float],
+    *,
+    num_images: int | None = None,
+    qualities: Sequence[int] | None = None,
+) -> tuple[int | None, dict[int, float]]:
+    """Score JPEG qualities, each of which fills a budget.
+
+    Args:
+        fill: From a quality to its memory. Where it raises a BudgetError, so would higher ones.
+        score: From a quality and its memory to how good it is: the higher, the better.
+        num_images: How many images there are: of qualities at which all fit, the highest alone is
+            scored. Default: None, all are.
+        qualities: What to choose from, ascending. Default: ``QUALITIES``, and on past their edge,
+            as :func:`next_quality` says, while the best is there.
+
+    Returns:
+        The best quality, the lower one of two as good, or None where none fits; and the score of
+        each that was scored.
+    """
+    filled: dict[int, RealMemory] = {}
+    scores: dict[int, float] = {}
+
+    def fits(quality: int) -> bool:
         with contextlib.suppress(BudgetError):
-            filled[quality] = jpeg_images(train, max(share, 1), quality=quality, seed=seed)
+            filled[quality] = fill(quality)
         return quality in filled
 
     def of_use() -> list[int]:
-        """Return the qualities that fit; of those at which all images do, the highest."""
-        lowest = max((q for q, memory in filled.items() if len(memory) == len(train)), default=0)
+        lowest = max((q for q, memory in filled.items() if len(memory) == num_images), default=0)
         return [quality for quality in sorted(filled) if quality >= lowest]
 
-    accuracies: dict[int, float] = {}
     for quality in QUALITIES if qualities is None else qualities:
-        if not fill(quality):  # better ones take more bytes
+        if not fits(quality):
             break
-    while waiting := [quality for quality in of_use() if quality not in accuracies]:
+    while waiting := [quality for quality in of_use() if quality not in scores]:
         for quality in waiting:
-            memory = filled[quality]
-            _, accuracies[quality] = evaluate(
-                memory, held_out, seed=seed, device=device, config=training
-            )
-        further = next_quality({quality: accuracies[quality] for quality in of_use()})
+            scores[quality] = score(quality, filled[quality])
+        further = next_quality({quality: scores[quality] for quality in of_use()})
         if qualities is None and further is not None:
-            fill(further)
-    found = dict(sorted(accuracies.items()))
-    best = max(of_use(), key=lambda quality: found[quality], default=_USUAL_QUALITY)
-    return best, {str(quality): accuracy for quality, accuracy in found.items()}
+            fits(further)
+    return max(of_use(), key=lambda quality: scores[quality], default=None), scores
 
 
 def next_quality(accuracies: Mapping[int, float]) -> int | None:

@@ -7,7 +7,6 @@ an order, the first to be kept first: what is chosen for a small budget is kept 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,11 +22,7 @@ from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.data.lookup import as_floats, images_at_once
 from hmn_replay.errors import ConfigError
 from hmn_replay.runtime import derive_seed, make_generator
-from hmn_replay.training.networks import (
-    evaluating,
-    find_head,
-    logits_and_features,
-)
+from hmn_replay.training.networks import device_of, evaluating, find_head, logits_and_features
 from hmn_replay.training.train import TrainingConfig, train_network
 
 __all__ = [
@@ -350,5 +345,4 @@ def _in_chunks(network: nn.Module, forward: Callable[[Tensor], Tensor], images: 
 
 def _shown(network: nn.Module, images: Tensor) -> Tensor:
     """Return images as floats in [0, 1], where the network is."""
-    home = next(itertools.chain(network.parameters(), network.buffers()), images).device
-    return as_floats(images.to(home))
+    return as_floats(images.to(device_of(network, images.device)))

@@ -29,7 +29,7 @@ from hmn_replay.memory.base import MEMORIES, Memory, check_num_classes
 from hmn_replay.memory.layout import MemoryLayout
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.runtime import (
-    derive_seed,
+    check_seed,
     deterministic_cudnn,
     resolve_device,
     resolve_precision,
@@ -183,8 +183,7 @@ def condense(
             "expected a budget, or a memory to add to that has one, and got neither; pass the "
             'bytes of the file, such as "120 KiB"'
         )
-    limit, target = Budget.parse(budget), resolve_device(device)
-    derive_seed(seed)
+    limit, target, seed = Budget.parse(budget), resolve_device(device), check_seed(seed)
     networks = check_given_networks(config.objective, networks)
     if networks and memory_type.holds_features:
         raise ConfigError("networks match images; leave them out for features, which are fitted")
@@ -296,6 +295,11 @@ def check_config(config: CondenseConfig, memory_type: type[Memory]) -> None:
         raise ConfigError(
             "beta_grid chooses how images are pruned by AUM, and pruning='order' drops the last: "
             f"leave beta_grid out; got {config.beta_grid}"
+        )
+    if not config.warm_start_steps and not config.num_steps:
+        raise ConfigError(
+            "without a warm start and without matching nothing is learned: warm_start_steps or "
+            "outer_steps is 1 or more; got 0 for both"
         )
     by_networks = config.num_steps or config.labels != "hard" or config.pruning != "order"
     if memory_type.holds_features and by_networks:

@@ -9,7 +9,7 @@ from pydantic import Field, field_serializer
 from hmn_replay.condensation.labelling import LabelConfig
 from hmn_replay.data.augment import STRATEGIES
 from hmn_replay.memory.formats import NUMBER_FORMATS
-from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction
+from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction, get_objective
 from hmn_replay.objectives.trajectories import EXPERT_TRAINING
 from hmn_replay.registry import UnknownNameError, name_of
 from hmn_replay.runtime import PRECISIONS
@@ -228,7 +228,7 @@ class CondenseConfig(LabelConfig):
     @field_serializer("objective")
     def _named_objective(self, objective: Any) -> str:
         """Return a function by its name, so that reports have JSON's types."""
-        return name_of(getattr(objective, "loss", None) or objective)
+        return objective if isinstance(objective, str) else get_objective(objective).name
 
     @field_serializer("network")
     def _named_networks(self, networks: Any) -> tuple[str, ...]:

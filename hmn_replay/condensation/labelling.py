@@ -19,12 +19,12 @@ from hmn_replay.data.augment import STRATEGIES, draw_augmentation
 from hmn_replay.data.images import ImageSource, as_labelled_images, channel_stats
 from hmn_replay.data.lookup import Images, as_floats, images_at_once
 from hmn_replay.distributed import ALONE, Team
-from hmn_replay.errors import ConfigError
+from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.labels import LABELS, Labeller, expected_bytes
 from hmn_replay.runtime import derive_seed, make_generator, resolve_device
 from hmn_replay.settings import Settings, one_of
-from hmn_replay.training.networks import Network, default_depth
+from hmn_replay.training.networks import Network, default_depth, device_of
 from hmn_replay.training.train import Compile, TrainingConfig, train_network
 
 __all__ = [
@@ -207,15 +207,25 @@ def label_images(
 
     Returns:
         float32 ``(N, K)`` on the CPU, rows that sum to one.
+
+    Raises:
+        DataError: There are no parts, or they are not as many images of one shape each.
+        ConfigError: ``views`` is below 1.
     """
+    shapes = [tuple(part.shape) for part in parts]
+    if not shapes or len(shapes[0]) != 4 or len(set(shapes)) > 1:
+        raise DataError(
+            "expected a list of images (N, C, H, W), all of the same shape: several ones of every "
+            f"image, or [images]; got {shapes[:4]}"
+        )
+    if views < 1:
+        raise ConfigError(f"views must be 1 or more, got {views}")
     first = parts[0]
     shape, size = first.shape[1:], images_at_once(first.shape[1:])
     mean, std = channel_stats(first)
-    parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
-    home = next(parameters, None)
     target = None if device is None else resolve_device(device)
-    if target is None and home is not None:
-        target = home.device
+    if target is None and isinstance(network, nn.Module):
+        target = device_of(network)
     rows = []
     for chunk in torch.arange(len(first)).split(size):
         total = torch.zeros((), dtype=torch.float32)

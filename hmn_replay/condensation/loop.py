@@ -63,6 +63,7 @@ from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import get_objective
 from hmn_replay.objectives.trajectories import Experts, experts_beside
 from hmn_replay.runtime import derive_seed, isolated_if, make_generator, peak_memory_bytes
+from hmn_replay.training.networks import tensors_of
 from hmn_replay.training.train import cosine_rate, train_network
 
 __all__ = ["Condensation", "Run"]
@@ -821,7 +822,7 @@ def _identity(
     return {
         "data": digest_tensors("", {"images": data.images, "labels": data.labels}),
         "memory": digest_tensors("", old_tensors),
-        "networks": " ".join(digest_tensors("", {**each.state_dict()}) for each in networks),
+        "networks": " ".join(digest_tensors("", tensors_of(each)) for each in networks),
         "kind": memory_type.kind,
         "layout": repr(layout),
         "expected_classes": repr(max(data.num_classes, expected_classes or 0)),

@@ -22,6 +22,7 @@ from hmn_replay.objectives import ObjectiveFunction, get_objective
 from hmn_replay.objectives.trajectories import Experts
 from hmn_replay.registry import name_of
 from hmn_replay.runtime import derive_seed, make_generator
+from hmn_replay.training.networks import tensors_of
 
 __all__ = [
     "BatchMatcher",
@@ -160,7 +161,7 @@ class TrainedNetworks:
     def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
         self.context, self.seed, self.experts = context, seed, experts
         self.steps_per_network = context.config.inner_steps
-        self.networks = _networks_of(experts, context)
+        _train_missing(experts, context)
 
     def draw(self, number: int) -> None:
         """Draw one of the trained networks, and a point between its initial weights and these."""
@@ -169,7 +170,7 @@ class TrainedNetworks:
         share = float(torch.rand((), dtype=torch.float32, generator=generator))
         read = partial(self.experts.read, expert, 0, self.experts.num_epochs)
         initial, trained = self.context.team.agree(read)
-        self.network = self.networks[expert % len(self.networks)]
+        self.network = self.experts.network(expert).to(self.context.device)
         with torch.no_grad():
             for name, parameter in self.network.named_parameters():
                 parameter.copy_(torch.lerp(initial[name], trained[name], share))
@@ -201,7 +202,7 @@ class GivenNetworks:
         self.logits: Sequence[int] | None = context.memory.classes.tolist()
         self.network = copy.deepcopy(networks[-1]).to(context.device).eval()
         self.states = [
-            {name: value.detach().to(context.device) for name, value in each.state_dict().items()}
+            {name: value.detach().to(context.device) for name, value in tensors_of(each).items()}
             for each in networks
         ]
         self.network.requires_grad_(True)
@@ -213,7 +214,7 @@ class GivenNetworks:
         first = int(torch.randint(max(1, len(self.states) - 1), (), generator=generator))
         share = float(torch.rand((), dtype=torch.float32, generator=generator))
         start, end = self.states[first], self.states[min(first + 1, len(self.states) - 1)]
-        for name, value in self.network.state_dict().items():
+        for name, value in tensors_of(self.network).items():
             between = value.is_floating_point()
             value.copy_(torch.lerp(start[name], end[name], share) if between else end[name])
 
@@ -289,7 +290,7 @@ class TrajectoryMatcher:
     def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
         self.context, self.seed, self.experts = context, seed, experts
         config, device = context.config, context.device
-        self.networks = _networks_of(experts, context)
+        _train_missing(experts, context)
         logarithm = torch.tensor(
             math.log(config.student_learning_rate), dtype=torch.float32, device=device
         )
@@ -318,7 +319,7 @@ class TrajectoryMatcher:
         )
         logarithm = self.rate["logarithm"]
         rate = logarithm.detach().exp()
-        network = self.networks[expert % len(self.networks)]
+        network = self.experts.network(expert).to(device)
         num_decoded, of_rate = steps.trajectory_step(
             self.context, network, start, target, rate, generator
         )
@@ -362,17 +363,16 @@ def check_given_networks(
                 "has no features(images) that returns those of its blocks; add that method, or "
                 'take objective="gradient"'
             )
-        shapes = [{k: v.shape for k, v in n.state_dict().items()} for n in (networks[0], network)]
+        shapes = [{k: v.shape for k, v in tensors_of(n).items()} for n in (networks[0], network)]
         if shapes[0] != shapes[1]:
             raise ConfigError("networks are states of one network; these differ in their tensors")
     return networks
 
 
-def _networks_of(experts: Experts, context: steps.StepContext) -> list[Any]:
-    """Return a network of each architecture that experts have, after training any missing ones.
+def _train_missing(experts: Experts, context: steps.StepContext) -> None:
+    """Train what experts are missing: none are after the phase that trains them.
 
-    They are there after the phase that trains them, unless a run goes on without their folder.
+    But some may be where a run goes on without their folder.
     """
     for number in context.team.agree(experts.missing):
         experts.record(number, context.device, team=context.team)
-    return [experts.network(k).to(context.device) for k in range(len(context.config.network))]

@@ -6,7 +6,6 @@ easiest of each class until the budget holds. AUM is Pleiss et al. 2020, arXiv 2
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -17,7 +16,7 @@ from hmn_replay.budget import as_int
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError
-from hmn_replay.training.networks import evaluating
+from hmn_replay.training.networks import device_of, evaluating
 
 __all__ = ["MarginRecorder", "aum", "double_ended_prune", "margins"]
 
@@ -100,7 +99,7 @@ class MarginRecorder:
     def __call__(self, epoch: int, network: nn.Module) -> None:
         """Record what the network of an epoch says of the images, in evaluation mode."""
         images, labels = self.images, self.class_indices
-        home = next(itertools.chain(network.parameters(), network.buffers()), labels).device
+        home = device_of(network, labels.device)
         found = torch.zeros(len(images), dtype=torch.float32, device=labels.device)
         positions = torch.arange(len(images), device=labels.device)
         with evaluating(network):

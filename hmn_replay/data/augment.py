@@ -196,7 +196,7 @@ def augment_training(
 
     Raises:
         ConfigError: An unknown name; or, while training, images that are not the first argument
-            without a name.
+            without a name, or features in their place.
     """
     augmentation = RandomAugmentation(names, fill=fill, std=std)
     generator = make_generator(seed, "augment")
@@ -218,6 +218,12 @@ class _AugmentTraining:
                 "names alone: call it as network(images, ...)"
             )
         images, *others = inputs
+        backbone = getattr(module, "backbone", None)
+        if backbone is not None and images.shape[1:] == getattr(backbone, "feature_shape", None):
+            raise ConfigError(
+                f"augment_training is for images, and a memory of features gives the network "
+                f"features {tuple(images.shape[1:])}: augment by the benchmark's transforms"
+            )
         return self.augmentation(images, self.generator), *others
 
     def __getstate__(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ __all__ = [
     "MapStyleDataset",
     "as_labelled_images",
     "channel_stats",
+    "check_same_keys",
     "check_same_names",
     "check_tensor",
     "joined_names",
@@ -417,6 +418,23 @@ def to_label(label: object, name: str) -> int:
         DataError: It is something else, or int64 does not hold it; ``name`` begins the message.
     """
     return int(to_labels(_as_array(label, name).reshape(1, -1), name))
+
+
+def check_same_keys(labels: Tensor, classes: Tensor, what: str) -> None:
+    """Raise a DataError where labels are plain, and those of a memory class keys with tasks.
+
+    Args:
+        labels: Those of images, int64.
+        classes: Those of the memory, int64.
+        what: What the images are, for the message.
+    """
+    keys = classes[classes >= 2**32]
+    plain = labels[~torch.isin(labels, classes)]
+    if bool(torch.isin(plain, keys & (2**32 - 1)).any()):
+        raise DataError(
+            f"the memory's labels are class keys of tasks, and those of {what} are not: give both "
+            "the same, such as the labels that hmn_replay.split_class_keys(memory.labels) returns"
+        )
 
 
 def show_label(label: int) -> str:

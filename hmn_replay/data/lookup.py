@@ -161,3 +161,9 @@ def check_labelled(images: Images, class_indices: Tensor) -> None:
             f"expected int64 class indices of shape ({len(images)},), got "
             f"{class_indices.dtype} {tuple(class_indices.shape)}"
         )
+
+
+def are_probabilities(rows: Tensor) -> bool:
+    """Return whether each row is finite, 0 or more, and not 0 throughout."""
+    are_good = rows.isfinite() & (rows >= 0)
+    return bool(are_good.all()) and bool((rows > 0).any(dim=1).all())

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hmn_replay.budget import as_int, largest
-from hmn_replay.data.lookup import ImageLookup, Images
+from hmn_replay.budget import Budget, as_int, largest
+from hmn_replay.data.lookup import ImageLookup, Images, are_probabilities
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError, MemoryFileError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.file import (
@@ -263,9 +263,27 @@ class Memory(abc.ABC):
 
         Returns:
             From uint8 images ``(N, C, H, W)`` on the CPU to as many of the same shape, encoded and
-            decoded. None where the memory has no code for images that are not in it, or no image.
+            decoded. It raises a :class:`~hmn_replay.errors.DataError` for what are none. None where
+            the memory has no code for images that are not in it (:attr:`has_codec`), or no image.
         """
-        return None
+        if not self.has_codec or not self.num_images:
+            return None
+        recode, shape = self._codec(), self.image_shape
+
+        def checked(images: Tensor) -> Tensor:
+            is_uint8 = images.dtype == torch.uint8 and images.device.type == "cpu"
+            if not is_uint8 or images.shape[1:] != shape:
+                raise DataError(
+                    f"the codec takes uint8 images of {shape} on the CPU; got {images.dtype} "
+                    f"{tuple(images.shape)} on {images.device}"
+                )
+            return recode(images) if len(images) else images.clone()
+
+        return checked
+
+    def _codec(self) -> Codec:
+        """Return the function of :meth:`codec`, which checks what this one is given."""
+        raise NotImplementedError(f"memory kind {self.kind!r} has no codec; set has_codec to False")
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Images:
         """Return all images: decoded now, or whenever they are asked for if that takes over 1 GiB.
@@ -372,11 +390,7 @@ class Memory(abc.ABC):
         indices = torch.arange(self.num_images) if indices is None else indices
         positions = check_indices(indices, self.num_images, once=True)
         wanted = (len(positions), self.num_classes)
-        if (
-            probabilities.shape != wanted
-            or not bool((probabilities.isfinite() & (probabilities >= 0)).all())
-            or not bool((probabilities > 0).any(dim=1).all())
-        ):
+        if probabilities.shape != wanted or not are_probabilities(probabilities):
             raise ConfigError(
                 f"soft labels are finite probabilities {wanted}, one a class, not all of them 0; "
                 f"got {tuple(probabilities.shape)} or values that are none"
@@ -397,14 +411,17 @@ class Memory(abc.ABC):
         """Keep a labeller in the file, or none.
 
         Raises:
-            ConfigError: It has other classes than the memory, or the memory holds features.
+            ConfigError: It is for other classes or images than the memory's, or the memory holds
+                features.
         """
         if labeller is not None:
             self._check_takes_labels()
-        if labeller is not None and labeller.num_classes != self.num_classes:
-            raise ConfigError(
-                f"the labeller has {labeller.num_classes} classes, the memory {self.num_classes}"
-            )
+            got = (labeller.num_classes, labeller.image_shape)
+            if got != (self.num_classes, self.image_shape):
+                raise ConfigError(
+                    f"the labeller is for {got[0]} classes of images {got[1]}, the memory has "
+                    f"{self.num_classes} of {self.image_shape}"
+                )
         # Not by name: a learned memory is a module, which would take it for a part of its own.
         self.__dict__["_labeller"] = labeller
 
@@ -460,18 +477,18 @@ class Memory(abc.ABC):
             bits[owner] = bits.get(owner, 0.0) + 8.0 * spec.num_bytes
         return bits
 
-    def shrink(self, budget_bytes: int | None = None) -> None:
+    def shrink(self, budget: Budget | int | str | None = None) -> None:
         """Drop images until the file is within a budget, as few as that takes.
 
         The first images of every class stay longest: the last ones of the fullest classes go.
 
         Args:
-            budget_bytes: Default: the memory's own.
+            budget: Bytes of the file. Default: the memory's own.
 
         Raises:
-            BudgetError: A class would lose its last image.
+            BudgetError: A class would lose its last image, or no budget.
         """
-        limit = self.budget_bytes if budget_bytes is None else budget_bytes
+        limit = self.budget_bytes if budget is None else Budget.parse(budget).num_bytes
         if limit is None or self.file_bytes <= limit:
             return
         size = self.images_kept_together
@@ -620,13 +637,17 @@ class Memory(abc.ABC):
             DataError: As :meth:`to_bytes`.
             TrainingError: As :meth:`to_bytes`.
         """
+        write_atomically(path, self.checked_bytes())
+
+    def checked_bytes(self) -> bytes:
+        """Return :meth:`to_bytes`, or raise a BudgetError where they are over the budget."""
         data = self.to_bytes()
         if self.budget_bytes is not None and len(data) > self.budget_bytes:
             raise BudgetError(
                 f"the memory takes {len(data):,} bytes, over its budget of {self.budget_bytes:,}; "
                 "call shrink() first, which drops images until it fits"
             )
-        write_atomically(path, data)
+        return data
 
     def push_to_hub(
         self,

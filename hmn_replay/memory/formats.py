@@ -24,6 +24,7 @@ from hmn_replay.registry import Registry
 __all__ = ["NUMBER_FORMATS", "NumberFormat", "max_abs_scale", "round_bias", "round_to_format"]
 
 _MAX_INTEGER = 127
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,22 @@ class NumberFormat:
     """How values are rounded and stored.
 
     Args:
-        dtype: What is stored: a floating type, or ``torch.int8`` for integers -127 to 127.
+        dtype: What is stored: ``torch.float32``, ``float16`` or ``bfloat16``, or ``torch.int8`` for
+            integers -127 to 127.
         is_coded: Whether the integers are entropy-coded, with steps that never change. Otherwise
             integers have scales that follow from the values, and are stored beside them.
 
     Raises:
-        ConfigError: A type that is neither, or floats that are to be coded.
+        ConfigError: Another type, or floats that are to be coded.
     """
 
     dtype: torch.dtype
     is_coded: bool = False
 
     def __post_init__(self) -> None:
-        if not self.dtype.is_floating_point and self.dtype != torch.int8:
-            raise ConfigError(f"a number format stores floats or torch.int8; got {self.dtype}")
+        if self.dtype not in _DTYPES:
+            names = ", ".join(map(str, _DTYPES))
+            raise ConfigError(f"a number format stores one of {names}; got {self.dtype}")
         if self.is_coded and not self.is_integer:
             raise ConfigError("only integers can be entropy-coded")
 

@@ -254,8 +254,7 @@ class FrequencyMemory(LearnedMemory):
         return True
 
     @torch.no_grad()
-    def codec(self) -> Codec:
-        """Return a function that encodes any images, and decodes them; see :meth:`Memory.codec`."""
+    def _codec(self) -> Codec:
         device, size = self.coefficients.device, self.chunk_size
         shown = type(self)(self.layout, [0], 0).to(device)
         shown.log_step.copy_(self.log_step)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn_replay.data.images import ImageSource, as_labelled_images, mean_psnr
+from hmn_replay.data.images import ImageSource, as_labelled_images, check_same_keys, mean_psnr
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.base import Memory
@@ -70,6 +70,7 @@ def psnr_by_class(memory: Memory, sources: ImageSource) -> dict[int, float]:
         raise DataError(
             f"expected images of {memory.image_shape}, as the memory has; got {sources.image_shape}"
         )
+    check_same_keys(sources.classes, memory.classes.cpu(), "the real images")
     known, found = set(sources.classes.tolist()), {}
     labels = memory.labels.cpu()
     for label in memory.classes.tolist():

@@ -54,7 +54,7 @@ _ENCODED_STEPS, _ENCODED_RATE = 30, 0.02
 
 # Steps of entropy-coded integers: a decoder's in units of its weights' first deviation. The first
 # principal component begins with the deviation below: 8 steps.
-_INSTANCE_STEP, _SHARED_STEP, _DECODER_STEP = 0.25, 0.0625, 0.35
+_INSTANCE_STEP, _DECODER_STEP = 0.25, 0.35
 _CODED_DEVIATION = 2.0
 
 Activation = Callable[[Tensor], Tensor]
@@ -437,17 +437,14 @@ class HierarchicalMemory(LearnedMemory):
         return True
 
     @torch.no_grad()
-    def codec(self) -> Codec | None:
+    def _codec(self) -> Codec:
         """Return a function that encodes any images for the decoder, and decodes them.
 
         The encoder is a linear map like that which the images of added classes begin with, fitted
         to the images that are there. It is applied to the image, and then to what is left of it
         once decoded. An image's class is not asked for: in place of its own class memory and
-        extractor, it has the mean of all, as of what a subclass stores beside. See
-        :meth:`Memory.codec`.
+        extractor, it has the mean of all, as of what a subclass stores beside.
         """
-        if not self.num_images:
-            return None
         encoder = self._encoder(torch.arange(self.num_images), _CODEC_RIDGE)
         one_each = torch.searchsorted(self.class_index, self.class_index.unique())
         shown = type(self)(self.layout, [0], 0).to(self.classes.device)
@@ -476,7 +473,7 @@ class HierarchicalMemory(LearnedMemory):
 
         @torch.no_grad()
         def recode(images: Tensor) -> Tensor:
-            recoded = [torch.empty((0, *self.image_shape), dtype=torch.uint8)]
+            recoded = []
             for chunk in images.split(self.chunk_size):
                 codes = shown._inverted(chunk.float() / 255, encoder, decode)
                 recoded.append(decode(codes).mul(255).round().to(torch.uint8))

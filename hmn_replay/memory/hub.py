@@ -43,7 +43,7 @@ def push(
     """Put a memory on the Hub; see :meth:`hmn_replay.Memory.push_to_hub`."""
     hub = import_extra("huggingface_hub", "hub")
     files = {
-        FILE_NAME: memory.to_bytes(),
+        FILE_NAME: memory.checked_bytes(),
         **({} if memory.holds_features else {SHEET_NAME: contact_sheet_png(memory)}),
         "README.md": make_card(
             memory, repo_id, source=source, accuracy=accuracy, license=license, tags=tags

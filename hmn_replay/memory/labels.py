@@ -320,7 +320,7 @@ class Labeller(nn.Module):
                 f"a labeller of {height} x {wide} images has 1 to {_MAX_WIDTH} channels and 1 to "
                 f"{_MAX_DEPTH} blocks, as many as there are pixels to pool; got {width} and {depth}"
             )
-        self.width, self.depth = width, depth
+        self.image_shape, self.width, self.depth = (channels, height, wide), width, depth
         inputs = [channels, *[width] * (depth - 1)]
         shapes = [*((width, size, 3, 3) for size in inputs), (num_classes, width * pixels)]
         plain = [(channels,)] * 2 + [(width,)] * 2 * depth + [(num_classes,)]
@@ -342,7 +342,8 @@ class Labeller(nn.Module):
             image_shape: ``(C, H, W)`` of its images.
 
         Raises:
-            ConfigError: It is another network.
+            ConfigError: It is another network, one for images of another shape, or its values are
+                beyond those of float16.
         """
         state = {name: value.cpu().float() for name, value in network.state_dict().items()}
         depth = sum(name.endswith(".0.weight") for name in state)
@@ -356,6 +357,9 @@ class Labeller(nn.Module):
         except KeyError as error:
             raise ConfigError(f"a labeller is a ConvNet; got {type(network).__name__}") from error
         labeller = cls(image_shape, len(plain[-1]), len(weights[0]), depth)
+        fits = weights[-1].shape == labeller._buffer("integers", depth).shape
+        if not fits or len(plain[0]) != labeller.image_shape[0]:
+            raise ConfigError(f"the network is for images of another shape than {image_shape}")
         for i, values in enumerate(plain):
             getattr(labeller, f"plain_{i}").copy_(values)
         for i, weight in enumerate(weights):
@@ -365,6 +369,9 @@ class Labeller(nn.Module):
             integers = (weight / labeller.steps[i].float()).round()
             integers = integers.clamp(-entropy.MAX_INTEGER, entropy.MAX_INTEGER)
             getattr(labeller, f"integers_{i}").copy_(integers)
+        values = (value for name, value in labeller.named_buffers() if "integers" not in name)
+        if not all(bool(value.isfinite().all()) for value in values):
+            raise ConfigError("a labeller's values are float16, finite; the network's are beyond")
         return labeller
 
     @property
@@ -387,8 +394,7 @@ class Labeller(nn.Module):
     def of_classes(self, positions: Tensor) -> Labeller:
         """Return a labeller of some of the classes, int64 ``(K',)``, in their order."""
         last, bias = f"integers_{self.depth}", f"plain_{2 + 2 * self.depth}"
-        shape = (len(self._buffer("plain", 0)), 1 << self.depth, 1 << self.depth)
-        fewer = Labeller(shape, len(positions), self.width, self.depth)
+        fewer = Labeller(self.image_shape, len(positions), self.width, self.depth)
         for name, own in self.named_buffers():
             setattr(fewer, name, own[positions.to(own.device)] if name in (last, bias) else own)
         return fewer

@@ -893,9 +893,15 @@ class LearnedMemory(Memory, nn.Module):
         return nn.Module.to(self, *args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Take over the state of a memory of the same layout, classes and number of images."""
+        """Take over the state of a memory of the same layout, number of classes and of images.
+
+        Soft labels and a labeller, which are no part of it, are dropped.
+        """
         result = super().load_state_dict(*args, **kwargs)
         self._counts = self.class_index.bincount(minlength=self.num_classes).tolist()
+        # What a network said of the images that were there before.
+        self._soft = None
+        self.set_labeller(None)
         return result
 
     # Decoding.

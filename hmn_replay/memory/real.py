@@ -138,8 +138,7 @@ class RealMemory(Memory):
         """Return images as the memory would give them back: encoded and decoded, uint8 both."""
         return self._read(self.encode(images))
 
-    def codec(self) -> Codec | None:
-        """Return :meth:`recode`; see :meth:`Memory.codec`."""
+    def _codec(self) -> Codec:
         return self.recode
 
     def extend(self, data: ImageSource | FeatureSource, *, order: Tensor | None = None) -> None:

@@ -14,7 +14,7 @@ from hmn_replay.budget import Budget, as_int
 from hmn_replay.data.features import FeatureSource, as_labelled_features, check_feature_shape
 from hmn_replay.errors import ConfigError, DataError, MemoryFileError
 from hmn_replay.extras import import_extra
-from hmn_replay.memory.base import Codec, register_memory
+from hmn_replay.memory.base import register_memory
 from hmn_replay.memory.file import as_bytes
 from hmn_replay.memory.real import RealMemory, join_numbers, split_numbers
 
@@ -34,10 +34,6 @@ class _RealFeatures(RealMemory):
     def check_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
         """Return a shape that features can have, or raise :class:`ConfigError`."""
         return check_feature_shape(image_shape)
-
-    def codec(self) -> Codec | None:
-        """Return None: what is encoded here are no images."""
-        return None
 
     def _rows(self, payloads: Sequence[bytes]) -> Tensor:
         """Return payloads as uint8 ``(N, payload_bytes)``."""

@@ -16,7 +16,7 @@ compares whole trainings in place of two batches; see :func:`trajectory_matching
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -78,8 +78,16 @@ class Objective:
     compiled: Callable[[], ObjectiveFunction] | None = None
 
     def __post_init__(self) -> None:
-        # Reports and checkpoints name the objective by its function; see name_of.
+        # Messages call it by its function; see name_of.
         object.__setattr__(self, "__wrapped__", self.loss)
+
+    @property
+    def name(self) -> str:
+        """What reports and checkpoints call it: its function, and what is set beside that."""
+        defaults = {each.name: each.default for each in fields(self)}
+        own = {name: getattr(self, name) for name in defaults if name not in ("loss", "compiled")}
+        given = [f"{name}={value!r}" for name, value in own.items() if value != defaults[name]]
+        return name_of(self.loss) + (f"({', '.join(given)})" if given else "")
 
     @property
     def fresh_network(self) -> bool:

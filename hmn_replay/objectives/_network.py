@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["keeping_statistics", "requires_grad", "uncached_autocast", "with_gradients"]
+__all__ = ["keeping_statistics", "uncached_autocast", "with_gradients"]
 
 
 @contextlib.contextmanager
@@ -32,19 +32,6 @@ def keeping_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for module in tracking:
             module.track_running_stats = True
-
-
-@contextlib.contextmanager
-def requires_grad(parameters: Sequence[Tensor], flag: bool) -> Iterator[None]:
-    """Set ``requires_grad`` of parameters inside the block, and restore it afterwards."""
-    flags = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(flag)
-        yield
-    finally:
-        for parameter, before in zip(parameters, flags, strict=True):
-            parameter.requires_grad_(before)
 
 
 def uncached_autocast(device_type: str) -> torch.autocast:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.objectives._network import keeping_statistics, requires_grad, uncached_autocast
+from hmn_replay.objectives._network import keeping_statistics, uncached_autocast
+from hmn_replay.training.networks import requires_grad
 
 __all__ = ["BlockMeans", "block_means", "distribution_matching", "last_block_matching"]
 

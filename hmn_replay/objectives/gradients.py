@@ -10,12 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
-from hmn_replay.objectives._network import (
-    keeping_statistics,
-    requires_grad,
-    uncached_autocast,
-    with_gradients,
-)
+from hmn_replay.objectives._network import keeping_statistics, uncached_autocast, with_gradients
+from hmn_replay.training.networks import requires_grad
 from hmn_replay.training.train import CompiledFunction, mixes_images
 
 __all__ = [
@@ -199,10 +195,13 @@ def gradient_matching(
     Raises:
         ConfigError: The network has no convolution.
     """
+    # What has the weight's shape: the weight itself, or what a parametrization makes it of.
     names = [
-        f"{name}.weight" if name else "weight"
-        for name, module in network.named_modules()
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in network.named_modules()
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        for name, value in module.named_parameters()
+        if value.shape == module.weight.shape
     ]
     if not names:
         raise ConfigError(

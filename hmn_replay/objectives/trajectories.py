@@ -29,7 +29,7 @@ from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError, ExpertError
 from hmn_replay.files import clear_stale, digest_tensors, write_atomically
 from hmn_replay.objectives._network import uncached_autocast, with_gradients
-from hmn_replay.runtime import derive_seed, rewinder
+from hmn_replay.runtime import check_seed, derive_seed, rewinder
 from hmn_replay.training.networks import Network, NetworkFactory
 from hmn_replay.training.train import TrainingConfig, make_network, train_network
 
@@ -310,7 +310,7 @@ class Experts:
         self.num_images = num_epochs * min(config.epoch_images or len(images), len(images))
         self._kept = range(0, num_epochs + 1, 1 if every_epoch else num_epochs)
         self._data = (images, class_indices, num_classes)
-        self._networks, self._seed = tuple(networks), seed
+        self._networks, self._seed = tuple(networks), check_seed(seed)
         self._known_shapes: dict[int, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
         self._config = config.replace(num_passes=self.num_images)
         self._digest = digest_tensors(str(num_classes), {"images": images, "of": class_indices})

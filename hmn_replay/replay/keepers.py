@@ -196,6 +196,11 @@ class LearnedKeeper(Keeper):
         if config is not None and (options or effort != "draft"):
             given = sorted(options) or ["effort"]
             raise ConfigError(f"config= has all settings; give it alone, without {given[0]}=")
+        if config is not None and not isinstance(config, CondenseConfig):
+            raise ConfigError(
+                f"config= is a hmn_replay.CondenseConfig; got {config!r:.80}: pass single settings "
+                "as options"
+            )
         memory_type = MEMORIES[kind]
         if not issubclass(memory_type, LearnedMemory):
             raise ConfigError(
@@ -613,6 +618,15 @@ _KEEPERS: dict[type[Memory], type[RealKeeper]] = {
 """Kinds of real images whose settings their keepers take."""
 
 
+OTHER_NAMES = {
+    "mem_size": "a memory is bounded by its budget in bytes, such as Budget.raw_images(2000, "
+    "(3, 32, 32)) for those of 2000 images",
+    "num_classes": "classes that are to come are expected_classes=",
+    "ipc": "a budget in images per class is Budget.ipc(images, (3, 32, 32), classes)",
+}
+"""Options that others have, and what there is in their place."""
+
+
 def check_same_shape(memory: Memory, images: LabelledImages) -> None:
     """Raise a DataError for images of another size than a memory's."""
     if memory.image_shape != images.image_shape:
@@ -632,7 +646,8 @@ def check_learned_options(owner: str, takes: Callable[..., Any], options: Iterab
     """
     unknown = [name for name in options if name not in CondenseConfig.model_fields]
     known = [*named_arguments(takes), *_settings()]
-    check_options(owner, unknown, known, kinds_with(unknown), CondenseConfig.catalogue)
+    hints = {**OTHER_NAMES, **kinds_with(unknown)}
+    check_options(owner, unknown, known, hints, CondenseConfig.catalogue)
 
 
 def _settings() -> list[str]:
@@ -692,7 +707,8 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
                 "memories of that kind: pass a Keeper of your own in place of the budget"
             )
     known = {*named_arguments(keeper_type)} - {"budget", "kind"}
-    check_options(f"the memory kind {kind!r}", options, sorted(known), kinds_with(options))
+    hints = {**OTHER_NAMES, **kinds_with(options)}
+    check_options(f"the memory kind {kind!r}", options, sorted(known), hints)
     return keeper_type(budget, **options)
 
 

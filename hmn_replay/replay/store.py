@@ -43,7 +43,7 @@ from hmn_replay.runtime import (
     resolve_device,
     without_autocast,
 )
-from hmn_replay.training.networks import evaluating
+from hmn_replay.training.networks import device_of, evaluating
 
 __all__ = ["DecodedImages", "ReplayMemory", "digest_memory", "digest_state"]
 
@@ -289,7 +289,13 @@ class ReplayMemory:
                     progress=self.progress,
                 )
 
-        (memory, report), reason = self._making_room(renew)
+        renewed, reason = self._making_room(renew)
+        if not isinstance(renewed, tuple) or len(renewed) != 2 or renewed[0] is None:
+            raise ConfigError(
+                "a keeper's renew returns a memory and a dict of what to report; got "
+                f"{renewed!r:.80}"
+            )
+        memory, report = renewed
         self._check_memory(memory)
         if reason is not None:
             warnings.warn(
@@ -443,6 +449,7 @@ class ReplayMemory:
         self,
         network: Callable[[Tensor], Tensor],
         *,
+        classes: Sequence[int] | Tensor | None = None,
         views: int = 4,
         augmentations: Sequence[str] = LABEL_AUGMENTATIONS,
     ) -> int:
@@ -452,9 +459,10 @@ class ReplayMemory:
         stays within the budget: images of the fullest classes make room.
 
         Args:
-            network: From float images ``(B, C, H, W)`` in [0, 1] to logits ``(B, K)``, in the order
-                of the memory's classes; shown without gradients, and in evaluation mode if it is a
-                module.
+            network: From float images ``(B, C, H, W)`` in [0, 1] to logits ``(B, L)``; shown
+                without gradients, and in evaluation mode if it is a module.
+            classes: The L labels that the logits stand for, in any order. Default: None, 0 to
+                L - 1.
             views: How many augmentations a label is a mean over.
             augmentations: Their names; see :func:`hmn_replay.data.augment.draw_augmentation`.
                 Without ``"flip"`` where a mirrored image is of no class, as digits are.
@@ -464,7 +472,7 @@ class ReplayMemory:
             image of each class beside labels.
 
         Raises:
-            ConfigError: Another number of logits, or a memory of features.
+            ConfigError: There is no logit for a class of the memory, or it holds features.
         """
         if self.memory is None:
             return 0
@@ -476,18 +484,28 @@ class ReplayMemory:
         chosen = (~memory.is_soft).nonzero().flatten()
         if not len(chosen):
             return 0
+        given = None if classes is None else [int(label) for label in classes]
+
+        def of_memory(images: Tensor) -> Tensor:
+            logits = network(images)
+            known = list(range(logits.shape[1])) if given is None else given
+            missing = sorted({*memory.classes.tolist()} - {*known})
+            if missing or len(known) != logits.shape[1]:
+                raise ConfigError(
+                    f"expected a logit for each class of the memory; of {logits.shape[1]} logits "
+                    f"for {len(known)} labels there is none for {missing[:6]}: pass the labels "
+                    "that the logits stand for as classes=, unless these are 0, 1, 2, ..."
+                )
+            return logits[:, [known.index(label) for label in memory.classes.tolist()]]
+
         with evaluating(network), without_autocast(self.device):
-            images = memory.decode(chosen, dtype=torch.uint8)[0].to(self.device)
-            seed = derive_seed(self.seed, "labels", self._num_updates)
             rows = label_images(
-                network, [images], views=views, augmentations=augmentations, seed=seed
-            )
-        if rows.shape[1] != memory.num_classes:
-            raise ConfigError(
-                f"expected logits (B, {memory.num_classes}), one for each of memory.classes in "
-                f"their order; got {rows.shape[1]}: where the network has a logit for each label, "
-                "bring it to evaluation mode and pass "
-                "lambda images: network(images)[:, replay.memory.classes]"
+                of_memory,
+                [memory.decode(chosen, dtype=torch.uint8)[0]],
+                views=views,
+                augmentations=augmentations,
+                seed=derive_seed(self.seed, "labels", self._num_updates),
+                device=device_of(network) if isinstance(network, nn.Module) else self.device,
             )
         memory.set_soft_labels(rows, chosen)
         try:

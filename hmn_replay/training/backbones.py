@@ -13,8 +13,16 @@ from hmn_replay.data.features import LabelledFeatures, check_feature_shape
 from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.data.lookup import images_at_once
 from hmn_replay.errors import ConfigError, DataError
-from hmn_replay.runtime import resolve_device, without_autocast
-from hmn_replay.training.networks import Network, build_network, linear_head
+from hmn_replay.runtime import without_autocast
+from hmn_replay.training.networks import (
+    Network,
+    build_network,
+    device_of,
+    evaluating,
+    lent_to,
+    linear_head,
+    requires_grad,
+)
 
 __all__ = [
     "FeatureClassifier",
@@ -50,18 +58,19 @@ class FrozenBackbone(nn.Module):
         self, network: nn.Module, image_shape: Sequence[int], *, maps: bool = False
     ) -> None:
         super().__init__()
-        self.network, self.maps = network.requires_grad_(False), maps
+        self.network, self.maps = network, maps
         channels, height, width = image_shape
         self.image_shape = (channels, height, width)
-        self.eval()
-        home = next(network.parameters(), torch.empty(0)).device
-        features = self(torch.zeros((1, *self.image_shape), dtype=torch.float32, device=home))
+        with evaluating(network):
+            home = device_of(network)
+            features = self(torch.zeros((1, *self.image_shape), dtype=torch.float32, device=home))
         self.feature_shape = check_feature_shape(tuple(features.shape[1:]))
         if self.feature_shape == self.image_shape:
             raise ConfigError(
                 f"features have the shape {self.feature_shape} of images, which could not be told "
                 "from them"
             )
+        self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         """Stay in evaluation mode: batch statistics and dropout would change the features."""
@@ -201,13 +210,9 @@ def extract_features(
     size = images_at_once(data.image_shape) if batch_size is None else as_int(batch_size)
     if size is None or size < 1:
         raise ConfigError(f"batch_size is a whole number of 1 or more; got {batch_size!r}")
-    home = next(backbone.parameters(), torch.empty(0)).device
-    target = home if device is None else resolve_device(device)
-    modes = {module: module.training for module in backbone.modules()}
-    learns = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
     features = torch.empty(0)
-    try:
-        backbone.to(target)
+    parameters = list(backbone.parameters())
+    with lent_to(backbone, device) as target, requires_grad(parameters, False):
         frozen = backbone
         if not isinstance(backbone, FrozenBackbone):
             frozen = FrozenBackbone(backbone, data.image_shape, maps=maps)
@@ -218,10 +223,4 @@ def extract_features(
                 if not len(features):
                     features = found.new_empty((len(data), *found.shape[1:]))
                 features[part] = found
-    finally:
-        backbone.to(home)
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, learned in learns.items():
-            parameter.requires_grad_(learned)
     return LabelledFeatures(features, data.labels, data.class_names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,7 +16,13 @@ from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
 from hmn_replay.registry import Registry, name_of
-from hmn_replay.runtime import default_float32, drawing_from, make_generator, seeded
+from hmn_replay.runtime import (
+    default_float32,
+    drawing_from,
+    make_generator,
+    resolve_device,
+    seeded,
+)
 from hmn_replay.training._timm import find_timm
 
 __all__ = [
@@ -272,6 +279,52 @@ def evaluating(network: object) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def requires_grad(parameters: Sequence[Tensor], flag: bool) -> Iterator[None]:
+    """Set ``requires_grad`` of parameters inside the block, and restore it afterwards."""
+    flags = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(flag)
+        yield
+    finally:
+        for parameter, before in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(before)
+
+
+def device_of(network: nn.Module, default: torch.device | None = None) -> torch.device:
+    """Return where a network is; one without a parameter and a buffer is on the CPU by default."""
+    values = itertools.chain(network.parameters(), network.buffers())
+    return next((value.device for value in values), default or torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def lent_to(network: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
+    """Let a network be on a device and in evaluation mode inside the block, as it was afterwards.
+
+    Args:
+        network: Any module.
+        device: None for where it is.
+
+    Yields:
+        The device.
+    """
+    home = device_of(network)
+    target = home if device is None else resolve_device(device)
+    try:
+        network.to(target)
+        with evaluating(network):
+            yield target
+    finally:
+        network.to(home)
+
+
+def tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's parameters and persistent buffers by name; no extra state of its own."""
+    state = network.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def find_head(network: nn.Module, *inputs: Tensor) -> nn.Linear:

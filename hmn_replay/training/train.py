@@ -14,7 +14,13 @@ from tqdm import tqdm
 
 from hmn_replay.data.augment import STRATEGIES, cutmix, draw_augmentation
 from hmn_replay.data.images import channel_stats
-from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
+from hmn_replay.data.lookup import (
+    Images,
+    are_probabilities,
+    as_floats,
+    check_labelled,
+    images_at_once,
+)
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError, DataError, TrainingError
 from hmn_replay.registry import name_of
@@ -221,11 +227,13 @@ def train_network(
             f"expected class indices in [0, {num_classes}), got {int(class_indices.min())} to "
             f"{int(class_indices.max())}; give positions among the sorted labels, not labels"
         )
-    if isinstance(targets, Tensor) and targets.shape != (len(images), num_classes):
-        raise DataError(
-            f"expected soft labels of shape ({len(images)}, {num_classes}), got "
-            f"{tuple(targets.shape)}"
-        )
+    if isinstance(targets, Tensor):
+        wanted = (len(images), num_classes)
+        if targets.shape != wanted or not are_probabilities(targets):
+            raise DataError(
+                f"expected soft labels {wanted}, rows of finite probabilities of 0 or more that "
+                f"are not all 0, got {tuple(targets.shape)} of other values or another shape"
+            )
     device = resolve_device(device)
     network = make_network(images, num_classes, config, seed, stats).to(device)
     mean, std = network.mean.cpu(), network.std.cpu()

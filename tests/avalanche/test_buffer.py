@@ -239,8 +239,8 @@ def test_pieces_of_an_online_stream_are_gathered() -> None:
     buffer = MemoryBuffer(KeepFirst())
     for piece in online:
         buffer.post_adapt(make_strategy(), piece)
-    assert [len(images) for images in buffer.replay.given] == [20]  # type: ignore[attr-defined]
-    assert buffer.replay.finish() and len(buffer.buffer) == 12
+    assert [len(images) for images in buffer.replay.given] == [20, 20]  # type: ignore[attr-defined]
+    assert not buffer.replay.finish() and len(buffer.buffer) == 12
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -326,3 +326,8 @@ def test_a_data_set_has_the_labels_of_its_keys(decoded: DecodedImages) -> None:
 def test_a_buffer_refuses_soft_labels() -> None:
     with pytest.raises(ConfigError, match="leave labels out"):
         MemoryBuffer(RawReplay(3000, labels="soft"))
+
+
+def test_a_buffer_is_of_a_plugin() -> None:
+    with pytest.raises(ConfigError, match=r"is of a plugin, .*; got '300 KiB'"):
+        MemoryBuffer("300 KiB")  # type: ignore[arg-type]

@@ -220,12 +220,11 @@ def test_labels_need_no_framework() -> None:
         images = torch.stack([item[0] for item in data])
         store.update(images, torch.tensor([item[1] for item in data]))
         assert store.memory is not None
-        classes = store.memory.classes
         before = len(store)
-        assert store.label(lambda x, c=classes: model(x)[:, c]) > 0  # type: ignore[misc]
+        assert store.label(model) > 0
         assert len(store) <= before
         assert store.memory_bytes <= 4_000
-        assert store.label(lambda x, c=classes: model(x)[:, c]) == 0  # type: ignore[misc]
+        assert store.label(model) == 0
     assert model.training
     images, labels, soft = store.sample_soft(5)
     assert soft is not None
@@ -242,7 +241,7 @@ def test_what_a_loaded_plugin_has_left_is_labelled_by_the_strategys_network() ->
     stream = streams(data=Images(transform=normalise)).train_stream
     whole = replay(loss="balanced", renew="after")
     strategy = make_strategy([whole])
-    for piece in in_pieces(stream, 5, access_task_boundaries=True):
+    for piece in list(in_pieces(stream, 5, access_task_boundaries=True))[:-1]:
         strategy.train(piece)
     loaded = replay(loss="balanced", renew="after")
     loaded.load_state_dict(whole.state_dict())

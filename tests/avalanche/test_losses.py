@@ -188,7 +188,7 @@ class Interrupt(SupervisedPlugin[Any]):
 @pytest.mark.parametrize("loss", ["separated", "grouped"])
 def test_a_copy_of_the_network_takes_no_hook_along(loss: Loss) -> None:
     """Of a training that was interrupted, too, which the strategy can then go on from."""
-    lwf, replay = LwFPlugin(), KeepFirst(loss=loss)
+    lwf, replay = LwFPlugin(), KeepFirst(loss=loss, distill=1.0)
     strategy = make_strategy([lwf, replay, Interrupt()])  # type: ignore[no-untyped-call]
     first, second = streams().train_stream
     train(strategy, [first])

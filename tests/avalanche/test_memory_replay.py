@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from avalanche.benchmarks import benchmark_from_datasets
-from avalanche.benchmarks.utils import as_classification_dataset
+from avalanche.benchmarks.utils import TransformGroups, as_classification_dataset
 from avalanche.core import SupervisedPlugin
 from avalanche.models import IncrementalClassifier, SCRModel
 from avalanche.models.cosine_layer import CosineIncrementalClassifier, CosineLinear
@@ -37,7 +37,7 @@ from hmn_replay.avalanche.kinds import (
     ReplayOptions,
 )
 from hmn_replay.avalanche.plugin import MemoryReplay
-from hmn_replay.avalanche.streams import Normalization
+from hmn_replay.avalanche.streams import Normalization, images_of, split_class_keys
 from hmn_replay.errors import CheckpointError, ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory import RawMemory
 from hmn_replay.replay import Keeper
@@ -284,6 +284,46 @@ def test_values_outside_0_1_are_told_before_training() -> None:
     assert torch.equal(weights(strategy), before)
 
 
+def test_a_normalisation_that_eval_transforms_do_not_apply_is_refused() -> None:
+    normalise = transforms.Normalize(MEAN, STD)
+    groups: Any = TransformGroups({"train": (normalise, None), "eval": (None, None)})
+    data: Any = as_classification_dataset(Images(), transform_groups=groups)
+    benchmark: Any = benchmark_from_datasets(train=[data])
+    with pytest.raises(DataError, match="read images by the eval transforms, so give both the"):
+        train(make_strategy([KeepFirst()]), benchmark.train_stream)
+    replay = KeepFirst(normalization=(MEAN, STD))
+    with pytest.raises(DataError, match=r"the eval transforms give images in \[0, 1\]: give these"):
+        train(make_strategy([replay]), benchmark.train_stream)
+    assert replay.memory is None
+
+
+def test_images_of_a_stream_are_as_a_memory_has_them() -> None:
+    data = Images(transform=transforms.Normalize(MEAN, STD))
+    benchmark = streams(data=data)
+    found = images_of(benchmark.train_stream)
+    order = torch.tensor(data.targets).argsort(stable=True)
+    assert found.images[found.labels.argsort(stable=True)].equal(data.pixels[order])
+    first = images_of(benchmark.train_stream[0])
+    assert first.classes.tolist() == [0, 1] and len(first) == 20
+    assert images_of(list(benchmark.train_stream)[1:]).classes.tolist() == [2, 3]
+    hidden = Images(transform=lambda image: transforms.Normalize(MEAN, STD)(image))
+    assert images_of(streams(data=hidden).train_stream, (MEAN, STD)).images.equal(found.images)
+    keys = images_of(streams("nc_tasks").train_stream).classes
+    labels, tasks = split_class_keys(keys)
+    assert labels.tolist() == [0, 1, 0, 1] and tasks.tolist() == [0, 0, 1, 1]
+
+
+def test_lwf_is_the_only_one_that_distils() -> None:
+    replay = KeepFirst()
+    strategy = make_strategy([replay, LwFPlugin()])
+    with pytest.warns(HMNReplayWarning, match="LwFPlugin distils the previous network"):
+        train(strategy, streams().train_stream)
+    assert replay.distill_used == 0.0
+    asked = KeepFirst(distill=2.0)
+    train(make_strategy([asked, LwFPlugin()]), streams().train_stream)
+    assert asked.distill_used == 2.0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -292,6 +332,11 @@ def test_values_outside_0_1_are_told_before_training() -> None:
         ({"loss": "balance"}, "loss must be a callable or one of auto, .* mean 'balanced'"),
         ({"loss": nn.CrossEntropyLoss()}, "belongs in the strategy's criterion: leave loss out"),
         ({"replay_transform": "crop,flip"}, "a function of a batch of images, .*; got 'crop,flip'"),
+        ({"replay_transform": transforms.Normalize(0.5, 0.5)}, "leave Normalize out of it"),
+        (
+            {"replay_transform": transforms.Compose([transforms.Normalize([0.5], [0.5])])},
+            "leave Normalize out of it",
+        ),
         ({"batch_size_mem": 0}, "batch_size_mem must be a whole number"),
         ({"max_raw_images": 1.5}, "max_raw_images must be a whole number"),
         ({"replay_weight": 1.5}, r"replay_weight must be None, or in \[0, 1\]"),
@@ -488,7 +533,7 @@ def test_pieces_are_made_into_the_memory_after_training_whatever_was_asked_for(
     assert len(told) == len(options)
     assert all('renew="after", and so loss="balanced"' in message for message in told)
     assert (replay.renew_used, replay.loss_used) == ("after", "balanced")
-    assert replay.report[0]["renew_used"] == "after" and replay.finish()
+    assert replay.report[0]["renew_used"] == "after" and not replay.finish()
 
 
 def test_two_plugins_that_replay_are_refused() -> None:
@@ -573,19 +618,19 @@ def test_an_experience_without_a_loss_of_ours_may_be_renewed_before() -> None:
     assert (automatic.renew_used, automatic.loss_used) == ("after", "plain")
 
 
-@pytest.mark.parametrize("size", [5, 1])
-def test_online_pieces_are_condensed_where_the_next_experience_begins(size: int) -> None:
-    benchmark = streams(data=Images(each=20))
-    online = in_pieces(benchmark.train_stream, size, access_task_boundaries=True)
+@pytest.mark.parametrize(("size", "drop_last"), [(7, True), (7, False), (5, True), (1, False)])
+def test_online_pieces_are_condensed_where_their_experience_ends(
+    size: int, drop_last: bool
+) -> None:
+    stream = streams(data=Images(each=20)).train_stream
+    online = in_pieces(stream, size, access_task_boundaries=True, drop_last=drop_last)
     replay = KeepFirst(batch_size_mem=2)
     train(make_strategy([replay]), online)
     # The first 40 images are those of classes 0 and 1, the others come from the second.
-    assert len(replay.given) == 1
-    assert replay.given[0].classes.tolist() == [0, 1] and len(replay.given[0]) == 40
-    assert replay.num_pending == 40
-    assert replay.finish() and not replay.finish()
-    assert replay.num_pending == 0
-    assert replay.given[1].classes.tolist() == [2, 3]
+    left_out = 40 % size if drop_last else 0
+    assert [images.classes.tolist() for images in replay.given] == [[0, 1], [2, 3]]
+    assert [len(images) for images in replay.given] == [40 - left_out] * 2
+    assert replay.num_pending == 0 and not replay.finish()
     assert [entry["images_per_class"] for entry in replay.report] == [[3, 3], [3, 3, 3, 3]]
 
 
@@ -756,10 +801,31 @@ def test_a_state_goes_on_with_the_same_bits() -> None:
     assert drop == [{**entry, "seconds": 0} for entry in resumed.report]
 
 
+@pytest.mark.parametrize("tune", ["none", "all"])
+def test_a_plugin_that_goes_back_to_a_state_goes_on_as_a_new_one(tune: Any) -> None:
+    first, second, third = labelled_streams([0], [1], [2]).train_stream
+    options: dict[str, Any] = {"batch_size_mem": 3, "tune": tune, "tune_steps": 2}
+    replay = KeepFirst(**options)
+    strategy = make_strategy([replay])
+    train(strategy, [first, second])
+    state, model = copy.deepcopy(replay.state_dict()), copy.deepcopy(strategy.model)
+    train(strategy, [third])
+    found = []
+    replay.load_state_dict(copy.deepcopy(state))
+    fresh = KeepFirst(**options)
+    fresh.load_state_dict(copy.deepcopy(state))
+    for plugin in (replay, fresh):
+        going = make_strategy([plugin], model=copy.deepcopy(model))
+        train(going, [third], seed=1)
+        assert plugin.distill_used == 1.0
+        found.append(weights(going))
+    assert torch.equal(*found)
+
+
 def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
-    online = in_pieces(streams().train_stream, 5, access_task_boundaries=True)
+    online = list(in_pieces(streams().train_stream, 5, access_task_boundaries=True))
     replay = KeepFirst()
-    train(make_strategy([replay]), online)
+    train(make_strategy([replay]), online[:-1])
     assert replay.num_pending and len(replay.report) == 1
     memory, pending = replay.memory, replay.num_pending
 

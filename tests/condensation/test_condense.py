@@ -9,12 +9,14 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hmn_replay.condensation import steps
 from hmn_replay.condensation.condense import condense
@@ -22,6 +24,7 @@ from hmn_replay.condensation.config import CondenseConfig, make_config
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import (
     BudgetError,
+    CheckpointError,
     ConfigError,
     DataError,
     HMNReplayError,
@@ -30,7 +33,7 @@ from hmn_replay.errors import (
     UnknownOptionError,
 )
 from hmn_replay.memory import NUMBER_FORMATS, HierarchicalMemory, HMNLayout, LearnedMemory, load
-from hmn_replay.objectives import distribution_matching, gradient_matching
+from hmn_replay.objectives import Objective, distribution_matching, get_objective, gradient_matching
 from hmn_replay.training.train import MAX_LEARNING_RATE
 from tests.support import (
     LAYOUTS,
@@ -772,3 +775,39 @@ def test_a_number_of_classes_that_cannot_be_is_refused_whatever_else_is_given(
     for given in ({"memory": memory}, {"layout": make_layout()}, {}):
         with pytest.raises(ConfigError, match="expected_classes is 1 to 1000; got"):
             condense(data, 5000, expected_classes=expected_classes, **given, **TINY)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), torch.tensor(3)], ids=["numpy", "torch"])
+def test_seeds_are_integers_of_any_library(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path, seed: Any
+) -> None:
+    options: dict[str, Any] = {"trained_networks": 1, "trained_passes": 24, "beta_grid": ()}
+    memory = tiny(make_set(), make_layout(), seed=seed, checkpoint=tmp_path / "run", **options)
+    assert memory.to_bytes() == tiny(make_set(), make_layout(), seed=3, **options).to_bytes()
+    assert json.loads(json.dumps(memory.report))["seed"] == 3
+
+
+def test_something_has_to_be_learned(make_set: MakeSet, make_layout: MakeLayout) -> None:
+    with pytest.raises(ConfigError, match="nothing is learned: warm_start_steps or outer_steps"):
+        tiny(make_set(), make_layout(), warm_start_steps=0, outer_steps=0)
+
+
+def _towards(value: float, network: Any, *batches: Tensor) -> Tensor:
+    del network
+    return (batches[2] - value).square().mean()
+
+
+def test_a_checkpoint_knows_what_an_objective_was_given(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
+) -> None:
+    def run(objective: Any) -> LearnedMemory:
+        path = tmp_path / "run"
+        return tiny(make_set(), make_layout(), objective=objective, checkpoint=path, beta_grid=())
+
+    first = partial(_towards, 0.0)
+    name = f"{__name__}._towards(0.0)"
+    assert run(first).report["objective"] == name
+    for other in (partial(_towards, 1.0), Objective(first, augments=False)):
+        with pytest.raises(CheckpointError, match=r"with (other )?objective"):
+            run(other)
+    assert get_objective(other).name == f"{name}(augments=False)"

@@ -208,3 +208,29 @@ def test_networks_that_were_given_are_compiled_where_a_stream_gains_by_it(
     assert not is_compiled(wide, first_class=0)
     assert not is_compiled(wide, compile=False)
     assert not is_compiled(other) and is_compiled(other, compile=True)
+
+
+class Remembering(nn.Module):
+    """A network with state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network(1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.body(images)
+        return logits
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"seen": 3}
+
+
+def test_networks_may_have_state_that_is_no_tensor(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    networks = [Remembering(), Remembering()]
+    memory = tiny(make_set(), make_layout(), networks=networks, objective="gradient", beta_grid=())
+    assert memory.num_images

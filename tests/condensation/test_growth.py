@@ -322,9 +322,11 @@ def test_expected_classes_choose_the_layout(make_set: MakeSet) -> None:
     memory = condense(data, "24 KiB", expected_classes=100, **options)
 
     def choose(num_classes: int) -> HMNLayout:
-        return HierarchicalMemory.choose_layout(
-            "24 KiB", (3, 32, 32), num_classes, "entropy", len(data) // data.num_classes
+        num_real = len(data) // data.num_classes
+        layout: HMNLayout = HierarchicalMemory.choose_layout(
+            "24 KiB", (3, 32, 32), num_classes, "entropy", num_real
         )
+        return layout
 
     assert memory.layout == choose(100)
     assert memory.layout != choose(3)

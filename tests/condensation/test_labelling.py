@@ -289,3 +289,15 @@ def test_real_images_without_room_for_labels_are_refused_before_a_teacher_is_tra
     for budget in (hard.file_bytes + 20, hard.file_bytes - 30):
         with pytest.raises(BudgetError, match="one image of each of 5 classes beside labels="):
             MAKERS[kind](data, budget, labels=labels, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[], torch.zeros(4, 3, 8, 8), [torch.zeros(4, 3, 8, 8), torch.zeros(5, 3, 8, 8)]],
+    ids=["none", "tensor", "shapes"],
+)
+def test_images_to_label_are_as_many_of_one_shape(parts: Any) -> None:
+    with pytest.raises(DataError, match=r"a list of images \(N, C, H, W\), all of the same shape"):
+        label_images(nn.Flatten(), parts)
+    with pytest.raises(ConfigError, match="views must be 1 or more, got 0"):
+        label_images(nn.Flatten(), [torch.zeros(4, 3, 8, 8)], views=0)

@@ -22,6 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hmn_replay.budget import Budget
 from hmn_replay.condensation.checkpoint import Checkpoint, flatten_state, write_checkpoint
 from hmn_replay.condensation.config import make_config
 from hmn_replay.condensation.matchers import BatchMatcher, RandomNetworks
@@ -576,9 +577,9 @@ def test_ctrl_c_after_the_last_step_is_heard(
     make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
 ) -> None:
     class Interrupting(HierarchicalMemory):
-        def shrink(self, budget_bytes: int | None = None) -> None:
+        def shrink(self, budget: Budget | int | str | None = None) -> None:
             ctrl_c()
-            super().shrink(budget_bytes)
+            super().shrink(budget)
 
     data, layout, path = make_set(), make_layout(), tmp_path / "run.checkpoint"
     with registered(Interrupting) as kind, pytest.raises(KeyboardInterrupt):

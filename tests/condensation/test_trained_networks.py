@@ -100,7 +100,7 @@ def position(values: list[Tensor], initial: list[Tensor], trained: list[Tensor])
 def test_networks_are_points_between_two_ends(matcher: BatchMatcher) -> None:
     networks = matcher.networks
     assert isinstance(networks, TrainedNetworks)
-    names = [name for name, _ in networks.networks[0].named_parameters()]
+    names = [name for name, _ in networks.experts.network(0).named_parameters()]
     ends = [
         [[values[name] for name in names] for values in networks.experts.read(number, 0, 2)]
         for number in range(2)
@@ -213,3 +213,44 @@ def test_a_network_with_dropout_is_matched_on_alike_whatever_was_drawn_before(
             memory = tiny(make_set(), make_layout(), objective="gradient", **options)
             files.add(memory.to_bytes())
     assert len(files) == 1
+
+
+class Projected(nn.Module):
+    """A network with a buffer of random values, which its weights learn to go with."""
+
+    def __init__(self, image_shape: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("projection", torch.randn(math.prod(image_shape), 5))
+        self.head = nn.Linear(5, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(images.flatten(1) @ self.get_buffer("projection"))
+        return logits
+
+
+def test_an_expert_s_weights_are_matched_with_its_own_buffers(
+    matcher: BatchMatcher, make_set: MakeSet, tmp_path: Path
+) -> None:
+    data, context = make_set(), matcher.context
+    experts = Experts(
+        tmp_path / "projected",
+        data.images,
+        data.class_indices,
+        3,
+        num_experts=2,
+        num_epochs=1,
+        networks=(Projected,),
+    )
+    networks, seen = TrainedNetworks(context, 7, experts), set()
+    for number in range(6):
+        networks.draw(number)
+        found = networks.network.get_buffer("body.projection")
+        own = [experts.network(k).get_buffer("body.projection") for k in range(2)]
+        (expert,) = (k for k in range(2) if found.equal(own[k]))
+        initial, trained = experts.read(expert, 0, 1)
+        weight = networks.network.get_parameter("body.head.weight")
+        ends = initial["body.head.weight"], trained["body.head.weight"]
+        between = torch.minimum(*ends) - 1e-6 <= weight, weight <= torch.maximum(*ends) + 1e-6
+        assert all(bool(each.all()) for each in between)
+        seen.add(expert)
+    assert seen == {0, 1}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hmn_replay
 from hmn_replay.data.augment import (
     STRATEGIES,
     Augmentation,
@@ -352,3 +353,12 @@ def test_a_network_is_saved_with_its_augmentation() -> None:
     assert model(images).equal(again(images))
     with pytest.raises(ConfigError, match=r"call it as network\(images, \.\.\.\)"):
         model(input=images)
+
+
+def test_features_are_not_augmented() -> None:
+    backbone = hmn_replay.FrozenBackbone(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), (3, 8, 8))
+    model = hmn_replay.FeatureClassifier(backbone, nn.Flatten()).train()
+    hmn_replay.augment_training(model, "cutout", fill=0.0)
+    model(torch.rand(4, 3, 8, 8))
+    with pytest.raises(ConfigError, match=r"features \(5, 1, 1\): augment by the benchmark"):
+        model(torch.rand(4, 5, 1, 1))

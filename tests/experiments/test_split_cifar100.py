@@ -98,10 +98,10 @@ def test_resume_runs_only_what_is_missing(tmp_path: Path, fake_strategies: dict[
     before = results_in(tmp_path)
     with pytest.raises(ConfigError, match="--resume"):
         main([*common, "--strategies", "naive"])
-    fake_strategies["built"].clear()
+    fake_strategies["trained"].clear()
     assert main([*common, "--strategies", "naive", "--seed", "0,1", "--resume"]) == 0
-    assert [name for name, _ in fake_strategies["built"]] == ["naive"]
-    assert fake_strategies["built"][0][1]["seed"] == 1
+    assert [name for name, _ in fake_strategies["trained"]] == ["naive"] * 2
+    assert fake_strategies["built"][-1][1]["seed"] == 1
     after = results_in(tmp_path)
     assert after["seeds"] == [0, 1]
     assert after["results"]["naive"]["0"] == before["results"]["naive"]["0"]
@@ -141,6 +141,24 @@ def test_bad_arguments_are_refused_at_once(
     assert not fake_strategies["built"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategies", "naive,jpeg", "--quality", "0"], "quality"),
+        (["--strategies", "naive,hmn", "--kind", "raw"], "'raw' holds real images"),
+        (["--strategies", "naive,derpp", "--mode", "memory_only"], "memory_only"),
+        (["--epochs", "0"], "epochs must be 1 or more; got 0"),
+        (["--lr", "-1"], "lr must be above 0; got -1.0"),
+    ],
+)
+def test_what_a_strategy_refuses_is_told_before_any_is_trained(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(["--smoke", "--out", str(tmp_path), *arguments])
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_settings_reach_the_strategies(tmp_path: Path, fake_strategies: dict[str, Any]) -> None:
     arguments = ["--smoke", "--strategies", "naive", "--lr", "0.2", "--mode", "memory_only"]
     arguments += [
@@ -154,7 +172,7 @@ def test_settings_reach_the_strategies(tmp_path: Path, fake_strategies: dict[str
         str(tmp_path),
     ]
     assert main(arguments) == 0
-    ((_, settings),) = fake_strategies["built"]
+    _, settings = fake_strategies["built"][-1]
     expected = {
         "lr": 0.2,
         "mode": "memory_only",

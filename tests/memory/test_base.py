@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hmn_replay.baselines.fill import raw_images
+from hmn_replay.budget import Budget
 from hmn_replay.condensation.condense import condense
 from hmn_replay.data.images import LabelledImages, as_labelled_images
 from hmn_replay.data.lookup import ImageLookup
@@ -549,3 +550,37 @@ def test_a_transform_may_change_what_it_is_given() -> None:
     dataset = any_memory("raw").as_dataset(lambda image: image.sub_(0.5))
     first: Any = dataset[0][0]
     assert first.equal(dataset[0][0])
+
+
+@every_kind
+def test_a_codec_takes_images_of_the_memory_s_shape(kind: str) -> None:
+    memory = any_memory(kind)
+    if not memory.has_codec:
+        assert memory.codec() is None
+        return
+    codec, images = memory.codec(), memory.decode(dtype=torch.uint8)[0]
+    assert codec is not None
+    assert codec(images).shape == images.shape and codec(images[:0]).equal(images[:0])
+    channels, height, width = memory.image_shape
+    others = [
+        images.float() / 255,
+        images[0],
+        torch.zeros((2, channels, 2 * height, 2 * width), dtype=torch.uint8),
+        torch.zeros((2, 4 - channels, height, width), dtype=torch.uint8),
+    ]
+    for wrong in others:
+        with pytest.raises(DataError, match="the codec takes uint8 images of"):
+            codec(wrong)
+    memory.keep([])
+    assert memory.codec() is None
+
+
+@every_kind
+def test_a_memory_shrinks_to_a_budget_of_any_form(kind: str) -> None:
+    memory = any_memory(kind)
+    memory.shrink("1 MiB")
+    limit = memory.file_bytes - 1
+    memory.shrink(Budget(limit))
+    assert memory.file_bytes <= limit
+    with pytest.raises(BudgetError, match="a budget is"):
+        memory.shrink(-5)

@@ -147,12 +147,15 @@ def test_another_name_is_refused_with_those_that_there_are(name: str) -> None:
         NUMBER_FORMATS[name]
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.bool])
-def test_a_format_of_other_integers_is_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(ConfigError, match=r"stores floats or torch\.int8; got torch\."):
-        NumberFormat(dtype)
-
-
 def test_floats_are_not_coded() -> None:
     with pytest.raises(ConfigError, match="only integers can be entropy-coded"):
         NumberFormat(torch.float16, is_coded=True)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float8_e4m3fn, torch.uint8, torch.int16, torch.int64, torch.bool]
+)
+def test_formats_store_what_files_can_hold(dtype: torch.dtype) -> None:
+    with pytest.raises(ConfigError, match=r"one of torch\.float32, .*, torch\.int8; got torch\."):
+        NumberFormat(dtype)
+    assert NumberFormat(torch.bfloat16).dtype == torch.bfloat16

@@ -182,10 +182,12 @@ def test_a_codec_shows_images_as_the_memory_would() -> None:
     images = smooth_images(30, CIFAR).mul(255).round().to(torch.uint8)
     memory = FrequencyMemory(FrequencyLayout.of_images(CIFAR, "entropy", 60), [0], 30)
     memory.fit(0, lambda positions: images[positions].float() / 255)
-    shown, kept = memory.codec()(images), memory.decode(dtype=torch.uint8)[0]
+    codec = memory.codec()
+    assert codec is not None
+    shown, kept = codec(images), memory.decode(dtype=torch.uint8)[0]
     assert shown.shape == images.shape and shown.dtype == torch.uint8
     assert float((shown.int() - kept.int()).abs().float().mean()) < 0.5
-    assert memory.codec()(images[:0]).shape == (0, *CIFAR)
+    assert codec(images[:0]).shape == (0, *CIFAR)
 
 
 def test_condensing_fits_fills_and_matches() -> None:

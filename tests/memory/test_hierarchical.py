@@ -253,10 +253,8 @@ def test_cifar_fits_at_the_papers_budgets(num_classes: int, number_format: str) 
 
 @pytest.mark.parametrize("number_format", ["int8", "entropy"])
 def test_room_for_more_images_than_there_are_goes_to_better_ones(number_format: str) -> None:
-    def choose(num_real: int | None) -> HMNLayout:
-        return HierarchicalMemory.choose_layout("1 MiB", (3, 32, 32), 10, number_format, num_real)
-
-    plain, few, many = choose(None), choose(50), choose(10**6)
+    sizes = ("1 MiB", (3, 32, 32), 10, number_format)
+    plain, few, many = (HierarchicalMemory.choose_layout(*sizes, n) for n in (None, 50, 10**6))
     assert plain == many
     field = "image_bytes" if number_format == "entropy" else "instance_channels"
     assert getattr(few, field) > getattr(plain, field)

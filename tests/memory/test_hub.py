@@ -13,7 +13,13 @@ from PIL import Image
 
 import hmn_replay
 from hmn_replay.cli import main
-from hmn_replay.errors import ConfigError, DataError, MemoryFileError, MissingExtraError
+from hmn_replay.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    MemoryFileError,
+    MissingExtraError,
+)
 from tests.hub import Hub
 from tests.support import any_memory, real
 
@@ -151,3 +157,11 @@ def test_a_data_set_of_mappings_is_condensed() -> None:
     rows[2] = {"picture": pixels[2], "label": 0}
     with pytest.raises(DataError, match=r"item 2.*a mapping with the keys 'image' and 'label'"):
         hmn_replay.as_labelled_images(rows)
+
+
+def test_a_memory_over_its_budget_is_not_put_there(hub: Hub) -> None:
+    memory = any_memory("raw")
+    memory.budget_bytes = memory.file_bytes - 1
+    with pytest.raises(BudgetError, match="call shrink"):
+        memory.push_to_hub(NAME)
+    assert NAME not in hub.repositories

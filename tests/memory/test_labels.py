@@ -376,8 +376,17 @@ def test_a_labeller_follows_the_classes() -> None:
 
 def test_only_a_labeller_of_the_memory_s_classes_is_kept() -> None:
     memory = real("raw")
-    with pytest.raises(ConfigError, match="has 3 classes, the memory 2"):
+    with pytest.raises(ConfigError, match=r"is for 3 classes .*, the memory has 2"):
         memory.set_labeller(Labeller.of(network(num_classes=3), (3, 8, 8)))
+    large = build_network("convnet", (3, 16, 16), 2, width=3, depth=2)
+    with pytest.raises(ConfigError, match=r"2 classes of images \(3, 16, 16\), the memory"):
+        memory.set_labeller(Labeller.of(large, (3, 16, 16)))
+    with pytest.raises(ConfigError, match=r"for images of another shape than \(3, 8, 8\)"):
+        Labeller.of(large, (3, 8, 8))
+    with torch.no_grad():
+        large.get_parameter("body.head.1.bias").fill_(1e6)
+    with pytest.raises(ConfigError, match="values are float16, finite; the network's are beyond"):
+        Labeller.of(large, (3, 16, 16))
     with pytest.raises(ConfigError, match="a labeller is a ConvNet; got Linear"):
         Labeller.of(torch.nn.Linear(2, 2), (3, 8, 8))
     with pytest.raises(ConfigError, match="1 to 512 channels and 1 to 8 blocks"):
@@ -430,3 +439,14 @@ def test_counts_of_a_class_that_has_no_image_take_no_label(indices: Sequence[int
     memory.keep(indices)
     assert memory.images_per_class == [2, 0]
     assert loads(memory.to_bytes()).soft_labels().equal(memory.soft_labels())
+
+
+def test_labels_are_no_part_of_a_state() -> None:
+    memory = made("hmn")
+    memory.set_soft_labels(probabilities(memory.num_images, memory.num_classes))
+    memory.set_labeller(Labeller.of(network(), (3, 8, 8)))
+    other = made("hmn", groups=tuple(reversed(memory.images_per_class)))
+    memory.load_state_dict(other.state_dict())
+    assert memory.images_per_class == other.images_per_class
+    assert not memory.has_soft_labels and memory.labeller is None
+    assert memory.to_bytes() == other.to_bytes()

@@ -590,3 +590,20 @@ def test_running_statistics_are_left_as_they_are(objective: ObjectiveFunction) -
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())
     network(some_batches()[0])
     assert int(network.get_buffer("body.stages.0.1.num_batches_tracked")) == 1
+
+
+def test_weights_behind_a_parametrization_are_matched() -> None:
+    normed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).double()
+    nn.utils.parametrizations.weight_norm(normed[0])
+    batches = some_batches()
+    batches[2].requires_grad_()
+    loss = gradient_matching(normed, *batches)
+    (gradient,) = torch.autograd.grad(loss, batches[2])
+    assert bool(loss > 0) and bool(gradient.any())
+    direction = normed.get_parameter("0.parametrizations.weight.original1")
+
+    def gradients(images: Tensor, labels: Tensor) -> Tensor:
+        return torch.autograd.grad(F.cross_entropy(normed(images), labels), direction)[0]
+
+    real, decoded = gradients(*batches[:2]), gradients(*batches[2:])
+    torch.testing.assert_close(loss.detach(), (real - decoded).square().sum())

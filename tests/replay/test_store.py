@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import pickle
 import random
 import subprocess
@@ -25,6 +26,7 @@ from hmn_replay.errors import (
     ConfigError,
     DataError,
     HMNReplayWarning,
+    UnknownOptionError,
 )
 from hmn_replay.memory import MEMORIES, JPEGMemory, RawMemory
 from hmn_replay.replay import Keeper, store
@@ -239,7 +241,7 @@ def test_labels_keep_a_memory_of_another_budget_within_the_keepers() -> None:
     assert other.memory is not None and other.memory.budget_bytes == 9000
     memory = make("raw", other.memory_bytes + 8)
     memory.memory = other.memory
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 6))
     assert memory.label(network)
     assert memory.memory_bytes <= other.memory_bytes + 8
     restored = pickle.loads(pickle.dumps(memory))
@@ -384,13 +386,19 @@ def test_a_network_that_labels_has_a_logit_for_each_class_of_the_memory() -> Non
     memory = make("raw")
     memory.update(batch(3, 5))
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
-    with pytest.raises(
-        ConfigError, match=r"expected logits \(B, 2\), .* got 10: .*memory\.classes"
-    ):
-        memory.label(network)
-    assert memory.memory is not None
-    classes = memory.memory.classes
-    assert memory.label(lambda images: network(images)[:, classes]) == len(memory)
+    for wrong in ([3], [3, 5, 7], range(9)):
+        with pytest.raises(ConfigError, match=r"of 10 logits for \d labels there is none for"):
+            memory.label(network, classes=wrong)
+    few = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+    with pytest.raises(ConfigError, match=r"of 5 logits for 5 labels there is none for \[5\]"):
+        memory.label(few)
+    own = copy.deepcopy(memory)
+    order = torch.randperm(10)
+    assert memory.label(network) == own.label(
+        lambda images: network(images)[:, order], classes=order
+    )
+    assert memory.memory is not None and own.memory is not None
+    assert memory.memory.soft_labels().equal(own.memory.soft_labels())
     assert memory.report[-1]["file_bytes"] == memory.memory_bytes
     assert memory.report[-1]["fill"] == memory.memory_bytes / (memory.memory.budget_bytes or 0)
 
@@ -649,3 +657,34 @@ def test_room_for_labels_of_any_width_is_there_or_refused_at_first(first_label: 
         memory.check_room(named(first))
         memory.update(named(first))
     assert memory.memory is not None and memory.memory.num_classes == 10
+
+
+@pytest.mark.parametrize("returned", [None, (None, {}), ()], ids=["none", "no memory", "empty"])
+def test_a_keeper_returns_a_memory_and_a_report(returned: Any) -> None:
+    class Wrong(Keeper):
+        def renew(self, images: LabelledImages, **context: Any) -> Any:
+            return returned
+
+    memory = ReplayMemory(Wrong(), device="cpu")
+    with pytest.raises(ConfigError, match="a keeper"):
+        memory.update(batch(0, 1))
+    assert memory.memory is None and not memory.report
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("mem_size", r"Budget\.raw_images"),
+        ("num_classes", "expected_classes"),
+        ("ipc", r"Budget\.ipc"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["hmn", "jpeg"])
+def test_options_of_others_are_told_what_there_is(kind: str, option: str, hint: str) -> None:
+    with pytest.raises(UnknownOptionError, match=hint):
+        ReplayMemory("2 KiB", kind, **{option: 20})  # type: ignore[arg-type]
+
+
+def test_a_config_is_one() -> None:
+    with pytest.raises(ConfigError, match=r"config= is a hmn_replay.CondenseConfig; got \{'outer"):
+        ReplayMemory("2 KiB", config={"outer_steps": 3})

@@ -147,3 +147,12 @@ def test_without_timm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'hmn-replay\[timm\]'"):
         hmn_replay.load_backbone("timm-pretrained:resnet18", (3, 32, 32))
+
+
+def test_a_network_that_gives_no_features_stays_as_it_was() -> None:
+    network = nn.Sequential(nn.Flatten(0), nn.Linear(192, 2))
+    with pytest.raises(ConfigError, match="expected a backbone"):
+        FrozenBackbone(network, SHAPE)
+    assert network.training and all(each.requires_grad for each in network.parameters())
+    frozen = FrozenBackbone(nn.Flatten(), SHAPE)
+    assert not frozen.network.training

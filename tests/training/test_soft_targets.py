@@ -161,8 +161,12 @@ def test_a_labeller_is_shown_the_augmented_images() -> None:
 def test_what_are_no_targets_is_refused() -> None:
     images, labels = stripes(6)
     _, index = labels.unique(return_inverse=True)
-    with pytest.raises(DataError, match=r"soft labels of shape \(6, 3\), got \(6, 2\)"):
-        train_network(images, index, 3, targets=torch.ones(6, 2), device="cpu")
+    wrong = [torch.ones(6, 2), *(torch.ones(6, 3) for _ in range(3))]
+    for targets, value in zip(wrong[1:], (-1.0, 0.0, float("nan")), strict=True):
+        targets[5] = value
+    for targets in wrong:
+        with pytest.raises(DataError, match=r"soft labels \(6, 3\), rows of finite probabilities"):
+            train_network(images, index, 3, targets=targets, device="cpu")
     with pytest.raises(ConfigError, match="label_weight must be less than or equal to 1"):
         TrainingConfig(label_weight=1.5)
     with pytest.raises(ConfigError, match="temperature must be greater than 0"):
