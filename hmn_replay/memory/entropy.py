@@ -40,8 +40,12 @@ __all__ = [
     "DENSE_LEVEL",
     "MAX_INTEGER",
     "NUM_LEVELS",
+    "PROBABILITY_BITS",
+    "Reader",
+    "Writer",
     "best_levels",
     "bits",
+    "categorical",
     "decode",
     "encode",
     "least_bits",
@@ -61,7 +65,10 @@ DENSE_LEVEL = 10
 """The lowest level of a zero that takes an eighth of a bit or more: 64 of them fill a byte."""
 
 _STEPS_PER_OCTAVE, _LOWEST_OCTAVE = 4, -6
-_RATIO_BITS, _PROBABILITY_BITS = 16, 24
+PROBABILITY_BITS = 24
+"""Probabilities are multiples of 2**-24."""
+
+_RATIO_BITS = 16
 _WORD_BYTES = 4
 _DECODED_AT_ONCE = 2**16
 
@@ -124,16 +131,12 @@ def encode(parts: Sequence[tuple[Tensor, Tensor]]) -> bytes:
     Returns:
         A multiple of 4 bytes: the code lengths' sum, and 8 bytes at most.
     """
-    from constriction import stream
-
-    encoder = stream.queue.RangeEncoder()
+    writer = Writer()
     values = np.concatenate([integers.cpu().flatten().numpy() for integers, _ in parts])
     levels = _spread([(integers.shape, own) for integers, own in parts])
     for level in np.unique(levels).tolist():
-        symbols = values[levels == level].astype(np.int32) + MAX_INTEGER
-        encoder.encode(symbols, _model(level))
-    words: npt.NDArray[np.uint32] = encoder.get_compressed()
-    return words.astype("<u4").tobytes()
+        writer.code(values[levels == level].astype(np.int32) + MAX_INTEGER, _model(level))
+    return writer.data
 
 
 def decode(data: bytes, parts: Sequence[tuple[Sequence[int], Tensor]]) -> list[Tensor]:
@@ -149,11 +152,7 @@ def decode(data: bytes, parts: Sequence[tuple[Sequence[int], Tensor]]) -> list[T
     Raises:
         MemoryFileError: No integers of these shapes have such a code.
     """
-    from constriction import stream
-
-    if len(data) % _WORD_BYTES:
-        raise MemoryFileError(f"a code has a multiple of {_WORD_BYTES} bytes; it has {len(data)}")
-    decoder = stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+    reader = Reader(data, "code")
     levels = _spread(parts)
     values = np.empty(len(levels), np.int8)
     for level in np.unique(levels).tolist():
@@ -162,15 +161,76 @@ def decode(data: bytes, parts: Sequence[tuple[Sequence[int], Tensor]]) -> list[T
         # The decoder gives four bytes for each of one: not for all of them at once.
         for start in range(0, len(found), _DECODED_AT_ONCE):
             part = found[start : start + _DECODED_AT_ONCE]
-            try:
-                part[:] = decoder.decode(_model(level), len(part)) - MAX_INTEGER
-            except (AssertionError, ValueError) as error:
-                raise MemoryFileError(f"its code cannot be decoded: {error}") from error
+            part[:] = reader.code(part, _model(level)) - MAX_INTEGER
         values[own] = found
-    if not decoder.maybe_exhausted():
-        raise MemoryFileError("its code holds more than its integers")
+    reader.finish()
     flat = torch.from_numpy(values).split([math.prod(shape) for shape, _ in parts])
     return [own.view(*shape) for own, (shape, _) in zip(flat, parts, strict=True)]
+
+
+class Writer:
+    """A range coder's message while it is written."""
+
+    def __init__(self) -> None:
+        from constriction import stream
+
+        self._encoder = stream.queue.RangeEncoder()
+
+    def code(self, symbols: npt.NDArray[Any], model: Any) -> npt.NDArray[Any]:
+        """Write symbols, integers from 0 on, under a model, and return them."""
+        self._encoder.encode(symbols.astype(np.int32, copy=False), model)
+        return symbols
+
+    @property
+    def data(self) -> bytes:
+        """What was written: a multiple of 4 bytes."""
+        words: npt.NDArray[np.uint32] = self._encoder.get_compressed()
+        return words.astype("<u4").tobytes()
+
+
+class Reader:
+    """A range coder's message while it is read, as a :class:`Writer` has written it.
+
+    Args:
+        data: The message.
+        what: What it is, for error messages.
+
+    Raises:
+        MemoryFileError: It does not consist of words of 4 bytes.
+    """
+
+    def __init__(self, data: bytes, what: str) -> None:
+        from constriction import stream
+
+        if len(data) % _WORD_BYTES:
+            raise MemoryFileError(f"its {what} has {len(data)} bytes, not a multiple of 4")
+        self._decoder = stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+        self._what = what
+
+    def code(self, symbols: npt.NDArray[Any], model: Any) -> npt.NDArray[np.int32]:
+        """Read as many symbols as are given under a model.
+
+        Raises:
+            MemoryFileError: No symbols have such a message.
+        """
+        try:
+            found: npt.NDArray[np.int32] = self._decoder.decode(model, len(symbols))
+        except (AssertionError, ValueError) as error:
+            raise MemoryFileError(f"its {self._what} cannot be decoded: {error}") from error
+        return found
+
+    def finish(self) -> None:
+        """Raise a MemoryFileError where more was written than has been read."""
+        if not self._decoder.maybe_exhausted():
+            raise MemoryFileError(f"its {self._what} goes on behind its end")
+
+
+def categorical(counts: Sequence[int] | npt.NDArray[np.int64]) -> Any:
+    """Return the model of symbols with these probabilities, in units of 2**-24."""
+    from constriction import stream
+
+    probabilities = np.array(counts, np.float64) / 2**PROBABILITY_BITS
+    return stream.model.Categorical(probabilities, perfect=False)
 
 
 def _spread(parts: Sequence[tuple[Sequence[int], Tensor]]) -> npt.NDArray[np.uint8]:
@@ -193,18 +253,15 @@ def _counts(level: int) -> list[int]:
     ratio, one = _ratio(level), 1 << _RATIO_BITS
     sizes = [abs(k) for k in range(-MAX_INTEGER, MAX_INTEGER + 1)]
     weights = [ratio**size * one ** (MAX_INTEGER - size) for size in sizes]
-    total, free = sum(weights), (1 << _PROBABILITY_BITS) - len(weights)
+    total, free = sum(weights), (1 << PROBABILITY_BITS) - len(weights)
     counts = [1 + weight * free // total for weight in weights]
-    counts[MAX_INTEGER] += (1 << _PROBABILITY_BITS) - sum(counts)
+    counts[MAX_INTEGER] += (1 << PROBABILITY_BITS) - sum(counts)
     return counts
 
 
 @functools.lru_cache
 def _model(level: int) -> Any:
-    from constriction import stream
-
-    probabilities = np.array(_counts(level), np.float64) / 2**_PROBABILITY_BITS
-    return stream.model.Categorical(probabilities, perfect=False)
+    return categorical(_counts(level))
 
 
 @functools.lru_cache

@@ -41,11 +41,9 @@ _TOP_LEVEL = 7
 _STEP = 0.75
 # Of few classes all have a level, of many the most likely ones.
 _FEW_CLASSES, _NUM_NAMED = 16, 5
-_PROBABILITY_BITS = 24
 # Each symbol has this probability at least.
 _LEAST_BITS = 10
 _INCREMENT = 4
-_WORD_BYTES = 4
 # Upper bounds of a mean level, in units of 1/32, that have a model of their own.
 _MEAN_UNITS = 32
 _MEAN_BOUNDS = (0, 1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224)
@@ -130,17 +128,9 @@ class SoftLabels:
     @functools.cached_property
     def code(self) -> bytes:
         """The labels as the file has them, without counts: a multiple of 4 bytes."""
-        from constriction import stream
-
-        encoder = stream.queue.RangeEncoder()
-
-        def put(symbols: npt.NDArray[np.uint8], model: Any) -> npt.NDArray[np.uint8]:
-            encoder.encode(symbols.astype(np.int32), model)
-            return symbols
-
-        _Coder(self.counts).run(put, self.levels.numpy().copy())
-        words: npt.NDArray[np.uint32] = encoder.get_compressed()
-        return words.astype("<u4").tobytes()
+        writer = entropy.Writer()
+        _Coder(self.counts).run(writer, self.levels.numpy().copy())
+        return writer.data
 
     def stored(self) -> dict[str, Tensor]:
         """Return what the file stores, name to tensor; :meth:`restored` reads it."""
@@ -164,29 +154,17 @@ class SoftLabels:
         Raises:
             MemoryFileError: These are no labels of so many images.
         """
-        from constriction import stream
-
         code = tensors.get("label_code")
         if code is None:
             return None
         num_images, num_classes = sum(counts), len(counts)
-        if code.dtype != torch.uint8 or code.ndim != 1 or len(code) % _WORD_BYTES:
-            raise MemoryFileError("its labels are not a code of whole words")
+        if code.dtype != torch.uint8 or code.ndim != 1:
+            raise MemoryFileError("its code of labels is not a row of bytes")
         check_claims(num_bytes, num_images, num_images * num_classes)
-        words = np.frombuffer(code.numpy().tobytes(), "<u4").astype(np.uint32)
-        decoder = stream.queue.RangeDecoder(words)
-
-        def take(symbols: npt.NDArray[np.uint8], model: Any) -> npt.NDArray[np.uint8]:
-            try:
-                found = decoder.decode(model, len(symbols))
-            except (AssertionError, ValueError) as error:
-                raise MemoryFileError(f"its labels cannot be decoded: {error}") from error
-            return found.astype(np.uint8)  # type: ignore[no-any-return]
-
+        reader = entropy.Reader(code.numpy().tobytes(), "code of labels")
         levels = np.zeros((num_images, num_classes), np.uint8)
-        _Coder(counts).run(take, levels)
-        if not decoder.maybe_exhausted():
-            raise MemoryFileError("its labels hold more than those of its images")
+        _Coder(counts).run(reader, levels)
+        reader.finish()
         return cls(torch.from_numpy(levels), tuple(counts))
 
 
@@ -216,13 +194,12 @@ class _Coder:
         if (num_others := num_classes - _num_named(num_classes)) > 0:
             self.seen[:, 0] = _TOP_LEVEL * num_others // _NUM_NAMED
 
-    def run(self, code: Any, levels: npt.NDArray[np.uint8]) -> None:
-        """Code all labels.
+    def run(self, message: entropy.Writer | entropy.Reader, levels: npt.NDArray[np.uint8]) -> None:
+        """Write all labels into a message, or read them from one.
 
         Args:
-            code: A function of symbols and a model that returns the symbols: those given when
-                encoding, those read when decoding.
-            levels: ``(N, K)``, filled in with what ``code`` returns.
+            message: The message.
+            levels: ``(N, K)``, filled in with what is read.
         """
         starts = np.concatenate([[0], self.counts.cumsum()[:-1]])
         # All is of the smallest type that holds it: a file of few bytes may have K * K values here.
@@ -240,7 +217,7 @@ class _Coder:
             found = np.zeros(contexts.shape, np.uint8)
             for context in np.unique(contexts):
                 chosen = contexts == context
-                found[chosen] = self._code(code, given[chosen], self.seen[context])
+                found[chosen] = self._code(message, given[chosen], self.seen[context])
             levels[rows] = found
             np.add.at(sums, owners, found)
 
@@ -267,16 +244,16 @@ class _Coder:
 
     @staticmethod
     def _code(
-        code: Any, symbols: npt.NDArray[np.uint8], seen: npt.NDArray[np.int64]
+        message: entropy.Writer | entropy.Reader,
+        symbols: npt.NDArray[np.uint8],
+        seen: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.uint8]:
         """Code symbols by how often each was seen, and count them."""
-        from constriction import stream
-
-        size, one, least = len(seen), 1 << _PROBABILITY_BITS, 1 << _PROBABILITY_BITS - _LEAST_BITS
+        size, one = len(seen), 1 << entropy.PROBABILITY_BITS
+        least = one >> _LEAST_BITS
         counts = least + seen * (one - size * least) // seen.sum()
         counts[seen.argmax()] += one - counts.sum()
-        model = stream.model.Categorical(counts / one, perfect=False)
-        found: npt.NDArray[np.uint8] = code(symbols, model)
+        found = message.code(symbols, entropy.categorical(counts)).astype(np.uint8)
         # np.bincount would make them integers of 64 bits.
         seen += _INCREMENT * np.array([np.count_nonzero(found == level) for level in range(size)])
         return found

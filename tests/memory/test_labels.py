@@ -289,8 +289,8 @@ def test_what_are_no_probabilities_is_refused(wanted: Tensor) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"label_code": torch.zeros(3, dtype=torch.uint8)}, "not a code of whole words"),
-        ({"label_code": torch.zeros(4)}, "not a code of whole words"),
+        ({"label_code": torch.zeros(3, dtype=torch.uint8)}, "3 bytes, not a multiple of 4"),
+        ({"label_code": torch.zeros(4)}, "is not a row of bytes"),
         ({"label_code": torch.full((4000,), 255, dtype=torch.uint8)}, "labels"),
     ],
 )
