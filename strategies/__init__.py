@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from hmn_replay.avalanche.kinds import REPLAY_OPTIONS
 from hmn_replay.budget import Budget
 from hmn_replay.errors import ConfigError
 from hmn_replay.registry import suggest
@@ -44,8 +45,6 @@ from strategies.settings import Settings, Strategy
 if TYPE_CHECKING:
     from avalanche.core import SupervisedPlugin
     from avalanche.training.plugins.evaluation import EvaluationPlugin
-
-    from hmn_replay.avalanche.losses import Loss, Renewal
 
 __all__ = [
     "NAMES",
@@ -94,15 +93,6 @@ def build(
     seed: int = 0,
     device: str | torch.device = "auto",
     mode: Literal["replay", "memory_only"] = "replay",
-    loss: Loss = "auto",
-    renew: Renewal = "auto",
-    distill: float | None = None,
-    labels: Literal["hard", "soft"] = "hard",
-    label_augmentations: Collection[str] = ("flip", "crop"),
-    tune: Literal["none", "head", "all"] = "none",
-    tune_steps: int = 100,
-    tune_rate: float = 0.01,
-    replay_weight: float | None = None,
     effort: str = "draft",
     expected_classes: int | None = None,
     evaluator: EvaluationPlugin | None = None,
@@ -138,30 +128,16 @@ def build(
         mode: ``"replay"``, or ``"memory_only"``: from the second experience on the memory is
             renewed before training, and trained on alone. DER++, ER-ACE and Avalanche's replay lack
             the latter; GDumb is always so; naive and joint training have no memory.
-        loss: Replay loss of our memories, as :class:`hmn_replay.MemoryReplay` takes it. GDumb
-            trains on its memory alone, DER++ and ER-ACE have losses of their own, and Avalanche's
-            replay has the plain one.
-        renew: When our memories take an experience in: ``"before"`` or ``"after"`` it is trained
-            on; ``"auto"`` as :class:`hmn_replay.MemoryReplay` says.
-        distill: Weight of the distillation from the previous network, for our memories; that
-            network is not part of the budget. Default: None, as :class:`hmn_replay.MemoryReplay`
-            says.
-        labels: Whether our memories keep what the network says of their images, in the same bytes,
-            and learn it again: ``"hard"`` or ``"soft"``.
-        label_augmentations: Augmentations that these answers are averaged over.
-        tune: What of the network is tuned on one of our memories after each experience but the
-            first, for as long as no other comes: ``"none"``, ``"head"`` or ``"all"``.
-        tune_steps: Steps of that tuning.
-        tune_rate: Learning rate of that tuning.
-        replay_weight: Share in [0, 1] that replayed images have in the loss of our memories.
-            Default: None, the share that they have by their number.
         effort: Effort of HMN's condensation: ``"draft"``, ``"quick"``, ``"standard"`` or
             ``"paper"``.
         expected_classes: How many classes will come in all, if that is known; for our memories.
         evaluator: Avalanche's metrics and loggers. Default: none.
         plugins: More plugins, called after the strategy's own.
         progress: Whether our memories print a line after each update.
-        **options: The strategy's own, named in its module.
+        **options: The strategy's own, named in its module; and those of
+            :class:`hmn_replay.MemoryReplay`, such as ``loss``, ``distill`` or ``labels``, which the
+            other strategies do not use: GDumb trains on its memory alone, DER++ and ER-ACE have
+            losses of their own, and Avalanche's replay has the plain one.
 
     Raises:
         BudgetError: The budget cannot be read, or does not hold one image. The memories of this
@@ -186,15 +162,7 @@ def build(
         seed=seed,
         device=device,
         mode=mode,
-        loss=loss,
-        renew=renew,
-        distill=distill,
-        labels=labels,
-        label_augmentations=label_augmentations,
-        tune=tune,
-        tune_steps=tune_steps,
-        tune_rate=tune_rate,
-        replay_weight=replay_weight,
+        replay={name: options.pop(name) for name in REPLAY_OPTIONS if name in options},
         effort=effort,
         expected_classes=expected_classes,
         evaluator=evaluator,

@@ -14,8 +14,7 @@ def build(settings: Settings) -> Strategy:
     """Build it.
 
     Options are ``quality``, 1 to 100, or None to choose it on the first experience (the default);
-    ``training``, the :class:`hmn_replay.TrainingConfig` of that choice; and ``recode_share``, as
-    :class:`hmn_replay.MemoryReplay` takes it.
+    and ``training``, the :class:`hmn_replay.TrainingConfig` of that choice.
 
     Raises:
         ConfigError: ``quality`` is outside its range, or the option is unknown.
@@ -24,6 +23,6 @@ def build(settings: Settings) -> Strategy:
         settings.budget_bytes,
         expected_classes=settings.expected_classes,
         **settings.replay_options(),
-        **settings.choose(quality=None, training=None, recode_share=0.0),
+        **settings.choose(quality=None, training=None),
     )
     return Naive(**settings.common(replay))

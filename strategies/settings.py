@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +14,6 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import nn
 
-from hmn_replay.avalanche.losses import Loss, Renewal
 from hmn_replay.avalanche.plugin import MODES, MemoryReplay
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.runtime import resolve_device
@@ -47,15 +46,7 @@ class Settings:
     seed: int
     device: str | torch.device
     mode: Literal["replay", "memory_only"]
-    loss: Loss
-    renew: Renewal
-    distill: float | None
-    labels: Literal["hard", "soft"]
-    label_augmentations: Collection[str]
-    tune: Literal["none", "head", "all"]
-    tune_steps: int
-    tune_rate: float
-    replay_weight: float | None
+    replay: Mapping[str, Any]
     effort: str
     expected_classes: int | None
     evaluator: EvaluationPlugin | None
@@ -100,17 +91,9 @@ class Settings:
         return {
             "batch_size_mem": self.batch_size_mem,
             "mode": self.mode,
-            "loss": self.loss,
-            "renew": self.renew,
-            "distill": self.distill,
-            "labels": self.labels,
-            "label_augmentations": self.label_augmentations,
-            "tune": self.tune,
-            "tune_steps": self.tune_steps,
-            "tune_rate": self.tune_rate,
-            "replay_weight": self.replay_weight,
             "seed": self.seed,
             "progress": self.progress,
+            **self.replay,
         }
 
     def num_images(self, extra_bytes: int = 0) -> int:

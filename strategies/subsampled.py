@@ -13,8 +13,7 @@ __all__ = ["build"]
 def build(settings: Settings) -> Strategy:
     """Build it.
 
-    Options are ``factor``, 2 to 8 pixels for one, along each side (default: 2); and
-    ``recode_share``, as :class:`hmn_replay.MemoryReplay` takes it.
+    An option is ``factor``, 2 to 8 pixels for one, along each side (default: 2).
 
     Raises:
         ConfigError: ``factor`` is outside its range, or the option is unknown.
@@ -23,6 +22,6 @@ def build(settings: Settings) -> Strategy:
         settings.budget_bytes,
         expected_classes=settings.expected_classes,
         **settings.replay_options(),
-        **settings.choose(factor=2, recode_share=0.0),
+        **settings.choose(factor=2),
     )
     return Naive(**settings.common(replay))

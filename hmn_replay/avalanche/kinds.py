@@ -23,7 +23,6 @@ from hmn_replay.avalanche.streams import Strategy, experiences_of
 from hmn_replay.avalanche.weights import on_cpu
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
-from hmn_replay.condensation.labelling import LABEL_AUGMENTATIONS
 from hmn_replay.condensation.matchers import check_given_networks
 from hmn_replay.errors import ConfigError
 from hmn_replay.objectives import get_objective
@@ -34,7 +33,12 @@ from hmn_replay.replay import (
     Selection,
     SubsampledKeeper,
 )
-from hmn_replay.replay.keepers import check_learned_options, kinds_with, named_arguments
+from hmn_replay.replay.keepers import (
+    OTHER_NAMES,
+    check_learned_options,
+    kinds_with,
+    named_arguments,
+)
 from hmn_replay.runtime import isolated
 from hmn_replay.settings import check_options
 from hmn_replay.training.networks import device_of, evaluating
@@ -67,6 +71,10 @@ class ReplayOptions(TypedDict, total=False):
     progress: bool
 
 
+REPLAY_OPTIONS = tuple(ReplayOptions.__annotations__)
+"""The names of these options."""
+
+
 class HMNReplay(MemoryReplay):
     """Replays a learned memory, condensed by matching, under a budget of bytes.
 
@@ -85,28 +93,6 @@ class HMNReplay(MemoryReplay):
             those of ``effort``.
         effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``. The default is made for
             streams, where training waits for every update.
-        batch_size_mem: Images replayed in a step; this and the options below are explained in
-            :class:`MemoryReplay`.
-        mode: ``"replay"`` or ``"memory_only"``.
-        replay_transform: Augments decoded images.
-        replay_weight: Share of the replayed images in the loss.
-        loss: Replay loss: ``"auto"``, a name in ``LOSSES`` or a callable.
-        renew: ``"before"``, ``"after"`` or ``"auto"``: when to condense an experience.
-        distill: Weight of the distillation from the previous network.
-        recode_share: Probability with which an image of the experience is shown through the
-            memory's codec; for kinds that have one, ``"hmn"`` and ``"fred"``.
-        labels: ``"hard"`` or ``"soft"``: whether the network's answers are kept beside the images.
-        label_weight: Weight of these in the loss of replayed images.
-        label_augmentations: Augmentations that these answers are averaged over.
-        tune: ``"none"``, ``"head"`` or ``"all"``: what is tuned on the memory after an experience.
-        tune_steps: Steps of that tuning.
-        tune_rate: Learning rate of that tuning.
-        normalization: ``(mean, std)`` that the benchmark's transforms apply.
-        max_raw_images: Bound on the raw images gathered of an online experience.
-        seed: Seed of every draw.
-        device: Where to condense. Default: None, the strategy's device.
-        progress: Whether to print a line on standard error after each update, which says its
-            images, bytes and seconds; in a terminal, bars are shown meanwhile.
         matching_networks: ``"trained"``: what matching needs is trained from scratch on the
             experience, as ``trained_networks`` says. ``"own"``: once the strategy's network has
             learned anything, points between its first weights and those it has take their place,
@@ -119,9 +105,10 @@ class HMNReplay(MemoryReplay):
             trained for an objective that matches features, with the settings that an effort has for
             them; otherwise ``"trained"``. The report says how many states of its own were used, as
             ``networks_given``.
-        **options: Fields of :class:`~hmn_replay.CondenseConfig`, but those of
-            :class:`~hmn_replay.LabelConfig`. Default of ``fidelity``: 0.3 where the memory is
-            replayed beside real images, 0 with ``"memory_only"``.
+        **options: Those of :class:`MemoryReplay`; and fields of
+            :class:`~hmn_replay.CondenseConfig`, but those of :class:`~hmn_replay.LabelConfig`.
+            Default of ``fidelity``: 0.3 where the memory is replayed beside real images, 0 with
+            ``mode="memory_only"``.
 
     Raises:
         BudgetError: The budget cannot be read.
@@ -137,25 +124,6 @@ class HMNReplay(MemoryReplay):
         expected_classes: int | None = None,
         config: CondenseConfig | None = None,
         effort: str = "draft",
-        batch_size_mem: int | None = None,
-        mode: Literal["replay", "memory_only"] = "replay",
-        replay_transform: Callable[[Tensor], Tensor] | None = None,
-        replay_weight: float | None = None,
-        loss: Loss = "auto",
-        renew: Renewal = "auto",
-        distill: float | None = None,
-        recode_share: float = 0.0,
-        labels: Literal["hard", "soft"] = "hard",
-        label_weight: float = 1.0,
-        label_augmentations: str | Collection[str] = LABEL_AUGMENTATIONS,
-        tune: Literal["none", "head", "all"] = "none",
-        tune_steps: int = 100,
-        tune_rate: float = 0.01,
-        normalization: tuple[Sequence[float], Sequence[float]] | None = None,
-        max_raw_images: int = 10_000,
-        seed: int = 0,
-        device: str | torch.device | None = None,
-        progress: bool = True,
         matching_networks: Literal["auto", "trained", "own"] = "auto",
         **options: Any,
     ) -> None:
@@ -163,8 +131,10 @@ class HMNReplay(MemoryReplay):
             raise ConfigError(
                 f"matching_networks is auto, trained or own; got {matching_networks!r}"
             )
-        check_learned_options(type(self).__name__, type(self), options)
-        if mode == "memory_only":  # no real images beside it
+        replay: Any = {name: options.pop(name) for name in REPLAY_OPTIONS if name in options}
+        others = [*named_arguments(type(self)), *REPLAY_OPTIONS]
+        check_learned_options(type(self).__name__, others, options)
+        if replay.get("mode") == "memory_only":  # no real images beside it
             if config is None:
                 options = {"fidelity": 0.0, **options}
             elif config.fidelity is None:
@@ -177,28 +147,7 @@ class HMNReplay(MemoryReplay):
             effort=effort,
             **options,
         )
-        super().__init__(
-            keeper,
-            batch_size_mem=batch_size_mem,
-            mode=mode,
-            replay_transform=replay_transform,
-            replay_weight=replay_weight,
-            loss=loss,
-            renew=renew,
-            distill=distill,
-            recode_share=recode_share,
-            labels=labels,
-            label_weight=label_weight,
-            label_augmentations=label_augmentations,
-            tune=tune,
-            tune_steps=tune_steps,
-            tune_rate=tune_rate,
-            normalization=normalization,
-            max_raw_images=max_raw_images,
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
+        super().__init__(keeper, **replay)
         if matching_networks == "own" and keeper.holds_features:
             raise ConfigError("features are not matched: leave matching_networks out")
         self.matching_networks = matching_networks
@@ -386,8 +335,9 @@ class JPEGReplay(MemoryReplay):
 
 def _check_keywords(plugin: MemoryReplay, options: Mapping[str, Any]) -> None:
     """Raise an UnknownOptionError for an option that a plugin of real images does not take."""
-    known = [*named_arguments(type(plugin)), *ReplayOptions.__annotations__]
-    check_options(type(plugin).__name__, options, known, kinds_with(options))
+    known = [*named_arguments(type(plugin)), *REPLAY_OPTIONS]
+    hints = {**OTHER_NAMES, **kinds_with(options)}
+    check_options(type(plugin).__name__, options, known, hints)
 
 
 def _trains_usual_networks(config: CondenseConfig) -> bool:

@@ -208,7 +208,7 @@ class LearnedKeeper(Keeper):
                 "JPEGReplay or LosslessReplay, or without Avalanche ReplayMemory or a RealKeeper"
             )
         own = [name for name in LabelConfig.model_fields if name in options]
-        check_learned_options(f"the memory kind {kind!r}", LearnedKeeper, options)
+        check_learned_options(f"the memory kind {kind!r}", named_arguments(LearnedKeeper), options)
         if own or (config is not None and config.labels != "hard"):
             raise ConfigError(
                 f"{own[0] if own else 'labels'}: in a stream the network that learns makes the "
@@ -636,16 +636,16 @@ def check_same_shape(memory: Memory, images: LabelledImages) -> None:
         )
 
 
-def check_learned_options(owner: str, takes: Callable[..., Any], options: Iterable[str]) -> None:
+def check_learned_options(owner: str, others: Iterable[str], options: Iterable[str]) -> None:
     """Raise an UnknownOptionError for an option that is no setting of a condensation.
 
     Args:
         owner: What takes the options, for the message.
-        takes: Its class, whose other arguments are suggested as well.
+        others: Names of its other options, which are suggested as well.
         options: The names of the options.
     """
     unknown = [name for name in options if name not in CondenseConfig.model_fields]
-    known = [*named_arguments(takes), *_settings()]
+    known = [*others, *_settings()]
     hints = {**OTHER_NAMES, **kinds_with(unknown)}
     check_options(owner, unknown, known, hints, CondenseConfig.catalogue)
 

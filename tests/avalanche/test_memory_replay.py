@@ -874,9 +874,12 @@ def test_items_of_another_form_are_refused() -> None:
 def test_every_plugin_takes_the_same_options() -> None:
     options = set(ReplayOptions.__annotations__)
     assert options | {"keeper"} == set(inspect.signature(MemoryReplay).parameters)
-    assert options < set(inspect.signature(HMNReplay).parameters)
     given: Any = dict.fromkeys(("batch_size_mem", "max_raw_images", "seed"), 7)
-    for replay in (RawReplay("1 KiB", **given), JPEGReplay("1 KiB", **given)):
+    plugins: tuple[Any, ...] = (HMNReplay, RawReplay, JPEGReplay)
+    for make in plugins:
+        replay = make("1 KiB", **given)
         assert (replay.batch_size_mem, replay.max_raw_images, replay.seed) == (7, 7, 7)
-    with pytest.raises(TypeError, match="batch_size_memory"):
-        RawReplay("1 KiB", batch_size_memory=3)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match=r"'batch_size_memory'.*did you mean 'batch_size_mem'"):
+            make("1 KiB", batch_size_memory=3)
+        with pytest.raises(TypeError, match=r"'mem_size'; a memory is bounded by its budget"):
+            make("1 KiB", mem_size=3)
