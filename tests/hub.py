@@ -22,6 +22,7 @@ class Hub:
         repositories: By ``OWNER/NAME``, the files' bytes by name.
         created: The body of each request for a new repository.
         tokens: What each request was authorised with.
+        status: What a request for a new repository is answered with.
     """
 
     def __init__(self, url: str) -> None:
@@ -30,6 +31,7 @@ class Hub:
         self.created: list[dict[str, Any]] = []
         self.revisions: list[str] = []
         self.tokens: set[str | None] = set()
+        self.status = 200
 
 
 @contextmanager
@@ -61,6 +63,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.hub.tokens.add(self.headers.get("Authorization"))
         path = self.path.split("?")[0]
+        if self.hub.status != 200:
+            self._answer({"error": "forbidden"}, self.hub.status)
+            return
         if path == "/api/repos/create":
             given = json.loads(body)
             self.hub.created.append(given)

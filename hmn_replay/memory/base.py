@@ -682,7 +682,9 @@ class Memory(abc.ABC):
 
         Raises:
             MissingExtraError: ``huggingface_hub`` is not installed.
+            BudgetError: The file would be over the budget.
             DataError: The memory holds no image.
+            OSError: The Hub refuses it, or does not answer.
         """
         from hmn_replay.memory.hub import push
 

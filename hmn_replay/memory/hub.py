@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +51,15 @@ def push(
         ).encode(),
     }
     api = hub.HfApi(token=token, library_name="hmn_replay")
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    commit = api.create_commit(
-        repo_id,
-        [hub.CommitOperationAdd(name, content) for name, content in files.items()],
-        commit_message=f"Add a memory of {memory.file_bytes:,} bytes",
-        repo_type="dataset",
-        revision=revision,
-    )
+    with _explained(f"cannot put the memory into {repo_id} on the Hub"):
+        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        commit = api.create_commit(
+            repo_id,
+            [hub.CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message=f"Add a memory of {memory.file_bytes:,} bytes",
+            repo_type="dataset",
+            revision=revision,
+        )
     return str(commit.commit_url)
 
 
@@ -81,7 +83,7 @@ def download(address: str, *, token: str | None = None) -> Path:
         )
     hub = import_extra("huggingface_hub", "hub")
     name = match["file"] or FILE_NAME
-    try:
+    with _explained(f"cannot fetch {name} of {match['repo']} from the Hub"):
         found = hub.hf_hub_download(
             match["repo"],
             name,
@@ -90,10 +92,17 @@ def download(address: str, *, token: str | None = None) -> Path:
             library_name="hmn_replay",
             token=token,
         )
-    except Exception as error:  # those of its HTTP library have no base in common
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise OSError(f"cannot fetch {name} of {match['repo']} from the Hub: {reason}") from error
     return Path(found)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Make an OSError of whatever the Hub's library raises: its errors have no base in common."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise OSError(f"{what}: {reason}") from error
 
 
 def make_card(

@@ -165,3 +165,10 @@ def test_a_memory_over_its_budget_is_not_put_there(hub: Hub) -> None:
     with pytest.raises(BudgetError, match="call shrink"):
         memory.push_to_hub(NAME)
     assert NAME not in hub.repositories
+
+
+def test_a_hub_that_refuses_is_told_in_one_line(hub: Hub) -> None:
+    hub.status = 403
+    with pytest.raises(OSError, match=f"cannot put the memory into {NAME} on the Hub: 403") as told:
+        any_memory("raw").push_to_hub(NAME)
+    assert "\n" not in str(told.value)
