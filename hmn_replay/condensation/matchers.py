@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -141,7 +141,32 @@ class RandomNetworks:
         return {"network": self.network, "learner": self.learner}
 
 
-class TrainedNetworks:
+class _BetweenStates:
+    """Networks that are points between two states of one, and learn nothing."""
+
+    network: nn.Module
+    logits: Sequence[int] | None = None
+
+    @torch.no_grad()
+    def _set_between(
+        self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], generator: torch.Generator
+    ) -> None:
+        """Set the network's tensors of these names to a point that is drawn between two states."""
+        share = float(torch.rand((), dtype=torch.float32, generator=generator))
+        for name, value in tensors_of(self.network).items():
+            if name in end:
+                between = value.is_floating_point()
+                value.copy_(torch.lerp(start[name], end[name], share) if between else end[name])
+
+    def learn(self, number: int) -> None:
+        """Leave the network as it is."""
+
+    def kept(self) -> dict[str, _Owner]:
+        """Return nothing: the network follows from its number."""
+        return {}
+
+
+class TrainedNetworks(_BetweenStates):
     """Networks between the initial and the trained weights of a few that were trained before.
 
     A network of few passes over the real images teaches a memory more than a random one, and a
@@ -155,9 +180,6 @@ class TrainedNetworks:
         experts: The trained networks; any that are missing are trained here.
     """
 
-    network: nn.Module
-    logits: Sequence[int] | None = None
-
     def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
         self.context, self.seed, self.experts = context, seed, experts
         self.steps_per_network = context.config.inner_steps
@@ -167,23 +189,13 @@ class TrainedNetworks:
         """Draw one of the trained networks, and a point between its initial weights and these."""
         generator = make_generator(self.seed, "network", number)
         expert = self.experts.draw(number, generator)
-        share = float(torch.rand((), dtype=torch.float32, generator=generator))
         read = partial(self.experts.read, expert, 0, self.experts.num_epochs)
         initial, trained = self.context.team.agree(read)
         self.network = self.experts.network(expert).to(self.context.device)
-        with torch.no_grad():
-            for name, parameter in self.network.named_parameters():
-                parameter.copy_(torch.lerp(initial[name], trained[name], share))
-
-    def learn(self, number: int) -> None:
-        """Leave the network as it is."""
-
-    def kept(self) -> dict[str, _Owner]:
-        """Return nothing: the network follows from its number."""
-        return {}
+        self._set_between(initial, trained, generator)
 
 
-class GivenNetworks:
+class GivenNetworks(_BetweenStates):
     """Networks between states that one had while it learned, each a point between two in a row.
 
     They are copied, run in evaluation mode, and learn nothing.
@@ -199,7 +211,7 @@ class GivenNetworks:
         self, context: steps.StepContext, seed: int, networks: Sequence[nn.Module]
     ) -> None:
         self.seed, self.steps_per_network = seed, context.config.inner_steps
-        self.logits: Sequence[int] | None = context.memory.classes.tolist()
+        self.logits = context.memory.classes.tolist()
         self.network = copy.deepcopy(networks[-1]).to(context.device).eval()
         self.states = [
             {name: value.detach().to(context.device) for name, value in tensors_of(each).items()}
@@ -207,23 +219,12 @@ class GivenNetworks:
         ]
         self.network.requires_grad_(True)
 
-    @torch.no_grad()
     def draw(self, number: int) -> None:
         """Draw two states in a row, and a point between them."""
         generator = make_generator(self.seed, "network", number)
-        first = int(torch.randint(max(1, len(self.states) - 1), (), generator=generator))
-        share = float(torch.rand((), dtype=torch.float32, generator=generator))
-        start, end = self.states[first], self.states[min(first + 1, len(self.states) - 1)]
-        for name, value in tensors_of(self.network).items():
-            between = value.is_floating_point()
-            value.copy_(torch.lerp(start[name], end[name], share) if between else end[name])
-
-    def learn(self, number: int) -> None:
-        """Leave the network as it is."""
-
-    def kept(self) -> dict[str, _Owner]:
-        """Return nothing: the network follows from its number."""
-        return {}
+        last = len(self.states) - 1
+        first = int(torch.randint(max(1, last), (), generator=generator))
+        self._set_between(self.states[first], self.states[min(first + 1, last)], generator)
 
 
 class BatchMatcher:
