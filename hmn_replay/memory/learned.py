@@ -175,10 +175,11 @@ class LearnedMemory(Memory, nn.Module):
     ) -> Any:
         """Return the layout for a budget: the first of :meth:`layouts` that leaves enough of it.
 
-        What all images share takes :attr:`most_shared` of the budget at most by it, and
-        :attr:`planned_images` of each class fit; it is the last one where none is such. Where
-        images have no fixed size, they then take less than it plans where 5 of each class would not
-        fit, and up to :attr:`largest_image` times as much where more than the real ones would.
+        By it, what all images share takes :attr:`most_shared` of the budget at most, and
+        :attr:`planned_images` of each class fit; where there is none such, it is the last one.
+        Images that have no fixed size then take less than it plans where 5 of each class would not
+        fit, and up to :attr:`largest_image` times as much where there is room for more images than
+        there are real ones.
 
         Args:
             budget: Bytes of the file.
