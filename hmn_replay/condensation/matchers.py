@@ -191,7 +191,7 @@ class TrainedNetworks(_BetweenStates):
         expert = self.experts.draw(number, generator)
         read = partial(self.experts.read, expert, 0, self.experts.num_epochs)
         initial, trained = self.context.team.agree(read)
-        self.network = self.experts.network(expert).to(self.context.device)
+        self.network = self.experts.lent_network(expert, self.context.device)
         self._set_between(initial, trained, generator)
 
 
@@ -320,7 +320,7 @@ class TrajectoryMatcher:
         )
         logarithm = self.rate["logarithm"]
         rate = logarithm.detach().exp()
-        network = self.experts.network(expert).to(device)
+        network = self.experts.lent_network(expert, device)
         num_decoded, of_rate = steps.trajectory_step(
             self.context, network, start, target, rate, generator
         )

@@ -30,7 +30,7 @@ from hmn_replay.errors import ConfigError, ExpertError
 from hmn_replay.files import clear_stale, digest_tensors, write_atomically
 from hmn_replay.objectives._network import uncached_autocast, with_gradients
 from hmn_replay.runtime import check_seed, derive_seed, rewinder
-from hmn_replay.training.networks import Network, NetworkFactory
+from hmn_replay.training.networks import Network, NetworkFactory, is_built_in
 from hmn_replay.training.train import TrainingConfig, make_network, train_network
 
 __all__ = [
@@ -311,6 +311,7 @@ class Experts:
         self._kept = range(0, num_epochs + 1, 1 if every_epoch else num_epochs)
         self._data = (images, class_indices, num_classes)
         self._networks, self._seed = tuple(networks), check_seed(seed)
+        self._lent: dict[int, Network] = {}
         self._known_shapes: dict[int, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
         self._config = config.replace(num_passes=self.num_images)
         self._digest = digest_tensors(str(num_classes), {"images": images, "of": class_indices})
@@ -346,6 +347,19 @@ class Experts:
         images, _, num_classes = self._data
         seed = derive_seed(self._seed, "expert", number)
         return make_network(images, num_classes, self._training(number), seed, self._stats)
+
+    def lent_network(self, number: int, device: torch.device) -> Network:
+        """Return a network with an expert's buffers, whose weights the caller sets.
+
+        One serves all experts of an architecture of this package's, in which no buffer depends on
+        the seed; of another, each call makes one.
+        """
+        which = number % len(self._networks)
+        if not is_built_in(self._networks[which]):
+            return self.network(number).to(device)
+        if which not in self._lent:
+            self._lent[which] = self.network(number).to(device)
+        return self._lent[which]
 
     def record(
         self,
