@@ -216,7 +216,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     test = LabelledImages(test.images, test.class_indices, test.class_names)
     if args.model is None:
         args.model = "slim_resnet18" if train.image_shape == (3, 32, 32) else "convnet"
-    build_model(args, train, seed=0)  # a model that does not fit fails now, not once a strategy
+
+    # What Avalanche's own code warns of, no user of this script can mend.
+    warnings.filterwarnings("ignore", module=r"avalanche|deprecated|qpsolvers")
+    import strategies  # Avalanche takes seconds to import: only once the data are known to be well
+
+    names = parse_names("--strategies", args.strategies, strategies.NAMES)
+    for name in names:  # what a model or an option is wrong for fails before the first hour
+        with contextlib.suppress(BudgetError):
+            make_strategy(name, seeds[0], train, args)
 
     # ------------------------------------------------------------------------------- the results
     configuration = {name: v for name, v in vars(args).items() if name not in NOT_COMPARED}
@@ -238,14 +246,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = report["results"]
 
     # ----------------------------------------------------------- every strategy, once for a seed
-    # What Avalanche's own code warns of, no user of this script can mend.
-    warnings.filterwarnings("ignore", module=r"avalanche|deprecated|qpsolvers")
-    import strategies  # Avalanche takes seconds to import: only once all else is known to be well
-
-    names = parse_names("--strategies", args.strategies, strategies.NAMES)
-    for name in names:  # what an option's value is wrong for fails before the first hour
-        with contextlib.suppress(BudgetError):
-            make_strategy(name, seeds[0], train, args)
     for seed in seeds:
         order = torch.randperm(num_classes, generator=make_generator(seed, "classes")).tolist()
         report["seeds"] = sorted({*report["seeds"], seed})
