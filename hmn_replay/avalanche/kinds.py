@@ -33,15 +33,10 @@ from hmn_replay.replay import (
     Selection,
     SubsampledKeeper,
 )
-from hmn_replay.replay.keepers import (
-    OTHER_NAMES,
-    check_learned_options,
-    kinds_with,
-    named_arguments,
-)
+from hmn_replay.replay.keepers import check_learned_options, hints_for, named_arguments
 from hmn_replay.runtime import isolated
 from hmn_replay.settings import check_options
-from hmn_replay.training.networks import device_of, evaluating
+from hmn_replay.training.networks import device_of, evaluating, tensors_of
 from hmn_replay.training.train import TrainingConfig
 
 __all__ = ["HMNReplay", "JPEGReplay", "LosslessReplay", "RawReplay", "SubsampledReplay"]
@@ -178,7 +173,7 @@ class HMNReplay(MemoryReplay):
         if self._may_match_own and FIRST_WEIGHTS not in self._kept:
             model, is_asked = strategy.model, self.matching_networks == "own"
             if is_asked or _gives_blocks(model, self._image_shape):
-                self._kept[FIRST_WEIGHTS] = on_cpu(model.state_dict())
+                self._kept[FIRST_WEIGHTS] = on_cpu(tensors_of(model))
         needs_labels = not get_objective(self._config.objective).matches_features
         experiences = experiences_of(strategy, strategy.experience)
         if self.matching_networks == "own" and needs_labels and self._has_tasks(experiences):
@@ -194,7 +189,7 @@ class HMNReplay(MemoryReplay):
             return ()
         now, start = copy.deepcopy(model), copy.deepcopy(model)
         changed = False
-        for name, value in start.state_dict().items():
+        for name, value in tensors_of(start).items():
             # A head that has grown since has nothing to begin from.
             if name in first and first[name].shape == value.shape:
                 changed = changed or not first[name].equal(value.cpu())
@@ -337,8 +332,7 @@ class JPEGReplay(MemoryReplay):
 def _check_keywords(plugin: MemoryReplay, options: Mapping[str, Any]) -> None:
     """Raise an UnknownOptionError for an option that a plugin of real images does not take."""
     known = [*named_arguments(type(plugin)), *REPLAY_OPTIONS]
-    hints = {**OTHER_NAMES, **kinds_with(options)}
-    check_options(type(plugin).__name__, options, known, hints)
+    check_options(type(plugin).__name__, options, known, hints_for(options))
 
 
 def _trains_usual_networks(config: CondenseConfig) -> bool:

@@ -64,7 +64,7 @@ __all__ = [
     "SubsampledKeeper",
     "check_learned_options",
     "check_same_shape",
-    "kinds_with",
+    "hints_for",
     "make_keeper",
     "named_arguments",
 ]
@@ -618,7 +618,7 @@ _KEEPERS: dict[type[Memory], type[RealKeeper]] = {
 """Kinds of real images whose settings their keepers take."""
 
 
-OTHER_NAMES = {
+_OTHER_NAMES = {
     "mem_size": "a memory is bounded by its budget in bytes, such as Budget.raw_images(2000, "
     "(3, 32, 32)) for those of 2000 images",
     "num_classes": "classes that are to come are expected_classes=",
@@ -646,8 +646,7 @@ def check_learned_options(owner: str, others: Iterable[str], options: Iterable[s
     """
     unknown = [name for name in options if name not in CondenseConfig.model_fields]
     known = [*others, *_settings()]
-    hints = {**OTHER_NAMES, **kinds_with(unknown)}
-    check_options(owner, unknown, known, hints, CondenseConfig.catalogue)
+    check_options(owner, unknown, known, hints_for(unknown), CondenseConfig.catalogue)
 
 
 def _settings() -> list[str]:
@@ -662,10 +661,10 @@ def _options_of(memory_type: type[Memory]) -> list[str]:
     return named_arguments(_KEEPERS.get(memory_type, RealKeeper))
 
 
-def kinds_with(options: Iterable[str]) -> dict[str, str]:
-    """Return which memory kinds have an option, of each that any has."""
+def hints_for(options: Iterable[str]) -> dict[str, str]:
+    """Return what to say of options: which kinds have one, and what is in the place of others'."""
     options_of = {repr(kind): _options_of(memory_type) for kind, memory_type in MEMORIES.items()}
-    found = {}
+    found = dict(_OTHER_NAMES)
     for option in options:
         kinds = [kind for kind, its_options in options_of.items() if option in its_options]
         if kinds:
@@ -707,8 +706,7 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
                 "memories of that kind: pass a Keeper of your own in place of the budget"
             )
     known = {*named_arguments(keeper_type)} - {"budget", "kind"}
-    hints = {**OTHER_NAMES, **kinds_with(options)}
-    check_options(f"the memory kind {kind!r}", options, sorted(known), hints)
+    check_options(f"the memory kind {kind!r}", options, sorted(known), hints_for(options))
     return keeper_type(budget, **options)
 
 

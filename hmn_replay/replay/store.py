@@ -37,6 +37,7 @@ from hmn_replay.memory import Memory, loads
 from hmn_replay.replay.gatherer import Gatherer, first_in_turn
 from hmn_replay.replay.keepers import Keeper, check_same_shape, make_keeper
 from hmn_replay.runtime import (
+    check_seed,
     derive_seed,
     isolated,
     make_generator,
@@ -113,7 +114,7 @@ class ReplayMemory:
             raise ConfigError(
                 f"max_raw_images must be a whole number of 1 or more; got {max_raw_images!r}"
             )
-        derive_seed(seed)  # refuses what is none
+        check_seed(seed)
         self.max_raw_images, self.seed, self.progress = max_raw_images, seed, progress
         self.device = resolve_device(device)
         self._memory: Memory | None = None
@@ -484,19 +485,21 @@ class ReplayMemory:
         chosen = (~memory.is_soft).nonzero().flatten()
         if not len(chosen):
             return 0
+        wanted = memory.classes.tolist()
         given = None if classes is None else [int(label) for label in classes]
 
         def of_memory(images: Tensor) -> Tensor:
             logits = network(images)
-            known = list(range(logits.shape[1])) if given is None else given
-            missing = sorted({*memory.classes.tolist()} - {*known})
+            known = range(logits.shape[1]) if given is None else given
+            position = {label: index for index, label in enumerate(known)}
+            missing = sorted({*wanted} - {*position})
             if missing or len(known) != logits.shape[1]:
                 raise ConfigError(
                     f"expected a logit for each class of the memory; of {logits.shape[1]} logits "
                     f"for {len(known)} labels there is none for {missing[:6]}: pass the labels "
                     "that the logits stand for as classes=, unless these are 0, 1, 2, ..."
                 )
-            return logits[:, [known.index(label) for label in memory.classes.tolist()]]
+            return logits[:, [position[label] for label in wanted]]
 
         with evaluating(network), without_autocast(self.device):
             rows = label_images(
