@@ -67,6 +67,34 @@ def test_it_serves_once_it_has_learned(options: dict[str, Any], expected: list[b
     assert replay.memory is not None and replay.memory.num_classes == 4
 
 
+class Counting(nn.Module):
+    """A network with state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.body(images)
+        return logits
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        blocks: list[Tensor] = self.body.features(images)  # type: ignore[operator]
+        return blocks
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"seen": 3}
+
+
+def test_it_may_have_state_that_is_no_tensor() -> None:
+    replay = make_replay()
+    train(make_strategy([replay], model=Counting()), streams().train_stream)
+    assert trains_networks(replay) == [True, False]
+
+
 def test_another_network_has_first_weights_of_its_own() -> None:
     stream = streams(num_experiences=4).train_stream
     replay = make_replay()
