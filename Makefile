@@ -28,7 +28,7 @@ venv: $(STAMP)  ## Make .venv and install the package in it, with the tools of a
 demo: $(STAMP)  ## Learn the digits two by two, with memories of as many bytes: condensed, raw and JPEG
 	rm -f $(OUT)/results.json
 	$(BIN)/python experiments/split_cifar100.py --data digits --experiences 5 --budget 2KiB \
-	    --strategies hmn,jpeg,raw,naive,joint --kind fred --model convnet --width 32 --epochs 10 --out $(OUT)
+	    --strategies fred,hmn,jpeg,raw,naive,joint --model convnet --width 32 --epochs 10 --out $(OUT)
 
 test: $(STAMP)  ## Run the tests, a process for each core
 	$(BIN)/python -m pytest -n auto $(ARGS)

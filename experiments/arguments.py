@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import hmn_replay
 from hmn_replay.cli import HelpFormatter
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.sources import Split
-from hmn_replay.errors import ConfigError
+from hmn_replay.errors import ConfigError, UnknownOptionError
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -73,12 +73,13 @@ def parse_names(option: str, text: str, known: Iterable[str]) -> tuple[str, ...]
 
 
 def parse_settings(
-    assignments: Sequence[str], settled: Mapping[str, Any] | None = None, by: str = ""
+    args: argparse.Namespace, settled: Mapping[str, Any] | None = None, by: str = ""
 ) -> dict[str, Any]:
     """Read the settings of ``--set``; the last of a name counts.
 
     Args:
-        assignments: Each ``FIELD=VALUE``, of :class:`hmn_replay.CondenseConfig`.
+        args: With what was given as ``args.set``: each ``FIELD=VALUE``, of
+            :class:`hmn_replay.CondenseConfig`.
         settled: Settings that a script settles itself, returned with the others.
         by: What settles them, for the message.
 
@@ -86,8 +87,12 @@ def parse_settings(
         ConfigError: A value that a setting cannot have, or a setting that is settled.
         UnknownOptionError: There is no such setting.
     """
-    pairs = [assignment.partition("=") for assignment in assignments]
+    pairs = [assignment.partition("=") for assignment in args.set]
     texts: dict[str, Any] = {name.strip().replace("-", "_"): value for name, _, value in pairs}
+    for name in texts:
+        if name in vars(args) and name not in hmn_replay.CondenseConfig.model_fields:
+            flag = name.replace("_", "-")
+            raise UnknownOptionError(f"--set has no option {name!r}; pass --{flag} by itself")
     config = hmn_replay.CondenseConfig(**texts)
     settled = settled or {}
     if both := sorted(settled.keys() & texts.keys()):

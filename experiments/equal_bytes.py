@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     budgets = [Budget.parse(text).num_bytes for text in args.budgets.split(",")]
     seeds = parse_numbers("--seeds", args.seeds)
     columns = parse_names("--labels", args.labels, LABELS)
-    parse_settings(args.set, {"labels": columns}, "--labels")
+    parse_settings(args, {"labels": columns}, "--labels")
     parse_numbers("--qualities", args.qualities)
     TrainingConfig(
         network=args.network,
@@ -160,7 +160,7 @@ def condensation(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of :func:`hmn_replay.condense` for a row that is condensed."""
     effort = row.rpartition("-")[2]
     if effort in EFFORTS:
-        return {"effort": effort, **parse_settings(args.set)}
+        return {"effort": effort, **parse_settings(args)}
     seconds: float = args.seconds
     row_sets = {"number_format": row.removesuffix(WARM), "warm_start_steps": UNBOUNDED}
     if row.endswith(WARM):
@@ -168,7 +168,7 @@ def condensation(row: str, args: argparse.Namespace) -> dict[str, Any]:
     else:
         row_sets |= {"warm_start_seconds": seconds / 2, "outer_steps": UNBOUNDED}
         row_sets["max_seconds"] = seconds
-    return parse_settings(args.set, row_sets, f"the row {row!r}")
+    return parse_settings(args, row_sets, f"the row {row!r}")
 
 
 def measure(
@@ -277,7 +277,7 @@ def measure_one(
 
 def label_config(labels: str, args: argparse.Namespace) -> hmn_replay.LabelConfig:
     """Return how labels of real images are made: by the settings of all rows."""
-    settings = parse_settings(args.set)
+    settings = parse_settings(args)
     own = {name: settings[name] for name in hmn_replay.LabelConfig.model_fields if name in settings}
     return hmn_replay.LabelConfig(**{**own, "labels": labels})
 

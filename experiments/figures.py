@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Strategies keep their colours whichever of them are drawn.
 COLOURS = {
     "hmn": "tab:red",
+    "fred": "magenta",
     "jpeg": "tab:orange",
     "lossless": "tab:brown",
     "subsampled": "gold",

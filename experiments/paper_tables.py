@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_settings(args: argparse.Namespace) -> Settings:
     """Return the scale's settings, with those of the command line in their place."""
-    options = parse_settings(args.set)
+    options = parse_settings(args)
     if "number_format" in options:
         raise ConfigError("a number format is given as --number-format, not --set")
     given = {

@@ -114,7 +114,7 @@ def condensation(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of :func:`hmn_replay.condense`."""
     settled = {"warm_start_steps": args.steps, "outer_steps": 0, "over_budget": 0.0}
     settled["number_format"] = "entropy"
-    return parse_settings(args.set, settled, "a warm start of --steps")
+    return parse_settings(args, settled, "a warm start of --steps")
 
 
 def measure(train: LabelledImages, rate: int, args: argparse.Namespace, store: Store) -> None:

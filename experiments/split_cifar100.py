@@ -118,7 +118,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="300KiB",
         help="bytes of every memory: 307200, 300KiB, ...",
     )
-    add("--strategies", default="all", help="some of strategies.NAMES, such as hmn,raw,jpeg")
+    add("--strategies", default="all", help="some of strategies.STRATEGIES, such as hmn,fred,jpeg")
     add("--model", choices=("slim_resnet18", "convnet", "resnet18"),
         help="network (default: slim_resnet18 for 3 x 32 x 32 images, else convnet)")  # fmt: skip
     add("--width", type=int,
@@ -158,19 +158,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--replay-weight", type=float,
         help="replayed images' share of our memories' loss (default: by their number)")  # fmt: skip
     add("--recode", type=float, default=0.0,
-        help="share of current images that hmn, jpeg and subsampled code")  # fmt: skip
+        help="share of current images that hmn, fred, jpeg and subsampled code")  # fmt: skip
     add("--quality", type=int, help="of jpeg, 1 to 100 (default: chosen on the first experience)")
     add("--factor", type=int, default=2,
         help="pixels that one of subsampled's stands for, along each side")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
-    add("--expected-classes", type=int, help="tell HMN and JPEG how many classes will come in all")
+    add("--expected-classes", type=int, help="tell our memories how many classes will come in all")
     add("--kind", default="hmn", help="memory kind of the strategy hmn: hmn, pixels, idc, ...")
-    add("--effort", default="draft", help="of HMN's condensation: draft, quick, standard, paper")
+    add(
+        "--effort",
+        default="draft",
+        help="of what hmn and fred condense: draft, quick, standard, paper",
+    )
     add("--matching-networks", choices=("auto", "trained", "own"), default="auto",
-        help="of HMN: own matches on the strategy's network once it has learned; its model must "
-        "have features, as convnet has; auto is own where it can be")  # fmt: skip
+        help="of hmn and fred: own matches on the strategy's network once it has learned; its "
+        "model must have features, as convnet has; auto is own where it can be")  # fmt: skip
     add("--set", action="append", default=[], metavar="FIELD=VALUE",
-        help="any setting of hmn_replay.CondenseConfig, for HMN; several times")  # fmt: skip
+        help="any setting of hmn_replay.CondenseConfig, for hmn, fred; several times")  # fmt: skip
     add("--device", default="auto", help="cpu, cuda, ... (default: CUDA where present, else cpu)")
     add("--smoke", action="store_true", help="everything tiny, to see in seconds that it works")
     add("--resume", action="store_true", help="keep the runs that OUT/results.json holds")
@@ -192,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.options = dict[str, Any](SMOKE_OPTIONS if args.smoke else {})
     if args.data in DIGITS:
         args.options |= DIGITS_OPTIONS
-    args.options |= parse_settings(args.set)
+    args.options |= parse_settings(args)
     make_config(args.effort, **args.options)
     training: dict[str, Any] = {"width": 4, "num_passes": 100} if args.smoke else {"width": 32}
     if args.data in DIGITS:
@@ -221,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"avalanche|deprecated|qpsolvers")
     import strategies  # Avalanche takes seconds to import: only once the data are known to be well
 
-    names = parse_names("--strategies", args.strategies, strategies.NAMES)
+    names = parse_names("--strategies", args.strategies, strategies.STRATEGIES)
     for name in names:  # what a model or an option is wrong for fails before the first hour
         with contextlib.suppress(BudgetError):
             make_strategy(name, seeds[0], train, args)
@@ -289,13 +293,14 @@ def make_strategy(name: str, seed: int, train: LabelledImages, args: argparse.Na
     names = ("crop",) if args.data in DIGITS else ("crop", "flip")
     fill = channel_stats(train.images)[0] if args.crop_fill == "mean" else 0.0
     hmn_replay.augment_training(model, names, fill=fill, seed=seed)
+    condensed = {
+        "matching_networks": args.matching_networks,
+        "recode_share": args.recode,
+        **args.options,
+    }
     options: dict[str, dict[str, Any]] = {
-        "hmn": {
-            "kind": args.kind,
-            "matching_networks": args.matching_networks,
-            "recode_share": args.recode,
-            **args.options,
-        },
+        "hmn": {"kind": args.kind, **condensed},
+        "fred": condensed,
         "jpeg": {
             "quality": args.quality,
             "training": hmn_replay.TrainingConfig(**args.jpeg_training),

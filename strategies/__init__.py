@@ -16,12 +16,12 @@ from torch import nn
 
 from hmn_replay.avalanche.kinds import REPLAY_OPTIONS
 from hmn_replay.budget import Budget
-from hmn_replay.errors import ConfigError
-from hmn_replay.registry import suggest
+from hmn_replay.registry import Registry
 from strategies import (
     avalanche_replay,
     derpp,
     er_ace,
+    fred,
     gdumb,
     herding,
     hmn,
@@ -47,8 +47,9 @@ if TYPE_CHECKING:
     from avalanche.training.plugins.evaluation import EvaluationPlugin
 
 __all__ = [
-    "NAMES",
+    "STRATEGIES",
     "MemoryUse",
+    "Settings",
     "Strategy",
     "build",
     "distill_used",
@@ -58,10 +59,14 @@ __all__ = [
     "renew_used",
 ]
 
-_BUILDERS: dict[str, Callable[[Settings], Strategy]] = {
+STRATEGIES: Registry[Callable[[Settings], Strategy]] = Registry("strategy")
+"""What :func:`build` builds, by name; add a rival of your own as a function of the settings."""
+
+for _name, _build in {
     "naive": naive.build,
     "joint": joint.build,
     "hmn": hmn.build,
+    "fred": fred.build,
     "jpeg": jpeg.build,
     "lossless": lossless.build,
     "subsampled": subsampled.build,
@@ -71,10 +76,8 @@ _BUILDERS: dict[str, Callable[[Settings], Strategy]] = {
     "derpp": derpp.build,
     "er_ace": er_ace.build,
     "avalanche-replay": avalanche_replay.build,
-}
-
-NAMES = tuple(_BUILDERS)
-"""The strategies that :func:`build` knows."""
+}.items():
+    STRATEGIES.add(_name, _build)
 
 
 def build(
@@ -102,15 +105,15 @@ def build(
 ) -> Strategy:
     """Build an Avalanche strategy whose memory never takes more than a budget.
 
-    All train by SGD and cross-entropy; *our memories*, those of hmn, jpeg, lossless, subsampled,
-    raw and herding, under the same replay loss. :func:`loss_used` names it for every
+    All train by SGD and cross-entropy; *our memories*, those of hmn, fred, jpeg, lossless,
+    subsampled, raw and herding, under the same replay loss. :func:`loss_used` names it for every
     strategy, :func:`renew_used` says when the memory was renewed, and :func:`distill_used` how much
     the previous network counted. Experiences give float images in [0, 1] and labels, and task
     labels too where DER++ is to learn from them. Avalanche shuffles and draws from the global
     generators: seed these (``RNGManager.set_random_seeds``) for the same results again.
 
     Args:
-        name: One of :data:`NAMES`.
+        name: One of :data:`STRATEGIES`.
         model: From images to logits ``(N, num_classes)``. Read ``strategy.model`` afterwards: GDumb
             replaces it.
         budget_bytes: What the memory may take, as :class:`hmn_replay.Budget` reads it.
@@ -128,7 +131,7 @@ def build(
         mode: ``"replay"``, or ``"memory_only"``: from the second experience on the memory is
             renewed before training, and trained on alone. DER++, ER-ACE and Avalanche's replay lack
             the latter; GDumb is always so; naive and joint training have no memory.
-        effort: Effort of HMN's condensation: ``"draft"``, ``"quick"``, ``"standard"`` or
+        effort: Effort of what hmn and fred condense: ``"draft"``, ``"quick"``, ``"standard"`` or
             ``"paper"``.
         expected_classes: How many classes will come in all, if that is known; for our memories.
         evaluator: Avalanche's metrics and loggers. Default: none.
@@ -144,10 +147,7 @@ def build(
             package raise the latter when an experience begins whose classes it does not hold.
         ConfigError: An unknown name or option, or a value outside its range.
     """
-    if name not in _BUILDERS:
-        raise ConfigError(
-            f"strategy must be one of {', '.join(NAMES)}; got {name!r}{suggest(name, list(NAMES))}"
-        )
+    build_strategy = STRATEGIES[name]
     settings = Settings(
         model=model,
         budget_bytes=Budget.parse(budget_bytes).num_bytes,
@@ -170,4 +170,4 @@ def build(
         progress=progress,
         options=options,
     )
-    return _BUILDERS[name](settings)
+    return build_strategy(settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from avalanche.training.supervised import Naive
 
 from hmn_replay import HMNReplay
@@ -10,11 +12,11 @@ from strategies.settings import Settings, Strategy
 __all__ = ["build"]
 
 
-def build(settings: Settings) -> Strategy:
+def build(settings: Settings, **more: Any) -> Strategy:
     """Build it.
 
     Options are those of :class:`hmn_replay.HMNReplay`: ``kind``, ``matching_networks``, and the
-    fields of :class:`hmn_replay.CondenseConfig`.
+    fields of :class:`hmn_replay.CondenseConfig`; ``more`` stand beside those of the settings.
 
     Raises:
         ConfigError: An unknown option, or a value outside its range.
@@ -25,5 +27,6 @@ def build(settings: Settings) -> Strategy:
         effort=settings.effort,
         **settings.replay_options(),
         **settings.options,
+        **more,
     )
     return Naive(**settings.common(replay))

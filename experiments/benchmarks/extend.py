@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(args.device)
-    options = parse_settings(args.set)
+    options = parse_settings(args)
     config = make_config(args.effort, **options)
     seen = [int(count) for count in args.seen]
     if seen[-1] + args.classes > MAX_CLASSES:

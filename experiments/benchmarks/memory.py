@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         effort=args.effort,
         device=device,
         progress=not args.json,
-        **parse_settings(args.set),
+        **parse_settings(args),
     )
     values_bytes = sum(p.numel() * p.element_size() for p in memory.parameters())
     print(f"{memory.num_images:,} images in the memory: values of {readable(values_bytes)}")

@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def make_work(args: argparse.Namespace) -> dict[str, Callable[[Team], object]]:
     """Return matching, the move of the memory that is part of it, and the network's training."""
     device = resolve_device(args.device)
-    config = make_config(args.effort, **parse_settings(args.set))
+    config = make_config(args.effort, **parse_settings(args))
     shape = (3, args.side, args.side)
     memory = random_memory(args.budget, shape, args.classes, config.number_format).to(device)
     real = steps.RealImages.of(noise(shape, args.classes, args.real_images))

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(args.device)
     stream = make_stream(args)
-    keeper = CondenseOnce(args.budget, **parse_settings(args.set))
+    keeper = CondenseOnce(args.budget, **parse_settings(args))
     plugin = hmn_replay.MemoryReplay(
         keeper, batch_size_mem=args.batch_size_mem, distill=0.0, device=device
     )

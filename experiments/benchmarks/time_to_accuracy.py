@@ -217,7 +217,7 @@ class Work:
         options = {
             "max_seconds": plan,
             "warm_start_seconds": self.args.warm_share * plan,
-            **parse_settings(self.args.set),
+            **parse_settings(self.args),
         }
         started = now(self.device)
         memory = hmn_replay.condense(

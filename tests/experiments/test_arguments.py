@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from argparse import Namespace
+
 import pytest
 
 from experiments.arguments import (
@@ -31,9 +33,10 @@ def test_numbers_names_and_options_are_read() -> None:
     assert parse_names("--rows", "all", iter("abc")) == ("a", "b", "c")
     parser = make_parser(None)
     add_settings(parser, "outer_steps=2")
-    given = parser.parse_args(["--set", "outer-steps=3", "--set", "beta_grid=0,1"]).set
+    given = parser.parse_args(["--set", "outer-steps=3", "--set", "beta_grid=0,1"])
     assert parse_settings(given) == {"outer_steps": 3, "beta_grid": (0.0, 1.0)}
-    assert parse_settings([], {"inner_steps": 4}) == {"inner_steps": 4}
+    assert parse_settings(parser.parse_args([])) == {"outer_steps": 2}
+    assert parse_settings(Namespace(set=[]), {"inner_steps": 4}) == {"inner_steps": 4}
 
 
 def test_others_are_refused() -> None:
@@ -42,6 +45,8 @@ def test_others_are_refused() -> None:
     with pytest.raises(ConfigError, match="--rows has no 'd'; choose from a, b"):
         parse_names("--rows", "a,d", "ab")
     with pytest.raises(UnknownOptionError, match="no option 'steps'"):
-        parse_settings(["steps=3"])
+        parse_settings(Namespace(set=["steps=3"]))
     with pytest.raises(ConfigError, match="this script sets outer_steps itself"):
-        parse_settings(["outer_steps=3"], {"outer_steps": 0}, "this script")
+        parse_settings(Namespace(set=["outer_steps=3"]), {"outer_steps": 0}, "this script")
+    with pytest.raises(UnknownOptionError, match="no option 'batch_size'; pass --batch-size by"):
+        parse_settings(Namespace(set=["batch-size=3"], batch_size=64))

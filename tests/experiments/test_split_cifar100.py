@@ -49,7 +49,7 @@ def fake_strategies(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return MemoryUse(10**6 if strategy.name == "greedy" else 640, 10, 0.0)
 
     fake = SimpleNamespace(
-        NAMES=("naive", "joint", "broken", "greedy"),
+        STRATEGIES=("naive", "joint", "broken", "greedy"),
         build=build,
         memory_use=memory_use,
         memory_images=memory_images,
@@ -215,7 +215,7 @@ def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
 
     assert main(["--smoke", "--out", str(tmp_path)]) == 0
     report = results_in(tmp_path)
-    assert set(report["results"]) == set(strategies.NAMES)
+    assert set(report["results"]) == set(strategies.STRATEGIES)
     for name, runs in report["results"].items():
         run = runs["0"]
         assert 0 <= run["memory_bytes"] <= 4096, name
@@ -226,7 +226,7 @@ def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
         assert run["distill_used"] == (run["renew_used"] == "before")
         assert run["peak_rss_bytes"] > 2**20 and math.isfinite(run["peak_rss_bytes"])
     # Every memory of this package is replayed under the same loss, and is in a file.
-    for name in ("hmn", "jpeg", "lossless", "subsampled", "raw", "herding"):
+    for name in ("hmn", "fred", "jpeg", "lossless", "subsampled", "raw", "herding"):
         run, path = report["results"][name]["0"], tmp_path / f"memory-{name}-seed0.hmn"
         assert (run["loss_used"], run["renew_used"]) == ("separated", "before")
         assert path.stat().st_size == run["memory_bytes"]

@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "jpeg": {"training": TrainingConfig(width=4, num_passes=40)},
 }
+OPTIONS["fred"] = OPTIONS["hmn"]
 
 
 def easy_set(num_per_class: int = 40, num_classes: int = 6, seed: int = 0) -> LabelledImages:

@@ -10,8 +10,10 @@ from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.logging import BaseLogger
 from avalanche.training.plugins.evaluation import EvaluationPlugin
+from avalanche.training.supervised import Naive
 
 import strategies
+from hmn_replay import RawReplay
 from hmn_replay.errors import BudgetError, ConfigError, UnknownOptionError
 from hmn_replay.evaluation import score
 from tests.strategies.support import (
@@ -24,7 +26,7 @@ from tests.strategies.support import (
 )
 
 WITHOUT_MEMORY = ("naive", "joint")
-WITH_MEMORY = [name for name in strategies.NAMES if name not in WITHOUT_MEMORY]
+WITH_MEMORY = [name for name in strategies.STRATEGIES if name not in WITHOUT_MEMORY]
 
 
 @pytest.mark.parametrize("name", WITH_MEMORY)
@@ -60,7 +62,7 @@ def test_without_a_memory_nothing_is_stored(name: str) -> None:
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
 
 
-@pytest.mark.parametrize("name", strategies.NAMES)
+@pytest.mark.parametrize("name", strategies.STRATEGIES)
 def test_seeding_the_global_generators_gives_the_same_bits_again(name: str) -> None:
     stream = make_stream(num_per_class=12, num_experiences=2)
 
@@ -120,7 +122,7 @@ def test_memory_only_changes_nothing_where_there_is_no_memory(name: str) -> None
     assert count.seen == 3 * sum(len(experience.dataset) for experience in stream)
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_MEMORY if name != "hmn"])
+@pytest.mark.parametrize("name", [name for name in WITH_MEMORY if name not in ("hmn", "fred")])
 def test_a_budget_of_less_than_one_image_is_refused(name: str) -> None:
     with pytest.raises(BudgetError, match="does not hold one image"):
         build(name, 150).train(make_stream(num_per_class=4)[0])
@@ -138,6 +140,20 @@ def test_a_budget_of_one_image_is_enough(name: str) -> None:
         build(name, budget - 1)
 
 
+def test_a_rival_of_ones_own_is_built_by_its_name() -> None:
+    def build_mine(settings: strategies.Settings) -> strategies.Strategy:
+        assert settings.choose(power=1) == {"power": 3}
+        return Naive(**settings.common(RawReplay(settings.budget_bytes, progress=False)))
+
+    strategies.STRATEGIES.add("mine", build_mine)
+    try:
+        strategy = build("mine", power=3)
+        strategy.train(make_stream(num_per_class=4)[0])
+    finally:
+        strategies.STRATEGIES.remove("mine")
+    assert 0 < strategies.memory_use(strategy).num_bytes <= BUDGET
+
+
 def test_an_unknown_name_is_refused_by_naming_those_there_are() -> None:
     with pytest.raises(
         ConfigError, match=r"strategy must be one of naive, joint, hmn, .*; got 'icarl'"
@@ -145,7 +161,7 @@ def test_an_unknown_name_is_refused_by_naming_those_there_are() -> None:
         build("icarl")
 
 
-@pytest.mark.parametrize("name", strategies.NAMES)
+@pytest.mark.parametrize("name", strategies.STRATEGIES)
 def test_an_unknown_option_is_refused(name: str) -> None:
     with pytest.raises((ConfigError, UnknownOptionError), match="zeta"):
         build(name, zeta=1)

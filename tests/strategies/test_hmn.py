@@ -1,4 +1,4 @@
-"""HMN replay as a strategy: its options reach the plugin."""
+"""HMN replay as a strategy, and fred's: their options reach the plugin."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def test_settings_reach_the_plugin() -> None:
 def test_a_wrong_value_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match="warm_start_steps"):
         build("hmn", warm_start_steps=-1)
+
+
+def test_fred_is_hmn_replay_of_that_kind() -> None:
+    replay = build("fred", effort="standard").plugins[0]
+    assert isinstance(replay, HMNReplay)
+    keeper = replay.store.keeper
+    assert isinstance(keeper, LearnedKeeper)
+    assert keeper.kind == "fred"
+    assert keeper.config == make_config("standard", fidelity=0.3, **OPTIONS["fred"])
+    with pytest.raises(ConfigError, match='pass kind to the strategy "hmn"'):
+        build("fred", kind="pixels")

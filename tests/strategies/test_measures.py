@@ -9,7 +9,7 @@ from hmn_replay.errors import ConfigError
 from strategies.buffers import ReservoirBuffer
 from tests.strategies.support import IMAGE_BYTES, build, make_stream
 
-OURS = ("hmn", "jpeg", "lossless", "subsampled", "raw", "herding")
+OURS = ("hmn", "fred", "jpeg", "lossless", "subsampled", "raw", "herding")
 
 
 def test_a_buffer_that_holds_more_than_promised_is_found_out() -> None:
@@ -31,7 +31,7 @@ def test_a_file_is_measured_whole() -> None:
     assert use.seconds == replay.report[0]["seconds"]
 
 
-@pytest.mark.parametrize("name", strategies.NAMES)
+@pytest.mark.parametrize("name", strategies.STRATEGIES)
 def test_loss_and_renewal_are_named(name: str) -> None:
     strategy = build(name)
     stream = make_stream(num_per_class=4, num_experiences=2)
