@@ -1,7 +1,4 @@
-"""Print how many images of each class a budget holds.
-
-python docs/planning.py > docs/planning.txt
-"""
+"""Print how many images of each class a budget holds: the table of docs/choosing.md."""
 
 from __future__ import annotations
 

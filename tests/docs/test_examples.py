@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -15,40 +14,22 @@ import torch
 from PIL import Image
 
 import hmn_replay
+from tests.docs.pages import DOCS, blocks, run_blocks
 from tests.hub import Hub
 from tests.streams import streams
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-DOCS = Path(__file__).parents[2] / "docs"
 HOSTS = ("models.er", "avalanche", "timm-pretrained", "torchrl")
 
 
-def run_page(
-    name: str,
-    host: str = "",
-    replace: Mapping[str, str] | None = None,
-    given: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Run the blocks of a page in one namespace: those that name a host, or none of them.
+def run_page(name: str, host: str = "", **more: Any) -> dict[str, Any]:
+    """Run the blocks of a page in one namespace: those that name a host, or none of them."""
 
-    Args:
-        name: The page.
-        host: One of ``HOSTS``, or none.
-        replace: Words of the page and what stands in their place, to make sizes smaller.
-        given: Names that the blocks begin with.
-    """
-    names: dict[str, Any] = dict(given or {})
-    page, changes = (DOCS / name).read_text(), dict(replace or {})
-    assert all(word in page for word in changes)
-    with torch.random.fork_rng():
-        for block in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M):
-            if any(other in block for other in HOSTS if other != host) or host not in block:
-                continue
-            for word, smaller in changes.items():
-                block = block.replace(word, smaller)
-            exec(compile(block, name, "exec"), names)
-    return names
+    def is_wanted(block: str) -> bool:
+        return host in block and not any(other in block for other in HOSTS if other != host)
+
+    return run_blocks([block for block in blocks(DOCS / name) if is_wanted(block)], **more)
 
 
 def test_replay_in_a_loop_of_ones_own() -> None:

@@ -4,44 +4,35 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 import hmn_replay
+from tests.docs.pages import DOCS, ROOT, blocks, run_blocks
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-SCRIPTS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+SCRIPTS = blocks(ROOT / "README.md")
 
 
-@pytest.fixture
-def run_script(quick: None) -> Any:
-    """Return a function that runs a script in an empty folder and returns its names."""
-
-    def run(script: str) -> dict[str, Any]:
-        names: dict[str, Any] = {}
-        with torch.random.fork_rng():
-            exec(compile(script, "README.md", "exec"), names)
-        return names
-
-    return run
-
-
-def test_code_for_a_data_set(run_script: Any) -> None:
-    names = run_script(SCRIPTS[0])
+def test_code_for_a_data_set(quick: None) -> None:
+    names = run_blocks(SCRIPTS[:1])
     assert Path("digits.hmn").stat().st_size <= 4096
     assert names["images"].shape == (names["memory"].num_images, 1, 8, 8)
     assert names["accuracy"] > 0.3
 
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own
-def test_code_for_a_stream(run_script: Any) -> None:
-    names = run_script(SCRIPTS[1])
+def test_code_for_a_stream(quick: None) -> None:
+    names = run_blocks(SCRIPTS[1:])
     assert Path("seen.hmn").stat().st_size <= 2048
     assert names["replay"].memory.num_classes == 10
     assert names["results"]["Top1_Acc_Stream/eval_phase/test_stream/Task000"] > 0.2
+
+
+def test_pages_repeat_it_to_the_letter() -> None:
+    assert set(SCRIPTS) <= set(blocks(DOCS / "quickstart.md"))
+    limits = README[README.index("## When not to use it") : README.index("## More")]
+    assert (DOCS / "index.md").read_text().endswith(limits.rstrip() + "\n")
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])

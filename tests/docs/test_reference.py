@@ -1,14 +1,17 @@
-"""The API reference has every public name."""
+"""The API reference has every public name, and tables that scripts print are as printed."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+import runpy
+
+import pytest
 
 import hmn_replay
 from hmn_replay import errors
+from tests.docs.pages import DOCS
 
-API = Path(__file__).parents[2] / "docs" / "api"
+API = DOCS / "api"
 
 
 def test_every_public_name_has_an_entry() -> None:
@@ -23,3 +26,10 @@ def test_every_inclusion_is_one() -> None:
     inclusions = [line for line in lines if line.startswith("--8")]
     assert inclusions
     assert [line for line in inclusions if not re.fullmatch(r'--8<-- "[\w./:]+"', line)] == []
+
+
+def test_the_table_of_budgets_is_the_one_that_is_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runpy.run_path(str(DOCS / "planning.py"), run_name="__main__")
+    assert capsys.readouterr().out in (DOCS / "choosing.md").read_text()
