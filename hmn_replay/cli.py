@@ -654,8 +654,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_condense(parser: _Parser) -> None:
-    add, fields = parser.add_argument, hmn_replay.CondenseConfig.model_fields
-    parser.settings = fields
+    add = parser.add_argument
+    parser.settings = hmn_replay.CondenseConfig.model_fields
     _add_data(parser)
     add("--budget", required=True, help="bytes of the file, header and all: 122880, 120KiB, ...")
     add("--out", required=True, type=Path, help="the memory file to write")
@@ -668,14 +668,24 @@ def _add_condense(parser: _Parser) -> None:
         help="draft is made for streams, where training waits; quick takes minutes on a CPU, "
         "standard does seven times the matching, paper has the paper's settings and needs a GPU",
     )
-    names: dict[str, Iterable[str]] = {
-        "objective": hmn_replay.OBJECTIVES,
-        "number_format": hmn_replay.NUMBER_FORMATS,
-        "labels": hmn_replay.LABELS,
-    }
-    for name, known in names.items():
-        flag = f"--{name.replace('_', '-')}"
-        add(flag, choices=tuple(known), help=f"{fields[name].description}".replace("%", "%%"))
+    quick, paper = make_config("quick"), make_config("paper")
+    add(
+        "--objective",
+        choices=tuple(hmn_replay.OBJECTIVES),
+        help=f"what is matched (default: {quick.objective}; with --effort paper {paper.objective})",
+    )
+    add(
+        "--number-format",
+        choices=tuple(hmn_replay.NUMBER_FORMATS),
+        help="how values are stored (default: entropy for hmn and fred, int8 for the rest)",
+    )
+    add(
+        "--labels",
+        choices=tuple(hmn_replay.LABELS),
+        help="what networks that learn from the memory are told of an image, in the same bytes: "
+        "its class; what a teacher said of it; or what a small network in the file says of it "
+        f"each time that it is augmented (default: {quick.labels})",
+    )
     add(
         "--set",
         type=_assignment,
