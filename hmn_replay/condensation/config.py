@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_serializer
 
 from hmn_replay.condensation.labelling import LabelConfig
+from hmn_replay.condensation.pruning import PruningFunction
 from hmn_replay.data.augment import STRATEGIES
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction, get_objective
@@ -184,12 +185,14 @@ class CondenseConfig(LabelConfig):
     over_budget: Annotated[float, Field(ge=0, le=10)] = 0.1
     """Share of images condensed beyond what fits, and pruned in the end."""
 
-    pruning: Annotated[str, one_of("pruning", PRUNINGS)] = "aum"
+    pruning: Annotated[str | PruningFunction, one_of("pruning", PRUNINGS)] = "aum"
     """Which images of a class are dropped, of those beyond what fits or when classes are added:
-    aum, those of highest and lowest area under the margin (Zheng et al. 2024); or order, the last.
-    With order, batches are matched of the first images of a class alone, of a number drawn for each
-    batch, from as many as the class will have with all expected classes to all it has: however many
-    stay in the end have then been matched together."""
+    aum, those of highest and lowest area under the margin (Zheng et al. 2024); order, the last; or
+    those of highest and lowest score by a function, see
+    hmn_replay.condensation.pruning.PruningFunction. With order, batches are matched of the first
+    images of a class alone, of a number drawn for each batch, from as many as the class will have
+    with all expected classes to all it has: however many stay in the end have then been matched
+    together."""
 
     beta: _Share = 0.5
     """Share of hard images among those that are pruned; the others are easy ones."""
@@ -230,14 +233,18 @@ class CondenseConfig(LabelConfig):
         """Return a function by its name, so that reports have JSON's types."""
         return objective if isinstance(objective, str) else get_objective(objective).name
 
+    @field_serializer("pruning")
+    def _named_pruning(self, pruning: Any) -> str:
+        return name_of(pruning)
+
     @field_serializer("network")
     def _named_networks(self, networks: Any) -> tuple[str, ...]:
         return tuple(map(name_of, networks))
 
     @property
     def draws_globally(self) -> bool:
-        """Whether a network or an objective is a user's own, which may draw as it likes."""
-        is_ours = all(map(is_built_in, self.network))
+        """Whether anything that is run is a user's own, which may draw as it likes."""
+        is_ours = all(map(is_built_in, self.network)) and not callable(self.pruning)
         return not (is_ours and OBJECTIVES.is_built_in(self.objective))
 
     @property

@@ -41,7 +41,7 @@ from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.growth import fill, make_room
 from hmn_replay.condensation.labelling import add_labels, train_on
 from hmn_replay.condensation.matchers import Stateful, make_matcher
-from hmn_replay.condensation.pruning import MarginRecorder, double_ended_prune
+from hmn_replay.condensation.pruning import MarginRecorder, double_ended_prune, score_by
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
 from hmn_replay.data.images import LabelledImages, mean_psnr
 from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_images, take_images
@@ -379,6 +379,8 @@ class Condensation(Run):
             config.checkpoint_seconds,
         )
         self._try_matching()  # before there is a checkpoint
+        if callable(config.pruning) and any(self.growth.drops()):
+            self._score_images(self.memory.decoded())
 
     def _num_images_of(self, num_classes: int) -> int:
         """Return how many images the budget is planned for with so many classes; 0 for none."""
@@ -636,7 +638,7 @@ class Condensation(Run):
             else:
                 scores = self._score_images(images)
                 self.team.copy_first([scores])
-                num_shown = 0 if self.by_order else self.config.pruning_passes
+                num_shown = self.config.pruning_passes if self.config.pruning == "aum" else 0
                 self._stepped(num_shown, {"scores": scores}, save=True)
             self.memory.keep(self._choose(images, scores))
         self.memory.budget_bytes = self.budget.num_bytes
@@ -696,10 +698,12 @@ class Condensation(Run):
         check_like(found, {name: like})
 
     def _score_images(self, images: Images) -> Tensor:
-        """Return the AUM of every decoded image, from one training on all of them; or its place."""
+        """Return every decoded image's AUM, by one training on all of them; or another score."""
         class_index = self.memory.class_index
         if self.by_order:
             return torch.arange(len(images), dtype=torch.float32)
+        if callable(self.config.pruning):
+            return score_by(self.config.pruning, self.memory.decode()[0], class_index)
         recorder = MarginRecorder(images, class_index, self.team)
         self._train_on(images, class_index, "AUM", on_epoch=recorder)
         return recorder.aum()

@@ -7,7 +7,8 @@ easiest of each class until the budget holds. AUM is Pleiss et al. 2020, arXiv 2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,49 @@ from hmn_replay.budget import as_int
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError
+from hmn_replay.registry import name_of
 from hmn_replay.training.networks import device_of, evaluating
 
-__all__ = ["MarginRecorder", "aum", "double_ended_prune", "margins"]
+__all__ = [
+    "MarginRecorder",
+    "PruningFunction",
+    "aum",
+    "double_ended_prune",
+    "margins",
+    "score_by",
+]
+
+PruningFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Scores decoded images for :func:`double_ended_prune`, in the place of AUM.
+
+It is given the images, float32 ``(N, C, H, W)`` in [0, 1], and the position of each one's class
+among the memory's, int64 ``(N,)``, both on the memory's device; and returns a number for each
+image, float ``(N,)``: low for a hard image, high for an easy one. It is called once before any
+work, to see that it does so, and once in the end.
+"""
+
+
+def score_by(function: PruningFunction, images: Tensor, class_indices: Tensor) -> Tensor:
+    """Return what a function of the user's scores images by, checked to be scores.
+
+    Returns:
+        float32 ``(N,)`` on the CPU.
+
+    Raises:
+        ConfigError: It returned anything but a finite number for each image.
+    """
+    with torch.no_grad():
+        scores = function(images, class_indices)
+    name, expected = name_of(function), f"a finite number for each of the {len(images)} images"
+    if not isinstance(scores, Tensor):
+        raise ConfigError(f"pruning returns {expected}, as a tensor; {name} returned {scores!r}")
+    if scores.shape != class_indices.shape or scores.is_complex():
+        got = f"{scores.dtype} {tuple(scores.shape)}"
+        raise ConfigError(f"pruning returns {expected}; {name} returned {got}")
+    scores = scores.float().cpu()
+    if not bool(scores.isfinite().all()):
+        raise ConfigError(f"pruning returns {expected}; {name} returned NaN or infinity")
+    return scores
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:

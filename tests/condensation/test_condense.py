@@ -797,6 +797,56 @@ def _towards(value: float, network: Any, *batches: Tensor) -> Tensor:
     return (batches[2] - value).square().mean()
 
 
+def test_images_are_pruned_by_scores_of_ones_own(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def brightness(images: Tensor, class_indices: Tensor) -> Tensor:
+        scores = images.mean(dim=(1, 2, 3))
+        calls.append((images, class_indices, scores))
+        return scores
+
+    memory = tiny(make_set(), make_layout(), pruning=brightness, beta=1.0, beta_grid=())
+    assert len(calls) == 2  # before any work, and in the end
+    images, classes, scores = calls[-1]
+    assert len(images) > memory.num_images
+    kept, labels = memory.decode()
+    for label in classes.unique().tolist():
+        stay = labels == memory.classes[label]
+        brightest = scores[classes == label].sort(descending=True).values[: int(stay.sum())]
+        torch.testing.assert_close(
+            kept[stay].mean(dim=(1, 2, 3)).sort(descending=True).values, brightest
+        )
+    assert memory.report["pruning"] == f"{__name__}.{brightness.__qualname__}"
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda images: images.mean(dim=(1, 2, 3)).tolist(), "as a tensor; .* returned"),
+        (lambda images: images.mean(), r"returned torch.float32 \(\)"),
+        (lambda images: images.mean(dim=(1, 2, 3)) / 0 * 0, "returned NaN or infinity"),
+    ],
+)
+def test_what_is_no_score_of_each_image_is_refused_before_any_work(
+    returned: Callable[[Tensor], Any],
+    message: str,
+    make_set: MakeSet,
+    make_layout: MakeLayout,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ConfigError, match=f"a finite number for each of the .*{message}"):
+        tiny(
+            make_set(),
+            make_layout(),
+            pruning=lambda images, _: returned(images),
+            beta_grid=(),
+            checkpoint=tmp_path / "run",
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_knows_what_an_objective_was_given(
     make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
 ) -> None:

@@ -185,6 +185,16 @@ def backbone_and_benchmark() -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own
+def test_an_objective_and_a_pruning_of_ones_own() -> None:
+    own, pruned = blocks(DOCS / "objectives.md")[-2:]
+    try:
+        names = run_blocks([own, pruned])
+    finally:
+        hmn_replay.OBJECTIVES.remove("mean-image")
+    assert names["memory"].report["pruning"].endswith("distance_to_mean")
+    assert names["memory"].file_bytes <= 4096
+
+
 def test_memories_are_watched() -> None:
     pytest.importorskip("tensorboard", reason="Avalanche's logger needs it")
     evaluator = run_page("sharing.md", "avalanche")["evaluator"]
