@@ -277,12 +277,6 @@ class FrequencyMemory(LearnedMemory):
         steps = coefficients / self._step
         return F.softshrink(steps, shift) if self.layout.is_coded else steps
 
-    @torch.no_grad()
-    def largest_sum(self) -> float:
-        """Return what no sum of a transform can exceed: its matrices have no entry above 1."""
-        sums = self.coefficients.double().abs().flatten(1).sum(dim=1)
-        return float(sums.max()) * max(1.0, float(self._step)) if len(sums) else 0.0
-
 
 _Product = Callable[[Tensor, Tensor, int], Tensor]
 

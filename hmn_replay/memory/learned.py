@@ -78,8 +78,8 @@ class LearnedMemory(Memory, nn.Module):
     The parameters are latent float32 values; :meth:`forward` and :meth:`decode` see them rounded to
     the layout's number format, so that what is decoded now is what the saved file will give back.
 
-    A subclass declares :attr:`Layout`, :meth:`table`, :meth:`layouts`, :meth:`forward` and
-    :meth:`largest_sum`, and is registered by :func:`~hmn_replay.memory.base.register_memory`.
+    A subclass declares :attr:`Layout`, :meth:`table`, :meth:`layouts` and :meth:`forward`, and is
+    registered by :func:`~hmn_replay.memory.base.register_memory`.
 
     Args:
         layout: Shapes and number format.
@@ -275,9 +275,13 @@ class LearnedMemory(Memory, nn.Module):
             float32 ``(B, C, H, W)`` in [0, 1].
         """
 
-    @abc.abstractmethod
     def largest_sum(self) -> float:
-        """Return what no sum in the decoding can exceed, by the triangle inequality."""
+        """Return what no sum in the decoding can exceed, by the triangle inequality.
+
+        Values themselves are at most 10,000. A kind whose decoding multiplies so many of them that
+        float32 may not hold the result says here what it comes to. Default: 0, none does.
+        """
+        return 0.0
 
     @classmethod
     def image_work(cls, layout: Any) -> int:

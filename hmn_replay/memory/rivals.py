@@ -127,11 +127,6 @@ class PixelMemory(LearnedMemory):
         self.images.clamp_(-0.5, 0.5)
         super().update_scales(first_class)
 
-    @torch.no_grad()
-    def largest_sum(self) -> float:
-        """Return the largest pixel."""
-        return float(self.images.abs().max()) if len(self.images) else 0.0
-
 
 @dataclass(frozen=True)
 class IDCLayout(PixelLayout):
@@ -295,16 +290,6 @@ class HaBaMemory(LearnedMemory):
         self.bases.clamp_(-0.5, 0.5)
         super().update_scales(first_class)
 
-    @torch.no_grad()
-    def largest_sum(self) -> float:
-        """Return what no sum in a hallucinator can exceed, by the triangle inequality."""
-        pixel = self.bases.abs().max() if len(self.bases) else self.bases.new_zeros(())
-        encoded = _largest_outputs(self.encoder_weight, self.encoder_bias, pixel.double())
-        scaled = self.scaling.abs() * encoded.view(-1, 1, 1, 1) + self.shift.abs()
-        scaled = scaled.amax(dim=(1, 2, 3))
-        decoded = _largest_outputs(self.decoder_weight, self.decoder_bias, scaled)
-        return float(torch.cat([pixel.view(1), encoded, scaled, decoded]).max())
-
 
 @dataclass(frozen=True)
 class LinBaLayout(MemoryLayout):
@@ -432,14 +417,6 @@ class LinBaMemory(LearnedMemory):
         beyond = (0, width * ds - images.shape[3], 0, height * ds - images.shape[2])
         return F.avg_pool2d(F.pad(images - 0.5, beyond, mode="replicate"), ds).flatten(1)
 
-    @torch.no_grad()
-    def largest_sum(self) -> float:
-        """Return what no sum of the combination can exceed, by the triangle inequality."""
-        if not len(self.coefficients):
-            return float(self.basis.abs().max())
-        basis = self.basis.double().abs().flatten(1).amax(dim=1)
-        return float((self.coefficients.double().abs() @ basis).max())
-
 
 def to_unit_interval(images: Tensor) -> Tensor:
     """Clamp brightness to [0, 1], with gradients that lead black and white pixels back inside.
@@ -487,12 +464,6 @@ def _near_identity(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor
     channels = range(shape[1])
     weight[:, channels, channels, 1, 1] += 1
     return weight
-
-
-def _largest_outputs(weight: Tensor, bias: Tensor, largest_input: Tensor) -> Tensor:
-    """Bound each hallucinator's convolution, float64 ``(h,)``, from the size of its input."""
-    rows = weight.double().abs().sum(dim=(2, 3, 4))
-    return (rows * largest_input.view(-1, 1) + bias.abs()).amax(dim=1)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

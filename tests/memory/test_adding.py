@@ -268,9 +268,6 @@ class ShadeMemory(LearnedMemory):
         tints = self.value("tints", indices)[:, :, None, None]
         return torch.sigmoid(shades + tints + self.value("slope"))
 
-    def largest_sum(self) -> float:
-        return sum(float(p.detach().abs().max()) for p in self.parameters() if p.numel())
-
 
 @pytest.fixture
 def shade() -> Iterator[type[ShadeMemory]]:

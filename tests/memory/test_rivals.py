@@ -331,27 +331,6 @@ def test_gradients_reach_what_an_image_is_made_of_and_no_other(
         assert not others.any(), name
 
 
-def test_the_bound_of_sums_is_reached_and_not_passed() -> None:
-    memory = HaBaMemory(HaBaLayout((1, 8, 8), "float32", 2), [0], 4)
-    with torch.no_grad():
-        for parameter in memory.parameters():
-            parameter.fill_(-0.25)
-        memory.decoder_weight[1] = -2.0
-    # Nine taps of 0.25 * 0.25 and a bias, then 0.25 of that and 0.25, then nine times 2 and a bias.
-    encoded = 9 * 0.25 * 0.25 + 0.25
-    scaled = 0.25 * encoded + 0.25
-    assert memory.largest_sum() == pytest.approx(9 * 2 * scaled + 0.25)
-    with torch.no_grad():
-        memory.decoder_weight.fill_(1e-3)
-    assert memory.largest_sum() == pytest.approx(encoded)
-    with torch.no_grad():
-        memory.shift[1, 0, 2, 3] = -7.0
-    assert memory.largest_sum() == pytest.approx(0.25 * encoded + 7)
-    with torch.no_grad():
-        memory.scaling[0, 0, 0, 0] = float("nan")
-    assert not memory.largest_sum() < float("inf")
-
-
 # A basis and coefficients (LinBa).
 
 
@@ -542,16 +521,3 @@ def test_gradients_reach_the_basis_and_the_coefficients_of_an_image(
     assert not gradient[[0, 1, 3]].any()
     assert memory.basis.grad is not None
     assert float((memory.basis.grad != 0).float().mean()) > 0.9
-
-
-def test_the_bound_of_sums_is_that_of_the_largest_combination() -> None:
-    memory = LinBaMemory(LinBaLayout((1, 8, 8), "float32", 2), [0], 2)
-    with torch.no_grad():
-        memory.basis[0], memory.basis[1] = -2.0, 5.0
-        memory.coefficients.copy_(torch.tensor([[3.0, 1.0], [-1.0, 2.0]]))
-    assert memory.largest_sum() == pytest.approx(1 * 2 + 2 * 5)
-    memory.keep([])
-    assert memory.largest_sum() == 5.0
-    with torch.no_grad():
-        memory.basis[1, 0, 0, 0] = float("nan")
-    assert not memory.largest_sum() < float("inf")
