@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from experiments.results import called_new, deviation, finished
+from hmn_replay.data.lookup import first_in_turn
 from hmn_replay.files import write_atomically
-from hmn_replay.replay.gatherer import first_in_turn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

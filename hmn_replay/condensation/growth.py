@@ -22,7 +22,7 @@ from torch import Tensor
 from hmn_replay.budget import Budget, largest
 from hmn_replay.condensation.labelling import LabelConfig
 from hmn_replay.data.images import LabelledImages, joined_names
-from hmn_replay.data.lookup import Images, LabelledView, join_images
+from hmn_replay.data.lookup import Images, LabelledView, join_images, rank_in_class
 from hmn_replay.memory.base import affordable_names, stored_names_bytes
 from hmn_replay.memory.file import TensorSpec
 from hmn_replay.memory.layout import MemoryLayout
@@ -301,8 +301,7 @@ def fill(
     if not len(added) or not tried.set_images(added, lambda chosen: real_images(sources[chosen])):
         return memory
     is_added = torch.zeros(tried.num_images, dtype=torch.bool).index_fill(0, added, True)
-    held = memory.images_per_class
-    places = torch.cat([have + torch.arange(n) for have, n in zip(held, wanted, strict=True)])
+    places = rank_in_class(tried.class_index.cpu())[added]
     turns = added[(places // size).argsort(stable=True)]
 
     def with_added(num_images: int) -> LearnedMemory:

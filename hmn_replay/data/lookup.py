@@ -17,8 +17,10 @@ __all__ = [
     "LabelledView",
     "as_floats",
     "check_labelled",
+    "first_in_turn",
     "images_at_once",
     "join_images",
+    "rank_in_class",
     "take_images",
 ]
 
@@ -145,6 +147,25 @@ def num_pixels(image_shape: Sequence[int]) -> int:
 def as_floats(images: Tensor) -> Tensor:
     """Return uint8 images as float32 in [0, 1], and floats as float32."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+
+
+def rank_in_class(labels: Tensor) -> Tensor:
+    """Return the place of each image among those of its class, int64 ``(N,)``: 0, 1, ..."""
+    order = labels.argsort(stable=True)
+    _, counts = labels[order].unique_consecutive(return_counts=True)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    places = torch.arange(len(labels), device=labels.device) - starts
+    return torch.empty_like(places).scatter_(0, order, places)
+
+
+def first_in_turn(labels: Tensor, priorities: Tensor) -> Tensor:
+    """Order images so that the classes take turns, each with its lowest priority first.
+
+    In a turn they stand by priority, and where that is the same by class.
+    """
+    order = labels.argsort(stable=True)
+    order = order[priorities[order].argsort(stable=True)]
+    return order[rank_in_class(labels[order]).argsort(stable=True)]
 
 
 def check_labelled(images: Images, class_indices: Tensor) -> None:

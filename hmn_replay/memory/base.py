@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hmn_replay.budget import Budget, as_int, largest
-from hmn_replay.data.lookup import ImageLookup, Images, are_probabilities
+from hmn_replay.data.lookup import ImageLookup, Images, are_probabilities, rank_in_class
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError, MemoryFileError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.file import (
@@ -493,8 +493,7 @@ class Memory(abc.ABC):
         if limit is None or self.file_bytes <= limit:
             return
         size = self.images_kept_together
-        place = torch.cat([torch.arange(count) for count in self._counts])
-        order = (place // size).argsort(stable=True)
+        order = (rank_in_class(self.class_index.cpu()) // size).argsort(stable=True)
 
         def first(num_groups: int) -> Tensor:
             return order[: num_groups * size].sort().values

@@ -8,8 +8,8 @@ import io
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from hmn_replay.budget import Budget, as_int, largest
 from hmn_replay.data.features import FeatureSource, read_data
 from hmn_replay.data.images import ImageSource, joined_names
+from hmn_replay.data.lookup import first_in_turn
 from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
 from hmn_replay.memory.base import (
     Codec,
@@ -59,8 +60,13 @@ _WEBP_HEADER_BYTES = 20
 
 AnyReal = TypeVar("AnyReal", bound="RealMemory")
 
-_Kept: TypeAlias = tuple[bytes, int]
-"""The payload of an image, and where it stood in the memory, -1 for a new one."""
+
+class _Kept(NamedTuple):
+    """An image: its label, its payload, and where it stood in the memory, -1 for a new one."""
+
+    label: int
+    payload: bytes
+    row: int
 
 
 class RealMemory(Memory):
@@ -169,20 +175,18 @@ class RealMemory(Memory):
         order = torch.arange(len(data)) if order is None else check_order(order, len(data))
         names = joined_names(self.class_names, data.class_names)
         # The first image of every class, then the second: what is over the budget is the rest.
-        labels = data.labels[order].tolist()
-        places: dict[int, Iterator[int]] = {label: itertools.count() for label in set(labels)}
-        queue = [(next(places[label]), label, i) for i, label in enumerate(labels)]
-        order = order[[i for _, _, i in sorted(queue)]]
-        old, new = self._by_class(), {label: list[_Kept]() for label in places}
-        if places:
+        labels = data.labels[order]
+        order = order[first_in_turn(labels, labels)]
+        old, new = self._by_class(), {label: list[_Kept]() for label in labels.unique().tolist()}
+        if new:
             check_classes(sorted(old.keys() | new.keys()))  # what a file may have
-        known = {(label, payload) for label in places for payload, _ in old.get(label, ())}
+        known = {each[:2] for label in new for each in old.get(label, ())}
         num_bytes = 0
         for chunk in order.split(_ENCODED_AT_ONCE):
             encoded = self.encode(data.images[chunk])
             for label, payload in zip(data.labels[chunk].tolist(), encoded, strict=True):
                 if (label, payload) not in known:
-                    new[label].append((payload, -1))
+                    new[label].append(_Kept(label, payload, -1))
                     num_bytes += len(payload)
             if self.budget_bytes is not None and num_bytes > self.budget_bytes:
                 break
@@ -191,32 +195,24 @@ class RealMemory(Memory):
             for label in sorted(old.keys() | new.keys())
         }
         names = affordable_names(names, images, self.budget_bytes)
-        wanted = sorted((i, label) for label, own in images.items() for i in range(len(own)))
+        turns = sorted((i, label) for label, own in images.items() for i in range(len(own)))
+        queue = [images[label][i] for i, label in turns]
         if self.budget_bytes is not None:
-            wanted = wanted[: self._most_that_fit(wanted, images, names, self.budget_bytes)]
-        rows, columns, counts = self._old_places(wanted, images)
-        kept = [images[label][i][0] for label, i in sorted((label, i) for i, label in wanted)]
-        self._set(sorted(counts), [counts[label] for label in sorted(counts)], kept)
+            queue = queue[: self._most_that_fit(queue, names, self.budget_bytes)]
+        kept, counts, rows, columns = self._by_old_places(queue)
+        self._set(list(counts), list(counts.values()), [each.payload for each in kept])
         self._rearrange_labels(rows, columns)
         self.class_names = {label: name for label, name in names.items() if label in counts}
 
-    def _most_that_fit(
-        self,
-        queue: Sequence[tuple[int, int]],
-        images: Mapping[int, Sequence[_Kept]],
-        names: Mapping[int, str],
-        limit: int,
-    ) -> int:
+    def _most_that_fit(self, queue: Sequence[_Kept], names: Mapping[int, str], limit: int) -> int:
         """Return how many of a queue of images fit, by bisection: files grow with their images."""
 
         def takes(num_images: int) -> int:
-            chosen = queue[:num_images]
-            classes = sorted({label for _, label in chosen})
-            lengths = [len(images[label][i][0]) for i, label in chosen]
+            kept, counts, rows, columns = self._by_old_places(queue[:num_images])
+            classes, lengths = list(counts), [len(each.payload) for each in kept]
             labels: dict[str, TensorSpec] = {}
             if self.richest_labels != "hard":
-                rows, columns, counts = self._old_places(chosen, images)
-                labels = self._label_specs_of(rows, columns, [counts[label] for label in classes])
+                labels = self._label_specs_of(rows, columns, list(counts.values()))
             return self._size(classes, lengths, stored_names_bytes(names, classes), labels)
 
         if not queue or takes(1) > limit:
@@ -224,20 +220,15 @@ class RealMemory(Memory):
             raise BudgetError(f"a budget of {limit:,} bytes does not hold one image{smallest}")
         return largest(1, len(queue), lambda num_images: takes(num_images) <= limit)
 
-    def _old_places(
-        self, chosen: Sequence[tuple[int, int]], images: Mapping[int, Sequence[_Kept]]
-    ) -> tuple[Tensor, list[int], Counter[int]]:
-        """Return where images and their classes stood, -1 for new ones; and how many a class has.
-
-        Args:
-            chosen: Place in its class and label of each image, in any order.
-            images: The images of each class.
-        """
+    def _by_old_places(
+        self, images: Sequence[_Kept]
+    ) -> tuple[list[_Kept], Counter[int], Tensor, list[int]]:
+        """Return images class by class, how many a class has, and where both stood, -1 if new."""
         positions = {label: i for i, label in enumerate(self.classes.tolist())}
-        rows = [images[label][i][1] for label, i in sorted((label, i) for i, label in chosen)]
-        counts = Counter(label for _, label in chosen)
-        columns = [positions.get(label, -1) for label in sorted(counts)]
-        return torch.tensor(rows, dtype=torch.int64), columns, counts
+        kept = sorted(images, key=lambda each: each.label)
+        counts = Counter(each.label for each in kept)
+        rows = torch.tensor([each.row for each in kept], dtype=torch.int64)
+        return kept, counts, rows, [positions.get(label, -1) for label in counts]
 
     def _size(
         self,
@@ -329,7 +320,7 @@ class RealMemory(Memory):
     def _by_class(self) -> dict[int, list[_Kept]]:
         found: dict[int, list[_Kept]] = {label: [] for label in self.classes.tolist()}
         for position, label in enumerate(self.labels.tolist()):
-            found[label].append((self.payloads[position], position))
+            found[label].append(_Kept(label, self.payloads[position], position))
         return found
 
     def _decode(self, indices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import LabelledImages, joined_names
+from hmn_replay.data.lookup import first_in_turn
 from hmn_replay.errors import CheckpointError, DataError
 from hmn_replay.runtime import make_generator
 
-__all__ = ["Gatherer", "first_in_turn"]
+__all__ = ["Gatherer"]
 
 
 class Gatherer:
@@ -138,15 +139,3 @@ class Gatherer:
 def _labelled(images: Tensor, labels: Tensor, names: dict[int, str]) -> LabelledImages:
     kind = LabelledFeatures if images.is_floating_point() else LabelledImages
     return kind(images, labels, names)
-
-
-def first_in_turn(labels: Tensor, priorities: Tensor) -> Tensor:
-    """Order images so that the classes take turns, each with its lowest priority first."""
-    order = priorities.argsort(stable=True)
-    order = order[labels[order].argsort(stable=True)]
-    _, counts = labels[order].unique_consecutive(return_counts=True)
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    turns = torch.arange(len(labels), device=labels.device) - starts
-    # The last sort is stable, and would favour the lowest labels in the last turn.
-    shuffled = priorities[order].argsort(stable=True)
-    return order[shuffled][turns[shuffled].argsort(stable=True)]

@@ -29,6 +29,7 @@ from hmn_replay.condensation.config import CondenseConfig, make_config
 from hmn_replay.condensation.labelling import LabelConfig
 from hmn_replay.data.features import as_labelled_features
 from hmn_replay.data.images import LabelledImages
+from hmn_replay.data.lookup import first_in_turn
 from hmn_replay.errors import BudgetError, ConfigError, DataError
 from hmn_replay.memory import (
     MEMORIES,
@@ -48,7 +49,6 @@ from hmn_replay.memory.base import (
 )
 from hmn_replay.memory.real import check_order
 from hmn_replay.registry import suggest
-from hmn_replay.replay.gatherer import first_in_turn
 from hmn_replay.runtime import derive_seed
 from hmn_replay.settings import check_options
 from hmn_replay.training.networks import is_built_in

@@ -26,6 +26,7 @@ from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.labelling import LABEL_AUGMENTATIONS, label_images
 from hmn_replay.data.features import read_data
 from hmn_replay.data.images import ImageSource, LabelledImages, joined_names
+from hmn_replay.data.lookup import first_in_turn
 from hmn_replay.errors import (
     BudgetError,
     CheckpointError,
@@ -34,7 +35,7 @@ from hmn_replay.errors import (
     HMNReplayWarning,
 )
 from hmn_replay.memory import Memory, loads
-from hmn_replay.replay.gatherer import Gatherer, first_in_turn
+from hmn_replay.replay.gatherer import Gatherer
 from hmn_replay.replay.keepers import Keeper, check_same_shape, make_keeper
 from hmn_replay.runtime import (
     check_seed,

@@ -11,8 +11,10 @@ from torch import Tensor
 from hmn_replay.data.lookup import (
     ImageLookup,
     LabelledView,
+    first_in_turn,
     images_at_once,
     join_images,
+    rank_in_class,
     take_images,
 )
 
@@ -89,3 +91,27 @@ def test_a_view_gives_floats() -> None:
 def test_fewer_large_images_go_at_once_and_one_always() -> None:
     shapes = [(3, 8, 8), (1, 32, 32), (3, 64, 64), (3, 224, 224), (3, 5000, 5000)]
     assert [images_at_once(shape) for shape in shapes] == [512, 512, 128, 10, 1]
+
+
+labelled = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 4)), max_size=30)
+
+
+@given(images=labelled)
+def test_the_rank_of_an_image_is_how_many_of_its_class_stand_before_it(
+    images: list[tuple[int, int]],
+) -> None:
+    labels = [label for label, _ in images]
+    wanted = [labels[:i].count(label) for i, label in enumerate(labels)]
+    assert rank_in_class(torch.tensor(labels, dtype=torch.int64)).tolist() == wanted
+
+
+@given(images=labelled)
+def test_classes_take_turns_by_priority(images: list[tuple[int, int]]) -> None:
+    left = sorted((priority, label, i) for i, (label, priority) in enumerate(images))
+    wanted = []
+    while left:
+        turn = [next(each for each in left if each[1] == k) for k in {each[1] for each in left}]
+        wanted += [i for _, _, i in sorted(turn)]
+        left = [each for each in left if each not in turn]
+    labels, priorities = torch.tensor(images, dtype=torch.int64).view(-1, 2).T
+    assert first_in_turn(labels, priorities).tolist() == wanted
