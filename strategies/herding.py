@@ -10,12 +10,13 @@ trained on an experience, with renew="after", as iCaRL has it, after that.
 from __future__ import annotations
 
 import math
+from functools import partial
 
-from avalanche.training.supervised import Naive
 from torch import Tensor, nn
 
 from hmn_replay import LabelledImages, RawReplay, select_images
 from hmn_replay.avalanche.hooks import check_has_head
+from strategies.real import build_of
 from strategies.settings import Settings, Strategy
 
 __all__ = ["build"]
@@ -27,7 +28,6 @@ def build(settings: Settings) -> Strategy:
     Raises:
         ConfigError: The model has no linear layer, whose inputs are the features.
     """
-    settings.choose()
     check_has_head(settings.model)
     most = max(1, settings.budget_bytes // math.prod(settings.image_shape))
 
@@ -35,10 +35,4 @@ def build(settings: Settings) -> Strategy:
         num_images = most * images.num_classes
         return select_images(images, "herding", network=model, num_images=num_images)
 
-    replay = RawReplay(
-        settings.budget_bytes,
-        selection=herd,
-        expected_classes=settings.expected_classes,
-        **settings.replay_options(),
-    )
-    return Naive(**settings.common(replay))
+    return build_of(settings, partial(RawReplay, selection=herd))
