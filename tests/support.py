@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hmn_replay.condensation.condense import condense
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.distributed import GradientPart, Team
+from hmn_replay.errors import ConfigError
 from hmn_replay.memory import (
     MEMORIES,
     NUMBER_FORMATS,
@@ -26,6 +27,7 @@ from hmn_replay.memory import (
     Memory,
     MemoryLayout,
     PixelLayout,
+    RawMemory,
     RealMemory,
     register_memory,
 )
@@ -212,6 +214,22 @@ def real(
     memory = found(image_shape, budget=budget, **{**CODECS.get(kind, {}), **options})
     memory.extend(real_set(image_shape, classes, counts, seed))
     return memory
+
+
+class PosterMemory(RawMemory):
+    """Pixels of a few levels: a kind of a user's that has a setting of its own."""
+
+    setting_types: ClassVar = {"levels": int}
+
+    def __init__(self, image_shape: Sequence[int], *, levels: int = 4, budget: Any = None) -> None:
+        super().__init__(image_shape, budget=budget)
+        self.levels = levels
+        if not 2 <= levels <= 256:
+            raise ConfigError(f"levels is 2 to 256; got {levels}")
+
+    def encode(self, images: Tensor) -> list[bytes]:
+        step = 256 // self.levels
+        return super().encode(images // step * step)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ What is compared is a real file, its header and labels counted, filled with as m
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -96,16 +95,7 @@ def raw_images(
         ConfigError: The selection is not as said above, or the teacher has other classes.
         DataError: Images or labels that cannot be used.
     """
-    return real_images(
-        RawMemory,
-        data,
-        budget,
-        selection=selection,
-        labels=labels,
-        teacher=teacher,
-        seed=seed,
-        device=device,
-    )
+    return _fill(RawMemory, {}, data, budget, selection, labels, teacher, seed, device)
 
 
 def jpeg_images(
@@ -182,16 +172,7 @@ def lossless_images(
         ConfigError: ``selection`` is not as said above.
         DataError: As :func:`raw_images`.
     """
-    return real_images(
-        LosslessMemory,
-        data,
-        budget,
-        selection=selection,
-        labels=labels,
-        teacher=teacher,
-        seed=seed,
-        device=device,
-    )
+    return _fill(LosslessMemory, {}, data, budget, selection, labels, teacher, seed, device)
 
 
 def subsampled_images(
@@ -222,17 +203,8 @@ def subsampled_images(
         ConfigError: ``factor`` or ``selection`` is not as said above.
         DataError: As :func:`raw_images`.
     """
-    return real_images(
-        SubsampledMemory,
-        data,
-        budget,
-        selection=selection,
-        labels=labels,
-        teacher=teacher,
-        seed=seed,
-        device=device,
-        factor=factor,
-    )
+    own = {"factor": factor}
+    return _fill(SubsampledMemory, own, data, budget, selection, labels, teacher, seed, device)
 
 
 def real_images(
@@ -272,7 +244,22 @@ def real_images(
             f"expected a kind that holds real images and needs no training, got "
             f"{memory_type.__name__}: use condense() for a learned kind, and pq_features() for pq"
         )
-    data = read_data(data, holds_features=memory_type.holds_features)
+    return _fill(memory_type, settings, data, budget, selection, labels, teacher, seed, device)
+
+
+def _fill(
+    memory_type: type[AnyReal],
+    settings: Mapping[str, Any],
+    source: ImageSource | FeatureSource,
+    budget: Budget | int | str,
+    selection: str | Tensor,
+    labels: LabelConfig | str,
+    teacher: Network | None,
+    seed: int,
+    device: str | torch.device,
+) -> AnyReal:
+    """Fill a memory of any kind; arguments as for :func:`real_images`."""
+    data = read_data(source, holds_features=memory_type.holds_features)
     memory = memory_type(data.image_shape, budget=budget, **settings)
     most = None
     if not memory.sizes_differ:
@@ -493,10 +480,9 @@ def _labelled(
 
 def _check_label_room(memory: RealMemory, data: LabelledImages, config: LabelConfig) -> None:
     """Raise a BudgetError where one image of each class does not fit beside labels."""
-    smallest = copy.deepcopy(memory)
-    smallest.keep_one_of_each()
     fixed, each = config.planned_bytes(memory.image_shape, data.num_classes)
-    needed = smallest.file_bytes_for(data.num_classes) + fixed + each * data.num_classes
+    needed: float = memory.bytes_of_one_each(data.num_classes, memory.budget_bytes)
+    needed += fixed + each * data.num_classes
     is_short = memory.num_classes < data.num_classes
     if memory.budget_bytes is not None and (is_short or needed > memory.budget_bytes):
         raise BudgetError(

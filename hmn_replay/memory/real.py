@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
+import inspect
 import io
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from hmn_replay.budget import Budget, as_int, largest
 from hmn_replay.data.features import FeatureSource, read_data
-from hmn_replay.data.images import ImageSource, joined_names
+from hmn_replay.data.images import ImageSource, LabelledImages, joined_names
 from hmn_replay.data.lookup import first_in_turn
 from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
 from hmn_replay.memory.base import (
@@ -75,6 +77,10 @@ class RealMemory(Memory):
     A memory begins without images; :meth:`extend` adds them. An image once encoded stays as it is,
     byte for byte: it is never encoded a second time.
 
+    A kind with settings of its own names them in :attr:`setting_types`, takes each by that name,
+    with a default or without, and keeps it as an attribute of that name. Keepers, replay plugins
+    and the command then take it too, the file keeps it, and :meth:`summary` says it.
+
     Args:
         image_shape: ``(C, H, W)``; C is 1 or 3, H and W are 8 to 224.
         budget: Bytes that the saved file may take. Default: None, no bound.
@@ -90,6 +96,9 @@ class RealMemory(Memory):
     has_codec = True
     sizes_differ: ClassVar[bool] = True
     """Whether the payloads of images differ in length."""
+    setting_types: ClassVar[Mapping[str, Callable[[str], Any]]] = {}
+    """What the class takes beside image shape and budget: name to what reads its word in a file,
+    such as ``int``."""
 
     def __init__(
         self, image_shape: Sequence[int], *, budget: Budget | int | str | None = None
@@ -106,6 +115,21 @@ class RealMemory(Memory):
         """Return a shape that images of the kind can have, or raise an error that says which."""
         return check_image_shape(image_shape)
 
+    @classmethod
+    def required_settings(cls) -> list[str]:
+        """Return the names of what the class takes and has no default for, but the image shape."""
+        _, *others = inspect.signature(cls).parameters.values()
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return [each.name for each in others if each.default is each.empty and each.kind in named]
+
+    @classmethod
+    def check_settings(cls, **settings: Any) -> None:
+        """Raise a ConfigError for settings that no memory can have, by making one of 8 x 8 pixels.
+
+        A kind that has no images of ``(1, 8, 8)`` makes another here.
+        """
+        cls((1, 8, 8), **settings)
+
     @abc.abstractmethod
     def encode(self, images: Tensor) -> list[bytes]:
         """Encode images: uint8 ``(N, C, H, W)``, or features, on the CPU to the bytes of each."""
@@ -114,17 +138,31 @@ class RealMemory(Memory):
     def _read(self, payloads: Sequence[bytes]) -> Tensor:
         """Decode payloads to what was encoded, on the CPU; DataError where one is damaged."""
 
+    def setting_values(self) -> dict[str, Any]:
+        """Return the settings of the memory, by name, as JSON types."""
+        return {name: getattr(self, name) for name in self.setting_types}
+
     def words(self) -> tuple[str, ...]:
-        """Return what a memory is made from, for the file's metadata: the image shape."""
-        return (join_numbers(self.image_shape),)
+        """Return what a memory is made from, for the file's metadata: image shape and settings."""
+        return (join_numbers(self.image_shape), *map(str, self.setting_values().values()))
 
     @classmethod
     def _from_words(
         cls: type[AnyReal], words: Sequence[str], tensors: Mapping[str, Tensor]
     ) -> AnyReal:
         """Return a memory without images that :meth:`words` and :meth:`header` come from."""
-        (shape,) = words
-        return cls(split_numbers(shape))
+        shape, *own = words
+        if len(own) != len(cls.setting_types):
+            amount = "too many" if len(own) > len(cls.setting_types) else "not enough"
+            raise MemoryFileError(
+                f"{amount} values of {['image shape', *cls.setting_types]}: {words}"
+            )
+        read = zip(cls.setting_types.items(), own, strict=True)
+        return cls(split_numbers(shape), **{name: reads(word) for (name, reads), word in read})
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the memory is, as JSON types; see :meth:`Memory.summary`."""
+        return {**super().summary(), **self.setting_values()}
 
     def header(self) -> bytes:
         """Return the bytes that all images share."""
@@ -208,10 +246,12 @@ class RealMemory(Memory):
         """Return how many of a queue of images fit, by bisection: files grow with their images."""
 
         def takes(num_images: int) -> int:
-            kept, counts, rows, columns = self._by_old_places(queue[:num_images])
-            classes, lengths = list(counts), [len(each.payload) for each in kept]
+            chosen = queue[:num_images]
+            classes = sorted({each.label for each in chosen})
+            lengths = [len(each.payload) for each in chosen]
             labels: dict[str, TensorSpec] = {}
             if self.richest_labels != "hard":
+                _, counts, rows, columns = self._by_old_places(chosen)
                 labels = self._label_specs_of(rows, columns, list(counts.values()))
             return self._size(classes, lengths, stored_names_bytes(names, classes), labels)
 
@@ -263,6 +303,26 @@ class RealMemory(Memory):
         classes = with_unknown(classes, num_classes)
         lengths += [math.ceil(sum(lengths) / len(lengths))] * num_more
         return self._size(classes, lengths, self.names_bytes, self.label_specs())
+
+    def bytes_of_one_each(
+        self, num_classes: int, budget_bytes: int | None, images: LabelledImages | None = None
+    ) -> int:
+        """Return :meth:`file_bytes_for` classes of one image each, the first that they have.
+
+        Args:
+            num_classes: How many classes there are then, those that are here among them.
+            budget_bytes: What the file may take, which decides whether it has class names.
+            images: Images to :meth:`extend` the memory by before. Default: none.
+        """
+        tried = copy.deepcopy(self)
+        tried.budget_bytes = None
+        if images is not None:
+            tried.extend(images)
+        tried.keep_one_of_each()
+        tried.budget_bytes = budget_bytes
+        labels = tried.classes.tolist()
+        tried.class_names = affordable_names(tried.class_names, labels, budget_bytes)
+        return tried.file_bytes_for(num_classes)
 
     def _specs(self, lengths: Sequence[int]) -> dict[str, TensorSpec]:
         """Return what the file stores beside labels, counts and names."""
@@ -375,6 +435,7 @@ class SubsampledMemory(RealMemory):
     """
 
     sizes_differ = False
+    setting_types: ClassVar = {"factor": int}
 
     def __init__(
         self,
@@ -422,19 +483,6 @@ class SubsampledMemory(RealMemory):
             own[:] = wide.round().to(torch.uint8)
         return images
 
-    def words(self) -> tuple[str, ...]:
-        """Return image shape and factor, for the file's metadata."""
-        return join_numbers(self.image_shape), str(self.factor)
-
-    @classmethod
-    def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> SubsampledMemory:
-        shape, factor = words
-        return cls(split_numbers(shape), factor=int(factor))
-
-    def summary(self) -> dict[str, Any]:
-        """Return what the memory is, as JSON types; see :meth:`Memory.summary`."""
-        return {**super().summary(), "factor": self.factor}
-
 
 @register_memory("jpeg")
 class JPEGMemory(RealMemory):
@@ -449,6 +497,8 @@ class JPEGMemory(RealMemory):
     Raises:
         ConfigError: A value outside these ranges.
     """
+
+    setting_types: ClassVar = {"quality": int, "subsampling": str}
 
     def __init__(
         self,
@@ -480,22 +530,13 @@ class JPEGMemory(RealMemory):
         """Return the header that the scans share."""
         return self._header
 
-    def words(self) -> tuple[str, ...]:
-        """Return image shape, quality and subsampling, for the file's metadata."""
-        return join_numbers(self.image_shape), str(self.quality), self.subsampling
-
     @classmethod
     def _from_words(cls, words: Sequence[str], tensors: Mapping[str, Tensor]) -> JPEGMemory:
-        shape, quality, subsampling = words
-        memory = cls(split_numbers(shape), quality=int(quality), subsampling=subsampling)
+        memory = super()._from_words(words, tensors)
         memory._header = tensors["header"].numpy().tobytes()
         if read_jpeg_shape(memory._header) != memory.image_shape:
             raise MemoryFileError("its JPEG header is that of images of another shape")
         return memory
-
-    def summary(self) -> dict[str, Any]:
-        """Return what the memory is, as JSON types; see :meth:`Memory.summary`."""
-        return {**super().summary(), "quality": self.quality, "subsampling": self.subsampling}
 
 
 @register_memory("lossless")

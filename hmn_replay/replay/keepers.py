@@ -11,7 +11,6 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -43,7 +42,6 @@ from hmn_replay.memory import (
 )
 from hmn_replay.memory.base import (
     MAX_CLASSES,
-    affordable_names,
     check_num_classes,
     with_unknown,
 )
@@ -67,6 +65,7 @@ __all__ = [
     "hints_for",
     "make_keeper",
     "named_arguments",
+    "options_of",
 ]
 
 Selection: TypeAlias = "str | Callable[[LabelledImages, nn.Module], Tensor]"
@@ -304,10 +303,9 @@ class RealKeeper(Keeper):
 
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        kind: A kind of real images: ``"raw"``, ``"lossless"``, ``"raw-features"`` for features, or
-            one that was registered and is made from image shape and budget alone. ``"jpeg"`` has
-            :class:`JPEGKeeper`, ``"subsampled"`` :class:`SubsampledKeeper`, and ``"pq"``
-            :class:`PQKeeper`.
+        kind: A kind of real images: ``"raw"``, ``"lossless"``, ``"subsampled"``, ``"raw-features"``
+            for features, or one that was registered. For ``"jpeg"`` :class:`JPEGKeeper` chooses a
+            quality; ``"pq"`` has :class:`PQKeeper`, which trains its codebook.
         selection: Which images of a class stay longest: one of
             :data:`~hmn_replay.baselines.selection.SELECTIONS`, or a callable that takes the images
             that come and the network that is being trained, and returns their order, int64
@@ -317,10 +315,13 @@ class RealKeeper(Keeper):
             Default: None, that of :func:`~hmn_replay.select_images`.
         expected_classes: How many classes there will be in all, if that is known: a budget that
             does not hold one image of each is refused. Default: None, those that are there.
+        **settings: Those of the kind, see :class:`RealMemory`, such as ``factor`` of
+            ``"subsampled"``.
 
     Raises:
         BudgetError: The budget cannot be read.
-        ConfigError: A value outside its range.
+        ConfigError: A value outside its range, or a setting that is missing.
+        UnknownOptionError: A setting that the kind does not have; also a TypeError.
     """
 
     def __init__(
@@ -331,6 +332,7 @@ class RealKeeper(Keeper):
         selection: Selection = "random",
         training: TrainingConfig | None = None,
         expected_classes: int | None = None,
+        **settings: Any,
     ) -> None:
         if not callable(selection) and selection not in SELECTIONS:
             raise ConfigError(
@@ -342,10 +344,18 @@ class RealKeeper(Keeper):
             raise ConfigError(f"{kind!r} is learned, and has a LearnedKeeper")
         if memory_type.holds_features and not callable(selection):
             check_method_of_features(selection)
-        for own, keeper in _KEEPERS.items():
-            if issubclass(memory_type, own) and not isinstance(self, keeper):
-                raise ConfigError(f"{kind!r} has settings of its own: use a {keeper.__name__}")
-        self.budget, self.kind = Budget.parse(budget), kind
+        known = [*named_arguments(RealKeeper), *memory_type.setting_types]
+        check_options(f"the memory kind {kind!r}", settings, known, hints_for(settings))
+        missing = [name for name in memory_type.required_settings() if name not in settings]
+        if missing and type(self).empty is RealKeeper.empty:
+            given = "give it, or " if missing[0] in memory_type.setting_types else ""
+            keeper = _KEEPERS[kind].__name__ if kind in _KEEPERS else "Keeper of your own"
+            raise ConfigError(
+                f"the memory kind {kind!r} needs {missing[0]}=; {given}use a {keeper}"
+            )
+        if settings:
+            memory_type.check_settings(**settings)
+        self.budget, self.kind, self.settings = Budget.parse(budget), kind, settings
         self.selection, self.training = selection, training
         self.expected_classes = _number_of_classes(expected_classes)
 
@@ -364,7 +374,7 @@ class RealKeeper(Keeper):
 
     def empty(self, image_shape: tuple[int, int, int]) -> RealMemory:
         """Return a memory without images, for their size; of codecs the setting of fewest bytes."""
-        return self.memory_type(image_shape)
+        return self.memory_type(image_shape, **self.settings)
 
     def begin(
         self, images: LabelledImages, order: Tensor, *, seed: int, device: torch.device
@@ -379,19 +389,14 @@ class RealKeeper(Keeper):
         self, images: LabelledImages, *, memory: Memory | None, num_classes: int
     ) -> None:
         """Refuse what the budget cannot hold; see :meth:`Keeper.check_room`."""
-        tried = _copied(memory, self.memory_type, torch.device("cpu"))
-        tried = self.empty(images.image_shape) if tried is None else tried
-        tried.budget_bytes = None
-        tried.extend(images)
-        tried.keep_one_of_each()
-        tried.budget_bytes = self.budget.num_bytes
-        labels = tried.classes.tolist()
-        tried.class_names = affordable_names(tried.class_names, labels, tried.budget_bytes)
-        classes = max(num_classes, self.expected_classes or 0)
-        needed = tried.file_bytes_for(classes)
-        if needed > self.budget.num_bytes:
+        if memory is None:
+            memory = self.empty(images.image_shape)
+        classes, limit = max(num_classes, self.expected_classes or 0), self.budget.num_bytes
+        held = _of_type(memory, self.memory_type)
+        needed = held.bytes_of_one_each(classes, limit, images)
+        if needed > limit:
             raise BudgetError(
-                f"a budget of {self.budget.num_bytes:,} bytes does not hold one image of each of "
+                f"a budget of {limit:,} bytes does not hold one image of each of "
                 f"{classes} classes; about {needed:,} bytes would"
             )
 
@@ -470,12 +475,8 @@ class SubsampledKeeper(RealKeeper):
             selection=selection,
             training=training,
             expected_classes=expected_classes,
+            factor=factor,
         )
-        self.factor = SubsampledMemory((1, 8, 8), factor=factor).factor
-
-    def empty(self, image_shape: tuple[int, int, int]) -> RealMemory:
-        """Return a memory without images, of this factor."""
-        return SubsampledMemory(image_shape, factor=self.factor)
 
 
 class JPEGKeeper(RealKeeper):
@@ -610,12 +611,12 @@ class PQKeeper(RealKeeper):
         return memory, {"num_parts": self.num_parts, "code_bits": self.bits}
 
 
-_KEEPERS: dict[type[Memory], type[RealKeeper]] = {
-    JPEGMemory: JPEGKeeper,
-    SubsampledMemory: SubsampledKeeper,
-    PQMemory: PQKeeper,
+_KEEPERS: dict[str, type[RealKeeper]] = {
+    "jpeg": JPEGKeeper,
+    "subsampled": SubsampledKeeper,
+    "pq": PQKeeper,
 }
-"""Kinds of real images whose settings their keepers take."""
+"""The keepers of those kinds of real images that have another than :class:`RealKeeper`."""
 
 
 _OTHER_NAMES = {
@@ -654,19 +655,23 @@ def _settings() -> list[str]:
     return [name for name in CondenseConfig.model_fields if name not in LabelConfig.model_fields]
 
 
-def _options_of(memory_type: type[Memory]) -> list[str]:
-    """Return the options that the keeper of a memory kind takes."""
+def options_of(kind: str) -> list[str]:
+    """Return the options that the keeper of a memory kind takes beside budget and kind."""
+    memory_type = MEMORIES[kind]
     if issubclass(memory_type, LearnedMemory):
-        return [*named_arguments(LearnedKeeper), *_settings()]
-    return named_arguments(_KEEPERS.get(memory_type, RealKeeper))
+        options = {*named_arguments(LearnedKeeper), *_settings()}
+    else:
+        own = () if kind in _KEEPERS else getattr(memory_type, "setting_types", ())
+        options = {*named_arguments(_KEEPERS.get(kind, RealKeeper)), *own}
+    return sorted(options - {"budget", "kind"})
 
 
 def hints_for(options: Iterable[str]) -> dict[str, str]:
     """Return what to say of options: which kinds have one, and what is in the place of others'."""
-    options_of = {repr(kind): _options_of(memory_type) for kind, memory_type in MEMORIES.items()}
+    all_options = {repr(kind): options_of(kind) for kind in MEMORIES}
     found = dict(_OTHER_NAMES)
     for option in options:
-        kinds = [kind for kind, its_options in options_of.items() if option in its_options]
+        kinds = [kind for kind, its_options in all_options.items() if option in its_options]
         if kinds:
             of = "kinds" if len(kinds) > 1 else "kind"
             found[option] = f"it is an option of the memory {of} {', '.join(kinds)}"
@@ -685,8 +690,8 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
     Args:
         budget: Bytes that the memory's file may take at any time.
         kind: A memory kind: learned or of real images.
-        **options: Those of :class:`LearnedKeeper`, :class:`JPEGKeeper`, :class:`SubsampledKeeper`,
-            :class:`PQKeeper` or :class:`RealKeeper`.
+        **options: Those of :class:`LearnedKeeper`, :class:`JPEGKeeper`, :class:`PQKeeper` or
+            :class:`RealKeeper`, the settings of a kind that was registered among them.
 
     Raises:
         UnknownOptionError: An option that the kind does not have; also a TypeError.
@@ -696,18 +701,10 @@ def make_keeper(budget: Budget | int | str, kind: str = "hmn", **options: Any) -
     memory_type = MEMORIES[kind]
     if issubclass(memory_type, LearnedMemory):
         return LearnedKeeper(budget, kind=kind, **options)
-    keeper_type: Callable[..., RealKeeper] = partial(RealKeeper, kind=kind)
-    for own_type, own_keeper in _KEEPERS.items():
-        if memory_type is own_type:
-            keeper_type = own_keeper
-        elif issubclass(memory_type, own_type):
-            raise ConfigError(
-                f"the memory kind {kind!r} derives from {own_type.kind!r}, whose keeper makes "
-                "memories of that kind: pass a Keeper of your own in place of the budget"
-            )
-    known = {*named_arguments(keeper_type)} - {"budget", "kind"}
-    check_options(f"the memory kind {kind!r}", options, sorted(known), hints_for(options))
-    return keeper_type(budget, **options)
+    check_options(f"the memory kind {kind!r}", options, options_of(kind), hints_for(options))
+    if kind in _KEEPERS:
+        return _KEEPERS[kind](budget, **options)
+    return RealKeeper(budget, kind=kind, **options)
 
 
 def _copied(

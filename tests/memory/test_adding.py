@@ -24,8 +24,20 @@ from hmn_replay import (
     StoredTensor,
     register_memory,
 )
+from hmn_replay.baselines.fill import real_images
 from hmn_replay.memory import MemoryLayout
-from tests.support import LAYOUTS, LEARNED, TINY, hmn_layout, learned_type, same_bits, trained
+from tests.support import (
+    LAYOUTS,
+    LEARNED,
+    TINY,
+    PosterMemory,
+    hmn_layout,
+    learned_type,
+    real_set,
+    registered,
+    same_bits,
+    trained,
+)
 
 MakeSet = Callable[..., LabelledImages]
 
@@ -306,3 +318,28 @@ def test_a_file_of_a_kind_that_is_not_registered_here_is_refused_by_name() -> No
         MEMORIES.remove("shade")
     with pytest.raises(hmn_replay.MemoryFileError, match=r"memory kind must .*; got 'sha"):
         hmn_replay.memory.loads(data)
+
+
+# A kind of real images with a setting.
+
+
+def test_a_setting_of_real_images_is_in_the_file_and_in_the_summary() -> None:
+    with registered(PosterMemory):
+        memory = PosterMemory((3, 8, 8), levels=8, budget=9000)
+        memory.extend(real_set())
+        loaded = hmn_replay.memory.loads(memory.to_bytes())
+        assert isinstance(loaded, PosterMemory) and loaded.levels == 8
+        assert memory.words() == ("3,8,8", "8") and loaded.summary()["levels"] == 8
+        assert int((loaded.decode(dtype=torch.uint8)[0] % 32).sum()) == 0
+        data = memory.to_bytes()
+        for levels in ("08", "1", "x"):
+            memory.levels = levels  # type: ignore[assignment]
+            with pytest.raises(hmn_replay.MemoryFileError, match=r"another way|2 to 256|literal"):
+                hmn_replay.memory.loads(memory.to_bytes())
+        assert loaded.to_bytes() == data
+
+
+def test_real_images_with_a_setting_fill_a_budget() -> None:
+    with registered(PosterMemory):
+        memory = real_images(PosterMemory, real_set(), 600, levels=2)
+        assert memory.levels == 2 and len(memory) == 1

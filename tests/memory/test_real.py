@@ -416,6 +416,21 @@ def test_names_of_classes_are_taken_over_where_they_are_affordable(kind: str) ->
 
 
 @every_kind
+def test_room_for_one_image_of_each_class_is_counted_without_a_change(kind: str) -> None:
+    memory = real(kind, classes=(0, 1), counts=(3, 4), budget=9000)
+    before, more = memory.to_bytes(), real_set(classes=(1, 2), counts=(1, 1), seed=3)
+    counted = memory.bytes_of_one_each(3, 9000, more)
+    assert memory.to_bytes() == before
+    own = memory.bytes_of_one_each(2, 9000)
+    memory.extend(more)
+    for wanted, classes in ((counted, (0, 1, 2)), (own, None)):
+        kept = loads(memory.to_bytes() if classes else before)
+        starts = [sum(kept.images_per_class[:i]) for i in range(kept.num_classes)]
+        kept.keep(starts)
+        assert kept.file_bytes == wanted
+
+
+@every_kind
 def test_a_loaded_memory_goes_on_like_the_one_saved(kind: str) -> None:
     memory = real(kind, counts=(4, 5), budget=4000)
     loaded = loads(memory.to_bytes())

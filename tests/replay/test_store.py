@@ -29,9 +29,9 @@ from hmn_replay.errors import (
     UnknownOptionError,
 )
 from hmn_replay.memory import MEMORIES, JPEGMemory, RawMemory
-from hmn_replay.replay import Keeper, store
+from hmn_replay.replay import Keeper, RealKeeper, SubsampledKeeper, make_keeper, store
 from hmn_replay.training.train import TrainingConfig
-from tests.support import LEARNED, REAL, TINY, real_set, registered
+from tests.support import LEARNED, REAL, TINY, PosterMemory, real_set, registered
 
 CODECS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 30}}
 QUICK = {name: value for name, value in TINY.items() if name != "device"}
@@ -476,13 +476,39 @@ def test_ccs_of_features_is_refused_at_once() -> None:
         ReplayMemory(6000, "raw-features", selection="ccs")
 
 
-def test_a_kind_that_derives_from_one_with_a_keeper_wants_a_keeper_of_its_own() -> None:
+def test_a_kind_that_derives_from_another_takes_its_settings() -> None:
     class Other(JPEGMemory):
         """Another JPEG."""
 
-    expected = pytest.raises(ConfigError, match=r"kind 'a-other' derives from 'jpeg'.*a Keeper of")
-    with registered(Other) as kind, expected:
-        ReplayMemory(6000, kind)
+    with registered(Other) as kind:
+        with pytest.raises(ConfigError, match="'a-other' needs quality=; give it, or use"):
+            ReplayMemory(6000, kind)
+        memory = ReplayMemory(6000, kind, quality=30, device="cpu")
+        assert memory.update(batch(0)).summary()["quality"] == 30
+        assert type(memory.memory) is Other
+
+
+def test_a_kind_of_a_users_takes_its_settings() -> None:
+    with registered(PosterMemory) as kind:
+        assert isinstance(make_keeper(6000, kind), RealKeeper)
+        for memory, levels in ((make(kind), 4), (make(kind, levels=8, selection="random"), 8)):
+            memory.update(batch(0))
+            assert memory.update(batch(1)).summary()["levels"] == levels
+        with pytest.raises(ConfigError, match="levels is 2 to 256; got 1"):
+            ReplayMemory(6000, kind, levels=1)
+        with pytest.raises(UnknownOptionError, match=f"{kind!r} has no option 'level'.*'levels'"):
+            ReplayMemory(6000, kind, level=8)
+        with pytest.raises(UnknownOptionError, match=f"option of the memory kind {kind!r}"):
+            ReplayMemory(6000, "raw", levels=8)
+
+
+def test_subsampled_images_need_no_keeper_of_their_own() -> None:
+    keepers = RealKeeper(6000, kind="subsampled", factor=3), SubsampledKeeper(6000, factor=3)
+    memories = [ReplayMemory(keeper, device="cpu") for keeper in keepers]
+    first, second = (memory.update(batch(0)).to_bytes() for memory in memories)
+    assert first == second
+    with pytest.raises(ConfigError, match="factor is a whole number from 2 to 8; got 9"):
+        RealKeeper(6000, kind="subsampled", factor=9)
 
 
 def test_progress_is_a_line_an_update(capsys: pytest.CaptureFixture[str]) -> None:
