@@ -10,8 +10,8 @@ replay.memory.save("seen.hmn")
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,8 @@ from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
 from hmn_replay.condensation.matchers import check_given_networks
 from hmn_replay.errors import ConfigError
 from hmn_replay.objectives import get_objective
-from hmn_replay.replay import (
-    JPEGKeeper,
-    LearnedKeeper,
-    RealKeeper,
-    Selection,
-    SubsampledKeeper,
-)
-from hmn_replay.replay.keepers import check_learned_options, hints_for, named_arguments
+from hmn_replay.replay import Keeper, LearnedKeeper, Selection, make_keeper
+from hmn_replay.replay.keepers import check_learned_options, hints_for, named_arguments, options_of
 from hmn_replay.runtime import isolated
 from hmn_replay.settings import check_options
 from hmn_replay.training.networks import device_of, evaluating, tensors_of
@@ -202,6 +196,8 @@ class HMNReplay(MemoryReplay):
 class RawReplay(MemoryReplay):
     """Replays real images that are stored as uint8 pixels.
 
+    A subclass whose ``kind`` is another that was registered takes the settings of that kind, too.
+
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
         selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`. With
@@ -217,7 +213,7 @@ class RawReplay(MemoryReplay):
         UnknownOptionError: An option that there is not; also a TypeError.
     """
 
-    kind = "raw"
+    kind: ClassVar[str] = "raw"
 
     def __init__(
         self,
@@ -228,15 +224,15 @@ class RawReplay(MemoryReplay):
         expected_classes: int | None = None,
         **options: Unpack[ReplayOptions],
     ) -> None:
-        _check_keywords(self, options)
-        keeper = RealKeeper(
+        keeper, replay = _split_options(
+            self,
             budget,
-            kind=self.kind,
             selection=selection,
             training=training,
             expected_classes=expected_classes,
+            **options,
         )
-        super().__init__(keeper, **options)
+        super().__init__(keeper, **replay)
 
 
 class LosslessReplay(RawReplay):
@@ -266,6 +262,8 @@ class SubsampledReplay(MemoryReplay):
         UnknownOptionError: An option that there is not; also a TypeError.
     """
 
+    kind = "subsampled"
+
     def __init__(
         self,
         budget: Budget | int | str,
@@ -276,15 +274,16 @@ class SubsampledReplay(MemoryReplay):
         expected_classes: int | None = None,
         **options: Unpack[ReplayOptions],
     ) -> None:
-        _check_keywords(self, options)
-        keeper = SubsampledKeeper(
+        keeper, replay = _split_options(
+            self,
             budget,
             factor=factor,
             selection=selection,
             training=training,
             expected_classes=expected_classes,
+            **options,
         )
-        super().__init__(keeper, **options)
+        super().__init__(keeper, **replay)
 
 
 class JPEGReplay(MemoryReplay):
@@ -308,6 +307,8 @@ class JPEGReplay(MemoryReplay):
         UnknownOptionError: An option that there is not; also a TypeError.
     """
 
+    kind = "jpeg"
+
     def __init__(
         self,
         budget: Budget | int | str,
@@ -318,21 +319,27 @@ class JPEGReplay(MemoryReplay):
         selection: Selection = "random",
         **options: Unpack[ReplayOptions],
     ) -> None:
-        _check_keywords(self, options)
-        keeper = JPEGKeeper(
+        keeper, replay = _split_options(
+            self,
             budget,
             quality=quality,
             expected_classes=expected_classes,
             training=training,
             selection=selection,
+            **options,
         )
-        super().__init__(keeper, **options)
+        super().__init__(keeper, **replay)
 
 
-def _check_keywords(plugin: MemoryReplay, options: Mapping[str, Any]) -> None:
-    """Raise an UnknownOptionError for an option that a plugin of real images does not take."""
-    known = [*named_arguments(type(plugin)), *REPLAY_OPTIONS]
-    check_options(type(plugin).__name__, options, known, hints_for(options))
+def _split_options(
+    plugin: RawReplay | SubsampledReplay | JPEGReplay, budget: Budget | int | str, **options: Any
+) -> tuple[Keeper, dict[str, Any]]:
+    """Return the keeper of a plugin's kind, and the options that are of the replay."""
+    owner, own = type(plugin), options_of(plugin.kind)
+    known = dict.fromkeys([*named_arguments(owner), *own, *REPLAY_OPTIONS])
+    check_options(owner.__name__, options, known, hints_for(options))
+    replay = {name: options.pop(name) for name in REPLAY_OPTIONS if name in options}
+    return make_keeper(budget, plugin.kind, **options), replay
 
 
 def _trains_usual_networks(config: CondenseConfig) -> bool:

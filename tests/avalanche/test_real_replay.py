@@ -43,7 +43,7 @@ from tests.streams import (
     train,
     weights,
 )
-from tests.support import TINY
+from tests.support import TINY, PosterMemory, registered
 
 BUDGET = 2500
 KINDS: list[tuple[Any, dict[str, Any]]] = [
@@ -350,9 +350,27 @@ def test_a_number_of_classes_that_cannot_be_is_refused_at_once(kind: Any, expect
         ("jpg", "jpeg"),
         ("hmn", "'hmn' is learned, and has a LearnedKeeper"),
         ("jpeg", "use a JPEGKeeper"),
-        ("subsampled", "use a SubsampledKeeper"),
+        ("pq", "'pq' needs num_parts=; use a PQKeeper"),
     ],
 )
 def test_a_keeper_of_real_images_refuses_other_kinds(kind: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RealKeeper(BUDGET, kind=kind)
+
+
+def test_a_kind_of_a_users_is_replayed_with_its_settings() -> None:
+    class PosterReplay(RawReplay):
+        """Replays images of few levels."""
+
+        kind = "a-postermemory"
+
+    with registered(PosterMemory) as kind:
+        own: Any = PosterReplay
+        replays = own(BUDGET, levels=8), MemoryReplay(RealKeeper(BUDGET, kind=kind, levels=8))
+        for replay in replays:
+            train(make_strategy([replay]), streams().train_stream)
+            assert memory_of(replay).summary()["levels"] == 8
+        with pytest.raises(UnknownOptionError, match=r"PosterReplay .*'level'.*'levels'"):
+            own(BUDGET, level=8)
+    with pytest.raises(UnknownOptionError, match=r"'factor'; .*'subsampled'"):
+        RawReplay(BUDGET, factor=2)  # type: ignore[call-arg]
