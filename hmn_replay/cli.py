@@ -17,7 +17,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, partial
-from inspect import cleandoc, signature
+from inspect import cleandoc
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
@@ -419,7 +419,14 @@ def baseline(args: argparse.Namespace) -> Result:
     budget = hmn_replay.Budget.parse(args.budget)
     if args.out:
         _check_out(args)
-    settings = _settings(args, _label_settings())
+    kind: Any = hmn_replay.MEMORIES[args.kind]
+    is_jpeg = args.kind == "jpeg"  # whose quality is searched for
+    own = {} if is_jpeg else kind.setting_types
+    settings = _settings(args, [*_label_settings(), *(name for name in own if name != "factor")])
+    try:
+        codec = {name: own[name](settings.pop(name)) for name in own if name in settings}
+    except ValueError as error:
+        raise ConfigError(f"--set of --kind {args.kind}: {error}") from error
     if settings and args.labels == "hard":
         raise ConfigError(
             "--set says how labels are made, and --labels hard makes none; choose others, or leave "
@@ -428,10 +435,12 @@ def baseline(args: argparse.Namespace) -> Result:
     _check_label_weight(args, args.labels)
     if args.qualities and args.kind != "jpeg":
         raise ConfigError(f"--qualities are of JPEG; got --kind {args.kind}: leave them out")
-    if args.factor is not None and args.kind != "subsampled":
+    if args.factor is not None and "factor" not in own:
         raise ConfigError(f"--factor is of subsampled images; got --kind {args.kind}: leave it out")
-    if args.factor is None:
-        args.factor = 2
+    if args.factor is not None:
+        codec["factor"] = args.factor
+    if codec:
+        kind.check_settings(**codec)
     labels = hmn_replay.LabelConfig(**settings, labels=args.labels)
     train, test = _load_data(args, "train"), _load_data(args, "test")
     # Of compressed images, it is not known before how many fit.
@@ -458,10 +467,9 @@ def baseline(args: argparse.Namespace) -> Result:
         )
 
     @cache
-    def fill(seed: int, **codec: int) -> hmn_replay.RealMemory:
-        kind: Any = hmn_replay.MEMORIES[args.kind]
+    def fill(seed: int, **codec: Any) -> hmn_replay.RealMemory:
         jpeg = hmn_replay.jpeg_images  # which chooses the subsampling, too
-        make: Any = jpeg if args.kind == "jpeg" else partial(real_images, kind)
+        make: Any = jpeg if is_jpeg else partial(real_images, kind)
         memory: hmn_replay.RealMemory = make(
             train,
             budget,
@@ -474,17 +482,17 @@ def baseline(args: argparse.Namespace) -> Result:
         )
         return memory
 
-    codec_names = {"jpeg": ["quality"], "subsampled": ["factor"]}.get(args.kind, [])
     scored: list[dict[str, Any]] = []
 
-    def scored_with(**codec: int) -> float:
+    def scored_with(**codec: Any) -> float:
         memory = fill(args.seed, **codec)
+        values = codec if is_jpeg else memory.setting_values()
         sizes = {"num_images": memory.num_images, "file_bytes": memory.file_bytes}
-        name = "".join(f"{name} {value}, " for name, value in codec.items())
-        scored.append({**codec, **sizes, **_score(args, partial(fill, **codec), test, name)})
+        name = "".join(f"{name} {value}, " for name, value in values.items())
+        scored.append({**values, **sizes, **_score(args, partial(fill, **codec), test, name)})
         return float(scored[-1]["accuracy_mean"])
 
-    if args.kind == "jpeg":
+    if is_jpeg:
         for quality in args.qualities or QUALITIES[:1]:
             fill(args.seed, quality=quality)  # one that has no room is refused at once
         search_qualities(
@@ -494,23 +502,24 @@ def baseline(args: argparse.Namespace) -> Result:
             qualities=args.qualities,
         )
     else:
-        scored_with(**({"factor": args.factor} if codec_names else {}))
+        scored_with(**codec)
     scored.sort(key=lambda one: one.get("quality", 0))
     best = max(scored, key=lambda one: one["accuracy_mean"])
     common = {"kind": args.kind, "selection": args.selection, "budget_bytes": budget.num_bytes}
     result = {**common, "labels": args.labels, **best, "tried": scored}
-    memory = fill(args.seed, **{name: best[name] for name in codec_names})
+    memory = fill(args.seed, **({"quality": best["quality"]} if is_jpeg else codec))
     result["num_classes"] = memory.num_classes
     if memory.labeller is not None:
         result["labeller_accuracy"] = hmn_replay.labeller_accuracy(memory, test)
     if args.out:
         memory.save(args.out)
         result["file"] = str(args.out)
-    rows = [(*codec_names, "images", "bytes", "accuracy", "")]
+    names = ["quality"] if is_jpeg else list(memory.setting_values())
+    rows = [(*names, "images", "bytes", "accuracy", "")]
     for one in scored:
-        shown = (*(one[name] for name in codec_names), one["num_images"], one["file_bytes"])
+        shown = (*(one[name] for name in names), one["num_images"], one["file_bytes"])
         mark = "best" if one is best and len(scored) > 1 else ""
-        rows.append((*(f"{number:,}" for number in shown), _percent(one), mark))
+        rows.append((*map(_shown, shown), _percent(one), mark))
     lines = [("kind", args.kind), ("selection", args.selection), ("budget", str(budget))]
     lines += [("network", args.network), ("labels", args.labels)]
     if memory.num_classes < train.num_classes:
@@ -518,7 +527,7 @@ def baseline(args: argparse.Namespace) -> Result:
         lines.append(("classes", missing))
     if "labeller_accuracy" in result:
         lines.append(("labeller itself", f"{result['labeller_accuracy']:.2%}"))
-    return result, f"{_table(lines)}\n\n{_table(rows, '>>>><'[-len(rows[0]) :])}"
+    return result, f"{_table(lines)}\n\n{_table(rows, '>' * len(rows[0][1:]) + '<')}"
 
 
 def options(args: argparse.Namespace) -> Result:
@@ -787,7 +796,7 @@ def _add_baseline(parser: _Parser) -> None:
         default=[],
         metavar="FIELD=VALUE",
         help=f"how labels are made: {', '.join(parser.settings)}, as hmn-replay options "
-        "explains them; may be given several times",
+        "explains them; or a setting of a kind that was registered; may be given several times",
     )
     add(
         "--qualities",
@@ -890,7 +899,8 @@ def _kinds(base: type[Any]) -> list[str]:
 def _real_kinds() -> list[str]:
     """Return the kinds of real images that a budget alone fills; of JPEG, qualities are tried."""
     kinds = _kinds(hmn_replay.RealMemory)
-    return [name for name in kinds if name == "jpeg" or _needs_no_settings(name)]
+    memories: Any = hmn_replay.MEMORIES
+    return [name for name in kinds if name == "jpeg" or not memories[name].required_settings()]
 
 
 def _condensed(kind: str) -> str:
@@ -900,12 +910,6 @@ def _condensed(kind: str) -> str:
             f"{kind!r} holds real images: hmn-replay baseline --kind {kind} --out FILE makes it"
         )
     return kind
-
-
-def _needs_no_settings(kind: str) -> bool:
-    """Return whether a kind of real images is made from image shape and budget alone."""
-    _, *settings = signature(hmn_replay.MEMORIES[kind]).parameters.values()
-    return all(setting.default is not setting.empty for setting in settings)
 
 
 def _label_settings() -> list[str]:
@@ -1077,10 +1081,14 @@ def _lines(file: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     told = {"kind", "budget_bytes", "file_bytes", "num_images", "num_classes"}
     return lines + [
-        (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        (name.replace("_", " "), _shown(value))
         for name, value in summary.items()
         if name not in told and isinstance(value, (int, float, str))
     ]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _by_class(summary: Mapping[str, Any]) -> str:

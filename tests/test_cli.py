@@ -20,7 +20,7 @@ import hmn_replay
 from hmn_replay.cli import main
 from hmn_replay.errors import CheckpointError
 from tests.console import BUDGET, TINY_CONDENSATION, TINY_TRAINING, Console
-from tests.support import KINDS
+from tests.support import KINDS, PosterMemory
 from tests.support import REAL as REAL_KINDS
 from tests.support import registered as memory_kind
 
@@ -857,6 +857,30 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
         run(*common, out, code=2 if "read by" in message else 1)
         assert message in run.err
     assert data.read_bytes() == b""
+
+
+def test_baseline_sets_what_a_registered_kind_takes(
+    run: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hmn_replay, "evaluate", lambda source, test, **_: (None, 0.25))
+    with memory_kind(PosterMemory) as kind:
+        options = ["baseline", "--kind", kind, "--budget", 5000, "--quiet"]
+        assert run.json(*options)["levels"] == 4
+        result = run.json(*options, "--set", "levels=8", "--out", tmp_path / "own.hmn")
+        assert result["levels"] == result["tried"][0]["levels"] == 8
+        assert hmn_replay.load(tmp_path / "own.hmn").summary()["levels"] == 8
+        assert "levels  images  bytes" in run(*options, "--set", "levels=8")
+        for given, message in (
+            ("levels=1", "levels is 2 to 256; got 1"),
+            ("levels=x", f"--set of --kind {kind}: invalid literal"),
+            ("level=8", "--set has no option 'level'; did you mean"),
+        ):
+            run(*options, "--set", given, code=2)
+            assert message in run.err
+    run("baseline", "--kind", "raw", "--budget", 5000, "--set", "levels=8", code=2)
+    assert "--set has no option 'levels'" in run.err
+    run("baseline", "--kind", "subsampled", "--budget", 5000, "--set", "factor=3", code=2)
+    assert "pass --factor by itself" in run.err
 
 
 def test_baseline_takes_the_factor_of_subsampled_images(
