@@ -86,6 +86,10 @@ MAX_LEARNING_RATE = 1e30
 LABEL_WEIGHT = 0.9
 """Weight of soft labels in the loss, where nothing is known of the images."""
 
+# Steps from one look at the loss, which waits for a GPU, to the next, at most; at first there are
+# fewer: most of what diverges does so early.
+_STEPS_BETWEEN_CHECKS = 64
+
 # Of these, IDC's code applies one a batch.
 _MOVING = ("crop", "scale", "rotate")
 
@@ -218,7 +222,8 @@ def train_network(
 
     Raises:
         DataError: The images or class indices are not as said above.
-        TrainingError: The training diverged: its loss is NaN or infinite.
+        TrainingError: The training diverged: its loss, which is looked at now and then and after
+            the last step, is NaN or infinite.
     """
     config = config or TrainingConfig()
     check_labelled(images, class_indices)
@@ -251,7 +256,8 @@ def train_network(
     num_epochs = max(1, round(config.num_passes / epoch_images))
     num_seen, num_passes = 0, num_epochs * max(2, epoch_images)
     compiled = compiled_loss(config, images.shape[1:], num_passes, device)
-    total_loss = torch.zeros((), dtype=torch.float32, device=device)
+    # A sum stays NaN or infinite once it is.
+    total_loss, next_check = torch.zeros((), dtype=torch.float32, device=device), 1
     draws_globally = not is_built_in(config.network)
     with (
         deterministic_cudnn(),
@@ -268,10 +274,11 @@ def train_network(
             network.train()
             generator = make_generator(seed, "epoch", epoch)
             batches = draw_epoch(len(images), config.batch_size, generator, epoch_images)
+            num_steps, steps_done = num_epochs * len(batches), (epoch + 1) * len(batches)
             for number, chosen in enumerate(batches):
                 indices = chosen.to(device, non_blocking=True)
                 if config.schedule == "cosine":
-                    step, num_steps = epoch * len(batches) + number, num_epochs * len(batches)
+                    step = epoch * len(batches) + number
                     for group in optimizer.param_groups:
                         group["lr"] = cosine_rate(step, num_steps, config.learning_rate)
                 batch, first, second, lam = draw_batch(
@@ -302,13 +309,15 @@ def train_network(
                 bar.update(len(indices))
                 if callable(progress):
                     progress(num_seen, num_passes)
-            # Each process of a team has seen its own part of the loss.
-            if not math.isfinite(*team.sum(float(total_loss))):
-                raise TrainingError(
-                    f"the training diverged at learning rate {config.learning_rate}: its loss is "
-                    "NaN or infinite; lower the learning rate, or check that the images are in "
-                    "[0, 1]"
-                )
+            if steps_done >= min(next_check, num_steps):
+                next_check = steps_done + min(steps_done, _STEPS_BETWEEN_CHECKS)
+                # Each process of a team has seen its own part of the loss.
+                if not math.isfinite(*team.sum(float(total_loss))):
+                    raise TrainingError(
+                        f"the training diverged at learning rate {config.learning_rate}: its loss "
+                        f"is NaN or infinite by step {steps_done} of {num_steps}; lower the "
+                        "learning rate, or check that the images are in [0, 1]"
+                    )
             if on_epoch is not None:
                 on_epoch(epoch, network)
     return network.eval()

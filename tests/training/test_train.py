@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from hmn_replay.training.train import (
     train_network,
 )
 from tests.stripes import PLAIN, TINY, stripes, weights
+from tests.support import Observer
 
 
 def test_the_seed_alone_decides_and_the_global_state_is_untouched() -> None:
@@ -267,6 +269,28 @@ def test_a_training_that_diverges_says_so() -> None:
             images, labels, 3, config=config, on_epoch=lambda epoch, _: epochs.append(epoch)
         )
     assert len(epochs) < 5  # of 53
+
+
+@pytest.mark.parametrize("spoilt", [200, 299])
+def test_the_loss_is_read_now_and_then_and_after_the_last_step(spoilt: int) -> None:
+    """A memory of a few images has one batch an epoch: a GPU does not wait after each."""
+    images, labels = stripes(12, labels=(0, 1, 2))
+    config, team, epochs = PLAIN.replace(num_passes=300 * 12), Observer(), list[int]()
+
+    def spoil(epoch: int, network: Network) -> None:
+        epochs.append(epoch)
+        if epoch == spoilt - 1:
+            with torch.no_grad():
+                next(network.parameters()).fill_(math.nan)
+
+    with pytest.raises(
+        TrainingError, match=r"NaN or infinite by step (\d+) of 300; lower"
+    ) as error:
+        train_network(images, labels, 3, config=config, on_epoch=spoil, team=team)
+    noticed = int(re.findall(r"step (\d+)", str(error.value))[0])
+    assert spoilt < noticed <= min(300, spoilt + 64)
+    assert epochs == [*range(noticed - 1)]
+    assert team.calls["sum"] <= 12
 
 
 @pytest.mark.parametrize(
