@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import logging
 import math
@@ -70,6 +71,8 @@ __all__ = ["Condensation", "Run"]
 
 log = logging.getLogger(__name__)
 
+# Processes ask each other for Ctrl-C, which waits for all, once in so many steps of a training.
+_STEPS_BETWEEN_QUESTIONS = 16
 # Of a few images, networks would be trained for long on what they know by heart already.
 _MOST_POOL_EPOCHS = 10
 
@@ -223,10 +226,11 @@ class Run:
 
     def _follow(self, bar: Any) -> Callable[[int, int], None]:
         """Return what moves a bar along a training that begins now, and stops it at Ctrl-C."""
-        start = bar.n
+        start, numbers = bar.n, itertools.count(1)
 
-        def advance(num_seen: int, _: int) -> None:
-            if any(self.team.sum(self.interrupted)):
+        def advance(num_seen: int, num_passes: int) -> None:
+            due = next(numbers) % _STEPS_BETWEEN_QUESTIONS == 0 or num_seen == num_passes
+            if (due or self.team.size == 1) and any(self.team.sum(self.interrupted)):
                 raise KeyboardInterrupt  # what came before this training has been kept
             bar.update(start + num_seen - bar.n)
 

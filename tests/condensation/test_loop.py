@@ -556,6 +556,30 @@ def test_ctrl_c_during_a_training_of_the_pruning_keeps_what_came_before(
     assert rest.calls["sum_gradients"] < team.calls["sum_gradients"] / 3
 
 
+class FirstOfTwo(Observer):
+    """The first of two processes, of which the other one does nothing."""
+
+    size = 2
+
+
+def test_processes_ask_each_other_for_ctrl_c_now_and_then_during_a_training(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
+) -> None:
+    """Each question waits for all of them; one alone hears at once, as the tests above say."""
+    data, layout, path = make_set(), make_layout(), tmp_path / "run.checkpoint"
+    options = {"beta_grid": (), "pruning_passes": 1000}  # of a dozen images in a step
+    whole, before = FirstOfTwo(), FirstOfTwo()
+    tiny(data, layout, team=before, **{**options, "pruning_passes": 1})
+    tiny(data, layout, team=whole, **options)
+    num_steps = whole.calls["sum_gradients"] - before.calls["sum_gradients"]
+    assert whole.calls["sum"] - before.calls["sum"] < num_steps / 5
+    call = whole.calls["sum_gradients"] - num_steps // 2
+    late = FirstOfTwo(sum_gradients=at_call(call, ctrl_c))
+    with pytest.raises(KeyboardInterrupt):
+        tiny(data, layout, checkpoint=path, team=late, **options)
+    assert call <= late.calls["sum_gradients"] < call + 16
+
+
 def test_ctrl_c_during_a_recording_keeps_the_experts_that_are_done(
     make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
 ) -> None:
