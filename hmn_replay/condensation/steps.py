@@ -193,11 +193,11 @@ class StepContext:
         """Return how far decoded images are from their sources, float32 ``(B, C, H, W)``.
 
         Args:
-            indices: int64 ``(B,)``, positions of images that are condensed.
+            indices: int64 ``(B,)``, positions of images that are condensed, on the CPU.
             images: What they decode to; no graph leads back to them.
         """
         assert self.sources is not None, "a context with sources"
-        own = self.sources[indices.cpu() - self.memory.num_images + len(self.sources)]
+        own = self.sources[indices - self.memory.num_images + len(self.sources)]
         return images.detach() - self.real_images(own)
 
     def draw_augmentation(
@@ -491,7 +491,7 @@ def trajectory_step(
     sizes = [len(batch) for batch in drawn]
     augmentations = [context.draw_augmentation(generator, batch=size) for size in sizes]
     seen, positions = torch.cat(drawn).unique(return_inverse=True)
-    seen = (first_image + seen).to(device)
+    seen += first_image
     groups = seen.split(max(1, _pixels_per_group(device) // math.prod(memory.image_shape[1:])))
     with torch.no_grad():
         images = torch.cat([context.decode(group) for group in groups])
@@ -503,8 +503,8 @@ def trajectory_step(
             start,
             target,
             images,
-            memory.class_index[seen],
-            positions.to(device).split(sizes),
+            memory.class_index[seen.to(device, non_blocking=True)],
+            positions.to(device, non_blocking=True).split(sizes),
             rate,
             augmentations,
             draws_globally=config.draws_globally,
