@@ -7,9 +7,10 @@ each, :class:`TrajectoryMatcher` follows experts.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -26,20 +27,27 @@ from hmn_replay.training.networks import tensors_of
 
 __all__ = [
     "BatchMatcher",
-    "GivenNetworks",
     "Matcher",
     "Networks",
+    "NetworksBetween",
     "RandomNetworks",
     "Stateful",
-    "TrainedNetworks",
     "TrajectoryMatcher",
     "check_given_networks",
+    "given_networks",
     "make_matcher",
+    "trained_networks",
 ]
 
 _Owner: TypeAlias = "nn.Module | torch.optim.Optimizer"
 Stateful: TypeAlias = "_Owner | Tensor"
 """What a checkpoint keeps: modules and optimizers by their state, tensors as they are."""
+
+State: TypeAlias = Mapping[str, Tensor]
+"""Tensors of a network by name."""
+
+# Pairs of a trained network's states that are kept, to be drawn again without reading its file.
+_NUM_PAIRS_KEPT = 16
 
 
 def make_matcher(
@@ -58,12 +66,12 @@ def make_matcher(
         experts: Networks that were trained before, if there are any.
     """
     if networks:
-        return BatchMatcher(context, GivenNetworks(context, seed, networks), seed)
+        return BatchMatcher(context, given_networks(context, seed, networks), seed)
     if experts is None:
         return BatchMatcher(context, RandomNetworks(context, seed), seed)
     if context.objective.compares_trainings:
         return TrajectoryMatcher(context, seed, experts)
-    return BatchMatcher(context, TrainedNetworks(context, seed, experts), seed)
+    return BatchMatcher(context, trained_networks(context, seed, experts), seed)
 
 
 class Matcher(Protocol):
@@ -141,17 +149,34 @@ class RandomNetworks:
         return {"network": self.network, "learner": self.learner}
 
 
-class _BetweenStates:
-    """Networks that are points between two states of one, and learn nothing."""
+class NetworksBetween:
+    """Networks that are points between two states of one, drawn anew each time; they learn nothing.
+
+    Args:
+        context: What the steps share.
+        seed: Seed of all draws.
+        draw_states: Returns a network and two states of it, tensors by name, from the number of the
+            draw and its generator. The network's tensors of these names are then overwritten.
+        logits: See :class:`Networks`.
+    """
 
     network: nn.Module
-    logits: Sequence[int] | None = None
+
+    def __init__(
+        self,
+        context: steps.StepContext,
+        seed: int,
+        draw_states: Callable[[int, torch.Generator], tuple[nn.Module, State, State]],
+        logits: Sequence[int] | None = None,
+    ) -> None:
+        self.seed, self.steps_per_network = seed, context.config.inner_steps
+        self.draw_states, self.logits = draw_states, logits
 
     @torch.no_grad()
-    def _set_between(
-        self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], generator: torch.Generator
-    ) -> None:
-        """Set the network's tensors of these names to a point that is drawn between two states."""
+    def draw(self, number: int) -> None:
+        """Draw two states, and a point between them."""
+        generator = make_generator(self.seed, "network", number)
+        self.network, start, end = self.draw_states(number, generator)
         share = float(torch.rand((), dtype=torch.float32, generator=generator))
         for name, value in tensors_of(self.network).items():
             if name in end:
@@ -166,39 +191,35 @@ class _BetweenStates:
         return {}
 
 
-class TrainedNetworks(_BetweenStates):
-    """Networks between the initial and the trained weights of a few that were trained before.
+def trained_networks(context: steps.StepContext, seed: int, experts: Experts) -> NetworksBetween:
+    """Return networks between the initial and the trained weights of a few trained before.
 
     A network of few passes over the real images teaches a memory more than a random one, and a
     point drawn between both ends gives as many different networks as there are steps (Acc-DD, Zhang
-    et al. 2023, arXiv 2212.06152; NCFM, Wang et al. 2025, arXiv 2502.20653). Process 0 alone reads
-    them, which all train together.
+    et al. 2023, arXiv 2212.06152; NCFM, Wang et al. 2025, arXiv 2502.20653). All processes of a
+    team train together those that are missing.
 
     Args:
         context: What the steps share.
         seed: Seed of all draws.
         experts: The trained networks; any that are missing are trained here.
     """
+    read = _reader(experts, context)
 
-    def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
-        self.context, self.seed, self.experts = context, seed, experts
-        self.steps_per_network = context.config.inner_steps
-        _train_missing(experts, context)
+    def draw(number: int, generator: torch.Generator) -> tuple[nn.Module, State, State]:
+        expert = experts.draw(number, generator)
+        initial, trained = read(expert, 0, experts.num_epochs)
+        return experts.lent_network(expert, context.device), initial, trained
 
-    def draw(self, number: int) -> None:
-        """Draw one of the trained networks, and a point between its initial weights and these."""
-        generator = make_generator(self.seed, "network", number)
-        expert = self.experts.draw(number, generator)
-        read = partial(self.experts.read, expert, 0, self.experts.num_epochs)
-        initial, trained = self.context.team.agree(read)
-        self.network = self.experts.lent_network(expert, self.context.device)
-        self._set_between(initial, trained, generator)
+    return NetworksBetween(context, seed, draw)
 
 
-class GivenNetworks(_BetweenStates):
-    """Networks between states that one had while it learned, each a point between two in a row.
+def given_networks(
+    context: steps.StepContext, seed: int, networks: Sequence[nn.Module]
+) -> NetworksBetween:
+    """Return networks between states that one had while it learned, two in a row each time.
 
-    They are copied, run in evaluation mode, and learn nothing.
+    It is copied, and runs in evaluation mode.
 
     Args:
         context: What the steps share.
@@ -206,25 +227,14 @@ class GivenNetworks(_BetweenStates):
         networks: Its states, the earliest first: modules of one architecture, whose logits stand
             for the labels.
     """
+    network = copy.deepcopy(networks[-1]).to(context.device).eval().requires_grad_(True)
+    states = [{k: v.to(context.device) for k, v in tensors_of(each).items()} for each in networks]
+    pairs = list(itertools.pairwise(states)) or [(states[0], states[0])]
 
-    def __init__(
-        self, context: steps.StepContext, seed: int, networks: Sequence[nn.Module]
-    ) -> None:
-        self.seed, self.steps_per_network = seed, context.config.inner_steps
-        self.logits = context.memory.classes.tolist()
-        self.network = copy.deepcopy(networks[-1]).to(context.device).eval()
-        self.states = [
-            {name: value.detach().to(context.device) for name, value in tensors_of(each).items()}
-            for each in networks
-        ]
-        self.network.requires_grad_(True)
+    def draw(_: int, generator: torch.Generator) -> tuple[nn.Module, State, State]:
+        return network, *pairs[int(torch.randint(len(pairs), (), generator=generator))]
 
-    def draw(self, number: int) -> None:
-        """Draw two states in a row, and a point between them."""
-        generator = make_generator(self.seed, "network", number)
-        last = len(self.states) - 1
-        first = int(torch.randint(max(1, last), (), generator=generator))
-        self._set_between(self.states[first], self.states[min(first + 1, last)], generator)
+    return NetworksBetween(context, seed, draw, context.memory.classes.tolist())
 
 
 class BatchMatcher:
@@ -291,7 +301,7 @@ class TrajectoryMatcher:
     def __init__(self, context: steps.StepContext, seed: int, experts: Experts) -> None:
         self.context, self.seed, self.experts = context, seed, experts
         config, device = context.config, context.device
-        _train_missing(experts, context)
+        self._read = _reader(experts, context)
         logarithm = torch.tensor(
             math.log(config.student_learning_rate), dtype=torch.float32, device=device
         )
@@ -313,10 +323,9 @@ class TrajectoryMatcher:
         generator = make_generator(self.seed, "match", number)
         expert = self.experts.draw(number, generator)
         epoch = int(torch.randint(config.max_start_epoch + 1, (), generator=generator))
-        read = partial(self.experts.read, expert, epoch, epoch + config.expert_epochs)
         start, target = (
             {name: value.to(device) for name, value in parameters.items()}
-            for parameters in self.context.team.agree(read)
+            for parameters in self._read(expert, epoch, epoch + config.expert_epochs)
         )
         logarithm = self.rate["logarithm"]
         rate = logarithm.detach().exp()
@@ -370,10 +379,20 @@ def check_given_networks(
     return networks
 
 
-def _train_missing(experts: Experts, context: steps.StepContext) -> None:
-    """Train what experts are missing: none are after the phase that trains them.
+def _reader(
+    experts: Experts, context: steps.StepContext
+) -> Callable[[int, int, int], Sequence[State]]:
+    """Return what reads an expert's parameters at two epochs, in process 0 alone and for all.
 
-    But some may be where a run goes on without their folder.
+    None are missing after the phase that trains them. But some may be where a run goes on without
+    their folder, and are trained here.
     """
     for number in context.team.agree(experts.missing):
         experts.record(number, context.device, team=context.team)
+
+    # All processes draw the same ones, and so keep the same ones.
+    @lru_cache(_NUM_PAIRS_KEPT)
+    def read(number: int, first: int, second: int) -> Sequence[State]:
+        return context.team.agree(partial(experts.read, number, first, second))
+
+    return read

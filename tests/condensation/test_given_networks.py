@@ -13,7 +13,7 @@ from torch import nn
 from hmn_replay import build_network
 from hmn_replay.condensation import steps
 from hmn_replay.condensation.config import make_config
-from hmn_replay.condensation.matchers import GivenNetworks
+from hmn_replay.condensation.matchers import given_networks
 from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError
@@ -47,7 +47,7 @@ def test_networks_are_points_between_two_states_in_a_row(
     make_set: MakeSet, make_layout: MakeLayout
 ) -> None:
     states = [network(seed) for seed in range(3)]
-    given = GivenNetworks(context(make_set(), make_layout()), 0, states)
+    given = given_networks(context(make_set(), make_layout()), 0, states)
     ends = [torch.cat([p.detach().flatten() for p in each.parameters()]) for each in states]
     found: dict[int, list[float]] = {0: [], 1: []}
     for number in range(12):

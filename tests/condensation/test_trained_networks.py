@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hmn_replay.condensation.config import make_config
-from hmn_replay.condensation.matchers import BatchMatcher, TrainedNetworks
+from hmn_replay.condensation.config import CondenseConfig, make_config
+from hmn_replay.condensation.matchers import BatchMatcher, trained_networks
 from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ExpertError
@@ -30,14 +30,15 @@ TRAINED: dict[str, Any] = {"trained_networks": 2, "trained_passes": 48, "beta_gr
 
 
 @pytest.fixture
-def matcher(make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path) -> BatchMatcher:
-    data = make_set()
+def config() -> CondenseConfig:
     options = {name: value for name, value in TINY.items() if name != "device"}
-    config = make_config(**{**options, **TRAINED, "inner_steps": 2})
-    memory = HierarchicalMemory(make_layout(), data.classes, 3)
-    optimizer = make_optimizer(memory, (0.5, 0.99))
-    context = StepContext(memory, RealImages.of(data), config, optimizer)
-    experts = Experts(
+    return make_config(**{**options, **TRAINED, "inner_steps": 2})
+
+
+@pytest.fixture
+def experts(make_set: MakeSet, config: CondenseConfig, tmp_path: Path) -> Experts:
+    data = make_set()
+    return Experts(
         tmp_path,
         data.images,
         data.class_indices,
@@ -46,7 +47,17 @@ def matcher(make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path) -> Batch
         num_epochs=2,
         config=config.pool_training,
     )
-    return BatchMatcher(context, TrainedNetworks(context, 7, experts), 7)
+
+
+@pytest.fixture
+def matcher(
+    make_set: MakeSet, make_layout: MakeLayout, config: CondenseConfig, experts: Experts
+) -> BatchMatcher:
+    data = make_set()
+    memory = HierarchicalMemory(make_layout(), data.classes, 3)
+    optimizer = make_optimizer(memory, (0.5, 0.99))
+    context = StepContext(memory, RealImages.of(data), config, optimizer)
+    return BatchMatcher(context, trained_networks(context, 7, experts), 7)
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_any_work(
@@ -97,12 +108,11 @@ def position(values: list[Tensor], initial: list[Tensor], trained: list[Tensor])
     return share if near else None
 
 
-def test_networks_are_points_between_two_ends(matcher: BatchMatcher) -> None:
+def test_networks_are_points_between_two_ends(matcher: BatchMatcher, experts: Experts) -> None:
     networks = matcher.networks
-    assert isinstance(networks, TrainedNetworks)
-    names = [name for name, _ in networks.experts.network(0).named_parameters()]
+    names = [name for name, _ in experts.network(0).named_parameters()]
     ends = [
-        [[values[name] for name in names] for values in networks.experts.read(number, 0, 2)]
+        [[values[name] for name in names] for values in experts.read(number, 0, 2)]
         for number in range(2)
     ]
     assert not ends[0][0][0].equal(ends[0][1][0]), "a training changes weights"
@@ -117,6 +127,16 @@ def test_networks_are_points_between_two_ends(matcher: BatchMatcher) -> None:
         found[own].append(share)
     assert min(map(len, found.values())) >= 2, "both are drawn"
     assert max(map(max, found.values())) - min(map(min, found.values())) > 0.5
+
+
+def test_files_are_read_once(matcher: BatchMatcher, experts: Experts) -> None:
+    for number in range(12):
+        matcher.networks.draw(number)
+    for number in range(2):
+        experts.path(number).unlink()
+    drawn = values_of(matcher.networks.network)
+    matcher.networks.draw(12)
+    assert not same(drawn, values_of(matcher.networks.network))
 
 
 def test_a_network_stays_as_it_is_for_its_steps(matcher: BatchMatcher) -> None:
@@ -241,7 +261,7 @@ def test_an_expert_s_weights_are_matched_with_its_own_buffers(
         num_epochs=1,
         networks=(Projected,),
     )
-    networks, seen = TrainedNetworks(context, 7, experts), set()
+    networks, seen = trained_networks(context, 7, experts), set()
     for number in range(6):
         networks.draw(number)
         found = networks.network.get_buffer("body.projection")
