@@ -145,7 +145,7 @@ def _with_compiled_match(loss: Callable[..., Tensor]) -> Callable[[], ObjectiveF
 
 
 def _with_compiled_means(loss: Callable[..., Tensor]) -> Callable[[], ObjectiveFunction]:
-    return lambda: partial(loss, means=CompiledFunction(block_means, image_dim=1))
+    return lambda: partial(loss, means=CompiledFunction(block_means, image_dims=(1,)))
 
 
 OBJECTIVES.add(

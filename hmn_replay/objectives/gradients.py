@@ -82,7 +82,7 @@ class CompiledMatch:
 
     def __init__(self, backend: str | Callable[..., object] = "inductor") -> None:
         self._gradients = CompiledFunction(_weight_gradients, backend=backend)
-        self._matched = CompiledFunction(_matched, image_dim=None, backend=backend)
+        self._matched = CompiledFunction(_matched, image_dims=None, backend=backend)
         self._num_rows = 0
 
     def __call__(

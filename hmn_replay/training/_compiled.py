@@ -8,7 +8,6 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,19 +15,16 @@ from types import FunctionType
 from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from hmn_replay.errors import HMNReplayWarning
-from hmn_replay.runtime import autocast, resolve_precision, seeded
+from hmn_replay.runtime import seeded
 
 __all__ = [
     "Compile",
     "CompiledFunction",
-    "CompiledLoss",
-    "SoftTargets",
     "can_compile",
     "compiling_pays",
     "mixes_images",
@@ -85,179 +81,62 @@ def mixes_images(network: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in network.modules())
 
 
-@dataclass(frozen=True, eq=False)
-class SoftTargets:
-    """What the images of a batch are said to be, beside their labels (Hinton et al. 2015).
-
-    The loss is ``(1 - weight)`` times that of the labels, and ``weight * temperature ** 2`` times
-    the cross-entropy of the logits over the temperature with the targets.
-
-    Attributes:
-        targets: float ``(N, K)``, probabilities at the temperature; rows sum to one.
-        weight: Share of the loss, in [0, 1].
-        temperature: What logits are divided by, above 0.
-    """
-
-    targets: Tensor
-    weight: float
-    temperature: float
-
-    def scaled(self, scale: float) -> Tensor:
-        """Return the targets times their weight in the loss, times a number."""
-        return self.targets * (scale * self.weight * self.temperature**2)
-
-    def of(self, rows: Tensor) -> SoftTargets:
-        """Return others, of the same weight and temperature."""
-        return SoftTargets(rows, self.weight, self.temperature)
-
-
-class CompiledLoss:
-    """The gradient of :func:`hmn_replay.training.train.mixed_loss`, compiled at the first batch.
-
-    Networks of one architecture share a compiled function, in this process and, by torch's cache on
-    disk, in later ones. It takes a number of images of which there are four from one power of two
-    to the next: smaller batches are padded by images of weight 0, and serve trainings of other
-    batch sizes, too. With batch normalisation, it takes any number of images.
-
-    Args:
-        precision: Precision of the network; see :func:`hmn_replay.runtime.autocast`.
-        backend: What torch.compile compiles with.
-    """
-
-    def __init__(self, precision: str, backend: str | Callable[..., Any] = "inductor") -> None:
-        self.precision, self.backend = precision, backend
-        self._has_failed = False
-        self._largest = 0
-
-    def add_gradients(
-        self,
-        network: nn.Module,
-        images: Tensor,
-        labels_a: Tensor,
-        labels_b: Tensor,
-        lam: float,
-        share: float,
-        soft: SoftTargets | None = None,
-    ) -> Tensor | None:
-        """Add the gradient of ``share`` times the mean loss to the network's parameters.
-
-        Args:
-            network: Maps images to logits ``(N, K)``.
-            images: float ``(N, C, H, W)``, N 1 or more.
-            labels_a: int64 ``(N,)``, class indices.
-            labels_b: int64 ``(N,)``, class indices.
-            lam: Share of the loss that ``labels_a`` have, in [0, 1].
-            share: What the mean is multiplied by.
-            soft: Soft targets beside the labels, or None.
-
-        Returns:
-            The loss, a scalar without a graph; or None where nothing was done: the batch is half
-            the first one or less, or compiling failed, of which a warning is given once: where the
-            compiler did, or on such a network, once in a process.
-        """
-        count = len(images)
-        self._largest = max(self._largest, count)
-        if self._has_failed or 2 * count <= self._largest:
-            return None
-        is_dynamic = mixes_images(network)
-        num_rows = count if is_dynamic else _round_up(self._largest)
-        temperature = soft.temperature if soft else None
-        precision = resolve_precision(self.precision, images.device)
-        options = (precision, temperature, None if is_dynamic else num_rows)
-        key = (_weighted_loss, *_key(network, images), *options)
-        if _is_broken(self.backend, images, key):
-            self._has_failed = True
-            return None
-        rows = (images, labels_a, labels_b)
-        scale = share / count
-        weights = torch.tensor([[lam], [1.0 - lam]], dtype=torch.float32)
-        weights = weights * (scale * (1.0 - soft.weight if soft else 1.0))
-        weights = weights.repeat(1, count)
-        targets = soft.scaled(scale) if soft else None
-        if missing := num_rows - count:
-            images, labels_a, labels_b = (
-                torch.cat([values, values[:1].expand(missing, *values.shape[1:])])
-                for values in rows
-            )
-            weights = F.pad(weights, (0, missing))
-            targets = None if targets is None else F.pad(targets, (0, 0, 0, missing))
-        weights = weights.to(images.device, non_blocking=True)
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        try:
-            if is_dynamic:
-                for values, dim in (
-                    *((images, 0), (labels_a, 0), (labels_b, 0), (weights, 1)),
-                    *([] if targets is None else [(targets, 0)]),
-                ):
-                    torch._dynamo.maybe_mark_dynamic(values, dim)
-            loss: Tensor = _compiled(_weighted_loss, self.backend, key)(
-                network, images, labels_a, labels_b, weights, targets, temperature, precision
-            )
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        except Exception as error:
-            # Whatever it was, the same batch is computed without compiling, and raises if it must.
-            self._has_failed = True
-            _note_failure(error, self.backend, images, key)
-            return None
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            if gradient.stride() != parameter.stride():
-                gradient = torch.empty_like(parameter).copy_(gradient)
-            before = parameter.grad
-            parameter.grad = gradient if before is None else before + gradient
-        return loss.detach()
-
-
 class CompiledFunction:
     """A function of a network, a batch of images and more, compiled at the first batch.
 
-    Networks of one architecture share a compiled function, as those of :class:`CompiledLoss` do; it
-    takes any number of images, or one alone. Where compiling fails, a warning is given, once in a
-    process for the compiler or for that network, and the function is called as it is.
+    Networks of one architecture share a compiled function, in this process and, by torch's cache on
+    disk, in later ones; it takes any number of images, or one alone. Where compiling fails, a
+    warning is given, once in a process for the compiler or for that network, and the function is
+    called as it is.
 
     Args:
-        function: Takes a network, images ``(N, C, H, W)``, a tensor that belongs to them, and
-            anything else, and calls torch alone.
-        image_dim: Which dimension of that tensor has the N images; None to compile anew for each N,
-            where torch has no derivative for all of them.
+        function: Takes a network, images ``(N, C, H, W)``, tensors that belong to them, and
+            anything else that can be hashed, and calls torch alone.
+        image_dims: For each tensor after the images, which of its dimensions has the N; None to
+            compile anew for each N, where torch has no derivative for all of them.
         backend: What torch.compile compiles with.
+
+    Attributes:
+        has_failed: Whether compiling has failed; it is not tried again.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
-        image_dim: int | None = 0,
+        image_dims: Sequence[int] | None = (0,),
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
-        self.function, self.image_dim, self.backend = function, image_dim, backend
-        self._has_failed = False
+        self.function, self.image_dims, self.backend = function, image_dims, backend
+        self.has_failed = False
 
-    def __call__(self, network: nn.Module, images: Tensor, own: Tensor, *others: Any) -> Any:
+    def __call__(self, network: nn.Module, images: Tensor, *others: Any) -> Any:
         """Return what the function returns, but for rounding."""
-        if not self._has_failed:
-            device = images.device.type
-            cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-            key = (self.function, *_key(network, images), cast, torch.is_grad_enabled())
-            key += (len(images),) if self.image_dim is None else ()
-            self._has_failed = _is_broken(self.backend, images, key)
-        if not self._has_failed:
-            try:
-                if self.image_dim is not None:
-                    torch._dynamo.maybe_mark_dynamic(images, 0)
-                    torch._dynamo.maybe_mark_dynamic(own, self.image_dim)
-                compiled = _compiled(self.function, self.backend, key)
-                return compiled(network, images, own, *others)
-            except Exception as error:
-                self._has_failed = True
-                _note_failure(error, self.backend, images, key)
-        return self.function(network, images, own, *others)
+        found = self.attempt(network, images, *others)
+        return self.function(network, images, *others) if found is None else found
 
-
-def _round_up(count: int) -> int:
-    """Return the next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: a fourth more at most."""
-    step = max(1, (1 << (count.bit_length() - 1)) // 4)
-    return -(-count // step) * step
+    def attempt(self, network: nn.Module, images: Tensor, *others: Any) -> Any | None:
+        """Return what the compiled function does, or None where compiling fails."""
+        if self.has_failed:
+            return None
+        device = images.device.type
+        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        fixed = tuple(other for other in others if not isinstance(other, Tensor))
+        num_rows = len(images) if self.image_dims is None else None
+        key = self.function, *_key(network, images), cast, torch.is_grad_enabled(), fixed, num_rows
+        self.has_failed = _is_broken(self.backend, images, key)
+        if self.has_failed:
+            return None
+        try:
+            if self.image_dims is not None:
+                own = (other for other in others if isinstance(other, Tensor))
+                for values, dim in ((images, 0), *zip(own, self.image_dims, strict=False)):
+                    torch._dynamo.maybe_mark_dynamic(values, dim)
+            return _compiled(self.function, self.backend, key)(network, images, *others)
+        except Exception as error:
+            # Whatever it was, the same is computed without compiling, and raises if it must.
+            self.has_failed = True
+            _note_failure(error, self.backend, images, key)
+            return None
 
 
 def _key(network: nn.Module, images: Tensor) -> tuple[object, ...]:
@@ -284,7 +163,7 @@ def _note_failure(error: Exception, backend: object, images: Tensor, key: object
         f"torch.compile failed ({reason}); going on without, which is slower: install a recent "
         "C++ compiler, or pass compile=False",
         HMNReplayWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -391,28 +270,3 @@ def _compiled(
 ) -> _Checked:
     """Return a compiled function of its own for each key."""
     return _Checked(function, backend)
-
-
-def _weighted_loss(
-    network: nn.Module,
-    images: Tensor,
-    labels_a: Tensor,
-    labels_b: Tensor,
-    weights: Tensor,
-    targets: Tensor | None,
-    temperature: float | None,
-    precision: str,
-) -> Tensor:
-    """Return the weighted sum of the cross-entropies with two labels, and with soft targets.
-
-    Weights are ``(2, N)``; targets ``(N, K)`` have theirs in them.
-    """
-    with autocast(images.device, precision):
-        logits = network(images)
-    logits = logits.float()
-    losses = [F.cross_entropy(logits, labels, reduction="none") for labels in (labels_a, labels_b)]
-    loss: Tensor = (weights * torch.stack(losses)).sum()
-    if targets is None or temperature is None:
-        return loss
-    distance: Tensor = (targets * (logits / temperature).log_softmax(1)).sum()
-    return loss - distance

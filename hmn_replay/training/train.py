@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 import torch
@@ -31,13 +32,12 @@ from hmn_replay.runtime import (
     isolated_if,
     make_generator,
     resolve_device,
+    resolve_precision,
 )
 from hmn_replay.settings import Settings, one_of
 from hmn_replay.training._compiled import (
     Compile,
     CompiledFunction,
-    CompiledLoss,
-    SoftTargets,
     can_compile,
     compiling_pays,
     mixes_images,
@@ -474,6 +474,80 @@ def cosine_rate(step: float, num_steps: float, peak: float) -> float:
     return 0.5 * peak * (1.0 + math.cos(math.pi * step / num_steps))
 
 
+@dataclass(frozen=True, eq=False)
+class SoftTargets:
+    """What the images of a batch are said to be, beside their labels (Hinton et al. 2015).
+
+    The loss is ``(1 - weight)`` times that of the labels, and ``weight * temperature ** 2`` times
+    the cross-entropy of the logits over the temperature with the targets.
+
+    Attributes:
+        targets: float ``(N, K)``, probabilities at the temperature; rows sum to one.
+        weight: Share of the loss, in [0, 1].
+        temperature: What logits are divided by, above 0.
+    """
+
+    targets: Tensor
+    weight: float
+    temperature: float
+
+    def scaled(self, scale: float) -> Tensor:
+        """Return the targets times their weight in the loss, times a number."""
+        return self.targets * (scale * self.weight * self.temperature**2)
+
+
+class CompiledLoss:
+    """:func:`mixed_loss` of a network, compiled at the first batch, for :func:`add_gradients`.
+
+    What is compiled takes a number of images of which there are four from one power of two to the
+    next: smaller batches are padded by images of weight 0, and serve trainings of other batch
+    sizes, too. With batch normalisation, it takes any number of images. A batch of half the largest
+    or less is not compiled, and none is once compiling has failed.
+
+    Args:
+        precision: Precision of the network; see :func:`hmn_replay.runtime.autocast`.
+        backend: What torch.compile compiles with.
+    """
+
+    def __init__(self, precision: str, backend: str | Callable[..., Any] = "inductor") -> None:
+        self.precision = precision
+        self._padded = CompiledFunction(_weighted_loss, None, backend)
+        self._of_any_size = CompiledFunction(_weighted_loss, (0, 0, 1, 0), backend)
+        self._largest = 0
+
+    def __call__(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels_a: Tensor,
+        labels_b: Tensor,
+        lam: float,
+        share: float,
+        soft: SoftTargets | None,
+    ) -> Tensor | None:
+        """Return ``share`` times :func:`mixed_loss`, with a graph; None if it is not compiled."""
+        count = len(images)
+        self._largest = max(self._largest, count)
+        compiled, num_rows = self._padded, _round_up(self._largest)
+        if mixes_images(network):
+            compiled, num_rows = self._of_any_size, count
+        if compiled.has_failed or 2 * count <= self._largest:
+            return None
+        scale = share / count
+        weights = torch.tensor([[lam], [1.0 - lam]], dtype=torch.float32)
+        weights = weights * (scale * (1.0 - soft.weight if soft else 1.0))
+        weights = F.pad(weights.repeat(1, count), (0, num_rows - count))
+        loss: Tensor | None = compiled.attempt(
+            network,
+            *(_repeat_first(rows, num_rows) for rows in (images, labels_a, labels_b)),
+            weights.to(images.device, non_blocking=True),
+            F.pad(soft.scaled(scale), (0, 0, 0, num_rows - count)) if soft else None,
+            soft.temperature if soft else None,
+            resolve_precision(self.precision, images.device),
+        )
+        return loss
+
+
 def add_gradients(
     network: nn.Module,
     images: Tensor,
@@ -523,14 +597,14 @@ def add_gradients(
         if not len(own):
             continue
         share, loss = len(own) / len(images), None
-        own_soft = None if soft is None else soft.of(own_targets)
+        own_soft = None if soft is None else replace(soft, targets=own_targets)
         if compiled is not None:
-            loss = compiled.add_gradients(network, own, own_a, own_b, lam, share, own_soft)
+            loss = compiled(network, own, own_a, own_b, lam, share, own_soft)
         if loss is None:
             with autocast(own.device, precision):
                 logits = network(own)
             loss = mixed_loss(logits.float(), own_a, own_b, lam, own_soft) * share
-            torch.autograd.backward(loss)
+        torch.autograd.backward(loss)
         total += loss.detach()
     team.sum_gradients((p, ...) for p in network.parameters() if p.requires_grad)
     return total
@@ -559,6 +633,43 @@ def mixed_loss(
         return loss
     distance = -(soft.scaled(1 / len(logits)) * (logits / soft.temperature).log_softmax(1)).sum()
     return (1.0 - soft.weight) * loss + distance
+
+
+def _weighted_loss(
+    network: nn.Module,
+    images: Tensor,
+    labels_a: Tensor,
+    labels_b: Tensor,
+    weights: Tensor,
+    targets: Tensor | None,
+    temperature: float | None,
+    precision: str,
+) -> Tensor:
+    """Return the weighted sum of the cross-entropies with two labels, and with soft targets.
+
+    Weights are ``(2, N)``; targets ``(N, K)`` have theirs in them.
+    """
+    with autocast(images.device, precision):
+        logits = network(images)
+    logits = logits.float()
+    losses = [F.cross_entropy(logits, labels, reduction="none") for labels in (labels_a, labels_b)]
+    loss: Tensor = (weights * torch.stack(losses)).sum()
+    if targets is None or temperature is None:
+        return loss
+    distance: Tensor = (targets * (logits / temperature).log_softmax(1)).sum()
+    return loss - distance
+
+
+def _round_up(count: int) -> int:
+    """Return the next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: a fourth more at most."""
+    step = max(1, (1 << (count.bit_length() - 1)) // 4)
+    return -(-count // step) * step
+
+
+def _repeat_first(rows: Tensor, num_rows: int) -> Tensor:
+    """Return rows, and the first of them again and again, as many in all as wanted."""
+    missing = num_rows - len(rows)
+    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def _soft_targets(

@@ -146,7 +146,9 @@ def test_a_compiler_that_fails_is_tried_once_in_a_process_with_one_warning() -> 
         warnings.simplefilter("error")
         for width in (4, 5):  # two trainings more, of which one has another network
             assert_same_step(convnet(width=width), draw(6), 0.5, CompiledLoss("float32", fail))
-        assert CompiledFunction(sums, image_dim=1, backend=fail)(*arguments).equal(sums(*arguments))
+        assert CompiledFunction(sums, image_dims=(1,), backend=fail)(*arguments).equal(
+            sums(*arguments)
+        )
     assert len(tried) == 1
 
 
@@ -168,7 +170,7 @@ def test_a_network_that_cannot_be_compiled_keeps_no_other_from_it() -> None:
     assert len(tried) == 2
     # Another function of the same network is.
     arguments = convnet(), draw(6)[0], torch.rand(2, 6), 2
-    other = CompiledFunction(sums, image_dim=1, backend=refuse_the_first)
+    other = CompiledFunction(sums, image_dims=(1,), backend=refuse_the_first)
     torch.testing.assert_close(other(*arguments), sums(*arguments))
     assert len(tried) == 3
 
@@ -249,7 +251,7 @@ def sums(network: nn.Module, images: Tensor, weights: Tensor, power: int) -> Ten
 def test_a_compiled_function_serves_all_batches_and_networks_of_an_architecture(
     backend: CountingBackend,
 ) -> None:
-    compiled = CompiledFunction(sums, image_dim=1, backend=backend)
+    compiled = CompiledFunction(sums, image_dims=(1,), backend=backend)
     for seed, count in enumerate((6, 6, 4, 9, 5, 12, 7)):
         network, (images, *_) = convnet(seed), draw(count)
         arguments = network, images, torch.rand(2, count), 2
@@ -260,7 +262,7 @@ def test_a_compiled_function_serves_all_batches_and_networks_of_an_architecture(
 
 
 def test_a_function_can_be_compiled_for_each_number_of_images(backend: CountingBackend) -> None:
-    compiled = CompiledFunction(sums, image_dim=None, backend=backend)
+    compiled = CompiledFunction(sums, image_dims=None, backend=backend)
     counts = range(2, 14)  # more than torch compiles of one function before it gives up
     for seed, count in enumerate((*counts, *counts)):
         network, (images, *_) = convnet(seed), draw(count)
@@ -273,7 +275,7 @@ def test_a_function_that_cannot_be_compiled_is_called_as_it_is_with_one_warning(
     def fail(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
         raise RuntimeError("no compiler")
 
-    compiled = CompiledFunction(sums, image_dim=1, backend=fail)
+    compiled = CompiledFunction(sums, image_dims=(1,), backend=fail)
     arguments = convnet(), draw(6)[0], torch.rand(2, 6), 2
     with pytest.warns(HMNReplayWarning, match="torch.compile failed"):
         assert compiled(*arguments).equal(sums(*arguments))
@@ -300,7 +302,7 @@ def test_code_that_computes_something_else_is_not_used(make: Callable[[], nn.Mod
 def test_a_compiled_function_that_computes_something_else_is_not_used() -> None:
     arguments = convnet(), draw(6)[0], torch.rand(2, 6), 2
     with pytest.warns(HMNReplayWarning, match="its code computes something else"):
-        found = CompiledFunction(sums, image_dim=1, backend=wrong)(*arguments)
+        found = CompiledFunction(sums, image_dims=(1,), backend=wrong)(*arguments)
     assert found.equal(sums(*arguments))
 
 
