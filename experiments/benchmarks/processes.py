@@ -115,20 +115,25 @@ def make_work(args: argparse.Namespace) -> dict[str, Callable[[Team], object]]:
     memory = random_memory(args.budget, shape, args.classes, config.number_format).to(device)
     real = steps.RealImages.of(noise(shape, args.classes, args.real_images))
     optimizer = steps.make_optimizer(memory, (0.5, 0.99))
-    alone = steps.StepContext(memory, real, config, optimizer)
-    network, learner = steps.fresh_network(alone, 0)
+    make_context = partial(
+        steps.StepContext,
+        memory,
+        real,
+        config,
+        optimizer,
+        compiling=steps.plan_compiling(memory, config),
+    )
+    network, learner = steps.fresh_network(make_context(), 0)
 
     def match(team: Team) -> None:
-        context = steps.StepContext(memory, real, config, optimizer, team=team)
-        steps.match_step(context, network, make_generator(0, "match"))
+        steps.match_step(make_context(team=team), network, make_generator(0, "match"))
 
     def move(_: Team) -> None:
         optimizer.step()
         memory.update_scales()
 
     def train(team: Team) -> None:
-        context = steps.StepContext(memory, real, config, optimizer, team=team)
-        steps.train_step(context, network, learner, make_generator(0, "train"))
+        steps.train_step(make_context(team=team), network, learner, make_generator(0, "train"))
 
     return {"match": match, "move": move, "train": train}
 

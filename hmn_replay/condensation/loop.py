@@ -505,6 +505,7 @@ class Condensation(Run):
             if rate_control is not None:
                 self._check_kept("rate_control", rate_control.state)
                 rate_control.state = self.resumed.tensors["rate_control"].to(self.device)
+        expected_classes = self.expected_classes or 0
         return steps.StepContext(
             self.memory,
             self.real,
@@ -514,9 +515,10 @@ class Condensation(Run):
             rate_control,
             self.team,
             self.least_images,
-            self.networks,
-            self.expected_classes or 0,
             sources,
+            steps.plan_compiling(
+                self.memory, self.config, self.first_class, self.networks, expected_classes
+            ),
         )
 
     def _rate_control(self) -> RateControl | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +29,7 @@ from hmn_replay.runtime import autocast, make_generator
 from hmn_replay.training.networks import ConvBlock, Network, build_network
 from hmn_replay.training.train import (
     CompiledLoss,
-    TrainingConfig,
     add_gradients,
-    compiled_loss,
     draw_batch,
     draw_epoch,
     mixes_images,
@@ -38,11 +37,13 @@ from hmn_replay.training.train import (
 )
 
 __all__ = [
+    "Compiling",
     "RealImages",
     "StepContext",
     "fresh_network",
     "make_optimizer",
     "match_step",
+    "plan_compiling",
     "set_rate",
     "train_step",
     "trajectory_step",
@@ -95,6 +96,54 @@ class RealImages:
         return cls(data, indices, list(order.split(counts)), mean, std)
 
 
+class Compiling(NamedTuple):
+    """Which passes through the networks are compiled: in their learning, and in matching."""
+
+    learning: bool = False
+    matching: bool = False
+
+
+def plan_compiling(
+    memory: LearnedMemory,
+    config: CondenseConfig,
+    first_class: int = 0,
+    networks: Sequence[nn.Module] = (),
+    expected_classes: int = 0,
+) -> Compiling:
+    """Return which passes of a matching are worth being compiled, or are as the settings say.
+
+    Args:
+        memory: The memory that is condensed.
+        config: The settings.
+        first_class: Classes before this position are not condensed.
+        networks: Networks that were given to match on; none where they are made. Of these, those of
+            our ConvNet's blocks are compiled by themselves.
+        expected_classes: How many classes there will be in all. When classes are added, the others
+            will be as well, by what is compiled for these; the first ones may be matched on other
+            networks.
+    """
+    training, device = config.network_training, memory.class_index.device
+    if networks:
+        blocks = [each for each in networks[-1].modules() if isinstance(each, ConvBlock)]
+        if blocks:
+            width = max(each.convolution.out_channels for each in blocks)
+            training = training.replace(network="convnet", width=width)
+        else:
+            training = training.replace(compile=training.compile is True)
+    new_classes = memory.num_classes - first_class
+    runs = max(1.0, expected_classes / max(1, new_classes)) if first_class else 1.0
+
+    def pays(images_per_step: float) -> bool:
+        num_images = round(runs * config.num_steps * images_per_step)
+        return wants_compiling(training, memory.image_shape, num_images, device)
+
+    # Passes forward, and backward to the images, at least, in those of training steps, which have
+    # three.
+    num_passes = config.real_batch + 2 * config.decoded_batch
+    num_classes = min(new_classes, config.classes_per_step or new_classes)
+    return Compiling(pays(config.network_images), pays(num_classes * num_passes / 3))
+
+
 @dataclass(frozen=True, eq=False)
 class StepContext:
     """What all steps of a phase share.
@@ -110,12 +159,10 @@ class StepContext:
         team: The processes that take each step together; all call the step functions alike.
         least_images: How many of a class's first images are matched at least, in batches of a
             random number of first images. None for batches of any of them.
-        networks: Networks that were given to match on; none where they are made.
-        expected_classes: How many classes there will be in all. When classes are added, the others
-            will be as well, by what is compiled for these.
         sources: int64 ``(M,)``, for each of the memory's last M images, which are condensed, the
             real image that ``config.fidelity`` keeps it near; see :func:`warm_start_targets`. None
             where it keeps none.
+        compiling: Which passes are compiled; see :func:`plan_compiling`. Default: none.
     """
 
     memory: LearnedMemory
@@ -126,51 +173,34 @@ class StepContext:
     rate_control: RateControl | None = None
     team: Team = ALONE
     least_images: int | None = None
-    networks: Sequence[nn.Module] = ()
-    expected_classes: int = 0
     sources: Tensor | None = None
-    objective: Objective = field(init=False)
-    compiled: CompiledLoss | None = field(init=False)
-    _images: Images = field(init=False)
-
-    def __post_init__(self) -> None:
-        objective, config = get_objective(self.config.objective), self.config
-        training, image_shape = self._training_of_networks(), self.memory.layout.image_shape
-        new_classes, runs = self.memory.num_classes - self.first_class, 1.0
-        if self.first_class:  # the first ones may be matched on other networks
-            runs = max(runs, self.expected_classes / max(1, new_classes))
-        num_learned = round(runs * config.num_steps * config.network_images)
-        compiled = compiled_loss(training, image_shape, num_learned, self.device)
-        if objective.compiled is not None:
-            num_classes = min(new_classes, config.classes_per_step or new_classes)
-            # Passes forward, and backward to the images, at least, in those of training steps,
-            # which have three.
-            num_passes = num_classes * (config.real_batch + 2 * config.decoded_batch)
-            num_matched = round(runs * config.num_steps * num_passes / 3)
-            if wants_compiling(training, image_shape, num_matched, self.device):
-                objective = replace(objective, loss=objective.compiled())
-        object.__setattr__(self, "objective", objective)
-        object.__setattr__(self, "compiled", compiled)
-        object.__setattr__(self, "_images", _held_on(self.device, self.real.data.images))
+    compiling: Compiling = field(default_factory=Compiling)
 
     @property
     def device(self) -> torch.device:
         """Where the memory is."""
         return self.memory.class_index.device
 
-    def _training_of_networks(self) -> TrainingConfig:
-        """Return what the networks that are matched on have in common with others, for compiling.
+    @cached_property
+    def objective(self) -> Objective:
+        """What is matched, compiled where it is to be."""
+        objective = get_objective(self.config.objective)
+        compiled = objective.compiled if self.compiling.matching else None
+        return objective if compiled is None else replace(objective, loss=compiled())
 
-        Of networks that were given, those of our ConvNet's blocks are compiled by themselves.
-        """
-        training = self.config.network_training
-        if not self.networks:
-            return training
-        blocks = [each for each in self.networks[-1].modules() if isinstance(each, ConvBlock)]
-        width = max((each.convolution.out_channels for each in blocks), default=None)
-        if width is None:
-            return training.replace(compile=training.compile is True)
-        return training.replace(network="convnet", width=width)
+    @cached_property
+    def compiled(self) -> CompiledLoss | None:
+        """What compiles the steps of a network that learns, if they are to be."""
+        return CompiledLoss(self.config.precision) if self.compiling.learning else None
+
+    @cached_property
+    def _images(self) -> Images:
+        """The real images; a GPU holds them all, where they are few."""
+        images, device = self.real.data.images, self.device
+        num_bytes = math.prod(images.shape) * images.dtype.itemsize
+        if device.type != "cpu" and num_bytes <= _MOST_BYTES_HELD:
+            images = images[:]
+        return images.to(device)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Return images with a graph, float32, decoded in the precision of the settings."""
@@ -672,14 +702,6 @@ def _objective_of(
         batches += [_not_alone(augment(images)), labels]
     with autocast(device, context.config.precision):
         return objective(network, *batches)
-
-
-def _held_on(device: torch.device, images: Images) -> Images:
-    """Return images that are fetched to a device; a GPU holds them all, where they are few."""
-    num_bytes = math.prod(images.shape) * images.dtype.itemsize
-    if device.type != "cpu" and num_bytes <= _MOST_BYTES_HELD:
-        images = images[:]
-    return images.to(device)
 
 
 def _pixels_per_group(device: torch.device) -> int:

@@ -26,16 +26,12 @@ __all__ = [
     "Compile",
     "CompiledFunction",
     "can_compile",
-    "compiling_pays",
     "mixes_images",
     "resolve_compile",
 ]
 
 Compile: TypeAlias = Literal["auto"] | bool
 
-# Images x width x pixels that a core trains on in about the seconds that compiling saves it: the
-# first compilation, which torch keeps on disk, takes half a minute to a minute.
-_WORTH_COMPILING = 2.5e9
 # Backends that could not compile, each with the type of device that it was to compile for, or with
 # what it could not compile, or with the bits of vectors whose code was wrong: in this process they
 # are not tried again.
@@ -63,17 +59,6 @@ def can_compile(device: torch.device) -> bool:
 def resolve_compile(compile: Compile, device: torch.device) -> Compile:
     """Return False for ``"auto"`` where nothing can be compiled, else the argument."""
     return False if compile == "auto" and not can_compile(device) else compile
-
-
-def compiling_pays(num_images: int, width: int, num_pixels: int) -> bool:
-    """Return whether training a ConvNet on a CPU saves the time that compiling it takes.
-
-    Args:
-        num_images: Images that networks of one shape are shown in all.
-        width: Channels of its blocks.
-        num_pixels: Pixels of an image.
-    """
-    return num_images * width * num_pixels >= _WORTH_COMPILING * torch.get_num_threads()
 
 
 def mixes_images(network: nn.Module) -> bool:

@@ -39,7 +39,6 @@ from hmn_replay.training._compiled import (
     Compile,
     CompiledFunction,
     can_compile,
-    compiling_pays,
     mixes_images,
     resolve_compile,
 )
@@ -62,7 +61,6 @@ __all__ = [
     "Targets",
     "TrainingConfig",
     "add_gradients",
-    "compiled_loss",
     "cosine_rate",
     "draw_batch",
     "draw_epoch",
@@ -85,6 +83,10 @@ MAX_LEARNING_RATE = 1e30
 
 LABEL_WEIGHT = 0.9
 """Weight of soft labels in the loss, where nothing is known of the images."""
+
+# Images x width x pixels that a core trains on in about the seconds that compiling saves it: the
+# first compilation, which torch keeps on disk, takes half a minute to a minute.
+_WORTH_COMPILING = 2.5e9
 
 # Steps from one look at the loss, which waits for a GPU, to the next, at most; at first there are
 # fewer: most of what diverges does so early.
@@ -255,7 +257,8 @@ def train_network(
     epoch_images = min(config.epoch_images or len(images), len(images))
     num_epochs = max(1, round(config.num_passes / epoch_images))
     num_seen, num_passes = 0, num_epochs * max(2, epoch_images)
-    compiled = compiled_loss(config, images.shape[1:], num_passes, device)
+    is_compiled = wants_compiling(config, images.shape[1:], num_passes, device)
+    compiled = CompiledLoss(config.precision) if is_compiled else None
     # A sum stays NaN or infinite once it is.
     total_loss, next_check = torch.zeros((), dtype=torch.float32, device=device), 1
     draws_globally = not is_built_in(config.network)
@@ -375,37 +378,26 @@ def _try_network(network: Network, images: Tensor, num_classes: int) -> None:
         )
 
 
-def compiled_loss(
-    config: TrainingConfig,
-    image_shape: Sequence[int],
-    num_images: int,
-    device: torch.device,
-) -> CompiledLoss | None:
-    """Return what compiles a training's steps, for :func:`add_gradients`; None for no compiling.
-
-    Args:
-        config: ``compile``, ``network``, ``width`` and ``precision`` are read.
-        image_shape: ``(C, H, W)``.
-        num_images: Images that networks of this architecture are shown in all.
-        device: Where they are trained.
-    """
-    wanted = wants_compiling(config, image_shape, num_images, device)
-    return CompiledLoss(config.precision) if wanted else None
-
-
 def wants_compiling(
     config: TrainingConfig, image_shape: Sequence[int], num_images: int, device: torch.device
 ) -> bool:
     """Return whether passes through a training's networks are to be compiled.
 
-    Arguments as for :func:`compiled_loss`.
+    With ``"auto"``, those of a ConvNet on a CPU are where that saves the time that it takes.
+
+    Args:
+        config: ``compile``, ``network`` and ``width`` are read.
+        image_shape: ``(C, H, W)``.
+        num_images: Images that networks of this architecture are shown in all.
+        device: Where they are trained.
     """
     if config.compile != "auto":
         return config.compile
+    work = num_images * config.width * math.prod(image_shape[1:])
     return (
         config.network == "convnet"
         and device.type == "cpu"
-        and compiling_pays(num_images, config.width, math.prod(image_shape[1:]))
+        and work >= _WORTH_COMPILING * torch.get_num_threads()
         and can_compile(device)
     )
 

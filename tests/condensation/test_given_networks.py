@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,8 @@ from hmn_replay.condensation.steps import RealImages, StepContext, make_optimize
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError
 from hmn_replay.memory import HierarchicalMemory
-from hmn_replay.objectives import get_objective
 from hmn_replay.runtime import make_generator
-from hmn_replay.training import _compiled, train
+from hmn_replay.training import train
 from tests.support import TINY, same, tiny, values_of
 
 MakeLayout = Callable[..., Any]
@@ -33,14 +33,12 @@ def network(seed: int = 0, num_classes: int = 3, **options: Any) -> nn.Module:
     return build_network("convnet", SHAPE, num_classes, width=3, seed=seed, **options)
 
 
-def context(
-    data: LabelledImages, layout: Any, fields: dict[str, Any] | None = None, **options: Any
-) -> StepContext:
+def context(data: LabelledImages, layout: Any, **options: Any) -> StepContext:
     settings = {name: value for name, value in TINY.items() if name != "device"}
     memory = HierarchicalMemory(layout, data.classes, 3)
     optimizer = make_optimizer(memory, (0.5, 0.99))
     config = make_config(**{**settings, **options})
-    return StepContext(memory, RealImages.of(data), config, optimizer, **(fields or {}))
+    return StepContext(memory, RealImages.of(data), config, optimizer)
 
 
 def test_networks_are_points_between_two_states_in_a_row(
@@ -189,7 +187,7 @@ def test_networks_that_were_given_are_compiled_where_a_stream_gains_by_it(
     """Ten updates of one class each gain what one would not; so do ConvNets inside a module."""
     # One update: 10 steps of one class, 64 real and 64 decoded images, at width 6 and 64 pixels.
     one_update = 10 * 64 * 6 * 64
-    monkeypatch.setattr(_compiled, "_WORTH_COMPILING", 9 * one_update / torch.get_num_threads())
+    monkeypatch.setattr(train, "_WORTH_COMPILING", 9 * one_update / torch.get_num_threads())
     monkeypatch.setattr(train, "can_compile", lambda _: True)
     ours, data, layout = network(), make_set(), make_layout()
     wide = build_network("convnet", SHAPE, 3, width=6)
@@ -200,8 +198,11 @@ def test_networks_that_were_given_are_compiled_where_a_stream_gains_by_it(
         fields = {"first_class": 2, "expected_classes": 10, "networks": [given], **fields}
         settings = {"objective": "distribution", "outer_steps": 1, "inner_steps": 10}
         batches = {"real_batch": 64, "decoded_batch": 64}
-        made = context(data, layout, fields, **settings, **batches, compile=compile)
-        return made.objective.loss is not get_objective("distribution").loss
+        made = context(data, layout, **settings, **batches, compile=compile)
+        planned = steps.plan_compiling(made.memory, made.config, **fields)
+        own = dataclasses.replace(made, compiling=planned)
+        assert (own.objective.loss is made.objective.loss) == (not planned.matching)
+        return planned.matching
 
     assert is_compiled(wide) and is_compiled(ours_inside) and not is_compiled(ours)
     assert not is_compiled(wide, expected_classes=8) and not is_compiled(wide, expected_classes=0)

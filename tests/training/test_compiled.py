@@ -26,9 +26,9 @@ from hmn_replay.training.train import (
     CompiledLoss,
     TrainingConfig,
     add_gradients,
-    compiled_loss,
     resolve_compile,
     train_network,
+    wants_compiling,
 )
 from tests.stripes import PLAIN, stripes, weights
 from tests.support import CountingBackend
@@ -208,7 +208,7 @@ def test_a_compiled_training_is_the_plain_one_but_for_rounding() -> None:
 
 def is_compiled(num_images: int, device: torch.device = CPU, **options: Any) -> bool:
     config = TrainingConfig(**options)
-    return compiled_loss(config, (3, 32, 32), num_images, device) is not None
+    return wants_compiling(config, (3, 32, 32), num_images, device)
 
 
 @pytest.mark.skipif(not can_compile, reason="needs a C++ compiler and Python's headers")
