@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hmn_replay.training.train import cosine_rate
+from hmn_replay.training.train import cosine_lr
 
 __all__ = ["by_class", "draw_balanced", "tune_network"]
 
@@ -45,7 +45,7 @@ def tune_network(
                 gradients = torch.autograd.grad(loss(step), parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
-                optimizer.param_groups[0]["lr"] = cosine_rate(step, steps, rate)
+                optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, rate)
                 optimizer.step()
     finally:
         for parameter, before in zip(parameters, kept, strict=True):

@@ -28,7 +28,7 @@ _AtLeast1 = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Seconds = Annotated[float, Field(gt=0)]
 # Far beyond what converges, and within what float32 holds.
-_Rate = Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)]
+_LearningRate = Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)]
 _Number = Annotated[int, Field(ge=0, le=10_000)]
 # In so many seconds of matching, networks train long enough to gain the seconds of compiling.
 _WORTH_COMPILING_SECONDS = 300.0
@@ -71,7 +71,7 @@ class CondenseConfig(LabelConfig):
     warm_start_batch: _AtLeast1 = 256
     """Images in a step of the warm start."""
 
-    warm_start_learning_rate: _Rate = 0.01
+    warm_start_learning_rate: _LearningRate = 0.01
     """Learning rate of the warm start's Adam, at first; it falls to 0 along half a cosine."""
 
     warm_start_seconds: _Seconds | None = None
@@ -93,7 +93,7 @@ class CondenseConfig(LabelConfig):
     decoded_batch: _AtLeast1 = 64
     """Decoded images of each drawn class, at most."""
 
-    memory_learning_rate: _Rate = 0.003
+    memory_learning_rate: _LearningRate = 0.003
     """Learning rate of matching's Adam, at first; it falls to 0 along half a cosine."""
 
     fidelity: Annotated[float, Field(ge=0, le=1000)] | None = None
@@ -138,7 +138,7 @@ class CondenseConfig(LabelConfig):
     network_batch: Annotated[int, Field(ge=2)] = 64
     """Batch size of the matched networks' training."""
 
-    network_learning_rate: _Rate = 0.01
+    network_learning_rate: _LearningRate = 0.01
     """Learning rate of the matched networks' SGD (momentum 0.9, weight decay 5e-4), at first where
     they are trained before matching: it then falls to 0 along half a cosine."""
 
@@ -161,7 +161,7 @@ class CondenseConfig(LabelConfig):
     expert_batch: Annotated[int, Field(ge=2)] = 64
     """Batch size of an expert's training."""
 
-    expert_learning_rate: _Rate = 0.01
+    expert_learning_rate: _LearningRate = 0.01
     """Learning rate of an expert's SGD, which has neither momentum nor a schedule."""
 
     expert_epochs: _AtLeast1 = 2
@@ -176,7 +176,7 @@ class CondenseConfig(LabelConfig):
     student_batch: _AtLeast1 = 64
     """Decoded images in a step of a student, at most, of all classes that are condensed."""
 
-    student_learning_rate: _Rate = 0.02
+    student_learning_rate: _LearningRate = 0.02
     """Learning rate of a student's SGD, at first; it is learned beside the memory."""
 
     student_rate_learning_rate: Annotated[float, Field(ge=0, le=MAX_LEARNING_RATE)] = 0.05

@@ -65,7 +65,7 @@ from hmn_replay.objectives import get_objective
 from hmn_replay.objectives.trajectories import Experts, experts_beside
 from hmn_replay.runtime import derive_seed, isolated_if, make_generator, peak_memory_bytes
 from hmn_replay.training.networks import tensors_of
-from hmn_replay.training.train import cosine_rate, train_network
+from hmn_replay.training.train import cosine_lr, train_network
 
 __all__ = ["Condensation", "Run"]
 
@@ -435,7 +435,7 @@ class Condensation(Run):
         num_steps = math.ceil(config.warm_start_steps * num_images / max(1, memory.num_images))
         batch_size = max(1, min(config.warm_start_batch, num_images))
         steps_per_epoch = math.ceil(num_images / batch_size)
-        rate = config.warm_start_learning_rate
+        peak_lr = config.warm_start_learning_rate
         targets = steps.warm_start_targets(memory, self.real, self.seed, self.first_class)
         warm = num_steps > 0
 
@@ -454,7 +454,7 @@ class Condensation(Run):
                     generator = make_generator(self.seed, "warm start", epoch)
                     order, order_epoch = torch.randperm(num_images, generator=generator), epoch
                 indices = order[position * batch_size : (position + 1) * batch_size] + num_old
-                steps.set_rate(context.optimizer, cosine_rate(done, 1, rate))
+                steps.set_lr(context.optimizer, cosine_lr(done, 1, peak_lr))
                 steps.warm_start_step(
                     context, indices, context.real_images(targets[indices - num_old])
                 )
@@ -478,8 +478,8 @@ class Condensation(Run):
             matcher.resume(self.resumed, self.state["step"])
         with self._bar("matching", num_steps, matcher.images_per_step) as bar:
             while (done := self._share_done(num_steps, config.max_seconds)) < 1:
-                rate = cosine_rate(done, 1, config.memory_learning_rate)
-                steps.set_rate(context.optimizer, rate)
+                lr = cosine_lr(done, 1, config.memory_learning_rate)
+                steps.set_lr(context.optimizer, lr)
                 step = self.state["step"]
                 with isolated_if(config.draws_globally, self.device, self.seed, "step", step):
                     num_decoded = matcher.step(step)

@@ -305,10 +305,8 @@ class TrajectoryMatcher:
         logarithm = torch.tensor(
             math.log(config.student_learning_rate), dtype=torch.float32, device=device
         )
-        self.rate = nn.ParameterDict({"logarithm": logarithm})
-        self.learner = torch.optim.Adam(
-            self.rate.parameters(), lr=config.student_rate_learning_rate
-        )
+        self.lr = nn.ParameterDict({"logarithm": logarithm})
+        self.learner = torch.optim.Adam(self.lr.parameters(), lr=config.student_rate_learning_rate)
 
     @property
     def images_per_step(self) -> int:
@@ -327,28 +325,28 @@ class TrajectoryMatcher:
             {name: value.to(device) for name, value in parameters.items()}
             for parameters in self._read(expert, epoch, epoch + config.expert_epochs)
         )
-        logarithm = self.rate["logarithm"]
-        rate = logarithm.detach().exp()
+        logarithm = self.lr["logarithm"]
+        lr = logarithm.detach().exp()
         network = self.experts.lent_network(expert, device)
-        num_decoded, of_rate = steps.trajectory_step(
-            self.context, network, start, target, rate, generator
+        num_decoded, of_lr = steps.trajectory_step(
+            self.context, network, start, target, lr, generator
         )
-        logarithm.grad = rate * of_rate
+        logarithm.grad = lr * of_lr
         self.learner.step()
         return num_decoded
 
     def kept(self) -> dict[str, Stateful]:
         """Return the student's learning rate, and what it is learned by."""
-        return {"rate": self.rate, "learner": self.learner}
+        return {"rate": self.lr, "learner": self.learner}
 
     def resume(self, checkpoint: Checkpoint, number: int) -> None:
         """Take over the student's learning rate."""
-        load_state(self.rate, checkpoint.group("rate"))
+        load_state(self.lr, checkpoint.group("rate"))
         load_state(self.learner, checkpoint.group("learner"))
 
     def results(self) -> dict[str, Any]:
         """Return the learning rate that students have in the end."""
-        return {"student_rate": float(self.rate["logarithm"].detach().exp())}
+        return {"student_rate": float(self.lr["logarithm"].detach().exp())}
 
 
 def check_given_networks(

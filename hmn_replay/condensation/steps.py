@@ -44,7 +44,7 @@ __all__ = [
     "make_optimizer",
     "match_step",
     "plan_compiling",
-    "set_rate",
+    "set_lr",
     "train_step",
     "trajectory_step",
     "warm_start_order",
@@ -269,10 +269,10 @@ def make_optimizer(memory: LearnedMemory, betas: tuple[float, float]) -> torch.o
     return torch.optim.Adam(memory.parameter_groups(), betas=betas)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of what images share; other tensors learn faster, by their factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+        group["lr"] = lr * group["factor"]
 
 
 def warm_start_targets(
@@ -486,7 +486,7 @@ def trajectory_step(
     network: nn.Module,
     start: Mapping[str, Tensor],
     target: Mapping[str, Tensor],
-    learning_rate: Tensor,
+    lr: Tensor,
     generator: torch.Generator,
 ) -> tuple[int, Tensor]:
     """Let a student follow an expert on decoded images, and move the memory once.
@@ -504,7 +504,7 @@ def trajectory_step(
             each of the memory's classes.
         start: The expert's parameters that the student begins with, by name.
         target: The expert's parameters that the student is to reach.
-        learning_rate: Learning rate of the student's SGD, a scalar.
+        lr: Learning rate of the student's SGD, a scalar.
         generator: Generator of the draws of images and augmentations.
 
     Returns:
@@ -526,7 +526,7 @@ def trajectory_step(
     with torch.no_grad():
         images = torch.cat([context.decode(group) for group in groups])
     images.requires_grad_()
-    rate = learning_rate.detach().requires_grad_()
+    lr = lr.detach().requires_grad_()
     with autocast(device, config.precision):
         loss = trajectory_matching(
             network,
@@ -535,11 +535,11 @@ def trajectory_step(
             images,
             memory.class_index[seen.to(device, non_blocking=True)],
             positions.to(device, non_blocking=True).split(sizes),
-            rate,
+            lr,
             augmentations,
             draws_globally=config.draws_globally,
         )
-    gradient, of_rate = torch.autograd.grad(loss, [images, rate])
+    gradient, of_lr = torch.autograd.grad(loss, [images, lr])
     context.optimizer.zero_grad()
     if context.sources is not None:
         _add_fidelity(
@@ -548,7 +548,7 @@ def trajectory_step(
     for group, of_group in zip(groups, gradient.split([len(g) for g in groups]), strict=True):
         torch.autograd.backward(context.decode(group), of_group)
     context.move(seen, loss.detach(), shared=False)
-    return sum(sizes), of_rate
+    return sum(sizes), of_lr
 
 
 def fresh_network(

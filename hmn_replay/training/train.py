@@ -61,7 +61,7 @@ __all__ = [
     "Targets",
     "TrainingConfig",
     "add_gradients",
-    "cosine_rate",
+    "cosine_lr",
     "draw_batch",
     "draw_epoch",
     "make_network",
@@ -283,7 +283,7 @@ def train_network(
                 if config.schedule == "cosine":
                     step = epoch * len(batches) + number
                     for group in optimizer.param_groups:
-                        group["lr"] = cosine_rate(step, num_steps, config.learning_rate)
+                        group["lr"] = cosine_lr(step, num_steps, config.learning_rate)
                 batch, first, second, lam = draw_batch(
                     as_floats(images[indices if on_device else chosen].to(device)),
                     indices,
@@ -461,7 +461,7 @@ def draw_batch(
     return cutmix(augment(images), labels, generator, probability=cutmix_probability)
 
 
-def cosine_rate(step: float, num_steps: float, peak: float) -> float:
+def cosine_lr(step: float, num_steps: float, peak: float) -> float:
     """Return the learning rate of one step, from ``peak`` at step 0 to 0 at ``num_steps``."""
     return 0.5 * peak * (1.0 + math.cos(math.pi * step / num_steps))
 

@@ -97,7 +97,7 @@ def test_a_class_has_the_logit_of_its_label(make_set: MakeSet, make_layout: Make
     ends = []
     for each, logits in ((in_order, None), (shuffled, order), (shuffled, None)):
         own = context(data, make_layout(), objective="gradient", precision="float32")
-        steps.set_rate(own.optimizer, 0.1)
+        steps.set_lr(own.optimizer, 0.1)
         steps.match_step(own, each, make_generator(0), logits)
         ends.append(own.memory.decode()[0])
     assert ends[0].allclose(ends[1], atol=1e-5)

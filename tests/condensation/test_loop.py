@@ -26,7 +26,7 @@ from hmn_replay.budget import Budget
 from hmn_replay.condensation.checkpoint import Checkpoint, flatten_state, write_checkpoint
 from hmn_replay.condensation.config import make_config
 from hmn_replay.condensation.matchers import BatchMatcher, RandomNetworks
-from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer, set_rate
+from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer, set_lr
 from hmn_replay.data.images import LabelledImages, mean_psnr
 from hmn_replay.data.lookup import ImageLookup, Images
 from hmn_replay.errors import BudgetError, CheckpointError, DistributedError, TrainingError
@@ -755,7 +755,7 @@ def make_matcher(make_set: MakeSet, make_layout: MakeLayout) -> Callable[..., Ba
         config, data = make_config(**{**usual, **options}), make_set()
         memory = HierarchicalMemory(make_layout(), data.classes, [3, 5, 2], seed=1)
         optimizer = make_optimizer(memory, (0.5, 0.99))
-        set_rate(optimizer, 0.01)
+        set_lr(optimizer, 0.01)
         context = StepContext(memory, RealImages.of(data), config, optimizer, first_class)
         return BatchMatcher(context, RandomNetworks(context, seed=7), seed=7)
 

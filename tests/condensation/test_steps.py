@@ -75,7 +75,7 @@ class Scene:
     def learn(self, rate: float = 0.01) -> None:
         """Let the memory move from now on."""
         self.optimizer = steps.make_optimizer(self.memory, (0.5, 0.99))
-        steps.set_rate(self.optimizer, rate)
+        steps.set_lr(self.optimizer, rate)
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_the_tensors_learn_at_the_rates_that_the_memory_declares(
     memory = make_scene(number_format).memory
     optimizer = steps.make_optimizer(memory, (0.9, 0.99))
     for rate in (0.01, 0.25, 0.0):
-        steps.set_rate(optimizer, rate)
+        steps.set_lr(optimizer, rate)
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         for name, tensor in memory.tensors.items():
             assert rates[id(memory.get_parameter(name))] == pytest.approx(rate * tensor.rate)

@@ -23,7 +23,7 @@ from hmn_replay.condensation.steps import (
     RealImages,
     StepContext,
     make_optimizer,
-    set_rate,
+    set_lr,
     trajectory_step,
     warm_start_targets,
 )
@@ -121,7 +121,7 @@ class Scene:
     def learn(self, rate: float = 0.01) -> None:
         """Let the memory move from now on."""
         self.optimizer = make_optimizer(self.memory, (0.5, 0.99))
-        set_rate(self.optimizer, rate)
+        set_lr(self.optimizer, rate)
 
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.memory.parameters() if p.grad is not None]
@@ -285,7 +285,7 @@ def make_matcher(make_set: MakeSet, tmp_path: Path) -> Callable[..., TrajectoryM
         config, data = make_config(**settings), make_set()
         memory = memory_of("pixels", data.classes, data.image_shape)
         optimizer = make_optimizer(memory, (0.5, 0.99))
-        set_rate(optimizer, 0.01)
+        set_lr(optimizer, 0.01)
         experts = Experts(
             tmp_path,
             data.images,
@@ -325,7 +325,7 @@ def test_the_learning_rate_goes_against_its_gradient(
     matcher = make_matcher(student_learning_rate=0.03, student_rate_learning_rate=0.1)
     assert matcher.results()["student_rate"] == pytest.approx(0.03)
     matcher.step(0)
-    gradient = matcher.rate["logarithm"].grad
+    gradient = matcher.lr["logarithm"].grad
     assert gradient is not None and float(gradient) != 0
     # Adam's first step on the logarithm is its learning rate, whatever the gradient's size.
     expected = 0.03 * math.exp(-0.1 * math.copysign(1, float(gradient)))

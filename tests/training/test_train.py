@@ -24,7 +24,7 @@ from hmn_replay.training.train import (
     SCHEDULES,
     TrainingConfig,
     add_gradients,
-    cosine_rate,
+    cosine_lr,
     draw_batch,
     make_network,
     mixed_loss,
@@ -101,12 +101,12 @@ def test_plain_training_equals_sgd_written_out(schedule: str) -> None:
 
 
 def test_cosine_schedule_falls_from_the_peak_to_almost_zero() -> None:
-    rates = [cosine_rate(step, 1000, 0.01) for step in range(1000)]
+    rates = [cosine_lr(step, 1000, 0.01) for step in range(1000)]
     assert rates[0] == 0.01
     assert rates[500] == pytest.approx(0.005)
     assert rates == sorted(rates, reverse=True)
     assert 0 < rates[-1] < 1e-7
-    assert cosine_rate(1000, 1000, 0.01) == pytest.approx(0, abs=1e-18)
+    assert cosine_lr(1000, 1000, 0.01) == pytest.approx(0, abs=1e-18)
 
 
 def test_a_batch_is_moved_in_one_way_and_mixed_as_often_as_asked() -> None:
