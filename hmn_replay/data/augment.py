@@ -392,38 +392,34 @@ def cutmix(
     labels: Tensor,
     generator: torch.Generator,
     probability: float = 0.5,
-    alpha: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Paste into every image the same rectangle of another one (CutMix, Yun et al. 2019).
 
-    The loss of the result is ``lam * loss(labels_a) + (1 - lam) * loss(labels_b)``.
+    The share of an image that is kept is drawn from Beta(1, 1), before the rectangle is cut off at
+    the border. The loss of the result is ``lam * loss(labels_a) + (1 - lam) * loss(labels_b)``.
 
     Args:
         images: ``(N, C, H, W)``, left as they are.
         labels: ``(N,)``, any integers.
         generator: A CPU generator.
         probability: That the batch is mixed at all, in [0, 1].
-        alpha: The share of an image that is kept is drawn from Beta(alpha, alpha), before the
-            rectangle is cut off at the border; above 0.
 
     Returns:
         The mixed images; ``labels``; the labels of the images pasted; and ``lam``, the share of
         pixels not pasted over. A batch that is not mixed comes back itself, with ``lam`` 1.
 
     Raises:
-        ConfigError: ``probability`` or ``alpha`` is out of range.
+        ConfigError: ``probability`` is out of range.
     """
     if not 0 <= probability <= 1:
         raise ConfigError(f"probability must be in [0, 1], got {probability}")
-    if not 0 < alpha < math.inf:
-        raise ConfigError(f"alpha must be above 0 and finite, got {alpha}")
     # torch draws no Beta from a generator; the standard library does, from a seed of ours.
     rng = random.Random(int(torch.randint(_MAX_SEED, (), generator=generator)))
     order = torch.randperm(len(images), generator=generator)
     if rng.random() >= probability:
         return images, labels, labels, 1.0
     height, width = images.shape[2:]
-    side = math.sqrt(1.0 - rng.betavariate(alpha, alpha))
+    side = math.sqrt(1.0 - rng.betavariate(1.0, 1.0))
     top, bottom = _draw_span(rng, height, side)
     left, right = _draw_span(rng, width, side)
     order = order.to(images.device, non_blocking=True)
