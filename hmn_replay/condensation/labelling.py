@@ -242,8 +242,8 @@ def label_images(
                     fill=mean,
                     std=std,
                 )
-                total = total + network(augment(floats)).float().softmax(dim=1).cpu()
-        rows.append(total / (each * len(parts)))
+                total = total + network(augment(floats)).float().softmax(dim=1)
+        rows.append((total / (each * len(parts))).cpu())
     return torch.cat(rows) if rows else torch.empty((0, 0), dtype=torch.float32)
 
 

@@ -91,10 +91,14 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
             f"labels are in 0 .. {num_classes - 1}, as many as logits; got {int(labels.min())} to "
             f"{int(labels.max())}: give positions among the sorted labels, not labels"
         )
-    own_class = torch.nn.functional.one_hot(labels, num_classes).bool()
-    own = logits[..., own_class]
-    others = logits.masked_fill(own_class, -math.inf).amax(dim=-1)
-    return own - others
+    return _margins(logits, labels)
+
+
+def _margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return :func:`margins`, which are not checked, so that a GPU is not waited for."""
+    own_class = labels.expand(logits.shape[:-1]).unsqueeze(-1)
+    others = logits.scatter(-1, own_class, -math.inf).amax(dim=-1)
+    return logits.gather(-1, own_class).squeeze(-1) - others
 
 
 def aum(margins_per_epoch: Tensor | Sequence[Tensor]) -> Tensor:
@@ -141,12 +145,13 @@ class MarginRecorder:
         """Record what the network of an epoch says of the images, in evaluation mode."""
         images, labels = self.images, self.class_indices
         home = device_of(network, labels.device)
+        margins_of = _margins if self.recorded else margins
         found = torch.zeros(len(images), dtype=torch.float32, device=labels.device)
         positions = torch.arange(len(images), device=labels.device)
         with evaluating(network):
             for part in self.team.share(positions.split(images_at_once(images.shape[1:]))):
                 logits = network(as_floats(images[part].to(home))).float()
-                found[part] = margins(logits.to(found.device), labels[part])
+                found[part] = margins_of(logits.to(found.device), labels[part])
         self.team.add_up(found)
         self.recorded.append(found)
 
