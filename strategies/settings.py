@@ -14,7 +14,8 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import nn
 
-from hmn_replay.avalanche.plugin import MODES, MemoryReplay
+from hmn_replay.avalanche.plugin import MemoryReplay
+from hmn_replay.avalanche.protocol import MODES
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.runtime import resolve_device
 

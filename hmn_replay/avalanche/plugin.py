@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import warnings
 from collections import Counter
@@ -11,11 +10,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from avalanche.core import BasePlugin, SupervisedPlugin
+from avalanche.core import SupervisedPlugin
 from avalanche.models import MultiTaskModule
 from avalanche.training.plugins.lwf import LwFPlugin
-from avalanche.training.supervised import JointTraining
-from avalanche.training.templates.common_templates import SupervisedTemplate
 from torch import Tensor, nn
 
 from hmn_replay.avalanche.buffer import (
@@ -27,9 +24,6 @@ from hmn_replay.avalanche.buffer import (
 )
 from hmn_replay.avalanche.hooks import Head, Teacher, check_has_head
 from hmn_replay.avalanche.losses import (
-    LOSSES,
-    RENEWALS,
-    TUNED,
     Loss,
     Renewal,
     ReplayLoss,
@@ -38,6 +32,14 @@ from hmn_replay.avalanche.losses import (
     find_loss,
     label_distillation,
     plain,
+)
+from hmn_replay.avalanche.protocol import (
+    ReplayProtocol,
+    check_asked,
+    check_labels,
+    check_tuning,
+    has_plain_criterion,
+    needs_all_classes,
 )
 from hmn_replay.avalanche.streams import (
     NormalisingNetwork,
@@ -51,7 +53,6 @@ from hmn_replay.avalanche.streams import (
     first_images,
     first_of_each_class,
     is_piece,
-    normalises,
     read_experiences,
     split_class_keys,
 )
@@ -63,7 +64,7 @@ from hmn_replay.avalanche.weights import (
     take_weights,
     weights_of,
 )
-from hmn_replay.budget import as_int, as_number
+from hmn_replay.budget import as_int
 from hmn_replay.condensation.labelling import LABEL_AUGMENTATIONS
 from hmn_replay.data.augment import RandomAugmentation
 from hmn_replay.data.images import LabelledImages
@@ -88,9 +89,7 @@ from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
 from hmn_replay.training.networks import evaluating, find_head
 
-__all__ = ["FIRST_WEIGHTS", "MODES", "MemoryReplay", "replay_of"]
-
-MODES = ("replay", "memory_only")
+__all__ = ["FIRST_WEIGHTS", "MemoryReplay", "replay_of"]
 
 FIRST_WEIGHTS, _UNTUNED_WEIGHTS = "first_weights", "untuned_weights"
 """Weights of the network that are kept, by their names in :meth:`MemoryReplay.state_dict`."""
@@ -261,7 +260,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 "keeper says how the memory is renewed, as LearnedKeeper(budget) does; got "
                 f"{keeper!r:.60}: for a budget alone take HMNReplay(budget)"
             )
-        _check_settings(
+        check_asked(
             mode,
             batch_size_mem,
             replay_transform,
@@ -273,19 +272,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         )
         if recode_share and not keeper.has_codec:
             raise _no_codec(keeper)
-        if labels != "hard" and keeper.holds_features:
-            raise ConfigError(
-                "labels are what a network says of augmented images; leave them out for features"
-            )
+        check_labels(mode, labels, label_weight, holds_features=keeper.holds_features)
+        check_tuning(mode, tune, tune_steps, tune_rate)
         self.distill, self.recode_share = distill, recode_share
-        if labels not in ("hard", "soft") or not _is_in(label_weight, 0):
-            raise ConfigError(
-                f"labels must be hard or soft, and label_weight 0 or more; got {labels!r} and "
-                f"{label_weight!r}"
-            )
-        if mode == "memory_only" and labels != "hard":
-            raise ConfigError('labels are for mode="replay"; leave them out')
-        _check_tuning(mode, tune, tune_steps, tune_rate)
         self.tune, self.tune_steps, self.tune_rate = tune, tune_steps, tune_rate
         self.labels, self.label_weight = labels, label_weight
         self.label_augmentations = RandomAugmentation(label_augmentations).names
@@ -499,7 +488,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._settle(strategy, experiences)
         if self._has_tasks(experiences):
             self._refuse_tasks()
-        if not _has_plain_criterion(strategy) and (wanted := self._for_one_head()):
+        if not has_plain_criterion(strategy) and (wanted := self._for_one_head()):
             raise ConfigError(
                 f"{wanted[0]} is not for {type(strategy).__name__}, which has a loss of its own"
             )
@@ -762,8 +751,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Return the weight of the distillation in an experience; by default where it can be."""
         if self.distill is not None:
             return self.distill
-        can_be = _has_plain_criterion(strategy) and not self._has_tasks(experiences)
-        if not (can_be and self._has_learned and _needs_all_classes(self._loss_now)):
+        can_be = has_plain_criterion(strategy) and not self._has_tasks(experiences)
+        if not (can_be and self._has_learned and needs_all_classes(self._loss_now)):
             return 0.0
         if any(isinstance(plugin, LwFPlugin) for plugin in strategy.plugins):
             self._warn("LwFPlugin distils the previous network: going on as with distill=0")
@@ -938,64 +927,15 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             self.finish()
 
     def _settle(self, strategy: Strategy, experiences: Sequence[Any]) -> None:
-        """Settle loss and renewal for experiences, none of them before the first is known.
-
-        What was asked for and cannot be had is refused, or warned of.
-        """
-        name, loss = find_loss(self.loss)
-        reason = self._why_plain(strategy, name, loss, experiences)
-        is_joint = isinstance(strategy, JointTraining)
-        renew = self.renew
-        if self.mode == "memory_only":
-            renew = "after" if self.memory is None else "before"
-            name, loss = "plain", plain
-        elif renew == "auto":
-            is_wanted = self.loss != "auto" or not is_joint
-            renew = "before" if _needs_all_classes(loss) and is_wanted and not reason else "after"
-        if renew == "before" and any(is_piece(strategy, each) for each in experiences):
-            renew = "after"
-            if self.renew == "before" or self.loss != "auto":
-                self._warn(
-                    "an online stream gives an experience in pieces, which cannot be made into the "
-                    'memory before they are trained on: renew="after"'
-                    + (', and so loss="balanced"' if _needs_all_classes(loss) else "")
-                )
-        if renew == "after" and _needs_all_classes(loss):
-            name, loss = "balanced", LOSSES["balanced"]
-        if reason:
-            if self.loss != "plain":
-                self._warn(f"replayed images are trained with the plain loss: {reason}")
-            name, loss = "plain", plain
-        self._loss_now, self.loss_used, self.renew_used = loss, name, renew
-        if not _has_plain_criterion(strategy):
-            self.loss_used = type(strategy).__name__
-
-    def _why_plain(
-        self, strategy: Strategy, name: str, loss: ReplayLoss, experiences: Sequence[Any]
-    ) -> str:
-        """Return why a loss cannot be had, or nothing; raise where it was asked for by name."""
-        changes_logits = getattr(loss, "changes_logits", False)
-        if self.mode == "memory_only":
-            return ""
-        if not _has_plain_criterion(strategy):
-            reason = f"{type(strategy).__name__} has a loss of its own"
-            if self.replay_weight is not None or self.loss not in ("auto", "plain"):
-                raise ConfigError(
-                    f"{reason}, which replay_weight and loss cannot replace; leave them out, and "
-                    "choose batch_size_mem instead"
-                )
-            return reason
-        if changes_logits and not _is_cross_entropy(strategy._criterion):
-            reason = (
-                "the criterion is not nn.CrossEntropyLoss without label smoothing, but "
-                f"{_describe(strategy._criterion)}"
-            )
-            if self.loss != "auto":
-                raise ConfigError(f"loss={name!r} changes the logits of a softmax: {reason}")
-            return reason
-        if changes_logits and self._has_tasks(experiences):
-            return "task labels above 0 tell classes apart"
-        return ""
+        asked = ReplayProtocol(self.mode, self.loss, self.renew, self.replay_weight)
+        settled = asked.settle(
+            strategy,
+            experiences,
+            has_memory=self.memory is not None,
+            has_tasks=self._has_tasks(experiences),
+            warn=self._warn,
+        )
+        self._loss_now, self.loss_used, self.renew_used = settled
 
     def _has_tasks(self, experiences: Sequence[Any]) -> bool:
         """Return whether experiences or the memory have task labels above 0."""
@@ -1064,102 +1004,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         return self.store.decoded(self._device)
 
 
-def _describe(criterion: object) -> str:
-    smoothing = getattr(criterion, "label_smoothing", 0)
-    return f"{criterion}" + (f" with label_smoothing={smoothing}" if smoothing else "")
-
-
 def _no_codec(owner: object) -> ConfigError:
     kind = getattr(owner, "kind", type(owner).__name__)
     return ConfigError(
         f"recode_share is for memories with a codec, such as hmn and jpeg; {kind!r} has none: "
         "leave it out"
     )
-
-
-def _check_tuning(mode: str, tune: str, tune_steps: int, tune_rate: float) -> None:
-    """Raise a ConfigError for settings of the tuning outside their ranges."""
-    if tune not in TUNED or (as_int(tune_steps) or 0) < 1 or not (as_number(tune_rate) or 0) > 0:
-        raise ConfigError(
-            f"tune is one of {', '.join(TUNED)}, tune_steps a whole number of 1 or more and "
-            f"tune_rate above 0; got {tune!r}, {tune_steps!r} and {tune_rate!r}"
-        )
-    if mode == "memory_only" and tune != "none":
-        raise ConfigError('tune is for mode="replay"; leave it out')
-
-
-def _is_in(value: object, low: float, high: float = math.inf) -> bool:
-    """Return whether a value is a finite number in [low, high]."""
-    number = as_number(value)
-    return number is not None and low <= number <= high
-
-
-def _check_settings(
-    mode: str,
-    batch_size_mem: int | None,
-    replay_transform: object,
-    replay_weight: float | None,
-    loss: Loss,
-    renew: str,
-    distill: float | None,
-    recode_share: float,
-) -> None:
-    """Raise a ConfigError for settings of a plugin outside their ranges."""
-    if mode not in MODES:
-        raise ConfigError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-    if renew not in RENEWALS:
-        raise ConfigError(f"renew must be one of {', '.join(RENEWALS)}; got {renew!r}")
-    if distill is not None and not _is_in(distill, 0):
-        raise ConfigError(f"distill must be None, or 0 or more; got {distill!r}")
-    if not _is_in(recode_share, 0, 1):
-        raise ConfigError(f"recode_share must be in [0, 1]; got {recode_share!r}")
-    name, function = find_loss(loss)
-    if renew == "after" and loss != "auto" and _needs_all_classes(function):
-        raise ConfigError(
-            f"loss={name!r} learns the current classes from decoded images: it needs "
-            'renew="before"; with renew="after" take loss="balanced"'
-        )
-    if batch_size_mem is not None and (as_int(batch_size_mem) or 0) < 1:
-        raise ConfigError(
-            f"batch_size_mem must be a whole number of 1 or more; got {batch_size_mem!r}"
-        )
-    if replay_transform is not None and not callable(replay_transform):
-        raise ConfigError(
-            "replay_transform is a function of a batch of images, such as "
-            f'hmn_replay.RandomAugmentation("crop,flip"); got {replay_transform!r}'
-        )
-    if normalises(replay_transform):
-        raise ConfigError(
-            "replay_transform takes images in [0, 1], which are normalised afterwards as the "
-            "benchmark does: leave Normalize out of it"
-        )
-    if replay_weight is not None and not _is_in(replay_weight, 0, 1):
-        raise ConfigError(f"replay_weight must be None, or in [0, 1]; got {replay_weight!r}")
-    is_given = replay_weight is not None or loss not in ("auto", "plain") or renew != "auto"
-    is_given = is_given or bool(distill) or bool(recode_share)
-    if mode == "memory_only" and is_given:
-        raise ConfigError(
-            "replay_weight, loss, renew, distill and recode_share are for a memory beside raw "
-            'images, which mode="memory_only" does not train on; leave them out'
-        )
-
-
-def _has_plain_criterion(strategy: Strategy) -> bool:
-    """Return whether a strategy's loss is its criterion of output and labels."""
-    kind = type(strategy)
-    return (
-        kind.training_epoch is SupervisedTemplate.training_epoch
-        and kind.criterion is SupervisedTemplate.criterion
-        and not isinstance(strategy._criterion, BasePlugin)
-    )
-
-
-def _needs_all_classes(loss: ReplayLoss) -> bool:
-    return getattr(loss, "needs_all_classes", False)
-
-
-def _is_cross_entropy(criterion: object) -> bool:
-    return isinstance(criterion, nn.CrossEntropyLoss) and not criterion.label_smoothing
 
 
 def _reattach_optim_modules() -> None:
