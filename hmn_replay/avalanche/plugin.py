@@ -76,7 +76,6 @@ from hmn_replay.errors import (
     HMNReplayError,
     HMNReplayWarning,
 )
-from hmn_replay.files import digest_tensors
 from hmn_replay.memory import Memory
 from hmn_replay.memory.base import Codec
 from hmn_replay.replay import (
@@ -84,7 +83,7 @@ from hmn_replay.replay import (
     Keeper,
     ReplayMemory,
 )
-from hmn_replay.replay.store import digest_state
+from hmn_replay.replay.store import STATE_VERSION, digest_state
 from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
 from hmn_replay.training.networks import evaluating, find_head
@@ -659,11 +658,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             "num_updates_before": self._num_updates_before,
             "tuned_digests": self._tuned_digests,
         }
-        state = {**self.store.state_dict(), "training": settled}
-        state["training_digest"] = digest_state(settled)
-        for name, weights in self._kept.items():
-            state |= {name: weights, f"{name}_digest": digest_tensors("", weights)}
-        return state
+        learned = {"training": settled, **self._kept}
+        return {**self.store.state_dict(), **learned, "training_digest": digest_state(learned)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; what follows is bit for bit what it would be.
@@ -671,23 +667,15 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         Raises:
             CheckpointError: The state is not one of this version, or is damaged; nothing changes.
         """
-        own, kept = dict(state), dict[str, dict[str, Tensor]]()
-        for name in (FIRST_WEIGHTS, _UNTUNED_WEIGHTS):
-            weights, digest = own.pop(name, None), own.pop(f"{name}_digest", None)
-            if weights is None:
-                continue
-            is_whole = isinstance(weights, dict) and all(
-                isinstance(each, Tensor) for each in weights.values()
-            )
-            if not is_whole or digest_tensors("", weights) != digest:
-                raise CheckpointError(
-                    "not a whole state of a replay memory: its network was altered"
-                )
-            kept[name] = weights
+        own, learned = dict(state), ("training", FIRST_WEIGHTS, _UNTUNED_WEIGHTS)
+        kept = {name: own.pop(name) for name in learned if name in own}
         try:
-            settled = own.pop("training")
-            if digest_state(settled) != own.pop("training_digest"):
-                raise CheckpointError("it was altered")
+            # That a state is of another version, the store says.
+            if own.pop("training_digest") != digest_state(kept) and own["version"] == STATE_VERSION:
+                raise CheckpointError("it or its network was altered")
+            settled = kept.pop("training")
+            if not all(isinstance(x, Tensor) for each in kept.values() for x in each.values()):
+                raise CheckpointError("its network has weights that are no tensors")
             found, names = settled["normalization"], (settled["loss_used"], settled["renew_used"])
             found = None if found is None else Normalization.of(found)
             if not all(name is None or isinstance(name, str) for name in names):

@@ -47,9 +47,9 @@ from hmn_replay.runtime import (
 )
 from hmn_replay.training.networks import device_of, evaluating
 
-__all__ = ["DecodedImages", "ReplayMemory", "digest_memory", "digest_state"]
+__all__ = ["STATE_VERSION", "DecodedImages", "ReplayMemory", "digest_memory", "digest_state"]
 
-_STATE_VERSION = 3
+STATE_VERSION = 4
 
 Result = TypeVar("Result")
 
@@ -530,7 +530,7 @@ class ReplayMemory:
         """
         memory = b"" if self.memory is None else self.memory.to_bytes()
         state = {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             # torch.frombuffer refuses a buffer of no bytes.
             "memory": torch.frombuffer(bytearray(memory + b"\0"), dtype=torch.uint8)[:-1],
             "report": json.dumps(self.report),
@@ -549,8 +549,8 @@ class ReplayMemory:
         gatherer = Gatherer(self.max_raw_images, self.seed)
         try:
             version, digest = state["version"], state["digest"]
-            if version != _STATE_VERSION:
-                raise CheckpointError(f"version {version!r}, expected {_STATE_VERSION}")
+            if version != STATE_VERSION:
+                raise CheckpointError(f"version {version!r}, expected {STATE_VERSION}")
             if digest != digest_state({key: state[key] for key in state if key != "digest"}):
                 raise CheckpointError("its digest does not fit: it was altered")
             memory = state["memory"].cpu().numpy().tobytes()
@@ -697,7 +697,8 @@ def digest_state(state: dict[str, Any]) -> str:
             value = digest_state(value)
         if isinstance(value, Tensor):
             digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+            # numpy has no bfloat16.
+            digest.update(value.reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
         else:
             digest.update(repr((name, value)).encode())
     return digest.hexdigest()

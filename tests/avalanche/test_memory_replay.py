@@ -855,6 +855,8 @@ def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
             replay.load_state_dict(wrong)
         assert replay.memory is memory and len(replay.report) == 1
         assert replay.num_pending == pending
+    with pytest.raises(CheckpointError, match="version 9, expected"):
+        replay.load_state_dict({**state, "version": 9, "training_digest": "of that version"})
     replay.load_state_dict(state)
 
 

@@ -569,6 +569,16 @@ def sealed(state: dict[str, Any]) -> dict[str, Any]:
     return {**plain, "digest": digest_of(plain)}
 
 
+def test_a_digest_is_of_tensors_of_any_dtype() -> None:
+    values = torch.arange(6).view(2, 3)
+    digests = {
+        store.digest_state({"of": {"all": each}})
+        for dtype in (torch.bfloat16, torch.float16, torch.int64, torch.bool)
+        for each in (values.to(dtype), values.to(dtype).T, values.to(dtype)[1, 2])
+    }
+    assert len(digests) == 12
+
+
 def waiting() -> ReplayMemory:
     memory = make("raw")
     memory.update(batch(0, 1))
