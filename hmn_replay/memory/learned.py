@@ -792,11 +792,8 @@ class LearnedMemory(Memory, nn.Module):
             raise ConfigError(
                 f"a memory has up to {MAX_CLASSES} classes; got {len(old)} + {len(new)}"
             )
-        before = {
-            name: getattr(self, name)
-            for name in (*self.tensors, "classes", "class_index", *self._scale_names(), "_counts")
-        } | {"_soft": self._soft}
-        labeller = self._labeller
+        own = {"_parameters": {**self._parameters}, "_buffers": {**self._buffers}}
+        before = {**self.__dict__, **own}
         device = self.classes.device
         generator = make_generator(seed, "classes", len(old))
         owner = torch.arange(len(new)).repeat_interleave(torch.tensor(counts))
@@ -813,16 +810,13 @@ class LearnedMemory(Memory, nn.Module):
                 rows = tensor.draw(generator, num_rows).to(device)
                 self._replace(name, torch.cat([getattr(self, name), rows]))
         self.update_scales(len(old))
-        needed = 0 if self.budget_bytes is None else self.file_bytes
-        if self.budget_bytes is not None and needed > self.budget_bytes:
-            num_images, num_classes = self.num_images, self.num_classes
-            for name, kept in before.items():
-                setattr(self, name, kept)
-            self.set_labeller(labeller)
-            raise BudgetError(
-                f"{num_images} images of {num_classes} classes take {needed:,} bytes, over the "
-                f"budget of {self.budget_bytes:,}; keep fewer images, or raise the budget"
+        if self.budget_bytes is not None and (needed := self.file_bytes) > self.budget_bytes:
+            error = BudgetError(
+                f"{self.num_images} images of {self.num_classes} classes take {needed:,} bytes, "
+                f"over the budget of {self.budget_bytes:,}; keep fewer images, or raise the budget"
             )
+            self.__dict__.update(before)
+            raise error
 
     @torch.no_grad()
     def add_images(self, images_per_class: Sequence[int], *, seed: int = 0) -> Tensor:
