@@ -27,13 +27,12 @@ from typing import Any, ClassVar
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hmn_replay.data.features import check_feature_shape
 from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory.base import register_memory
 from hmn_replay.memory.entropy import best_levels, bits
-from hmn_replay.memory.formats import NUMBER_FORMATS
+from hmn_replay.memory.formats import NUMBER_FORMATS, clamp_inwards
 from hmn_replay.memory.layout import PRIVATE_RATE, MemoryLayout, StoredTensor
 from hmn_replay.memory.learned import LearnedMemory
 
@@ -236,7 +235,7 @@ class FeatureMemory(LearnedMemory):
 
     def _finish(self, x: Tensor, indices: Tensor) -> Tensor:
         offset = self.value("offset") + self.value("class_offset", indices)
-        bounded: Tensor = _Bounded.apply(x + offset[:, :, None, None], self.value("bound"))
+        bounded = clamp_inwards(x + offset[:, :, None, None], self.value("bound"))
         return bounded * self.value("log_scale").exp()
 
     @torch.no_grad()
@@ -381,21 +380,6 @@ class FeatureMemory(LearnedMemory):
         total = rows * codes + largest("offset") + largest("class_offset") + largest("bound")
         log_scale = float(self.log_scale.double())
         return math.inf if log_scale > _MAX_LOG_SCALE else total * max(1.0, math.exp(log_scale))
-
-
-class _Bounded(torch.autograd.Function):
-    """The larger of values and a bound, with gradients that lead values back above it."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, bound: Tensor) -> Tensor:
-        ctx.save_for_backward(values < bound)
-        return values.maximum(bound)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (is_below,) = ctx.saved_tensors
-        return gradient.masked_fill(is_below & (gradient > 0), 0.0), None
 
 
 def _no_bound(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:

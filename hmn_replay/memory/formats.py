@@ -14,6 +14,7 @@ entropy-coded: rare values take more bits, and training knows how many
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,14 @@ from torch import Tensor
 from hmn_replay.errors import ConfigError
 from hmn_replay.registry import Registry
 
-__all__ = ["NUMBER_FORMATS", "NumberFormat", "max_abs_scale", "round_bias", "round_to_format"]
+__all__ = [
+    "NUMBER_FORMATS",
+    "NumberFormat",
+    "clamp_inwards",
+    "max_abs_scale",
+    "round_bias",
+    "round_to_format",
+]
 
 _MAX_INTEGER = 127
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
@@ -121,6 +129,36 @@ def _straight_through(rounded: Tensor, latent: Tensor) -> Tensor:
     """Return ``rounded``, to the bit, with the gradient of ``latent``."""
     # latent - latent.detach() is zero, so the value is `rounded` to the bit and the gradient is 1.
     return rounded + (latent - latent.detach()) if latent.requires_grad else rounded
+
+
+def clamp_inwards(values: Tensor, low: Tensor | float, high: float | None = None) -> Tensor:
+    """Clamp values, with gradients that lead what is at an end or beyond it back inside.
+
+    A plain clamp has no gradient there (in some versions of torch, at the ends themselves neither),
+    so that the black ground of a digit could never learn. Only what leads further out is cut.
+
+    Args:
+        values: float, any shape.
+        low: The least that they may be, broadcasting to ``values``.
+        high: The most. Default: None, no bound.
+    """
+    clamped: Tensor = _ClampInwards.apply(values, low, high)
+    return clamped
+
+
+class _ClampInwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, low: Any, high: float | None) -> Tensor:
+        ctx.save_for_backward(values <= low, None if high is None else values >= high)
+        return values.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        is_low, is_high = ctx.saved_tensors
+        outwards = is_low & (gradient > 0)
+        if is_high is not None:
+            outwards |= is_high & (gradient < 0)
+        return gradient.masked_fill(outwards, 0), None, None
 
 
 def max_abs_scale(largest: Tensor) -> Tensor:

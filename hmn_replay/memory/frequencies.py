@@ -29,10 +29,9 @@ from torch import Tensor
 from hmn_replay.budget import smallest
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.base import Codec, register_memory
-from hmn_replay.memory.formats import NUMBER_FORMATS
+from hmn_replay.memory.formats import NUMBER_FORMATS, clamp_inwards
 from hmn_replay.memory.layout import PRIVATE_RATE, MemoryLayout, StoredTensor
 from hmn_replay.memory.learned import LearnedMemory
-from hmn_replay.memory.rivals import to_unit_interval
 from hmn_replay.runtime import without_autocast
 
 __all__ = ["FrequencyLayout", "FrequencyMemory"]
@@ -198,7 +197,7 @@ class FrequencyMemory(LearnedMemory):
         for dim, matrix in zip((2, 3, 4), matrices, strict=True):
             x = product(x, matrix, dim)
         x = rearrange(x, "n (a b) c h w -> n c (a h) (b w)", a=down, b=across)
-        return to_unit_interval(x[..., :height, :width] + 0.5)
+        return clamp_inwards(x[..., :height, :width] + 0.5, 0, 1)
 
     def _analysed(self, images: Tensor) -> Tensor:
         """Return the coefficients of images, float32 ``(n, B, F / 8, 8)``, in units of 1."""

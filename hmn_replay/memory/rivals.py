@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.base import register_memory
+from hmn_replay.memory.formats import clamp_inwards
 from hmn_replay.memory.layout import MemoryLayout, StoredTensor
 from hmn_replay.memory.learned import LearnedMemory
 
@@ -34,7 +35,6 @@ __all__ = [
     "LinBaMemory",
     "PixelLayout",
     "PixelMemory",
-    "to_unit_interval",
 ]
 
 # The int8 scale of latent pixels in [-0.5, 0.5]: 255 steps of brightness, both ends among them.
@@ -104,7 +104,7 @@ class PixelMemory(LearnedMemory):
         if f > 1:
             size = self.layout.image_shape[1:]
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        return to_unit_interval(images)
+        return clamp_inwards(images, 0, 1)
 
     @torch.no_grad()
     def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
@@ -270,7 +270,7 @@ class HaBaMemory(LearnedMemory):
         x = _convolve(self.value("bases", indices), own["encoder_weight"], own["encoder_bias"])
         x = x * own["scaling"] + own["shift"]
         x = _convolve(F.pad(x, (2, 2, 2, 2)), own["decoder_weight"], own["decoder_bias"])
-        return to_unit_interval(x + 0.5)
+        return clamp_inwards(x + 0.5, 0, 1)
 
     @torch.no_grad()
     def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
@@ -385,7 +385,7 @@ class LinBaMemory(LearnedMemory):
         if self.layout.downsampling > 1:
             factor = float(self.layout.downsampling)
             x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-        return to_unit_interval(x[..., :height, :width] + 0.5)
+        return clamp_inwards(x[..., :height, :width] + 0.5, 0, 1)
 
     @torch.no_grad()
     def fit(self, first_image: int, real_images: Callable[[Tensor], Tensor]) -> bool:
@@ -416,32 +416,6 @@ class LinBaMemory(LearnedMemory):
         ds, (_, height, width) = self.layout.downsampling, self.layout.basis_shape
         beyond = (0, width * ds - images.shape[3], 0, height * ds - images.shape[2])
         return F.avg_pool2d(F.pad(images - 0.5, beyond, mode="replicate"), ds).flatten(1)
-
-
-def to_unit_interval(images: Tensor) -> Tensor:
-    """Clamp brightness to [0, 1], with gradients that lead black and white pixels back inside.
-
-    A plain clamp has no gradient there (in some versions of torch, at 0 and 1 themselves neither),
-    so that the black ground of a digit could never learn. Only what leads further out is cut.
-
-    Args:
-        images: float, any shape.
-    """
-    clamped: Tensor = _UnitInterval.apply(images)
-    return clamped
-
-
-class _UnitInterval(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        outwards = ((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0))
-        return gradient.masked_fill(outwards, 0)
 
 
 def _pixels(name: str, shape: tuple[int, ...]) -> StoredTensor:

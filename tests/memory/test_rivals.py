@@ -24,7 +24,7 @@ from hmn_replay.memory import (
     PixelLayout,
     PixelMemory,
 )
-from hmn_replay.memory.rivals import to_unit_interval
+from hmn_replay.memory.formats import clamp_inwards
 from tests.support import PLAIN_FORMATS, rounded_by_hand, same_bits, trained, upsampled_by_hand
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
@@ -214,7 +214,7 @@ def test_black_and_white_pixels_learn_inwards_alone(
 
 def test_what_leads_out_of_the_unit_interval_is_cut() -> None:
     x = torch.tensor([-1.0, 0.0, 0.3, 1.0, 2.0]).repeat(2).requires_grad_()
-    y = to_unit_interval(x)
+    y = clamp_inwards(x, 0, 1)
     assert y.tolist() == pytest.approx([0, 0, 0.3, 1, 1] * 2)
     torch.autograd.backward(y, torch.tensor([2.0] * 5 + [-2.0] * 5))
     assert x.grad is not None
