@@ -176,23 +176,22 @@ def labeller_accuracy(memory: Memory, test_set: Decodable | ImageSource) -> floa
         raise ConfigError("the memory has no labeller; make it with labels='labeller'")
     images, labels, names = _images_and_labels(test_set)
     check_same_names(memory.class_names, names, "the memory", "the test set")
-    ascending, order = memory.classes.cpu().sort()
-    positions = _positions(labels, ascending, "the memory")
-    indices = torch.where(positions < 0, -1, order[positions])
+    indices = _positions(labels, memory.classes.cpu(), "the memory")
     return score(labeller, images, indices, device=memory.classes.device)
 
 
 def _positions(labels: Tensor, classes: Tensor, owner: str) -> Tensor:
-    """Return the positions of a test set's labels in ascending classes; -1 for those not there."""
+    """Return the positions of a test set's labels among classes; -1 for those not there."""
     check_same_keys(labels, classes, "the test set")
-    positions = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
-    known = classes[positions] == labels
+    ascending, order = classes.sort()
+    found = torch.searchsorted(ascending, labels).clamp(max=len(classes) - 1)
+    known = ascending[found] == labels
     if len(labels) and not known.any():
         raise DataError(
-            f"expected a test set with labels of {owner}, {_shown(classes)}; got "
+            f"expected a test set with labels of {owner}, {_shown(ascending)}; got "
             f"{_shown(labels.unique())}: number the classes of both alike"
         )
-    return torch.where(known, positions, -1)
+    return torch.where(known, order[found], -1)
 
 
 def _shown(classes: Tensor) -> str:
@@ -212,8 +211,7 @@ def _targets(
             raise ConfigError(f"labels={labels!r} is for a memory; got a {type(source).__name__}")
         return None
     wanted = source.richest_labels if labels is None else labels
-    ascending, order = source.classes.cpu().sort()
-    columns = order[torch.searchsorted(ascending, classes)]
+    columns = _positions(classes, source.classes.cpu(), "the memory")
     if wanted == "soft":
         if not source.has_soft_labels:
             raise ConfigError("the memory has no soft labels; make it with labels='soft'")
