@@ -12,12 +12,15 @@ from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.sources import Split
 from hmn_replay.errors import ConfigError, UnknownOptionError
 
+# Data sets whose images must not be mirrored.
+DIGITS = ("digits", "mnist", "svhn")
 
-def make_parser(doc: str | None) -> argparse.ArgumentParser:
+
+def make_parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
     """Return a parser whose help is a module's docstring: its first line, and the rest as it is."""
     summary, _, details = (doc or "").partition("\n\n")
     return argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=HelpFormatter
+        prog, description=summary, epilog=details, formatter_class=HelpFormatter
     )
 
 

@@ -42,6 +42,7 @@ import hmn_replay
 from experiments.arguments import add_data, load, make_parser
 from experiments.benchmarks import matching, training
 from experiments.benchmarks.common import add_common_arguments, readable
+from experiments.results import reset_peak_memory
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError, HMNReplayError
 from hmn_replay.files import check_target, write_atomically
@@ -191,8 +192,7 @@ def condense(
         if left <= 0:
             raise ConfigError(f"nothing is left of --minutes {args.minutes:g}; give it more")
         options |= {"max_seconds": min(MOST_SECONDS, left), "outer_steps": 100_000}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_memory(device)
     started = time.perf_counter()
     memory = hmn_replay.condense(train, args.budget, device=device, seed=0, **options)
     condensed = time.perf_counter()

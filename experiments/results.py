@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import hmn_replay
 from hmn_replay.errors import ConfigError
 
@@ -173,8 +175,10 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def reset_peak_memory() -> None:
-    """Let the process's peak begin anew, where Linux allows it; else it is that of all it did."""
+def reset_peak_memory(device: torch.device | None = None) -> None:
+    """Let the process's peak begin anew, where Linux allows it, and that of a device's tensors."""
     gc.collect()
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

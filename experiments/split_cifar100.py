@@ -50,6 +50,7 @@ if __name__ == "__main__":
 import hmn_replay
 from experiments import arguments
 from experiments.arguments import (
+    DIGITS,
     add_data,
     make_parser,
     parse_names,
@@ -76,7 +77,6 @@ from hmn_replay.runtime import (
 )
 
 # Digits must not be mirrored, nor recoloured, neither by us nor while HMN condenses them.
-DIGITS = ("digits", "mnist", "svhn")
 DIGITS_AUGMENTATIONS = ("crop", "scale", "rotate")
 DIGITS_OPTIONS = {"augmentations": DIGITS_AUGMENTATIONS, "network_cutmix_probability": 0.0}
 DIGITS_OPTIONS["pruning_augmentations"] = DIGITS_AUGMENTATIONS

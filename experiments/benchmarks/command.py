@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from experiments.benchmarks.common import add_common_arguments, description, summary
+from experiments.arguments import make_parser
+from experiments.benchmarks.common import add_common_arguments, description
 from hmn_replay.errors import HMNReplayError
 from hmn_replay.files import check_target, write_atomically
 
@@ -48,16 +49,14 @@ MODULES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; print what it measured, or with --json one JSON object."""
-    outer = argparse.ArgumentParser(prog="benchmark.py", **summary(__doc__))
+    outer = make_parser(__doc__, "benchmark.py")
     outer.add_argument("command", choices=tuple(MODULES), metavar="COMMAND")
     outer.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     chosen = outer.parse_args(argv)
     # What Avalanche's own code warns of, no user of this script can mend.
     warnings.filterwarnings("ignore", module=r"avalanche|deprecated|qpsolvers")
     module = importlib.import_module(f"experiments.benchmarks.{MODULES[chosen.command]}")
-    parser = argparse.ArgumentParser(
-        prog=f"benchmark.py {chosen.command}", **summary(module.__doc__)
-    )
+    parser = make_parser(module.__doc__, f"benchmark.py {chosen.command}")
     module.add_arguments(parser)
     add_common_arguments(parser)
     if parser.parse_args(chosen.arguments).smoke:

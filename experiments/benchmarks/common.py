@@ -18,7 +18,6 @@ import torch
 import hmn_replay
 from experiments.arguments import add_settings
 from hmn_replay.budget import Budget
-from hmn_replay.cli import HelpFormatter
 from hmn_replay.condensation.config import EFFORTS
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.memory.formats import NUMBER_FORMATS
@@ -29,16 +28,6 @@ from hmn_replay.runtime import make_generator, resolve_device
 NOT_SETTINGS = ("command", "json", "out", "smoke", "device", "threads")
 
 _Result = TypeVar("_Result")
-
-
-def summary(docstring: str | None) -> dict[str, Any]:
-    """Return what a parser takes from a module's docstring: its first line, and the rest."""
-    first, _, rest = (docstring or "").partition("\n\n")
-    return {
-        "description": first,
-        "epilog": rest,
-        "formatter_class": HelpFormatter,
-    }
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -102,9 +102,7 @@ def peak_memory(
     where = torch.device(device)
     make_tasks(width, 2, side, 1, where)[name]()
     task = make_tasks(width, batch, side, student_steps, where)[name]
-    reset_peak_memory()
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
+    reset_peak_memory(where)
     before = peak_memory_bytes(where)
     task()
     return peak_memory_bytes(where) - before

@@ -10,16 +10,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 import hmn_replay
 from experiments.arguments import parse_names
+from experiments.benchmarks.common import in_fresh_process, noise
 from experiments.figures import save
 from experiments.results import reset_peak_memory
 from experiments.tables import published
@@ -28,11 +26,8 @@ from experiments.tables.rows import NOTHING, Row, budgets, number, sections
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
 from experiments.tables.study import KINDS, fit
-from hmn_replay.data.images import LabelledImages
 from hmn_replay.objectives import OBJECTIVES
-from hmn_replay.runtime import make_generator, peak_memory_bytes
-
-T = TypeVar("T")
+from hmn_replay.runtime import peak_memory_bytes
 
 DEFAULT_ROWS = "all"
 CLASSES, SHAPE = 10, (3, 32, 32)
@@ -62,25 +57,17 @@ def asked(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [(name, objective) for name in names for objective in objectives]
 
 
-def in_fresh_process(function: Callable[[], T]) -> T:
-    """Return what a function does, called in a process that is started for it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function).result()
-
-
 def measure_peak(settings: Settings, system: str, objective: str, ipc: int) -> dict[str, Any]:
     """Take a few steps of a condensation, and return the most memory that they used."""
     device = torch.device(settings.device)
     by_steps = dataclasses.replace(settings, seconds=None)
     options = {**by_steps.condensation(system), **STEPS, "objective": objective, "device": device}
     layout, budget = fit(system, ipc, SHAPE, CLASSES, settings.number_format, CIFAR_IMAGES)
-    hmn_replay.condense(noise(2, (3, 8, 8)), 4096, kind="pixels", **{**options, **TINY})
+    hmn_replay.condense(noise((3, 8, 8), CLASSES, 2), 4096, kind="pixels", **{**options, **TINY})
     # A memory has no more images of a class than there are real ones.
     held = -(-KINDS[system].max_images(layout, budget, CLASSES) // CLASSES)
-    images = noise(max(REAL_IMAGES, held), SHAPE)
-    reset_peak_memory()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    images = noise(SHAPE, CLASSES, max(REAL_IMAGES, held))
+    reset_peak_memory(device)
     before = peak_memory_bytes(device)
     memory = hmn_replay.condense(images, budget, kind=system, layout=layout, **options)
     return {
@@ -90,14 +77,6 @@ def measure_peak(settings: Settings, system: str, objective: str, ipc: int) -> d
         "bytes": memory.file_bytes,
         "values": memory.num_floats,
     }
-
-
-def noise(per_class: int, shape: tuple[int, int, int]) -> LabelledImages:
-    """Return random images."""
-    size = (CLASSES * per_class, *shape)
-    generator = make_generator(0, "noise")
-    images = torch.randint(256, size, dtype=torch.uint8, generator=generator)
-    return LabelledImages(images, torch.arange(CLASSES).repeat(per_class))
 
 
 def make_rows(args: argparse.Namespace, settings: Settings, store: Store) -> list[Row]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hmn_replay
-from experiments.arguments import load
+from experiments.arguments import DIGITS, load
 from experiments.tables.published import dataset_name
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
@@ -36,8 +36,6 @@ KINDS: dict[str, type[LearnedMemory]] = {
 }
 # IDC trains on its own images for so many epochs; others are shown as many images as those.
 IDC_EPOCHS = 1000
-# Digits must not be mirrored: IDC's code leaves flips out for these.
-DIGITS = ("digits", "mnist", "svhn")
 # What a file has beside its values at most: a header, and something for each class.
 HEADER_BYTES, CLASS_BYTES = 1024, 12
 
@@ -271,6 +269,6 @@ def training(study: Study, ipc: int, network: str = "convnet") -> TrainingConfig
 
 
 def augmentations(study: Study) -> tuple[str, ...]:
-    """Return IDC's augmentations of a training: no digit is mirrored."""
+    """Return IDC's augmentations of a training: its code mirrors no digit either."""
     names = TrainingConfig().augmentations
     return tuple(name for name in names if name != "flip" or study.name not in DIGITS)

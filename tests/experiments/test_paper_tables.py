@@ -16,6 +16,7 @@ from PIL import Image
 
 import hmn_replay
 from experiments import paper_tables
+from experiments.benchmarks.common import in_fresh_process
 from experiments.paper_tables import main
 from experiments.tables import memory
 from experiments.tables.store import Store
@@ -316,7 +317,7 @@ def test_a_peak_is_what_a_condensation_adds(tmp_path: Path) -> None:
     settings = paper_tables.make_settings(arguments)
     # In this process, what earlier tests freed would be used again.
     small, large = (
-        memory.in_fresh_process(partial(memory.measure_peak, settings, "pixels", "dm", ipc))
+        in_fresh_process(partial(memory.measure_peak, settings, "pixels", "dm", ipc))
         for ipc in (1, 200)
     )
     assert (small["images"], large["images"]) == (10, 2000)
@@ -325,9 +326,9 @@ def test_a_peak_is_what_a_condensation_adds(tmp_path: Path) -> None:
 
 
 def test_a_fresh_process_is_one_and_its_errors_come_back() -> None:
-    assert memory.in_fresh_process(os.getpid) != os.getpid()
+    assert in_fresh_process(os.getpid) != os.getpid()
     with pytest.raises(ValueError, match="invalid literal"):
-        memory.in_fresh_process(partial(int, "a"))
+        in_fresh_process(partial(int, "a"))
 
 
 def test_datasets(make: Callable[..., int], cifar10: Path, tmp_path: Path) -> None:
