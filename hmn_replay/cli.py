@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shlex
-import statistics
 import sys
 import textwrap
 import warnings
@@ -28,6 +27,7 @@ from torch import Tensor
 
 import hmn_replay
 from hmn_replay.baselines.fill import QUALITIES, real_images, search_qualities
+from hmn_replay.baselines.scores import mean_and_std
 from hmn_replay.condensation.config import make_config
 from hmn_replay.data.images import show_label
 from hmn_replay.data.sources import Split, dataset_name
@@ -272,10 +272,7 @@ def _all_scores(args: argparse.Namespace, memory: hmn_replay.Memory) -> Result:
 
     rows = [("accuracy %", "")]
     for name, values in found["accuracies"].items():
-        std = statistics.stdev(values) if len(values) > 1 else 0.0
-        rows.append(
-            (name.replace("_", " "), percent({"mean": statistics.fmean(values), "std": std}))
-        )
+        rows.append((name.replace("_", " "), percent(mean_and_std(values))))
     rows.append(("real less memory", percent(found["hard_label_recovery"], "+")))
     for name, values in found["improvement_over_random"].items():
         rows.append((f"memory less random, {name.replace('_', ' ')}", percent(values, "+")))
@@ -1048,9 +1045,10 @@ def _score(
         )
         accuracies.append(accuracy)
         _note(args, f"{name}seed {seed}: {accuracy:.2%}")
+    found = mean_and_std(accuracies)
     return {
-        "accuracy_mean": statistics.fmean(accuracies),
-        "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        "accuracy_mean": found["mean"],
+        "accuracy_std": found["std"],
         "accuracies": accuracies,
         **{name: vars(args)[name] for name in ("seed", "repeats", "network", "width", "passes")},
     }

@@ -11,7 +11,7 @@ import contextlib
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from hmn_replay.evaluation import evaluate
 from hmn_replay.memory.base import Memory
 from hmn_replay.training.train import TrainingConfig
 
-__all__ = ["ddranking_score", "scores"]
+__all__ = ["ddranking_score", "mean_and_std", "scores"]
 
 
 def scores(
@@ -171,10 +171,10 @@ def scores(
         "file_bytes": num_bytes,
         "jpeg_quality": quality if "random_bytes_jpeg" in accuracies else None,
         "accuracies": accuracies,
-        "hard_label_recovery": _mean_and_std(hlr),
-        "improvement_over_random": {name: _mean_and_std(values) for name, values in ior.items()},
-        "label_robust_score": {name: _mean_and_std(values) for name, values in lrs.items()},
-        "augmentation_robust_score": {"count": _mean_and_std(ars)},
+        "hard_label_recovery": mean_and_std(hlr),
+        "improvement_over_random": {name: mean_and_std(values) for name, values in ior.items()},
+        "label_robust_score": {name: mean_and_std(values) for name, values in lrs.items()},
+        "augmentation_robust_score": {"count": mean_and_std(ars)},
     }
 
 
@@ -210,6 +210,7 @@ def ddranking_score(first: float, second: float, weight: float = 0.5) -> float:
     return (math.exp(mixed) - math.exp(-1)) / (math.e - math.exp(-1))
 
 
-def _mean_and_std(values: list[float]) -> dict[str, float]:
+def mean_and_std(values: Sequence[float]) -> dict[str, float]:
+    """Return the ``mean`` and the sample standard deviation, ``std``, which is 0 of one value."""
     std = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "std": std}
