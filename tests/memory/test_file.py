@@ -510,7 +510,10 @@ def forgeries() -> dict[str, tuple[bytes, str]]:
             reworded(data, " hmn ", " hmm "),
             f"memory kind must be one of {', '.join(MEMORIES)}; got 'hmm'; did you mean 'hmn'",
         ),
-        "a kind of real images": (reworded(data, " hmn ", " raw "), "too many values to unpack"),
+        "a kind of real images": (
+            reworded(data, " hmn ", " raw "),
+            "too many values of ['image shape']",
+        ),
         "another kind": (reworded(pieces, " idc 24 ", " pixels 24 "), "a layout of 2 words, got 3"),
         "too many fields": (reworded(data, " 2,2 0", " 2,2 0 0"), "a layout of 9 words, got 10"),
         "too few fields": (reworded(data, " 2,2 0", " 2,2"), "a layout of 9 words, got 8"),
