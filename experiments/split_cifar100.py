@@ -101,6 +101,10 @@ NOT_COMPARED = {"data_root", "download", "strategies", "seed", "smoke", "set", "
 NOT_COMPARED |= {"formats"}
 
 
+def distillation_weight(text: str) -> float | str:
+    return text if text == "adaptive" else float(text)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -142,9 +146,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--renew", choices=RENEWALS, default="auto",
         help="when an experience is made into one of our memories: before or after it is trained "
         "on; auto is before, with the losses auto and separated")  # fmt: skip
-    add("--distill", type=float,
+    add("--distill", type=distillation_weight, metavar="WEIGHT",
         help="weight of our memories' distillation from the previous network, which is working "
-        "memory and not counted in the budget (default: 1 with the losses separated and grouped)",
+        "memory and not counted in the budget: a number, or adaptive, which grows with the number "
+        "of old classes (default: 1 with the losses separated and grouped)",
     )  # fmt: skip
     add("--labels", choices=("hard", "soft"), default="hard",
         help="whether our memories keep what the network says of their images, in the same bytes, "

@@ -45,7 +45,7 @@ class ReplayOptions(TypedDict, total=False):
     replay_weight: float | None
     loss: Loss
     renew: Renewal
-    distill: float | None
+    distill: float | Literal["adaptive"] | None
     recode_share: float
     labels: Literal["hard", "soft"]
     label_weight: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import warnings
 from collections import Counter
@@ -162,15 +163,16 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             asked for. ``"memory_only"`` does not use it.
         distill: Weight, 0 or more, of a term that keeps the network near to the previous one, as it
             was when the experience began, on all images of the mini-batch and over the classes of
-            the memory by then; see :func:`hmn_replay.avalanche.losses.distillation`. The previous
-            network sees the very images that the network sees, in evaluation mode. It is a copy in
-            working memory while an experience is trained on, and no part of the memory's file or
-            budget; classes that the experience brings again are left out. Default: ``None``, 1
-            where the loss is one that learns the current classes from decoded images too, such as
-            ``"separated"`` and ``"grouped"``, and 0 elsewhere and until the plugin has made an
-            experience into the memory: of a memory that was loaded it is not known whether the
-            network has learned it. Not for online streams, task labels above 0 or
-            ``"memory_only"``.
+            the memory by then; see :func:`hmn_replay.avalanche.losses.distillation`.
+            ``"adaptive"`` is the root of the number of these classes over that of the experience's,
+            as LUCIR's code has it (Hou et al. 2019). The previous network sees the very images that
+            the network sees, in evaluation mode. It is a copy in working memory while an experience
+            is trained on, and no part of the memory's file or budget; classes that the experience
+            brings again are left out. Default: ``None``, 1 where the loss is one that learns the
+            current classes from decoded images too, such as ``"separated"`` and ``"grouped"``, and
+            0 elsewhere and until the plugin has made an experience into the memory: of a memory
+            that was loaded it is not known whether the network has learned it. Not for online
+            streams, task labels above 0 or ``"memory_only"``.
         recode_share: Probability in [0, 1] with which an image of the experience is shown as the
             memory would give it back, encoded and decoded, so that a network cannot tell age by
             what a codec does to images (Wang et al. 2023, CIM-CIL). Default: 0, none. For kinds of
@@ -239,7 +241,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         replay_weight: float | None = None,
         loss: Loss = "auto",
         renew: Renewal = "auto",
-        distill: float | None = None,
+        distill: float | Literal["adaptive"] | None = None,
         recode_share: float = 0.0,
         labels: Literal["hard", "soft"] = "hard",
         label_weight: float = 1.0,
@@ -527,7 +529,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         # Data sets that do not list their labels are not checked, and may have been counted.
         own = self._checked | set(self._own_counts)
         distilled = [c for c in self._old_classes.tolist() if c not in own]
-        self.distill_used = self._weigh_distillation(strategy, experiences) if distilled else 0.0
+        self.distill_used = 0.0
+        if distilled:
+            numbers = len(distilled), max(1, len(own))
+            self.distill_used = self._weigh_distillation(strategy, experiences, *numbers)
         self._teacher = self._make_teacher(strategy.model, torch.tensor(distilled))
         needs_head = getattr(self._loss_now, "needs_head", False)
         if self.tune == "head" or needs_head:
@@ -735,8 +740,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 "has a head for each task"
             )
 
-    def _weigh_distillation(self, strategy: Strategy, experiences: Sequence[Any]) -> float:
+    def _weigh_distillation(
+        self, strategy: Strategy, experiences: Sequence[Any], num_old: int, num_new: int
+    ) -> float:
         """Return the weight of the distillation in an experience; by default where it can be."""
+        if self.distill == "adaptive":
+            return math.sqrt(num_old / num_new)
         if self.distill is not None:
             return self.distill
         can_be = has_plain_criterion(strategy) and not self._has_tasks(experiences)

@@ -165,7 +165,7 @@ def check_asked(
     replay_weight: float | None,
     loss: Loss,
     renew: str,
-    distill: float | None,
+    distill: float | Literal["adaptive"] | None,
     recode_share: float,
 ) -> None:
     """Raise a ConfigError for settings of a plugin outside their ranges."""
@@ -173,8 +173,8 @@ def check_asked(
         raise ConfigError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     if renew not in RENEWALS:
         raise ConfigError(f"renew must be one of {', '.join(RENEWALS)}; got {renew!r}")
-    if distill is not None and not _is_within(distill, 0):
-        raise ConfigError(f"distill must be None, or 0 or more; got {distill!r}")
+    if distill not in (None, "adaptive") and not _is_within(distill, 0):
+        raise ConfigError(f"distill must be None, 'adaptive', or 0 or more; got {distill!r}")
     if not _is_within(recode_share, 0, 1):
         raise ConfigError(f"recode_share must be in [0, 1]; got {recode_share!r}")
     name, function = find_loss(loss)

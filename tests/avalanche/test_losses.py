@@ -306,6 +306,15 @@ def test_by_default_losses_that_learn_new_classes_from_decoded_images_distill(
     assert not torch.equal(found, trained(loss, distill=1 - weight)[0])
 
 
+def test_adaptive_distillation_grows_with_the_old_classes() -> None:
+    replay, used = KeepFirst(loss="plain", renew="before", distill="adaptive"), []
+    strategy = make_strategy([replay])
+    for experience in labelled_streams((0, 1), (2,), (3,)).train_stream:
+        strategy.train(experience)
+        used.append(replay.distill_used)
+    assert used == [0.0, math.sqrt(2 / 1), math.sqrt(3 / 1)]
+
+
 def test_by_default_nothing_is_distilled_where_it_cannot_be() -> None:
     def of_decoded_images(step: ReplayStep) -> Tensor:
         return step.loss_of(step.logits)
