@@ -170,7 +170,7 @@ def test_what_a_kind_does_not_have_is_refused() -> None:
     for kind in ("hmn", "raw"):
         with pytest.raises(TypeError, match=r"'quality'; it is an option of .* kind 'jpeg'$"):
             ReplayMemory(6000, kind, quality=3)
-    with pytest.raises(TypeError, match=r"an option of the memory kinds 'features', .*'hmn'$"):
+    with pytest.raises(TypeError, match=r"an option of the memory kinds 'features', .*'hmn'"):
         ReplayMemory(6000, "raw", outer_steps=3)
     with pytest.raises(TypeError, match=r"'xyz'; the command 'hmn-replay options' lists [^,]+$"):
         ReplayMemory(6000, xyz=3)
