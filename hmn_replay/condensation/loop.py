@@ -709,7 +709,7 @@ class Condensation(Run):
         if self.by_order:
             return torch.arange(len(images), dtype=torch.float32)
         if callable(self.config.pruning):
-            return score_by(self.config.pruning, self.memory.decode()[0], class_index)
+            return score_by(self.config.pruning, images[:], class_index)
         recorder = MarginRecorder(images, class_index, self.team)
         self._train_on(images, class_index, "AUM", on_epoch=recorder)
         return recorder.aum()
