@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import hmn_replay
-from hmn_replay.cli import HelpFormatter
+from hmn_replay.cli import HelpFormatter, refuse_flags
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.sources import Split
-from hmn_replay.errors import ConfigError, UnknownOptionError
+from hmn_replay.errors import ConfigError
 
 # Data sets whose images must not be mirrored.
 DIGITS = ("digits", "mnist", "svhn")
@@ -92,10 +92,7 @@ def parse_settings(
     """
     pairs = [assignment.partition("=") for assignment in args.set]
     texts: dict[str, Any] = {name.strip().replace("-", "_"): value for name, _, value in pairs}
-    for name in texts:
-        if name in vars(args) and name not in hmn_replay.CondenseConfig.model_fields:
-            flag = name.replace("_", "-")
-            raise UnknownOptionError(f"--set has no option {name!r}; pass --{flag} by itself")
+    refuse_flags(texts, args, hmn_replay.CondenseConfig.model_fields)
     config = hmn_replay.CondenseConfig(**texts)
     settled = settled or {}
     if both := sorted(settled.keys() & texts.keys()):

@@ -49,7 +49,7 @@ from hmn_replay.registry import suggest
 from hmn_replay.runtime import PRECISIONS
 from hmn_replay.settings import check_options
 
-__all__ = ["HelpFormatter", "main", "make_parser"]
+__all__ = ["HelpFormatter", "main", "make_parser", "refuse_flags"]
 
 Result: TypeAlias = tuple[dict[str, Any], str]
 
@@ -949,12 +949,17 @@ def _settings(
 ) -> dict[str, Any]:
     """Return what --set gives, checked to be settings, and no options of the sub-command."""
     settings = dict(args.set)
-    for name in settings:
+    refuse_flags(settings, args, known)
+    check_options("--set", settings, known, catalogue=catalogue)
+    return settings
+
+
+def refuse_flags(names: Iterable[str], args: argparse.Namespace, known: Collection[str]) -> None:
+    """Raise an UnknownOptionError for a name of --set that is a flag of the command instead."""
+    for name in names:
         if name not in known and name in vars(args):
             flag = name.replace("_", "-")
             raise UnknownOptionError(f"--set has no option {name!r}; pass --{flag} by itself")
-    check_options("--set", settings, known, catalogue=catalogue)
-    return settings
 
 
 def _check_out(args: argparse.Namespace) -> None:
