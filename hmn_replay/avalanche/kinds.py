@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from hmn_replay.avalanche.losses import Loss, Renewal
-from hmn_replay.avalanche.plugin import FIRST_WEIGHTS, MemoryReplay
+from hmn_replay.avalanche.plugin import MemoryReplay
 from hmn_replay.avalanche.streams import Strategy, experiences_of
 from hmn_replay.avalanche.weights import on_cpu
 from hmn_replay.budget import Budget
@@ -164,10 +164,10 @@ class HMNReplay(MemoryReplay):
     ) -> None:
         """Check the experience's data; note the network's first weights."""
         super().before_train_dataset_adaptation(strategy, *args, **kwargs)
-        if self._may_match_own and FIRST_WEIGHTS not in self._kept:
+        if self._may_match_own and self._first_weights is None:
             model, is_asked = strategy.model, self.matching_networks == "own"
             if is_asked or _gives_blocks(model, self._image_shape):
-                self._kept[FIRST_WEIGHTS] = on_cpu(tensors_of(model))
+                self._first_weights = on_cpu(tensors_of(model))
         needs_labels = not get_objective(self._config.objective).matches_features
         experiences = experiences_of(strategy, strategy.experience)
         if self.matching_networks == "own" and needs_labels and self._has_tasks(experiences):
@@ -178,7 +178,7 @@ class HMNReplay(MemoryReplay):
 
     def _networks(self) -> Sequence[nn.Module]:
         """Return the network as it was at first and as it is, once it has learned anything."""
-        model, first = self._model, self._kept.get(FIRST_WEIGHTS)
+        model, first = self._model, self._first_weights
         if not self._may_match_own or model is None or first is None:
             return ()
         now, start = copy.deepcopy(model), copy.deepcopy(model)

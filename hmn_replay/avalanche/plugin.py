@@ -42,6 +42,7 @@ from hmn_replay.avalanche.protocol import (
     has_plain_criterion,
     needs_all_classes,
 )
+from hmn_replay.avalanche.recoding import Recoder, no_codec
 from hmn_replay.avalanche.streams import (
     NormalisingNetwork,
     Normalization,
@@ -57,14 +58,8 @@ from hmn_replay.avalanche.streams import (
     read_experiences,
     split_class_keys,
 )
-from hmn_replay.avalanche.tuning import by_class, draw_balanced, tune_network
-from hmn_replay.avalanche.weights import (
-    digests_like,
-    is_same_network,
-    on_cpu,
-    take_weights,
-    weights_of,
-)
+from hmn_replay.avalanche.tuning import Tuner, by_class, draw_balanced
+from hmn_replay.avalanche.weights import is_same_network
 from hmn_replay.budget import as_int
 from hmn_replay.condensation.labelling import LABEL_AUGMENTATIONS
 from hmn_replay.data.augment import RandomAugmentation
@@ -78,7 +73,6 @@ from hmn_replay.errors import (
     HMNReplayWarning,
 )
 from hmn_replay.memory import Memory
-from hmn_replay.memory.base import Codec
 from hmn_replay.replay import (
     DecodedImages,
     Keeper,
@@ -89,10 +83,9 @@ from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
 from hmn_replay.training.networks import evaluating, find_head
 
-__all__ = ["FIRST_WEIGHTS", "MemoryReplay", "replay_of"]
+__all__ = ["MemoryReplay", "replay_of"]
 
-FIRST_WEIGHTS, _UNTUNED_WEIGHTS = "first_weights", "untuned_weights"
-"""Weights of the network that are kept, by their names in :meth:`MemoryReplay.state_dict`."""
+_FIRST_WEIGHTS, _UNTUNED_WEIGHTS = "first_weights", "untuned_weights"
 
 
 class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
@@ -272,7 +265,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             recode_share,
         )
         if recode_share and not keeper.has_codec:
-            raise _no_codec(keeper)
+            raise no_codec(keeper)
         check_labels(mode, labels, label_weight, holds_features=keeper.holds_features)
         check_tuning(mode, tune, tune_steps, tune_rate)
         self.distill, self.recode_share = distill, recode_share
@@ -313,14 +306,14 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._has_learned = False
         # How many updates there were before those of the network that is trained.
         self._num_updates_before = 0
-        # Weights of the network by name, on the CPU, that the next experience needs.
-        self._kept: dict[str, dict[str, Tensor]] = {}
-        self._tuned_digests: dict[str, str] = {}
+        # Of the network, by name, on the CPU; where subclasses match on points from there on.
+        self._first_weights: dict[str, Tensor] | None = None
+        self._tuner = Tuner()
         # Since the experience, or the piece of one, began.
         self._num_augmented = 0
         self._teacher: Teacher | None = None
         self._head: Head | None = None
-        self._codec: tuple[Any, Codec] | None = None
+        self._recoder = Recoder()
         _reattach_optim_modules()
 
     @property
@@ -410,7 +403,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if not self.num_pending:
             return False
         selection = getattr(self.store.keeper, "selection", None)
-        if self._model is None and (self.labels == "soft" or self._kept or callable(selection)):
+        needs_model = (
+            self.labels == "soft"
+            or self._first_weights is not None
+            or self._tuner.untuned is not None
+            or callable(selection)
+        )
+        if self._model is None and needs_model:
             raise ConfigError(
                 "what is left is made into the memory by the strategy's network, which a plugin "
                 "that was loaded does not know: call finish(strategy)"
@@ -493,7 +492,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             raise ConfigError(
                 f"{wanted[0]} is not for {type(strategy).__name__}, which has a loss of its own"
             )
-        self._undo_tuning(strategy.model)
+        if not self._tuner.undo(strategy.model):
+            self._warn(
+                "the network was changed after it was tuned, and goes on as it is; otherwise it "
+                "would go on from its weights before the tuning"
+            )
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
         self._old_classes = old.cpu().clone()
         self._has_learned = self.store.num_updates > self._num_updates_before
@@ -564,7 +567,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 "transforms that end in floats"
             )
         if self.recode_share:
-            mbatch[0] = self._recoded(mbatch[0])
+            generator = make_generator(self.seed, "recode", self.store.num_draws)
+            mbatch[0] = self._recoder(
+                mbatch[0], self.recode_share, decoded.memory, self._found, generator
+            )
         if decoded.memory.holds_features:
             mbatch[0] = self._backbone()(mbatch[0])
         count = self.batch_size_mem or strategy.train_mb_size
@@ -661,9 +667,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             "loss_used": self.loss_used,
             "renew_used": self.renew_used,
             "num_updates_before": self._num_updates_before,
-            "tuned_digests": self._tuned_digests,
+            "tuned_digests": self._tuner.digests,
         }
-        learned = {"training": settled, **self._kept}
+        kept = {_FIRST_WEIGHTS: self._first_weights, _UNTUNED_WEIGHTS: self._tuner.untuned}
+        learned = {"training": settled, **{k: v for k, v in kept.items() if v is not None}}
         return {**self.store.state_dict(), **learned, "training_digest": digest_state(learned)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -672,7 +679,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         Raises:
             CheckpointError: The state is not one of this version, or is damaged; nothing changes.
         """
-        own, learned = dict(state), ("training", FIRST_WEIGHTS, _UNTUNED_WEIGHTS)
+        own, learned = dict(state), ("training", _FIRST_WEIGHTS, _UNTUNED_WEIGHTS)
         kept = {name: own.pop(name) for name in learned if name in own}
         try:
             # That a state is of another version, the store says.
@@ -694,15 +701,17 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 f"read ({error}); take an earlier one"
             ) from error
         self.store.load_state_dict(own)
-        self._kept, self._found = kept, self.normalization or found
+        self._found = self.normalization or found
         self.loss_used, self.renew_used = names
-        self._num_updates_before, self._tuned_digests = num_before, dict(tuned)
+        self._num_updates_before = num_before
+        self._first_weights = kept.get(_FIRST_WEIGHTS)
+        self._tuner = Tuner(kept.get(_UNTUNED_WEIGHTS), dict(tuned))
         # What is trained next need not be the network of before.
-        self._model = self._soft = self._codec = None
+        self._model = self._soft = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no network, and no decoded image."""
-        return {**self.__dict__, "_model": None, "_teacher": None, "_head": None, "_codec": None}
+        return {**self.__dict__, "_model": None, "_teacher": None, "_head": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become what :meth:`__getstate__` described."""
@@ -714,7 +723,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         known = self._model
         if known is not None and model is not None and not is_same_network(known, model):
             # What is known of one network does not hold for another.
-            self._kept.clear()
+            self._first_weights, self._tuner = None, Tuner()
             self._num_updates_before = self.store.num_updates
         self._device, self._model = torch.device(device), known if model is None else model
         self.store.device = self.compute_device
@@ -830,14 +839,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             images = as_floats(decoded.images[[0, -1]])
             images = finish_images(images, None, self.found_normalization)
             tuned = self._find_head(model, images)
-        parameters = [each for each in tuned.parameters() if each.requires_grad]
         num_images = strategy.train_mb_size + (self.batch_size_mem or strategy.train_mb_size)
         teacher = self._make_teacher(model, decoded.memory.classes)
         positions = by_class(decoded.labels)
-        ids = set(map(id, parameters))
-        self._kept[_UNTUNED_WEIGHTS] = on_cpu(
-            {name: each for name, each in model.named_parameters() if id(each) in ids}
-        )
 
         def loss(step: int) -> Tensor:
             generator = make_generator(self.seed, "tune", number, step)
@@ -855,26 +859,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
         try:
             with isolated(self._device, self.seed, "tune", number):
-                tune_network(model, parameters, loss, steps=self.tune_steps, rate=self.tune_rate)
+                self._tuner.tune(model, tuned, loss, steps=self.tune_steps, rate=self.tune_rate)
         finally:
             if teacher is not None:
                 teacher.hook.remove()
-            self._tuned_digests = digests_like(self._kept[_UNTUNED_WEIGHTS], model)
-
-    def _undo_tuning(self, model: nn.Module) -> None:
-        """Give the network its weights from before the tuning, unless it was changed since."""
-        untuned = self._kept.pop(_UNTUNED_WEIGHTS, None)
-        if untuned is None:
-            return
-        # A head that has grown since is as it was tuned; it has no weights from before.
-        now = digests_like(untuned, model)
-        if all(self._tuned_digests.get(name) == digest for name, digest in now.items()):
-            take_weights(model, untuned)
-        else:
-            self._warn(
-                "the network was changed after it was tuned, and goes on as it is; otherwise it "
-                "would go on from its weights before the tuning"
-            )
 
     @contextlib.contextmanager
     def untuned(self, model: nn.Module) -> Iterator[None]:
@@ -883,7 +871,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         Args:
             model: The network; without a tuning it stays as it is.
         """
-        with weights_of(model, self._kept.get(_UNTUNED_WEIGHTS, {})):
+        with self._tuner.undone(model):
             yield
 
     def _read(self, experiences: Sequence[Any]) -> LabelledImages:
@@ -940,27 +928,6 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         has_tasks = any(any(getattr(each, "task_labels", ())) for each in experiences)
         return has_tasks or bool(split_class_keys(keys.long())[1].any())
 
-    def _recoded(self, images: Tensor) -> Tensor:
-        """Return a mini-batch, some of its images as the memory would give them back."""
-        memory = self.memory
-        if self._codec is None or self._codec[0] is not memory:
-            codec = None if memory is None else memory.codec()
-            if codec is None:
-                raise _no_codec(memory)
-            self._codec = (memory, codec)
-        generator = make_generator(self.seed, "recode", self.store.num_draws)
-        draws = torch.rand(len(images), generator=generator)
-        chosen = (draws < self.recode_share).nonzero().flatten()
-        if not len(chosen):
-            return images
-        chosen = chosen.to(images.device)
-        shown = images[chosen]
-        pixels = (shown if self._found is None else self._found.undo(shown)).clamp(0, 1)
-        coded = self._codec[1](pixels.float().mul(255).round().to(torch.uint8).cpu())
-        coded = coded.to(images.device).to(images.dtype) / 255
-        coded = coded if self._found is None else self._found.apply(coded)
-        return images.index_copy(0, chosen, coded)
-
     def _finished(self, images: Tensor) -> Tensor:
         """Return a mini-batch of replayed images, augmented and normalised."""
         found, transform = self.found_normalization, self.replay_transform
@@ -999,14 +966,6 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def _decode(self) -> DecodedImages | None:
         return self.store.decoded(self._device)
-
-
-def _no_codec(owner: object) -> ConfigError:
-    kind = getattr(owner, "kind", type(owner).__name__)
-    return ConfigError(
-        f"recode_share is for memories with a codec, such as hmn and jpeg; {kind!r} has none: "
-        "leave it out"
-    )
 
 
 def _reattach_optim_modules() -> None:

@@ -2,15 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hmn_replay.avalanche.weights import digests_like, on_cpu, take_weights, weights_of
 from hmn_replay.training.train import cosine_lr
 
-__all__ = ["by_class", "draw_balanced", "tune_network"]
+__all__ = ["Tuner", "by_class", "draw_balanced", "tune_network"]
+
+
+class Tuner:
+    """Tunes a network when an experience has been trained on, and undoes that for the next.
+
+    Attributes:
+        untuned: Weights by name, on the CPU, from before the last tuning, which is not undone yet;
+            else None.
+        digests: Of the same weights after it, by name.
+    """
+
+    def __init__(
+        self, untuned: dict[str, Tensor] | None = None, digests: dict[str, str] | None = None
+    ) -> None:
+        self.untuned, self.digests = untuned, digests or {}
+
+    def tune(
+        self,
+        model: nn.Module,
+        tuned: nn.Module,
+        loss: Callable[[int], Tensor],
+        *,
+        steps: int,
+        rate: float,
+    ) -> None:
+        """Tune a network, or a part of it, as :func:`tune_network` does.
+
+        Args:
+            model: The network.
+            tuned: It, or the module of it that learns.
+            loss: As there.
+            steps: As there.
+            rate: As there.
+        """
+        parameters = [each for each in tuned.parameters() if each.requires_grad]
+        ids = set(map(id, parameters))
+        self.untuned = on_cpu(
+            {name: each for name, each in model.named_parameters() if id(each) in ids}
+        )
+        try:
+            tune_network(model, parameters, loss, steps=steps, rate=rate)
+        finally:
+            self.digests = digests_like(self.untuned, model)
+
+    def undo(self, model: nn.Module) -> bool:
+        """Give a network its weights from before the tuning, unless it was changed since.
+
+        Returns:
+            False where it was changed, and so goes on as it is.
+        """
+        untuned, self.untuned = self.untuned, None
+        if untuned is None:
+            return True
+        # A head that has grown since is as it was tuned; it has no weights from before.
+        now = digests_like(untuned, model)
+        is_same = all(self.digests.get(name) == digest for name, digest in now.items())
+        if is_same:
+            take_weights(model, untuned)
+        return is_same
+
+    @contextlib.contextmanager
+    def undone(self, model: nn.Module) -> Iterator[None]:
+        """Give a network its weights from before the tuning, inside the block."""
+        with weights_of(model, self.untuned or {}):
+            yield
 
 
 def tune_network(
