@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -252,11 +250,6 @@ def test_refuses(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         build_network(*arguments, **options)  # type: ignore[arg-type]
-
-
-def test_importing_does_not_import_torchvision() -> None:
-    code = "import sys, hmn_replay.training.networks; sys.exit('torchvision' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_weights_do_not_depend_on_the_default_dtype() -> None:
