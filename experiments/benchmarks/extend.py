@@ -29,7 +29,7 @@ from experiments.benchmarks.common import (
 from hmn_replay.condensation.config import make_config
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.base import MAX_CLASSES
+from hmn_replay.memory.checks import MAX_CLASSES
 from hmn_replay.memory.hierarchical import HierarchicalMemory
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.runtime import resolve_device

@@ -25,7 +25,8 @@ from hmn_replay.data.features import LabelledFeatures, read_data
 from hmn_replay.data.images import ImageSource
 from hmn_replay.distributed import Team, join
 from hmn_replay.errors import BudgetError, ConfigError, HMNReplayWarning
-from hmn_replay.memory.base import MEMORIES, Memory, check_num_classes
+from hmn_replay.memory.base import MEMORIES, Memory
+from hmn_replay.memory.checks import check_num_classes
 from hmn_replay.memory.layout import MemoryLayout
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.runtime import (

@@ -23,10 +23,10 @@ from hmn_replay.budget import Budget, largest
 from hmn_replay.condensation.labelling import LabelConfig
 from hmn_replay.data.images import LabelledImages, joined_names
 from hmn_replay.data.lookup import Images, LabelledView, join_images, rank_in_class
-from hmn_replay.memory.base import affordable_names, stored_names_bytes
 from hmn_replay.memory.file import TensorSpec
 from hmn_replay.memory.layout import MemoryLayout
 from hmn_replay.memory.learned import LearnedMemory
+from hmn_replay.memory.names import affordable_names, stored_names_bytes
 
 __all__ = ["Growth", "fill", "make_room"]
 

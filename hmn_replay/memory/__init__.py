@@ -1,13 +1,6 @@
 """What is stored: memories, number formats and the file."""
 
-from hmn_replay.memory.base import (
-    MEMORIES,
-    DecodedDataset,
-    Memory,
-    load,
-    loads,
-    register_memory,
-)
+from hmn_replay.memory.base import MEMORIES, DecodedDataset, Memory, load, loads, register_memory
 from hmn_replay.memory.features import FeatureLayout, FeatureMemory
 from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
 from hmn_replay.memory.frequencies import FrequencyLayout, FrequencyMemory

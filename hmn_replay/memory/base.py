@@ -10,10 +10,8 @@ from __future__ import annotations
 import abc
 import copy
 import itertools
-import json
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -26,10 +24,10 @@ from hmn_replay.budget import Budget, as_int, largest
 from hmn_replay.data.lookup import ImageLookup, Images, are_probabilities, rank_in_class
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError, MemoryFileError
 from hmn_replay.files import write_atomically
+from hmn_replay.memory.checks import check_classes, check_counts, check_indices
 from hmn_replay.memory.file import (
     Record,
     TensorSpec,
-    as_bytes,
     check_claims,
     integer_dtype,
     pack,
@@ -39,35 +37,22 @@ from hmn_replay.memory.file import (
     unpack,
 )
 from hmn_replay.memory.labels import Labeller, SoftLabels
+from hmn_replay.memory.names import read_names, stored_names, stored_names_bytes
 from hmn_replay.registry import Registry, name_of
 from hmn_replay.runtime import resolve_device, without_autocast
 
 __all__ = [
-    "MAX_CLASSES",
-    "MAX_SIDE",
     "MEMORIES",
-    "MIN_SIDE",
     "Codec",
     "DecodedDataset",
     "Memory",
-    "affordable_names",
-    "check_classes",
-    "check_counts",
-    "check_image_shape",
-    "check_indices",
-    "check_num_classes",
     "load",
     "loads",
     "register_memory",
-    "stored_names_bytes",
 ]
 
-MIN_SIDE, MAX_SIDE, MAX_CLASSES = 8, 224, 1000
 # Decoded once where all images take no more than this, such as 87,000 of 32 x 32.
 _KEPT_BYTES = 2**30
-# Class names are kept where they take no more than this share of the budget.
-_NAMES_SHARE = 0.01
-_MAX_NAMES_BYTES = 2**20
 _LABEL_NAMES = {"soft": "soft labels", "labeller": "labeller"}
 _OPTIONAL = {"names", "label_code", "labeller_code", "labeller_values"}
 
@@ -715,7 +700,7 @@ class Memory(abc.ABC):
         return stored_names_bytes(self.class_names, self.classes.tolist())
 
     def _stored_names(self) -> dict[str, Tensor]:
-        return _stored_names(self.class_names, self.classes.tolist())
+        return stored_names(self.class_names, self.classes.tolist())
 
 
 MEMORIES: Registry[type[Memory]] = Registry("memory kind")
@@ -803,59 +788,6 @@ def loads(
         raise MemoryFileError(f"cannot read the bytes of a memory: {error}") from error
 
 
-def affordable_names(
-    class_names: Mapping[int, str], classes: Iterable[int], budget_bytes: int | None
-) -> dict[int, str]:
-    """Return the names of classes if they take 1 % of the budget at most, else none.
-
-    Args:
-        class_names: Label to name.
-        classes: The labels of the classes, which may have no name.
-        budget_bytes: Bytes of the memory's file; None for no bound.
-
-    Raises:
-        DataError: A name is no text that UTF-8 can hold.
-    """
-    labels = list(classes)
-    names = {label: class_names[label] for label in labels if class_names.get(label)}
-    limit = _MAX_NAMES_BYTES if budget_bytes is None else _NAMES_SHARE * budget_bytes
-    is_short = len(_encoded_names(names, labels)) <= _MAX_NAMES_BYTES
-    return names if is_short and stored_names_bytes(names, labels) <= limit else {}
-
-
-def stored_names_bytes(class_names: Mapping[int, str], classes: Sequence[int]) -> int:
-    """Return the bytes that the names of classes take in a file; 0 where none has one."""
-    return sum(len(tensor) for tensor in _stored_names(class_names, classes).values())
-
-
-def _stored_names(class_names: Mapping[int, str], classes: Sequence[int]) -> dict[str, Tensor]:
-    encoded = _encoded_names(class_names, classes)
-    if not encoded:
-        return {}
-    if len(encoded) > _MAX_NAMES_BYTES:
-        raise DataError(
-            f"class names take {_MAX_NAMES_BYTES:,} bytes in all at most; these take "
-            f"{len(encoded):,}: give shorter ones"
-        )
-    return {"names": as_bytes(zlib.compress(encoded, 9))}
-
-
-def _encoded_names(class_names: Mapping[int, str], classes: Sequence[int]) -> bytes:
-    """Return the names of classes as JSON, not compressed; nothing where none has one."""
-    names = [class_names.get(label, "") for label in classes]
-    for label, name in zip(classes, names, strict=True):
-        try:
-            if not isinstance(name, str):
-                raise TypeError
-            name.encode()
-        except (TypeError, UnicodeEncodeError):
-            raise DataError(
-                f"class names are texts that UTF-8 can hold; that of label {label} is {name!r}: "
-                "give another"
-            ) from None
-    return json.dumps(names, ensure_ascii=False).encode() if any(names) else b""
-
-
 class DecodedDataset(Dataset[tuple[object, Any]]):
     """Decoded images as a map-style data set.
 
@@ -917,106 +849,6 @@ def with_unknown(labels: Iterable[int], num_classes: int) -> list[int]:
     return sorted(known.union(itertools.islice(further, max(0, num_classes - len(known)))))
 
 
-def check_num_classes(num_classes: int, name: str = "num_classes") -> int:
-    """Return a number of classes that a memory can have, or raise :class:`ConfigError`."""
-    count = as_int(num_classes)
-    if count is None or not 1 <= count <= MAX_CLASSES:
-        raise ConfigError(f"{name} is 1 to {MAX_CLASSES}; got {num_classes!r}")
-    return count
-
-
-def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-    """Return an image shape that a memory can have.
-
-    Raises:
-        ConfigError: It is no ``(C, H, W)``, or C is neither 1 nor 3.
-        DataError: H or W is not in 8 to 224.
-    """
-    sides = [as_int(side) for side in image_shape] if isinstance(image_shape, Sequence) else []
-    whole = [side for side in sides if side is not None]
-    if not (len(whole) == len(sides) == 3 and whole[0] in (1, 3) and min(whole) > 0):
-        raise ConfigError(
-            f"image_shape is (C, H, W) with C 1 or 3 and H, W from {MIN_SIDE} to {MAX_SIDE}; "
-            f"got {image_shape!r}"
-        )
-    channels, height, width = whole
-    if not MIN_SIDE <= min(height, width) <= max(height, width) <= MAX_SIDE:
-        size = MIN_SIDE if min(height, width) < MIN_SIDE else MAX_SIDE
-        raise DataError(
-            f"expected images with sides of {MIN_SIDE} to {MAX_SIDE} pixels; got {height} x "
-            f"{width} (height x width): resize and crop them all, as by as_labelled_images(data, "
-            f"size={size}) (--size)"
-        )
-    return channels, height, width
-
-
-def check_classes(classes: Sequence[int] | Tensor) -> list[int]:
-    """Return labels as a list, or raise :class:`ConfigError`."""
-    given = classes.tolist() if isinstance(classes, Tensor) else classes
-    if not isinstance(given, Iterable):
-        raise ConfigError(f"classes are a sequence of integers; got {classes!r}")
-    given = list(given)
-    values = [v for v in map(as_int, given) if v is not None and -(2**63) <= v < 2**63]
-    if len(values) < len(given):
-        raise ConfigError(f"classes are integers of 64 bits; got {given[:5]}")
-    if not 1 <= len(values) <= MAX_CLASSES:
-        raise ConfigError(f"a memory has 1 to {MAX_CLASSES} classes; got {len(values)}")
-    if len(set(values)) != len(values):
-        raise ConfigError("each class may occur once; some occur twice or more")
-    return values
-
-
-def check_indices(
-    indices: Tensor | Sequence[int], num_images: int, *, once: bool = False
-) -> Tensor:
-    """Return positions of images as int64 ``(B,)`` on the CPU, or raise :class:`ConfigError`.
-
-    Args:
-        indices: The positions.
-        num_images: How many images there are.
-        once: Whether each may occur once alone.
-    """
-    try:
-        checked = torch.as_tensor(indices).flatten().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"indices are integers; got {indices!r}") from error
-    if not len(checked):
-        return checked.long()
-    if checked.is_floating_point() or checked.dtype == torch.bool:
-        raise ConfigError(f"indices are integers; got {checked.dtype}: pass mask.nonzero()")
-    first, last = int(checked.min()), int(checked.max())
-    if first < 0 or last >= num_images:
-        raise ConfigError(
-            f"indices are positions from 0 to {num_images - 1}; got {first} to {last}"
-        )
-    if once and len(checked.unique()) != len(checked):
-        raise ConfigError("each index may occur once; some occur twice or more")
-    return checked.long()
-
-
-def check_counts(
-    images_per_class: int | Sequence[int], num_classes: int, group_size: int = 1
-) -> list[int]:
-    """Return the number of images of each class, or raise :class:`ConfigError`."""
-    given: list[object]
-    try:
-        given = list(images_per_class)  # type: ignore[arg-type]
-    except TypeError:  # a number, be it a tensor without axes
-        given = [images_per_class] * num_classes
-    counts = [count for count in map(as_int, given) if count is not None and count >= 0]
-    if not len(counts) == len(given) == num_classes:
-        raise ConfigError(
-            f"images_per_class is an integer of 0 or more, or {num_classes} of them; "
-            f"got {images_per_class!r}"
-        )
-    if any(count % group_size for count in counts):
-        raise ConfigError(
-            f"{group_size} images share stored values, so images_per_class is a multiple of "
-            f"{group_size}; got {images_per_class!r}"
-        )
-    return counts
-
-
 def _from_record(record: Record, max_images: int | None = None) -> Memory:
     if max_images is not None and as_int(max_images) is None:
         raise ConfigError(f"max_images is a whole number, or None; got {max_images!r}")
@@ -1042,7 +874,7 @@ def _restored(record: Record) -> Memory:
         memory = memory_type._restore(record, classes, images_per_class)
         memory.budget_bytes = record.budget_bytes
         if "names" in record.tensors:
-            names = _decompress(record.tensors["names"], len(classes))
+            names = read_names(record.tensors["names"], len(classes))
             memory.class_names = {k: name for k, name in zip(classes, names, strict=True) if name}
         memory.restore_labels(record.tensors, record.num_bytes)
     except MemoryFileError:
@@ -1065,22 +897,3 @@ def check_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]
                 f"tensor {name!r} is {tensors[name].dtype} {tuple(tensors[name].shape)}; expected "
                 f"{spec.dtype} {spec.shape}"
             )
-
-
-def _decompress(names: Tensor, num_classes: int) -> list[str]:
-    if names.dtype != torch.uint8 or names.ndim != 1:
-        raise MemoryFileError(f"tensor 'names' is {names.dtype} {tuple(names.shape)}")
-    inflate = zlib.decompressobj()
-    try:
-        data = inflate.decompress(names.numpy().tobytes(), _MAX_NAMES_BYTES)
-        found = json.loads(data)
-    except (zlib.error, ValueError, RecursionError) as error:
-        raise MemoryFileError(f"its class names cannot be read ({error})") from error
-    texts = [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise MemoryFileError(f"its class names are not all of Unicode ({error})") from error
-    if not len(texts) == len(found) == num_classes:
-        raise MemoryFileError(f"its class names are not {num_classes} texts")
-    return texts

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hmn_replay.budget import as_int
 from hmn_replay.errors import ConfigError
-from hmn_replay.memory.base import check_image_shape
+from hmn_replay.memory.checks import check_image_shape
 from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
 
 __all__ = ["PRIVATE_RATE", "MemoryLayout", "StoredTensor"]

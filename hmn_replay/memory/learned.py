@@ -20,15 +20,8 @@ from torch import Tensor, nn
 from hmn_replay.budget import Budget, largest
 from hmn_replay.data.lookup import num_pixels
 from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError, TrainingError
-from hmn_replay.memory.base import (
-    MAX_CLASSES,
-    Memory,
-    check_classes,
-    check_counts,
-    check_num_classes,
-    check_tensors,
-    class_specs,
-)
+from hmn_replay.memory.base import Memory, check_tensors, class_specs
+from hmn_replay.memory.checks import MAX_CLASSES, check_classes, check_counts, check_num_classes
 from hmn_replay.memory.entropy import (
     DENSE_LEVEL,
     NUM_LEVELS,

@@ -26,21 +26,19 @@ from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileErr
 from hmn_replay.memory.base import (
     Codec,
     Memory,
-    affordable_names,
-    check_classes,
-    check_image_shape,
     check_tensors,
     class_specs,
     register_memory,
-    stored_names_bytes,
     with_unknown,
 )
+from hmn_replay.memory.checks import check_classes, check_image_shape
 from hmn_replay.memory.file import Record, TensorSpec, as_bytes, integer_dtype, packed_size
 from hmn_replay.memory.jpeg import (
     decode_jpeg_scans,
     encode_jpeg_scans,
     read_jpeg_shape,
 )
+from hmn_replay.memory.names import affordable_names, stored_names_bytes
 from hmn_replay.runtime import resolve_device
 
 __all__ = [

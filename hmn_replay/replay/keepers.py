@@ -40,11 +40,8 @@ from hmn_replay.memory import (
     SubsampledMemory,
     loads,
 )
-from hmn_replay.memory.base import (
-    MAX_CLASSES,
-    check_num_classes,
-    with_unknown,
-)
+from hmn_replay.memory.base import with_unknown
+from hmn_replay.memory.checks import MAX_CLASSES, check_num_classes
 from hmn_replay.memory.real import check_order
 from hmn_replay.registry import suggest
 from hmn_replay.runtime import derive_seed

@@ -22,13 +22,8 @@ from hmn_replay.data.images import LabelledImages, as_labelled_images
 from hmn_replay.data.lookup import ImageLookup
 from hmn_replay.errors import BudgetError, ConfigError, DataError, MemoryFileError
 from hmn_replay.memory import MEMORIES, LearnedMemory, Memory, load, loads
-from hmn_replay.memory.base import (
-    affordable_names,
-    check_classes,
-    check_counts,
-    check_image_shape,
-    check_indices,
-)
+from hmn_replay.memory.checks import check_classes, check_counts, check_image_shape, check_indices
+from hmn_replay.memory.names import affordable_names
 from tests.support import CODECS, KINDS, REAL, any_memory, made, real, same_bits
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")

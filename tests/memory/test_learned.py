@@ -30,7 +30,7 @@ from hmn_replay.memory import (
     StoredTensor,
     loads,
 )
-from hmn_replay.memory.base import MAX_CLASSES, check_num_classes
+from hmn_replay.memory.checks import MAX_CLASSES, check_num_classes
 from tests.support import (
     LAYOUTS,
     LEARNED,
