@@ -29,6 +29,7 @@ from torch import Tensor
 from hmn_replay.budget import smallest
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.base import Codec, register_memory
+from hmn_replay.memory.entropy import MAX_INTEGER
 from hmn_replay.memory.formats import NUMBER_FORMATS, clamp_inwards
 from hmn_replay.memory.layout import PRIVATE_RATE, MemoryLayout, StoredTensor
 from hmn_replay.memory.learned import LearnedMemory
@@ -48,8 +49,10 @@ _VALUES_PER_STORED, _FREQUENCIES_PER_BYTE = 16, 11
 # By how much of a step coefficients are brought nearer to zero before they are rounded: what is
 # smaller takes fewer bits.
 _LEAST_SHIFT, _MOST_SHIFT, _NUM_HALVINGS = 1 / 6, 8.0, 20
-# Of the logarithm of the step: coefficients are below 28 in blocks of 32 x 32 and three colours.
+# Of the logarithm of the step.
 _LOG_STEPS = -8.0, 4.0
+# Of coefficients beside the lowest ones: by how much those of later images may be larger.
+_MARGIN = 1.25
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,18 @@ class FrequencyLayout(MemoryLayout):
         return self.of_images(self.image_shape, self.number_format, size)
 
     @property
+    def lowest_units(self) -> int:
+        """How many steps a unit of a block's eight lowest frequencies has: 1, 2 or 4.
+
+        They are the largest, and entropy-coded integers are 127 at most: where a block has twice
+        or four times the usual bytes, and so a smaller step, twice or four times as many.
+        """
+        values = self.image_shape[0] * math.prod(self.block)
+        usual = _IMAGE_BYTES * math.sqrt(values) * math.prod(self.blocks)
+        octaves = round(math.log2(max(1, self.image_bytes) / usual))
+        return (1, 2, 4)[max(0, min(2, octaves))]
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """How many blocks an image has, down and across."""
         _, height, width = self.image_shape
@@ -123,7 +138,8 @@ class FrequencyMemory(LearnedMemory):
 
     Attributes:
         coefficients: float32 ``(N, B, F / 8, 8)`` for B blocks and F frequencies, the lowest first,
-            of brightness less 0.5, in units of a step. The transform is orthonormal.
+            of brightness less 0.5, in units of a step, or of several for the first eight; see
+            :attr:`FrequencyLayout.lowest_units`. The transform is orthonormal.
         log_step: The logarithm of the step, float32 ``(1,)``; 0 where they are not entropy-coded.
     """
 
@@ -182,13 +198,19 @@ class FrequencyMemory(LearnedMemory):
         return self._images(indices, _sum_in_order)
 
     @property
-    def _step(self) -> Tensor:
-        return self.value("log_step").clamp(*_LOG_STEPS).exp()
+    def _units(self) -> Tensor:
+        """What a coefficient of 1 stands for, ``(F / 8, 1)``, or one number for all."""
+        step = self.value("log_step").clamp(*_LOG_STEPS).exp()
+        if self.layout.lowest_units == 1:
+            return step
+        units = torch.ones(self.layout.num_frequencies // _GROUP, 1, device=step.device)
+        units[0] = self.layout.lowest_units
+        return step * units
 
     def _images(self, indices: Tensor, product: _Product) -> Tensor:
         """Return images, float32 ``(n, C, H, W)``, by a way to combine values along an axis."""
         (channels, height, width), (down, across) = self.layout.image_shape, self.layout.blocks
-        coefficients = self.value("coefficients", indices) * self._step
+        coefficients = self.value("coefficients", indices) * self._units
         size = self.layout.block
         _, places = _frequencies(channels, size, self.layout.num_frequencies, coefficients.device)
         # What is not stored is the zero at the end.
@@ -239,10 +261,18 @@ class FrequencyMemory(LearnedMemory):
             return fits(_LEAST_SHIFT)
 
         if first_image == 0:
-            fits_with(smallest(*_LOG_STEPS, fits_with, _NUM_HALVINGS))
+            least = self._least_log_step(exact)
+            fits_with(smallest(least, _LOG_STEPS[1], fits_with, _NUM_HALVINGS))
         elif not fits(_LEAST_SHIFT):
             fits(smallest(_LEAST_SHIFT, _MOST_SHIFT, fits, _NUM_HALVINGS))
         return True
+
+    def _least_log_step(self, exact: Tensor) -> float:
+        """Return the logarithm of a step that coefficients have no more than 127 of."""
+        values = self.layout.image_shape[0] * math.prod(self.layout.block)
+        lowest = math.sqrt(values) / 2 / self.layout.lowest_units  # of white or black images
+        others = _MARGIN * float(exact[:, :, 1:].abs().amax()) if exact.shape[2] > 1 else 0.0
+        return math.log(max(lowest, others) / MAX_INTEGER)
 
     @torch.no_grad()
     def set_images(self, indices: Tensor, real_images: Callable[[Tensor], Tensor]) -> bool:
@@ -273,7 +303,7 @@ class FrequencyMemory(LearnedMemory):
 
     def _in_steps(self, coefficients: Tensor, shift: float = _LEAST_SHIFT) -> Tensor:
         """Return coefficients in units of a step; if coded, nearer to zero by a part of one."""
-        steps = coefficients / self._step
+        steps = coefficients / self._units
         return F.softshrink(steps, shift) if self.layout.is_coded else steps
 
 

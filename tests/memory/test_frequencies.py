@@ -94,6 +94,25 @@ def test_an_image_is_a_sum_of_cosines(shape: tuple[int, int, int]) -> None:
             np.testing.assert_allclose(shown, cut, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("image_bytes", "units"), [(96, 1), (130, 1), (140, 2), (280, 4), (999, 4)]
+)
+def test_the_lowest_frequencies_have_coarser_units_in_larger_images(
+    image_bytes: int, units: int
+) -> None:
+    layout = FrequencyLayout(CIFAR, "entropy", 64, image_bytes)
+    assert layout.lowest_units == units
+    memory = FrequencyMemory(layout, [0], 1)
+    values = torch.randint(-3, 4, (1, 1, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    with torch.no_grad():
+        memory.coefficients.copy_(values)
+        memory.log_step.fill_(-1.5)
+    coefficients = values.double().numpy() * math.exp(-1.5)
+    coefficients[:, :, 0] *= units
+    shown = np.einsum("f,fcij->cij", coefficients.ravel(), waves(CIFAR, (32, 32), 64)) + 0.5
+    np.testing.assert_allclose(memory.decode()[0][0], shown.clip(0, 1), atol=1e-5)
+
+
 def test_bytes_are_spent_on_low_frequencies_and_on_brightness() -> None:
     layout = FrequencyLayout((3, 32, 32), "float32", 64)
     memory = FrequencyMemory(layout, [0], 64)
@@ -147,15 +166,46 @@ def test_few_frequencies_show_what_is_coarse(number_format: str) -> None:
 def test_coded_images_take_what_is_planned(image_bytes: int, seed: int) -> None:
     layout = FrequencyLayout.of_images(CIFAR, "entropy", image_bytes)
     memory = FrequencyMemory(layout, [0, 1], [20, 0])
-    images = smooth_images(20, CIFAR, seed)
+    images = smooth_images(20, CIFAR, seed, noise=0.15)
     memory.fit(0, lambda positions: images[positions])
     taken = bytes_of(memory, torch.arange(20))
     assert 0.9 * image_bytes < taken <= image_bytes
 
 
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 32, 32), (3, 8, 8)], ids=str)
+@pytest.mark.parametrize("edge", [False, True])
+def test_flat_images_and_plain_patterns_are_encoded(
+    shape: tuple[int, int, int], edge: bool
+) -> None:
+    images = torch.zeros(8, *shape)
+    images[2:4] = 1.0
+    images[4:6, :, :, : shape[2] // (2 if edge else 1)] = 1.0
+    images[6:] = 0.3
+    data = LabelledImages(images.mul(255).round().to(torch.uint8), torch.arange(8) % 2)
+    memory = condense(
+        data, 4096, kind="fred", warm_start_steps=5, outer_steps=0, device="cpu", over_budget=0
+    )
+    decoded, labels = memory.decode()
+    for own, label in zip(decoded, labels, strict=True):
+        others = data.floats(data.of_class(int(label)))
+        nearest = float((others - own).square().flatten(1).mean(1).min())
+        assert nearest < (0.04 if edge else 1e-4)
+
+
+@pytest.mark.parametrize("image_bytes", [96, 160, 400, 800])
+def test_no_image_is_too_bright_for_its_bytes(image_bytes: int) -> None:
+    images = smooth_images(40, CIFAR, noise=0.1)
+    images[::4], images[1::4] = 0.1 * images[::4], 1 - 0.1 * images[1::4]
+    memory = FrequencyMemory(FrequencyLayout.of_images(CIFAR, "entropy", image_bytes), [0], 40)
+    memory.fit(0, lambda positions: images[positions])
+    assert float(memory.coefficients.detach().round().abs().max()) <= 127
+    psnr = -10 * (memory.decode()[0] - images).square().mean(dim=(1, 2, 3)).log10()
+    assert float(torch.cat([psnr[::4], psnr[1::4]]).min()) > 32
+
+
 def test_more_bytes_show_more() -> None:
     images, errors = smooth_images(20, CIFAR), []
-    for image_bytes in (20, 60, 180):
+    for image_bytes in (8, 20, 50):
         memory = FrequencyMemory(FrequencyLayout.of_images(CIFAR, "entropy", image_bytes), [0], 20)
         memory.fit(0, lambda positions: images[positions])
         errors.append(float((memory.decode()[0] - images).square().mean()))
