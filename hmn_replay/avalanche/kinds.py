@@ -27,7 +27,13 @@ from hmn_replay.condensation.matchers import check_given_networks
 from hmn_replay.errors import ConfigError
 from hmn_replay.objectives import get_objective
 from hmn_replay.replay import Keeper, LearnedKeeper, Selection, make_keeper
-from hmn_replay.replay.keepers import check_learned_options, hints_for, named_arguments, options_of
+from hmn_replay.replay.keepers import (
+    check_learned_options,
+    check_own_settings,
+    hints_for,
+    named_arguments,
+    options_of,
+)
 from hmn_replay.runtime import isolated
 from hmn_replay.settings import check_options
 from hmn_replay.training.networks import device_of, evaluating, tensors_of
@@ -336,6 +342,7 @@ def _split_options(
 ) -> tuple[Keeper, dict[str, Any]]:
     """Return the keeper of a plugin's kind, and the options that are of the replay."""
     owner, own = type(plugin), options_of(plugin.kind)
+    check_own_settings(plugin.kind, owner, REPLAY_OPTIONS)
     known = dict.fromkeys([*named_arguments(owner), *own, *REPLAY_OPTIONS])
     check_options(owner.__name__, options, known, hints_for(options))
     replay = {name: options.pop(name) for name in REPLAY_OPTIONS if name in options}

@@ -29,6 +29,7 @@ from hmn_replay.memory.base import (
     check_tensors,
     class_specs,
     register_memory,
+    warn_of_lost_labeller,
     with_unknown,
 )
 from hmn_replay.memory.checks import check_classes, check_image_shape
@@ -96,7 +97,8 @@ class RealMemory(Memory):
     """Whether the payloads of images differ in length."""
     setting_types: ClassVar[Mapping[str, Callable[[str], Any]]] = {}
     """What the class takes beside image shape and budget: name to what reads its word in a file,
-    such as ``int``."""
+    which is its ``str()`` and has no space: such as ``int``, and not ``bool``, of which every word
+    is true."""
 
     def __init__(
         self, image_shape: Sequence[int], *, budget: Budget | int | str | None = None
@@ -126,7 +128,7 @@ class RealMemory(Memory):
 
         A kind that has no images of ``(1, 8, 8)`` makes another here.
         """
-        cls((1, 8, 8), **settings)
+        cls((1, 8, 8), **settings).words()
 
     @abc.abstractmethod
     def encode(self, images: Tensor) -> list[bytes]:
@@ -141,8 +143,21 @@ class RealMemory(Memory):
         return {name: getattr(self, name) for name in self.setting_types}
 
     def words(self) -> tuple[str, ...]:
-        """Return what a memory is made from, for the file's metadata: image shape and settings."""
-        return (join_numbers(self.image_shape), *map(str, self.setting_values().values()))
+        """Return what a memory is made from, for the file's metadata: image shape and settings.
+
+        Raises:
+            ConfigError: A setting would not come back from its word in a file.
+        """
+        words = [join_numbers(self.image_shape)]
+        for name, value in self.setting_values().items():
+            words.append(str(value))
+            if not _comes_back(words[-1], value, self.setting_types[name]):
+                raise ConfigError(
+                    f"the memory kind {self.kind!r} cannot keep {name}={value!r} in a file: what "
+                    f"setting_types has for {name} is to give it back of the word {words[-1]!r}, "
+                    "in which there may be no space"
+                )
+        return tuple(words)
 
     @classmethod
     def _from_words(
@@ -237,7 +252,9 @@ class RealMemory(Memory):
             queue = queue[: self._most_that_fit(queue, names, self.budget_bytes)]
         kept, counts, rows, columns = self._by_old_places(queue)
         self._set(list(counts), list(counts.values()), [each.payload for each in kept])
+        labeller = self.labeller
         self._rearrange_labels(rows, columns)
+        warn_of_lost_labeller(labeller, self.labeller)
         self.class_names = {label: name for label, name in names.items() if label in counts}
 
     def _most_that_fit(self, queue: Sequence[_Kept], names: Mapping[int, str], limit: int) -> int:
@@ -578,6 +595,14 @@ class LosslessMemory(RealMemory):
                 raise DataError(f"lossless image {position} cannot be decoded ({error})") from error
             images[position] = pixels[..., :channels]
         return torch.from_numpy(images).movedim(-1, 1).contiguous()
+
+
+def _comes_back(word: str, value: Any, reads: Callable[[str], Any]) -> bool:
+    """Return whether a setting's word is one word, and is read as the setting."""
+    try:
+        return word.split() == [word] and bool(reads(word) == value)
+    except (ValueError, TypeError):
+        return False
 
 
 def _taking_turns(first: Sequence[_Kept], second: Sequence[_Kept]) -> list[_Kept]:

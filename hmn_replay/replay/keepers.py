@@ -331,6 +331,7 @@ class RealKeeper(Keeper):
         expected_classes: int | None = None,
         **settings: Any,
     ) -> None:
+        check_own_settings(kind, RealKeeper, named_arguments(RealKeeper))
         if not callable(selection) and selection not in SELECTIONS:
             raise ConfigError(
                 f"selection must be a callable or one of {', '.join(SELECTIONS)}; got "
@@ -350,7 +351,7 @@ class RealKeeper(Keeper):
             raise ConfigError(
                 f"the memory kind {kind!r} needs {missing[0]}=; {given}use a {keeper}"
             )
-        if settings:
+        if memory_type.setting_types and not missing:
             memory_type.check_settings(**settings)
         self.budget, self.kind, self.settings = Budget.parse(budget), kind, settings
         self.selection, self.training = selection, training
@@ -673,6 +674,25 @@ def hints_for(options: Iterable[str]) -> dict[str, str]:
             of = "kinds" if len(kinds) > 1 else "kind"
             found[option] = f"it is an option of the memory {of} {', '.join(kinds)}"
     return found
+
+
+def check_own_settings(kind: str, owner: Callable[..., Any], taken: Iterable[str]) -> None:
+    """Refuse a kind with a setting of the name of an argument, which would take what is given.
+
+    Args:
+        kind: The memory kind.
+        owner: What has the arguments, and passes settings on.
+        taken: Their names.
+
+    Raises:
+        ConfigError: There is such a setting.
+    """
+    own = getattr(MEMORIES[kind], "setting_types", {})
+    if both := sorted(own.keys() & set(taken)):
+        raise ConfigError(
+            f"{both[0]!r} is an argument of {owner.__name__}, and a setting of the memory kind "
+            f"{kind!r}, which would not be given it: rename the setting"
+        )
 
 
 def named_arguments(function: Callable[..., Any]) -> list[str]:
