@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import hmn_replay
@@ -11,6 +11,7 @@ from hmn_replay.cli import HelpFormatter, refuse_flags
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.sources import Split
 from hmn_replay.errors import ConfigError
+from hmn_replay.settings import check_options
 
 # Data sets whose images must not be mirrored.
 DIGITS = ("digits", "mnist", "svhn")
@@ -76,7 +77,10 @@ def parse_names(option: str, text: str, known: Iterable[str]) -> tuple[str, ...]
 
 
 def parse_settings(
-    args: argparse.Namespace, settled: Mapping[str, Any] | None = None, by: str = ""
+    args: argparse.Namespace,
+    settled: Mapping[str, Any] | None = None,
+    by: str = "",
+    unknown: Collection[str] = (),
 ) -> dict[str, Any]:
     """Read the settings of ``--set``; the last of a name counts.
 
@@ -85,6 +89,7 @@ def parse_settings(
             :class:`hmn_replay.CondenseConfig`.
         settled: Settings that a script settles itself, returned with the others.
         by: What settles them, for the message.
+        unknown: Fields that are no settings of the script.
 
     Raises:
         ConfigError: A value that a setting cannot have, or a setting that is settled.
@@ -92,8 +97,11 @@ def parse_settings(
     """
     pairs = [assignment.partition("=") for assignment in args.set]
     texts: dict[str, Any] = {name.strip().replace("-", "_"): value for name, _, value in pairs}
-    refuse_flags(texts, args, hmn_replay.CondenseConfig.model_fields)
-    config = hmn_replay.CondenseConfig(**texts)
+    config_type = hmn_replay.CondenseConfig
+    known = [name for name in config_type.model_fields if name not in unknown]
+    refuse_flags(texts, args, known)
+    check_options("--set", texts, known, catalogue=config_type.catalogue)
+    config = config_type(**texts)
     settled = settled or {}
     if both := sorted(settled.keys() & texts.keys()):
         raise ConfigError(f"{by} sets {both[0]} itself: {both[0]} is not for --set")

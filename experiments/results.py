@@ -77,13 +77,22 @@ def resumed(
     """
     if not resume:
         raise ConfigError(f"{path} exists; pass --resume to keep its runs, or give another --out")
-    earlier: dict[str, Any] = json.loads(path.read_text())
-    for part in parts:
-        for name, now in report[part].items():
-            if (then := earlier[part].get(name)) != now:
-                raise ConfigError(
-                    f"{path} is of {name} = {then!r}, and now it is {now!r}; give another --out"
-                )
+    try:
+        earlier: dict[str, Any] = json.loads(path.read_text())
+        settings = [
+            (name, earlier[part].get(name), now)
+            for part in parts
+            for name, now in report[part].items()
+        ]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is no file of results ({error!r}); move it away, or give another --out"
+        ) from error
+    for name, then, now in settings:
+        if then != now:
+            raise ConfigError(
+                f"{path} is of {name} = {then!r}, and now it is {now!r}; give another --out"
+            )
     return earlier
 
 

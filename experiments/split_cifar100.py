@@ -197,11 +197,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.budget = Budget.parse(args.budget).num_bytes
     args.device = str(resolve_device(args.device))
     seeds = parse_numbers("--seed", args.seed)
+    if not 0 <= min(seeds) <= max(seeds) < 2**32:
+        raise ConfigError(f"--seed must be from 0 to 2**32 - 1; got {args.seed}")
+    if args.width is not None and args.width < 1:
+        raise ConfigError(f"--width must be 1 or more; got {args.width}")
     formats = parse_names("--formats", args.formats, ("png", "pdf", "svg"))
     args.options = dict[str, Any](SMOKE_OPTIONS if args.smoke else {})
     if args.data in DIGITS:
         args.options |= DIGITS_OPTIONS
-    args.options |= parse_settings(args)
+    args.options |= parse_settings(args, unknown=hmn_replay.LabelConfig.model_fields)
     make_config(args.effort, **args.options)
     training: dict[str, Any] = {"width": 4, "num_passes": 100} if args.smoke else {"width": 32}
     if args.data in DIGITS:

@@ -12,7 +12,6 @@ from torch import Tensor
 from hmn_replay import MemoryReplay
 from hmn_replay.avalanche.plugin import replay_of
 from hmn_replay.data.images import as_labelled_images
-from strategies.buffers import MeasuredBuffer
 from strategies.settings import Strategy
 
 __all__ = [
@@ -33,7 +32,7 @@ class MemoryUse:
         num_bytes: Size of the whole file, where the memory has one; else of the images in the
             buffer, a byte a value, and of the float32 numbers beside them. 0 without a memory.
         num_images: How many images it gives.
-        seconds: Spent on making and renewing it so far.
+        seconds: Spent on making and renewing it so far; 0 for a buffer that does not measure it.
     """
 
     num_bytes: int
@@ -52,7 +51,7 @@ def memory_use(strategy: Strategy) -> MemoryUse:
         return MemoryUse(0, 0, 0.0)
     samples = [memory.buffer[position] for position in range(len(memory.buffer))]
     num_bytes = sum(_sample_bytes(*sample) for sample in samples)
-    return MemoryUse(num_bytes, len(samples), memory.seconds)
+    return MemoryUse(num_bytes, len(samples), getattr(memory, "seconds", 0.0))
 
 
 def loss_used(strategy: Strategy) -> str:
@@ -97,7 +96,7 @@ def memory_images(strategy: Strategy) -> tuple[Tensor, Tensor]:
     memory = _find_memory(strategy)
     if isinstance(memory, MemoryReplay) and memory.memory is not None:
         images, labels = memory.memory.decode(dtype=torch.uint8)
-    elif isinstance(memory, MeasuredBuffer) and len(memory.buffer):
+    elif memory is not None and not isinstance(memory, MemoryReplay) and len(memory.buffer):
         data = as_labelled_images(memory.buffer.eval())
         images, labels = data.images, data.labels
     else:
@@ -106,11 +105,12 @@ def memory_images(strategy: Strategy) -> tuple[Tensor, Tensor]:
     return images[order].cpu(), labels[order].cpu()
 
 
-def _find_memory(strategy: Any) -> MemoryReplay | MeasuredBuffer | None:
+def _find_memory(strategy: Any) -> MemoryReplay | Any | None:
+    """Return the plugin that replays from a memory, or a buffer of Avalanche; None without."""
     owners = (strategy, *strategy.plugins)
-    buffers = (getattr(owner, "storage_policy", None) for owner in owners)
-    measured = (buffer for buffer in buffers if isinstance(buffer, MeasuredBuffer))
-    return replay_of(strategy) or next(measured, None)
+    policies = (getattr(owner, "storage_policy", None) for owner in owners)
+    buffers = (policy for policy in policies if hasattr(policy, "buffer"))
+    return replay_of(strategy) or next(buffers, None)
 
 
 def _sample_bytes(

@@ -125,6 +125,10 @@ def test_resuming_wants_the_flag_and_the_same_settings(tmp_path: Path) -> None:
         resumed({**earlier, "configuration": {"epochs": 2}}, path, resume=True)
     with pytest.raises(ConfigError, match="torch"):
         resumed({**earlier, "versions": {"torch": "3"}}, path, resume=True)
+    for damaged in ("{", "[]", "{}", '{"configuration": 3, "versions": {}}'):
+        path.write_text(damaged)
+        with pytest.raises(ConfigError, match="is no file of results"):
+            resumed(earlier, path, resume=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from avalanche.training.plugins.replay import ReplayPlugin
 
 import strategies
 from hmn_replay.errors import ConfigError
@@ -19,6 +20,15 @@ def test_a_buffer_that_holds_more_than_promised_is_found_out() -> None:
     strategy.train(make_stream()[0])
     assert strategies.memory_use(strategy).num_bytes == 30 * IMAGE_BYTES
     assert strategies.memory_use(strategy).seconds == buffer.seconds > 0
+
+
+def test_a_buffer_of_avalanches_is_measured_too() -> None:
+    strategy = build("naive")
+    strategy.plugins.append(ReplayPlugin(mem_size=6))
+    strategy.train(make_stream()[0])
+    use = strategies.memory_use(strategy)
+    assert (use.num_images, use.num_bytes) == (6, 6 * IMAGE_BYTES)
+    assert len(strategies.memory_images(strategy)[0]) == 6
 
 
 def test_a_file_is_measured_whole() -> None:
