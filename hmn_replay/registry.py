@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hmn_replay.errors import ConfigError
 
-__all__ = ["Registry", "name_of", "suggest"]
+__all__ = ["Registry", "check_takes", "name_of", "suggest"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -151,6 +152,27 @@ def name_of(entry: object) -> str:
         return name_of(wrapped)
     named = entry if hasattr(entry, "__qualname__") else type(entry)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def check_takes(option: str, function: Callable[..., Any], arguments: Sequence[str]) -> None:
+    """Raise a ConfigError for a function of the user's that does not take some arguments.
+
+    Args:
+        option: What it was given as, for the message.
+        function: The function. One whose arguments Python does not know passes.
+        arguments: What it will be called with, by position; their names are for the message.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{option} is called with ({', '.join(arguments)}); {name_of(function)} takes "
+            f"{signature}: {error}"
+        ) from None
 
 
 def _shown(argument: object) -> str:

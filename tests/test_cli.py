@@ -910,4 +910,6 @@ def test_options_that_baseline_has_no_use_for_are_refused(
 
 def test_a_weight_of_labels_is_for_labels(run: Console, memory_file: Path) -> None:
     run("evaluate", memory_file, "--label-weight", 0.3, code=2)
+    run("evaluate", memory_file, "--scores", "--label-weight", 0.3, code=2)
+    assert "hard labels alone are learned from: leave it out" in run.err
     assert "hard labels alone are learned from: leave it out" in run.err

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
-from hmn_replay.registry import Registry, suggest
+from hmn_replay.registry import Registry, check_takes, suggest
 
 __all__ = [
     "LOSSES",
@@ -275,6 +275,7 @@ def find_loss(loss: Loss) -> tuple[str, ReplayLoss]:
             "in the strategy's criterion: leave loss out"
         )
     if callable(loss):
+        check_takes("loss", loss, ["step"])
         return getattr(loss, "__name__", type(loss).__name__), loss
     if loss == "auto":
         return "separated", separated

@@ -627,7 +627,20 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             head_logits=None if self._head is None else self._head.logits(logits),
         )
         # Another plugin may have added a term of its own before: only the criterion's is replaced.
-        strategy.loss = strategy.loss - strategy.criterion() + self._loss_now(step)
+        strategy.loss = strategy.loss - strategy.criterion() + self._replay_loss(step)
+
+    def _replay_loss(self, step: ReplayStep) -> Tensor:
+        """Return the replay loss of a step, which may be a user's, checked to be one."""
+        loss = self._loss_now(step)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+            raise ConfigError(f"loss returns a scalar tensor; {self.loss_used} returned {got}")
+        if step.logits.requires_grad and not loss.requires_grad:
+            raise ConfigError(
+                f"what {self.loss_used} returned does not depend on the logits by any graph: "
+                "compute it of step.logits, without detach()"
+            )
+        return loss
 
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Make the experience into the memory, if that was not done before."""
@@ -679,9 +692,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         Raises:
             CheckpointError: The state is not one of this version, or is damaged; nothing changes.
         """
-        own, learned = dict(state), ("training", _FIRST_WEIGHTS, _UNTUNED_WEIGHTS)
-        kept = {name: own.pop(name) for name in learned if name in own}
+        learned = ("training", _FIRST_WEIGHTS, _UNTUNED_WEIGHTS)
         try:
+            own = dict(state)
+            kept = {name: own.pop(name) for name in learned if name in own}
             # That a state is of another version, the store says.
             if own.pop("training_digest") != digest_state(kept) and own["version"] == STATE_VERSION:
                 raise CheckpointError("it or its network was altered")
@@ -754,7 +768,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     ) -> float:
         """Return the weight of the distillation in an experience; by default where it can be."""
         if self.distill == "adaptive":
-            return math.sqrt(num_old / num_new)
+            return math.sqrt(num_old / num_new) if self._has_learned else 0.0
         if self.distill is not None:
             return self.distill
         can_be = has_plain_criterion(strategy) and not self._has_tasks(experiences)

@@ -140,6 +140,8 @@ def evaluate(args: argparse.Namespace) -> Result:
     """
     if args.scores and args.labels not in (None, "hard"):
         raise ConfigError(f"--scores are by hard labels; got --labels {args.labels}: leave one out")
+    if args.scores:
+        check_label_weight(args, "hard")
     memory = hmn_replay.load(args.file, device=args.device)
     if args.scores:
         return _all_scores(args, memory)

@@ -25,7 +25,7 @@ from hmn_replay.data.features import LabelledFeatures, read_data
 from hmn_replay.data.images import ImageSource
 from hmn_replay.distributed import Team, join
 from hmn_replay.errors import BudgetError, ConfigError, HMNReplayWarning
-from hmn_replay.memory.base import MEMORIES, Memory
+from hmn_replay.memory.base import MEMORIES, Memory, warn_of_lost_labeller
 from hmn_replay.memory.checks import check_num_classes
 from hmn_replay.memory.layout import MemoryLayout
 from hmn_replay.memory.learned import LearnedMemory
@@ -244,6 +244,8 @@ def condense(
         if checkpoint is not None:
             run.resume(Path(checkpoint))
         condensed = run.finish()
+        if memory is not None and config.labels != "labeller":
+            warn_of_lost_labeller(memory.labeller, condensed.labeller)
     settings = {"kind": memory_type.kind, "effort": named_effort, "seed": seed}
     condensed.report = {
         **settings,
@@ -292,11 +294,13 @@ def _why_unused(run: Condensation, budget: Budget) -> str | None:
 
 def check_config(config: CondenseConfig, memory_type: type[Memory]) -> None:
     """Raise a :class:`ConfigError` for settings that a memory kind cannot be condensed with."""
-    if config.pruning == "order" and config.beta_grid:
-        raise ConfigError(
-            "beta_grid chooses how images are pruned by AUM, and pruning='order' drops the last: "
-            f"leave beta_grid out; got {config.beta_grid}"
-        )
+    for name in ("beta_grid", "beta"):
+        default, value = CondenseConfig.model_fields[name].default, getattr(config, name)
+        if config.pruning == "order" and value != default:
+            raise ConfigError(
+                "beta and beta_grid choose which images are pruned by AUM, and pruning='order' "
+                f"drops the last: leave {name} out; got {value}"
+            )
     if not config.warm_start_steps and not config.num_steps:
         raise ConfigError(
             "without a warm start and without matching nothing is learned: warm_start_steps or "

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from hmn_replay.budget import as_int
 from hmn_replay.data.augment import STRATEGIES, draw_augmentation
 from hmn_replay.data.images import ImageSource, as_labelled_images, channel_stats
 from hmn_replay.data.lookup import Images, as_floats, images_at_once
@@ -218,8 +219,8 @@ def label_images(
             "expected a list of images (N, C, H, W), all of the same shape: several ones of every "
             f"image, or [images]; got {shapes[:4]}"
         )
-    if views < 1:
-        raise ConfigError(f"views must be 1 or more, got {views}")
+    if (as_int(views) or 0) < 1:
+        raise ConfigError(f"views must be a whole number of 1 or more; got {views!r}")
     first = parts[0]
     shape, size = first.shape[1:], images_at_once(first.shape[1:])
     mean, std = channel_stats(first)

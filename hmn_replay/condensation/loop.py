@@ -63,7 +63,13 @@ from hmn_replay.memory.layout import MemoryLayout
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import get_objective
 from hmn_replay.objectives.trajectories import Experts, experts_beside
-from hmn_replay.runtime import derive_seed, isolated_if, make_generator, peak_memory_bytes
+from hmn_replay.runtime import (
+    derive_seed,
+    isolated,
+    isolated_if,
+    make_generator,
+    peak_memory_bytes,
+)
 from hmn_replay.training.networks import tensors_of
 from hmn_replay.training.train import cosine_lr, train_network
 
@@ -129,7 +135,6 @@ class Run:
             clear_stale(checkpoint)
         found = self.team.agree(lambda: read_checkpoint(checkpoint, self.identity))
         if found is None:
-            self._save()
             return
         check_json(found.state, self.state)
         if found.state["phase"] not in self.phases:
@@ -152,6 +157,8 @@ class Run:
 
     def work(self, phases: Mapping[str, Callable[[], None]]) -> None:
         """Go through the phases that are left, in their order."""
+        if self.resumed is None:
+            self._save()  # whether that can be done is known before any work
         with self._interruptible(), self._advising_after_a_loss():
             for phase in self.phases:
                 if self.state["phase"] == phase:
@@ -709,7 +716,8 @@ class Condensation(Run):
         if self.by_order:
             return torch.arange(len(images), dtype=torch.float32)
         if callable(self.config.pruning):
-            return score_by(self.config.pruning, images[:], class_index)
+            with isolated(self.device, self.seed, "scores"):
+                return score_by(self.config.pruning, images[:], class_index)
         recorder = MarginRecorder(images, class_index, self.team)
         self._train_on(images, class_index, "AUM", on_epoch=recorder)
         return recorder.aum()

@@ -17,7 +17,7 @@ from hmn_replay.budget import as_int
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError
-from hmn_replay.registry import name_of
+from hmn_replay.registry import check_takes, name_of
 from hmn_replay.training.networks import device_of, evaluating
 
 __all__ = [
@@ -35,7 +35,8 @@ PruningFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 It is given the images, float32 ``(N, C, H, W)`` in [0, 1], and the position of each one's class
 among the memory's, int64 ``(N,)``, both on the memory's device; and returns a number for each
 image, float ``(N,)``: low for a hard image, high for an easy one. It is called once before any
-work, to see that it does so, and once in the end.
+work, to see that it does so, and once in the end; if it draws from a global generator, that is
+seeded for it, and restored.
 """
 
 
@@ -46,8 +47,10 @@ def score_by(function: PruningFunction, images: Tensor, class_indices: Tensor) -
         float32 ``(N,)`` on the CPU.
 
     Raises:
-        ConfigError: It returned anything but a finite number for each image.
+        ConfigError: It takes no images and class indices, or returned anything but a finite number
+            for each image.
     """
+    check_takes("pruning", function, ["images", "class_indices"])
     with torch.no_grad():
         scores = function(images, class_indices)
     name, expected = name_of(function), f"a finite number for each of the {len(images)} images"

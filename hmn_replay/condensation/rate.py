@@ -76,9 +76,11 @@ class RateControl:
             with torch.no_grad():
                 old_bits, shared_bits = memory.rate(torch.arange(num_old, device=device))
             if (shared_bytes := float(shared_bits) / 8) > code_bytes:
+                left = f"leaves {max(0, code_bytes):,} bytes for the code of values"
+                fewer = ", or a layout of fewer channels" if shared_bytes >= 1 else ""
                 raise BudgetError(
-                    f"what all images share takes {shared_bytes:,.0f} bytes of the {code_bytes:,} "
-                    "left for the code; give a larger budget, or a layout of fewer channels"
+                    f"the budget {left}, and what all images share takes {shared_bytes:,.0f}; give "
+                    f"a larger budget{fewer}"
                 )
             self.state[3] -= old_bits * kept_old
 

@@ -25,7 +25,8 @@ from hmn_replay.errors import ConfigError
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import Objective, get_objective
 from hmn_replay.objectives.trajectories import trajectory_matching
-from hmn_replay.runtime import autocast, make_generator
+from hmn_replay.registry import check_takes
+from hmn_replay.runtime import autocast, isolated_if, make_generator
 from hmn_replay.training.networks import ConvBlock, Network, build_network
 from hmn_replay.training.train import (
     CompiledLoss,
@@ -55,6 +56,8 @@ __all__ = [
 # Decoded at once while matching: 256 images of 32 x 32, 5 of 224 x 224, and one class at least. A
 # GPU takes eight times as many, and waits less between them.
 _PIXELS_PER_GROUP, _PIXELS_PER_GPU_GROUP = 2**18, 2**21
+
+_OBJECTIVE_ARGUMENTS = ("network", "real_images", "real_labels", "decoded_images", "decoded_labels")
 
 # Bytes of real images that a GPU holds at most: 1.4 million images of 32 x 32.
 _MOST_BYTES_HELD = 2**32
@@ -430,7 +433,7 @@ def try_matching(
     """Match two real images with themselves, to find out before hours of work if that can be done.
 
     In evaluation mode, in which networks draw nothing and keep their running statistics. An
-    objective from outside is not called.
+    objective of the user's is called once, too.
 
     Args:
         context: What the phase's steps share; the memory is not changed.
@@ -468,17 +471,25 @@ def try_matching(
             f"a network to match on returns logits (B, K), K of {wanted} or more here; {name} "
             f"returns {shape or type(found).__name__} for {len(images)} images"
         )
-    if objective.compiled is None:  # of whole trainings, or from outside
+    if objective.compares_trainings:
         return
+    check_takes("objective", objective, _OBJECTIVE_ARGUMENTS)
     augment = context.draw_augmentation(make_generator(0, "trial"))
     decoded = images.clone().requires_grad_()
     label = context.first_class if logits is None else logits[context.first_class]
     labels = torch.full((len(images),), label)
     if not objective.several_classes:
         labels = labels.to(device)
-    with autocast(device, config.precision):
+    with (
+        isolated_if(config.draws_globally, device, 0, "trial"),
+        autocast(device, config.precision),
+    ):
         loss = objective(network, augment(images), labels, augment(decoded), labels)
-    torch.autograd.grad(loss, decoded)
+    (gradient,) = torch.autograd.grad(loss, decoded, allow_unused=True)
+    if gradient is None:
+        raise ConfigError(
+            f"the loss of objective {objective.name} does not depend on decoded_images"
+        )
 
 
 def trajectory_step(

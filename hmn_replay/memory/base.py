@@ -12,6 +12,7 @@ import copy
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -22,7 +23,14 @@ from torch.utils.data import Dataset
 
 from hmn_replay.budget import Budget, as_int, largest
 from hmn_replay.data.lookup import ImageLookup, Images, are_probabilities, rank_in_class
-from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayError, MemoryFileError
+from hmn_replay.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    HMNReplayError,
+    HMNReplayWarning,
+    MemoryFileError,
+)
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.checks import check_classes, check_counts, check_indices
 from hmn_replay.memory.file import (
@@ -831,6 +839,17 @@ class DecodedDataset(Dataset[tuple[object, Any]]):
 
 def _stored(part: SoftLabels | Labeller | None) -> dict[str, Tensor]:
     return {} if part is None else part.stored()
+
+
+def warn_of_lost_labeller(before: Labeller | None, after: Labeller | None) -> None:
+    """Warn where a memory has lost its labeller, which does not know classes that were added."""
+    if before is not None and after is None:
+        warnings.warn(
+            "the memory's labeller does not know the classes that were added, and is no longer in "
+            "the memory: make another by labels='labeller', or set_labeller()",
+            HMNReplayWarning,
+            stacklevel=4,
+        )
 
 
 def class_specs(classes: Sequence[int], num_images: int) -> dict[str, TensorSpec]:

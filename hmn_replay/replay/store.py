@@ -36,7 +36,13 @@ from hmn_replay.errors import (
 )
 from hmn_replay.memory import Memory, loads
 from hmn_replay.replay.gatherer import Gatherer
-from hmn_replay.replay.keepers import Keeper, check_same_shape, make_keeper
+from hmn_replay.replay.keepers import (
+    Keeper,
+    check_own_settings,
+    check_same_shape,
+    make_keeper,
+    named_arguments,
+)
 from hmn_replay.runtime import (
     check_seed,
     derive_seed,
@@ -110,6 +116,7 @@ class ReplayMemory:
                 raise ConfigError("a keeper has its own kind and options; give it alone")
             self.keeper = budget
         else:
+            check_own_settings(kind, type(self), named_arguments(ReplayMemory))
             self.keeper = make_keeper(budget, kind, **options)
         if (as_int(max_raw_images) or 0) < 1:
             raise ConfigError(
@@ -488,9 +495,13 @@ class ReplayMemory:
             return 0
         wanted = memory.classes.tolist()
         given = None if classes is None else [int(label) for label in classes]
+        if given is not None and len(set(given)) < len(given):
+            raise ConfigError("classes are the labels of the logits; some occur twice or more")
 
         def of_memory(images: Tensor) -> Tensor:
             logits = network(images)
+            if logits.ndim != 2:
+                raise ConfigError(f"expected logits (B, L); got shape {tuple(logits.shape)}")
             known = range(logits.shape[1]) if given is None else given
             position = {label: index for index, label in enumerate(known)}
             missing = sorted({*wanted} - {*position})

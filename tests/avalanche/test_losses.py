@@ -315,6 +315,19 @@ def test_adaptive_distillation_grows_with_the_old_classes() -> None:
     assert used == [0.0, math.sqrt(2 / 1), math.sqrt(3 / 1)]
 
 
+def test_adaptive_distillation_is_of_what_was_learned() -> None:
+    stream = labelled_streams((0, 1), (2,), (3,)).train_stream
+    first = KeepFirst()
+    train(make_strategy([first]), stream[:1])
+    replay = KeepFirst(distill="adaptive")
+    replay.memory = first.memory  # beside a network of which nothing is known
+    strategy, used = make_strategy([replay]), []
+    for experience in stream[1:]:
+        strategy.train(experience)
+        used.append(replay.distill_used)
+    assert used == [0.0, math.sqrt(3 / 1)]
+
+
 def test_by_default_nothing_is_distilled_where_it_cannot_be() -> None:
     def of_decoded_images(step: ReplayStep) -> Tensor:
         return step.loss_of(step.logits)
@@ -590,6 +603,20 @@ def test_a_loss_from_outside_is_used_by_name_and_as_a_callable(registered: str) 
     assert (replay.loss_used, other.loss_used) == (registered, "replayed_alone")
     assert replay.report[-1]["loss_used"] == registered
     assert not torch.equal(by_name, trained("plain")[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda step: 3.0, "loss returns a scalar tensor; <lambda> returned 3.0"),
+        (lambda step: step.logits.sum(1), r"<lambda> returned shape \(\d+,\)"),
+        (lambda step: step.logits.detach().sum(), "does not depend on the logits by any graph"),
+        (lambda: 0, r"loss is called with \(step\)"),
+    ],
+)
+def test_what_is_no_loss_is_refused(loss: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trained(loss)
 
 
 def test_a_step_gives_a_loss_the_network_and_the_images() -> None:

@@ -836,6 +836,8 @@ def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
 
     state = replay.state_dict()
     broken: list[Any] = [
+        None,
+        [1],
         [],
         {},
         {**state, "version": 9},

@@ -158,6 +158,7 @@ def test_there_may_be_more_classes_than_a_step_draws(
         options = {"classes_per_step": classes_per_step, "objective": recorded}
         memory = tiny(data, make_layout(), **options)
         assert memory.report["objective"].endswith("recorded")
+        del drawn[0]  # of the trial before any work
         draws = [drawn[i : i + expected] for i in range(0, len(drawn), expected)]
         assert len(draws) == 2 * 3
         assert all(len(set(draw)) == expected for draw in draws)
@@ -333,6 +334,7 @@ def test_matching_moves_the_memory_to_a_lower_loss(
         over_budget=0,
         memory_learning_rate=0.01,
     )
+    del losses[0]  # of the trial before any work
     assert len(losses) == 60 * 3
     assert sum(losses[-15:]) < 0.5 * sum(losses[:15])
 
@@ -845,6 +847,66 @@ def test_what_is_no_score_of_each_image_is_refused_before_any_work(
             checkpoint=tmp_path / "run",
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_ones_own_may_be_drawn_at_random(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    def drawn(images: Tensor, _: Tensor) -> Tensor:
+        return torch.rand(len(images))
+
+    files = []
+    for seed in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            files.append(tiny(make_set(), make_layout(), pruning=drawn, beta_grid=()).to_bytes())
+            assert torch.get_rng_state().equal(before)
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pruning": lambda images: images}, r"pruning is called with \(images, class_indices\)"),
+        ({"objective": lambda network, images: images}, r"objective is called with \(network, .*"),
+        ({"objective": lambda *_: None}, "an objective must return a scalar tensor"),
+        (
+            {"objective": lambda network, *_: next(network.parameters()).sum()},
+            "does not depend on decoded_images",
+        ),
+        ({"experts": "file", "trained_networks": 1}, "A file stands where the folder"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_any_work_and_without_a_checkpoint(
+    options: dict[str, Any],
+    message: str,
+    make_set: MakeSet,
+    make_layout: MakeLayout,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises((ConfigError, OSError), match=message):
+        tiny(make_set(), make_layout(), **options, beta_grid=(), checkpoint=tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_labeller_that_does_not_know_added_classes_is_not_lost_silently(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    options = {"pruning": "order", "beta_grid": (), "teacher_passes": 32, "labeller_width": 2}
+    layout = make_layout()
+    budget = room_for(layout, 5, 20) + 2500
+    memory = tiny(make_set(330), layout, budget=budget, labels="labeller", **options)
+    assert memory.labeller is not None
+    more = make_set(330, labels=(3, 4))
+    with pytest.warns(HMNReplayWarning, match="labeller does not know the classes") as caught:
+        grown = tiny(more, layout, budget=budget, memory=memory, **options)
+    assert grown.labeller is None and caught[0].filename.endswith("support.py")
+    again = tiny(more, layout, budget=budget, memory=memory, labels="labeller", **options)
+    assert again.labeller is not None
 
 
 def test_a_checkpoint_knows_what_an_objective_was_given(

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hmn_replay.condensation.condense import check_config
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
 from hmn_replay.errors import ConfigError, UnknownOptionError
+from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.objectives import Objective
 from hmn_replay.objectives.trajectories import EXPERT_TRAINING
 
@@ -114,6 +116,12 @@ def match_nothing(*batches: Any) -> Any:
 
 def make_nothing(image_shape: Any, num_classes: int) -> Any:
     raise AssertionError(image_shape, num_classes)
+
+
+@pytest.mark.parametrize("option", [{"beta": 0.0}, {"beta_grid": (0.2, 0.8)}])
+def test_a_beta_is_not_for_pruning_by_order(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"leave {next(iter(option))} out"):
+        check_config(make_config(pruning="order", **option), HierarchicalMemory)
 
 
 def test_functions_stand_in_for_names_and_are_reported_by_theirs() -> None:

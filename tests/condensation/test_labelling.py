@@ -299,5 +299,5 @@ def test_real_images_without_room_for_labels_are_refused_before_a_teacher_is_tra
 def test_images_to_label_are_as_many_of_one_shape(parts: Any) -> None:
     with pytest.raises(DataError, match=r"a list of images \(N, C, H, W\), all of the same shape"):
         label_images(nn.Flatten(), parts)
-    with pytest.raises(ConfigError, match="views must be 1 or more, got 0"):
+    with pytest.raises(ConfigError, match="views must be a whole number of 1 or more; got 0"):
         label_images(nn.Flatten(), [torch.zeros(4, 3, 8, 8)], views=0)

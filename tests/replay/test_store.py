@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -29,7 +29,9 @@ from hmn_replay.errors import (
     UnknownOptionError,
 )
 from hmn_replay.memory import MEMORIES, JPEGMemory, RawMemory
+from hmn_replay.memory.labels import Labeller
 from hmn_replay.replay import Keeper, RealKeeper, SubsampledKeeper, make_keeper, store
+from hmn_replay.training.networks import build_network
 from hmn_replay.training.train import TrainingConfig
 from tests.support import LEARNED, REAL, TINY, PosterMemory, real_set, registered
 
@@ -382,6 +384,46 @@ def test_an_option_with_a_typing_error_is_told_what_it_may_have_been() -> None:
         HMNReplay(6000, teacher_width=3)
 
 
+@pytest.mark.parametrize(
+    ("reads", "value"), [(str, "two words"), (bool, False), (int, "x"), (str, "")]
+)
+def test_a_setting_that_its_file_would_not_give_back_is_refused(reads: Any, value: Any) -> None:
+    class Flagged(RawMemory):
+        setting_types: ClassVar = {"flag": reads}
+
+        def __init__(self, shape: Any, *, flag: Any = 1, budget: Any = None) -> None:
+            super().__init__(shape, budget=budget)
+            self.flag = reads(flag) if flag == 1 else flag
+
+    with registered(Flagged) as kind:
+        make(kind).update(batch(1))
+        with pytest.raises(ConfigError, match=f"cannot keep flag={value!r} in a file"):
+            ReplayMemory(6000, kind, flag=value)
+
+
+@pytest.mark.parametrize("name", ["seed", "selection"])
+def test_a_setting_with_the_name_of_an_argument_is_refused(name: str) -> None:
+    class Seeded(RawMemory):
+        setting_types: ClassVar = {name: int}
+
+        def __init__(self, shape: Any, *, budget: Any = None, **settings: int) -> None:
+            super().__init__(shape, budget=budget)
+            self.seed = self.selection = settings.get(name, 0)
+
+    with registered(Seeded) as kind, pytest.raises(ConfigError, match="rename the setting"):
+        ReplayMemory(6000, kind, **{name: 5})  # type: ignore[arg-type]
+
+
+def test_real_images_that_are_added_do_not_lose_a_labeller_silently() -> None:
+    memory = make("raw")
+    memory.update(batch(0))
+    assert memory.memory is not None
+    network = build_network("convnet", (3, 8, 8), 1, width=4)
+    memory.memory.set_labeller(Labeller.of(network, (3, 8, 8)))
+    with pytest.warns(HMNReplayWarning, match="labeller does not know the classes"):
+        memory.update(batch(1))
+
+
 def test_a_network_that_labels_has_a_logit_for_each_class_of_the_memory() -> None:
     memory = make("raw")
     memory.update(batch(3, 5))
@@ -392,6 +434,12 @@ def test_a_network_that_labels_has_a_logit_for_each_class_of_the_memory() -> Non
     few = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     with pytest.raises(ConfigError, match=r"of 5 logits for 5 labels there is none for \[5\]"):
         memory.label(few)
+    with pytest.raises(ConfigError, match="some occur twice or more"):
+        memory.label(network, classes=[3, 5, 5, *range(10, 17)])
+    with pytest.raises(ConfigError, match=r"expected logits \(B, L\); got shape \(\d+,\)"):
+        memory.label(lambda images: images.mean(dim=(1, 2, 3)))
+    with pytest.raises(ConfigError, match=r"views must be a whole number of 1 or more; got 1\.5"):
+        memory.label(network, views=1.5)  # type: ignore[arg-type]
     own = copy.deepcopy(memory)
     order = torch.randperm(10)
     assert memory.label(network) == own.label(
