@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,7 +20,7 @@ from hmn_replay.data.images import (
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once, join_images
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
-from hmn_replay.memory.labels import LABELS
+from hmn_replay.memory.labels import LABELS, Labeller
 from hmn_replay.runtime import resolve_device, without_autocast
 from hmn_replay.training.networks import Network, NetworkFactory, lent_to, linear_head
 from hmn_replay.training.train import Targets, TrainingConfig, train_network
@@ -223,9 +224,14 @@ def _targets(
         if labeller is None:
             raise ConfigError("the memory has no labeller; make it with labels='labeller'")
 
+        @cache  # once for each device, which would else be waited for in each step
+        def on(device: torch.device) -> tuple[Labeller, Tensor]:
+            return labeller.to(device), columns.to(device)
+
         def label(images: Tensor) -> Tensor:
-            logits: Tensor = labeller.to(images.device)(images)
-            return logits[:, columns.to(images.device)]
+            network, own = on(images.device)
+            logits: Tensor = network(images)
+            return logits[:, own]
 
         return label
     return None

@@ -150,8 +150,8 @@ class CalledNew(PluginMetric[float | None]):
         # Moved once, and summed where they are: a GPU is not waited for.
         if self._new.device != labels.device:
             self._new, self._old = self._new.to(labels.device), self._old.to(labels.device)
-        new, is_old = self._new, torch.isin(labels, self._old)
-        called_new = torch.isin(logits.argmax(1), new) & is_old
+        is_old = _is_among(labels, self._old)
+        called_new = _is_among(logits.argmax(1), self._new) & is_old
         self._num_old = self._num_old.to(labels.device) + is_old.sum()
         self._num_called_new = self._num_called_new.to(labels.device) + called_new.sum()
 
@@ -190,3 +190,8 @@ def _logged(metric: Any, strategy: Any, value: float | None) -> Any:
         return None
     name = get_metric_name(metric, strategy, add_task=False)
     return [MetricValue(metric, name, value, strategy.clock.train_iterations)]
+
+
+def _is_among(labels: Tensor, classes: Tensor) -> Tensor:
+    """Return which labels are among some classes, as ``torch.isin``, which waits for a GPU."""
+    return (labels[:, None] == classes).any(dim=1)

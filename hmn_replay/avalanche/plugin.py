@@ -59,7 +59,7 @@ from hmn_replay.avalanche.streams import (
     split_class_keys,
 )
 from hmn_replay.avalanche.tuning import Tuner, by_class, draw_balanced
-from hmn_replay.avalanche.weights import is_same_network
+from hmn_replay.avalanche.weights import is_same_network, on_cpu
 from hmn_replay.budget import as_int
 from hmn_replay.condensation.labelling import LABEL_AUGMENTATIONS
 from hmn_replay.data.augment import RandomAugmentation
@@ -718,8 +718,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._found = self.normalization or found
         self.loss_used, self.renew_used = names
         self._num_updates_before = num_before
-        self._first_weights = kept.get(_FIRST_WEIGHTS)
-        self._tuner = Tuner(kept.get(_UNTUNED_WEIGHTS), dict(tuned))
+        self._first_weights, untuned = (
+            on_cpu(kept[name]) if name in kept else None
+            for name in (_FIRST_WEIGHTS, _UNTUNED_WEIGHTS)
+        )
+        self._tuner = Tuner(untuned, dict(tuned))
         # What is trained next need not be the network of before.
         self._model = self._soft = None
 
@@ -859,7 +862,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
         def loss(step: int) -> Tensor:
             generator = make_generator(self.seed, "tune", number, step)
-            chosen = draw_balanced(positions, num_images, generator).to(self._device)
+            chosen = draw_balanced(positions, num_images, generator)
+            chosen = chosen.to(self._device, non_blocking=True)
             images = as_floats(decoded.images[chosen])
             images = finish_images(images, self.replay_transform, self.found_normalization)
             labels, _ = split_class_keys(decoded.labels[chosen])

@@ -188,10 +188,11 @@ def herding(features: Tensor, count: int) -> Tensor:
     order = _empty_order(features, count)
     total = torch.zeros_like(centred[0])
     for position in range(len(order)):
-        best = (squares + 2 * (centred @ total)).argmin()
-        order[position] = best
-        total = total + centred[best]
-        squares[best] = torch.inf
+        # Positions of one entry: a device is not asked for their values.
+        best = (squares + 2 * (centred @ total)).argmin().view(1)
+        order[position : position + 1] = best
+        total = total + centred.index_select(0, best).view(-1)
+        squares.index_fill_(0, best, torch.inf)
     return order
 
 
@@ -223,13 +224,15 @@ def k_centre(features: Tensor, count: int, *, first: int | None = None) -> Tenso
         raise ConfigError(f"first is a position in [0, {len(features)}); got {first}")
     order = _empty_order(features, count)
     nearest = torch.full_like(squares, torch.inf)
-    best = squares.argmin() if first is None else torch.tensor(first, device=features.device)
+    best = squares.argmin().view(1)
+    if first is not None:
+        best = torch.tensor([first], device=features.device)
     for position in range(len(order)):
-        order[position] = best
-        distances = squares + squares[best] - 2 * (centred @ centred[best])
-        nearest = torch.minimum(nearest, distances)
-        nearest[best] = -torch.inf
-        best = nearest.argmax()
+        order[position : position + 1] = best
+        own = centred.index_select(0, best).view(-1)
+        distances = squares + squares.index_select(0, best) - 2 * (centred @ own)
+        nearest = torch.minimum(nearest, distances).index_fill_(0, best, -torch.inf)
+        best = nearest.argmax().view(1)
     return order
 
 

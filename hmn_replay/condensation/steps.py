@@ -19,7 +19,7 @@ from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.rate import RateControl
 from hmn_replay.data.augment import Augmentation, draw_augmentation
 from hmn_replay.data.images import LabelledImages, channel_stats
-from hmn_replay.data.lookup import Images, LabelledView, as_floats, images_at_once
+from hmn_replay.data.lookup import Images, LabelledView, as_floats, held_on, images_at_once
 from hmn_replay.distributed import ALONE, GradientPart, Team
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.learned import LearnedMemory
@@ -59,9 +59,6 @@ _PIXELS_PER_GROUP, _PIXELS_PER_GPU_GROUP = 2**18, 2**21
 
 _OBJECTIVE_ARGUMENTS = ("network", "real_images", "real_labels", "decoded_images", "decoded_labels")
 
-# Bytes of real images that a GPU holds at most: 1.4 million images of 32 x 32.
-_MOST_BYTES_HELD = 2**32
-
 
 @dataclass(frozen=True, eq=False)
 class RealImages:
@@ -80,6 +77,13 @@ class RealImages:
     members: list[Tensor]
     mean: Tensor
     std: Tensor
+    _held: dict[torch.device, Images] = field(default_factory=dict)
+
+    def images_on(self, device: torch.device) -> Images:
+        """Return the images where a device can look at them, which is done once."""
+        if device not in self._held:
+            self._held[device] = held_on(self.data.images, device)
+        return self._held[device]
 
     @classmethod
     def of(cls, data: LabelledImages | LabelledView, classes: Tensor | None = None) -> RealImages:
@@ -196,15 +200,6 @@ class StepContext:
         """What compiles the steps of a network that learns, if they are to be."""
         return CompiledLoss(self.config.precision) if self.compiling.learning else None
 
-    @cached_property
-    def _images(self) -> Images:
-        """The real images; a GPU holds them all, where they are few."""
-        images, device = self.real.data.images, self.device
-        num_bytes = math.prod(images.shape) * images.dtype.itemsize
-        if device.type != "cpu" and num_bytes <= _MOST_BYTES_HELD:
-            images = images[:]
-        return images.to(device)
-
     def decode(self, indices: Tensor) -> Tensor:
         """Return images with a graph, float32, decoded in the precision of the settings."""
         with autocast(self.device, self.config.precision):
@@ -217,7 +212,7 @@ class StepContext:
         Args:
             indices: int64 ``(B,)``, on the CPU.
         """
-        images = self._images
+        images = self.real.images_on(self.device)
         if isinstance(images, Tensor):
             indices = indices.to(images.device, non_blocking=True)
         return as_floats(images[indices])
@@ -620,7 +615,7 @@ def train_step(
         else:
             with torch.no_grad():
                 images = context.decode(indices)
-            labels = memory.class_index[indices.to(device)]
+            labels = memory.class_index[indices.to(device, non_blocking=True)]
         batch, labels_a, labels_b, lam = draw_batch(
             images,
             labels,

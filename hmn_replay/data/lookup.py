@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -18,6 +19,7 @@ __all__ = [
     "as_floats",
     "check_labelled",
     "first_in_turn",
+    "held_on",
     "images_at_once",
     "join_images",
     "rank_in_class",
@@ -27,6 +29,8 @@ __all__ = [
 # 512 images of 32 x 32, 10 of 224 x 224.
 _PIXELS_AT_ONCE = 2**19
 _IMAGES_AT_ONCE = 512
+# Bytes of images that a GPU holds at most: 1.4 million images of 32 x 32, as uint8.
+_MOST_BYTES_HELD = 2**32
 
 
 class ImageLookup:
@@ -86,6 +90,16 @@ class ImageLookup:
 
 Images: TypeAlias = "Tensor | ImageLookup"
 """Images ``(N, C, H, W)``, indexed by positions or slices."""
+
+
+def held_on(images: Images, device: torch.device) -> Images:
+    """Return images where a device can look at them: a GPU holds them all, where they are few."""
+    if device.type == "cuda":
+        num_bytes = math.prod(images.shape) * images.dtype.itemsize
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        if num_bytes <= min(_MOST_BYTES_HELD, free_bytes // 2):
+            images = images[:]
+    return images.to(device)
 
 
 @dataclass(frozen=True, eq=False)

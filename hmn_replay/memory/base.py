@@ -222,8 +222,9 @@ class Memory(abc.ABC):
         """Decode images.
 
         An image's bits do not depend on which others are decoded with it, nor on its place among
-        them, nor on a surrounding ``torch.autocast``. With another kind of device, or on a CPU with
-        another number of threads, the last bits of floats may differ.
+        them, nor on a surrounding ``torch.autocast``. On a CPU with another number of threads, the
+        last bits of floats may differ; on a GPU, whose convolutions torch lets round to TF32, they
+        may differ by a thousandth.
 
         Args:
             indices: Positions of the images wanted, ``(B,)``; repeats are allowed. Default: all.

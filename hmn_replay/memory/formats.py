@@ -170,7 +170,8 @@ def max_abs_scale(largest: Tensor) -> Tensor:
     Returns:
         float32 of the same shape: ``largest / 127``, at least 1e-8.
     """
-    return (largest / _MAX_INTEGER).clamp_min(1e-8)
+    # By a tensor: a GPU divides by a number by multiplying with its rounded inverse.
+    return (largest / torch.full_like(largest, _MAX_INTEGER)).clamp_min(1e-8)
 
 
 def _to_float(latent: Tensor, dtype: torch.dtype) -> Tensor:

@@ -48,7 +48,12 @@ from hmn_replay.memory.formats import (
     round_to_format,
 )
 from hmn_replay.memory.layout import MemoryLayout, StoredTensor
-from hmn_replay.runtime import make_generator, resolve_device, without_autocast
+from hmn_replay.runtime import (
+    deterministic_cudnn,
+    make_generator,
+    resolve_device,
+    without_autocast,
+)
 
 __all__ = ["AnyLearned", "LearnedMemory"]
 
@@ -749,7 +754,8 @@ class LearnedMemory(Memory, nn.Module):
         for name, tensor in self.tensors.items():
             parameter, own = self.get_parameter(name), rows[tensor.rows]
             if parameter.requires_grad:
-                yield parameter, None if own is None else own.to(parameter.device)
+                rows_there = None if own is None else own.to(parameter.device, non_blocking=True)
+                yield parameter, rows_there
 
     # Growing and dropping.
 
@@ -910,7 +916,11 @@ class LearnedMemory(Memory, nn.Module):
         num_images, num_repeats = len(indices), -len(indices) % chunk_size
         padded = torch.cat([indices, indices[-1:].expand(num_repeats)]).to(device)
         images = torch.empty((num_images, *self.image_shape), dtype=dtype, device=device)
-        with torch.autocast(device.type, enabled=False):
+        is_cuda = device.type == "cuda"
+        with (
+            torch.autocast(device.type, enabled=False),
+            deterministic_cudnn() if is_cuda else contextlib.nullcontext(),
+        ):
             for start in range(0, num_images, chunk_size):
                 decoded = self._decode_chunk(padded[start : start + chunk_size])
                 if dtype == torch.uint8:

@@ -112,7 +112,7 @@ class Gatherer:
             CheckpointError: It is something else.
         """
         images, labels, priorities, seen = (
-            state[name] for name in ("images", "labels", "priorities", "seen")
+            state[name].cpu() for name in ("images", "labels", "priorities", "seen")
         )
         for name, tensor, dtype, shape in (
             ("labels", labels, torch.int64, (len(images),)),
@@ -130,10 +130,10 @@ class Gatherer:
             _labelled(images, labels, {})  # which checks them
         if int((seen[:, 1] < 0).sum()):
             raise CheckpointError("less than no images were seen")
-        self.num_seen = Counter({label: count for label, count in state["seen"].tolist()})
+        self.num_seen = Counter({label: count for label, count in seen.tolist()})
         self.class_names = dict(names)
-        self._images = [image.clone() for image in state["images"]]
-        self._labels, self._priorities = [state["labels"].clone()], [state["priorities"].clone()]
+        self._images = [image.clone() for image in images]
+        self._labels, self._priorities = [labels.clone()], [priorities.clone()]
 
 
 def _labelled(images: Tensor, labels: Tensor, names: dict[int, str]) -> LabelledImages:

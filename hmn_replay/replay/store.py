@@ -298,6 +298,7 @@ class ReplayMemory:
                     progress=self.progress,
                 )
 
+        self._decoded = None  # room for what renews the memory; the old one can be decoded again
         renewed, reason = self._making_room(renew)
         if not isinstance(renewed, tuple) or len(renewed) != 2 or renewed[0] is None:
             raise ConfigError(
@@ -393,8 +394,11 @@ class ReplayMemory:
         # A device that has been looked at is not asked again: each time it would be waited for.
         target = self.device
         if device is not None:
-            is_known = decoded is not None and decoded.device == device
-            target = torch.device(device) if is_known else resolve_device(device)
+            target = torch.device(device) if device != "auto" else resolve_device()
+            if decoded is not None and target in (decoded.device, decoded.images.device):
+                target = decoded.device  # which may be named without the number that it has
+            elif target != self.device:
+                target = resolve_device(target)
         if decoded is None or decoded.memory is not memory or decoded.device != target:
             self._decoded = decoded = DecodedImages.of(memory, target)
         return decoded

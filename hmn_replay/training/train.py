@@ -20,6 +20,7 @@ from hmn_replay.data.lookup import (
     are_probabilities,
     as_floats,
     check_labelled,
+    held_on,
     images_at_once,
 )
 from hmn_replay.distributed import ALONE, Team
@@ -244,7 +245,7 @@ def train_network(
     device = resolve_device(device)
     network = make_network(images, num_classes, config, seed, stats).to(device)
     mean, std = network.mean.cpu(), network.std.cpu()
-    images, class_indices = images.to(device), class_indices.to(device)
+    images, class_indices = held_on(images, device), class_indices.to(device)
     on_device = isinstance(images, Tensor)  # a lookup takes positions on the CPU
     if isinstance(targets, Tensor):
         targets = (targets.to(device, torch.float32).log() / config.temperature).softmax(1)

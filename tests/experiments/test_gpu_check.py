@@ -69,7 +69,8 @@ def test_the_tests_marked_gpu_are_run_and_no_others(
 ) -> None:
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU")
-    file = tmp_path / "test_some.py"
+    (tmp_path / "tests").mkdir()
+    file = tmp_path / "tests" / "test_some.py"
     text = "import pytest\n\n@pytest.mark.gpu\ndef test_one(): assert {}\n\ndef test_two(): 1 / 0\n"
     file.write_text(text.format("True"))
     code, report = check("--parts", "tests")

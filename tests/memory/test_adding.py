@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from hmn_replay import (
 )
 from hmn_replay.baselines.fill import real_images
 from hmn_replay.memory import MemoryLayout
+from hmn_replay.memory.file import pack, unpack
 from tests.support import (
     LAYOUTS,
     LEARNED,
@@ -333,9 +335,9 @@ def test_a_setting_of_real_images_is_in_the_file_and_in_the_summary() -> None:
         assert int((loaded.decode(dtype=torch.uint8)[0] % 32).sum()) == 0
         data = memory.to_bytes()
         for levels in ("08", "1", "x"):
-            memory.levels = levels  # type: ignore[assignment]
+            altered = dataclasses.replace(unpack(data), words=("3,8,8", levels))
             with pytest.raises(hmn_replay.MemoryFileError, match=r"another way|2 to 256|literal"):
-                hmn_replay.memory.loads(memory.to_bytes())
+                hmn_replay.memory.loads(pack(altered))
         assert loaded.to_bytes() == data
 
 
