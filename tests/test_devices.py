@@ -104,7 +104,7 @@ def test_a_replay_memory_draws_there_and_its_state_may_come_from_there(
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own
 @pytest.mark.parametrize("options", [{}, {"tune": "all", "tune_steps": 2, "labels": "soft"}])
 def test_a_stream_is_learned_there(options: dict[str, Any], tmp_path: Path) -> None:
-    data = some_images(4)
+    data: Any = some_images(4)
     benchmark = nc_benchmark(data, data, n_experiences=2, task_labels=False, seed=0)
     model = hmn_replay.build_network("convnet", (3, 8, 8), 4, width=8)
     tiny = {name: value for name, value in OPTIONS.items() if name != "device"}
