@@ -31,11 +31,6 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Start one process more than there are cores: some tests wait for processes of their own."""
-    return 1 + (os.cpu_count() or 1)
-
-
 @pytest.fixture
 def untouched_random_state() -> Iterator[None]:
     """Fail a test in which anything draws from, or seeds, torch's global generator."""
