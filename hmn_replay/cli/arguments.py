@@ -138,13 +138,9 @@ def add_condense(parser: Parser) -> None:
         "its class; what a teacher said of it; or what a small network in the file says of it "
         f"each time that it is augmented (default: {quick.labels})",
     )
-    add(
-        "--set",
-        type=_assignment,
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any setting that hmn-replay options lists; may be given several times, such as --set "
+    _add_set(
+        parser,
+        "any setting that hmn-replay options lists; may be given several times, such as --set "
         "outer_steps=40 --set beta_grid=0,0.5,1",
     )
     add("--restart", action="store_true", help="delete the checkpoint and begin anew")
@@ -217,14 +213,10 @@ def add_baseline(parser: Parser) -> None:
         help="what is kept of images beside their classes, in the same bytes, and learned from: "
         "soft labels, or a labeller; of a network that is trained on all images first",
     )
-    add(
-        "--set",
-        type=_assignment,
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help=f"how labels are made: {', '.join(parser.settings)}, as hmn-replay options "
-        "explains them; or a setting of a kind that was registered; may be given several times",
+    _add_set(
+        parser,
+        f"how labels are made: {', '.join(parser.settings)}, as hmn-replay options explains them; or "
+        "a setting of a kind that was registered; may be given several times",
     )
     add(
         "--qualities",
@@ -240,6 +232,17 @@ def add_baseline(parser: Parser) -> None:
     )
     _add_training(parser)
     _add_common(parser)
+
+
+def _add_set(parser: Parser, help_text: str) -> None:
+    parser.add_argument(
+        "--set",
+        type=_assignment,
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help=help_text,
+    )
 
 
 def _add_data(parser: Parser, default: str | None = "digits") -> None:
