@@ -215,8 +215,8 @@ def add_baseline(parser: Parser) -> None:
     )
     _add_set(
         parser,
-        f"how labels are made: {', '.join(parser.settings)}, as hmn-replay options explains them; or "
-        "a setting of a kind that was registered; may be given several times",
+        f"how labels are made: {', '.join(parser.settings)}, as hmn-replay options explains them; "
+        "or a setting of a kind that was registered; may be given several times",
     )
     add(
         "--qualities",
