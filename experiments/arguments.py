@@ -7,11 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import hmn_replay
-from hmn_replay.cli import HelpFormatter, refuse_flags
+from hmn_replay.cli import HelpFormatter, check_settings
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.sources import Split
 from hmn_replay.errors import ConfigError
-from hmn_replay.settings import check_options
 
 # Data sets whose images must not be mirrored.
 DIGITS = ("digits", "mnist", "svhn")
@@ -99,8 +98,7 @@ def parse_settings(
     texts: dict[str, Any] = {name.strip().replace("-", "_"): value for name, _, value in pairs}
     config_type = hmn_replay.CondenseConfig
     known = [name for name in config_type.model_fields if name not in unknown]
-    refuse_flags(texts, args, known)
-    check_options("--set", texts, known, catalogue=config_type.catalogue)
+    check_settings(texts, args, known, config_type.catalogue)
     config = config_type(**texts)
     settled = settled or {}
     if both := sorted(settled.keys() & texts.keys()):

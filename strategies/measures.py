@@ -96,8 +96,8 @@ def memory_images(strategy: Strategy) -> tuple[Tensor, Tensor]:
     memory = _find_memory(strategy)
     if isinstance(memory, MemoryReplay) and memory.memory is not None:
         images, labels = memory.memory.decode(dtype=torch.uint8)
-    elif memory is not None and not isinstance(memory, MemoryReplay) and len(memory.buffer):
-        data = as_labelled_images(memory.buffer.eval())
+    elif (buffer := getattr(memory, "buffer", None)) is not None and len(buffer):
+        data = as_labelled_images(buffer.eval())
         images, labels = data.images, data.labels
     else:
         return torch.empty(0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
@@ -105,7 +105,7 @@ def memory_images(strategy: Strategy) -> tuple[Tensor, Tensor]:
     return images[order].cpu(), labels[order].cpu()
 
 
-def _find_memory(strategy: Any) -> MemoryReplay | Any | None:
+def _find_memory(strategy: Any) -> Any:
     """Return the plugin that replays from a memory, or a buffer of Avalanche; None without."""
     owners = (strategy, *strategy.plugins)
     policies = (getattr(owner, "storage_policy", None) for owner in owners)

@@ -22,7 +22,7 @@ from hmn_replay.cli.arguments import (
     add_evaluate,
     add_export,
     add_gallery,
-    refuse_flags,
+    check_settings,
 )
 from hmn_replay.cli.baselines import baseline
 from hmn_replay.cli.commands import condense, evaluate, export, gallery, inspect, options
@@ -35,7 +35,7 @@ from hmn_replay.errors import (
     UnknownOptionError,
 )
 
-__all__ = ["HelpFormatter", "main", "make_parser", "refuse_flags"]
+__all__ = ["HelpFormatter", "check_settings", "main", "make_parser"]
 
 # The words of torch's out-of-memory errors on CUDA and on the CPU, and how large it was.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")

@@ -16,6 +16,7 @@ from hmn_replay.errors import ConfigError, MissingExtraError, UnknownOptionError
 from hmn_replay.memory.export import DD_RANKING
 from hmn_replay.registry import suggest
 from hmn_replay.runtime import PRECISIONS
+from hmn_replay.settings import check_options
 
 __all__ = [
     "HelpFormatter",
@@ -25,8 +26,8 @@ __all__ = [
     "add_evaluate",
     "add_export",
     "add_gallery",
+    "check_settings",
     "label_settings",
-    "refuse_flags",
 ]
 
 
@@ -376,9 +377,19 @@ def _assignment(text: str) -> tuple[str, str]:
     return name.strip().replace("-", "_"), value
 
 
-def refuse_flags(names: Iterable[str], args: argparse.Namespace, known: Collection[str]) -> None:
-    """Raise an UnknownOptionError for a name of --set that is a flag of the command instead."""
+def check_settings(
+    names: Iterable[str], args: argparse.Namespace, known: Collection[str], catalogue: str = ""
+) -> None:
+    """Raise an UnknownOptionError for a name of --set that is no setting, or a flag instead.
+
+    Args:
+        names: What --set was given.
+        args: The arguments of the command, by the names of its flags.
+        known: The settings that there are.
+        catalogue: As in :func:`hmn_replay.settings.check_options`.
+    """
     for name in names:
         if name not in known and name in vars(args):
             flag = name.replace("_", "-")
             raise UnknownOptionError(f"--set has no option {name!r}; pass --{flag} by itself")
+    check_options("--set", names, known, catalogue=catalogue)

@@ -11,11 +11,10 @@ from typing import Any, TypeAlias
 
 import hmn_replay
 from hmn_replay.baselines.scores import mean_and_std
-from hmn_replay.cli.arguments import refuse_flags
+from hmn_replay.cli.arguments import check_settings
 from hmn_replay.data.sources import Split, dataset_name
 from hmn_replay.errors import ConfigError
 from hmn_replay.files import check_target
-from hmn_replay.settings import check_options
 
 __all__ = [
     "Result",
@@ -39,8 +38,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """Return what --set gives, checked to be settings, and no options of the sub-command."""
     settings = dict(args.set)
-    refuse_flags(settings, args, known)
-    check_options("--set", settings, known, catalogue=catalogue)
+    check_settings(settings, args, known, catalogue)
     return settings
 
 

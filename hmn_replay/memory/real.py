@@ -252,9 +252,9 @@ class RealMemory(Memory):
             queue = queue[: self._most_that_fit(queue, names, self.budget_bytes)]
         kept, counts, rows, columns = self._by_old_places(queue)
         self._set(list(counts), list(counts.values()), [each.payload for each in kept])
-        labeller = self.labeller
+        labeller = self._labeller
         self._rearrange_labels(rows, columns)
-        warn_of_lost_labeller(labeller, self.labeller)
+        warn_of_lost_labeller(labeller, self._labeller)
         self.class_names = {label: name for label, name in names.items() if label in counts}
 
     def _most_that_fit(self, queue: Sequence[_Kept], names: Mapping[int, str], limit: int) -> int:
