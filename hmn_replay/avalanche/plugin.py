@@ -82,6 +82,7 @@ from hmn_replay.replay.store import STATE_VERSION, digest_state
 from hmn_replay.runtime import isolated, make_generator, resolve_device
 from hmn_replay.training.backbones import FrozenBackbone, extract_features
 from hmn_replay.training.networks import evaluating, find_head
+from hmn_replay.training.train import checked_loss
 
 __all__ = ["MemoryReplay", "replay_of"]
 
@@ -627,20 +628,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             head_logits=None if self._head is None else self._head.logits(logits),
         )
         # Another plugin may have added a term of its own before: only the criterion's is replaced.
-        strategy.loss = strategy.loss - strategy.criterion() + self._replay_loss(step)
-
-    def _replay_loss(self, step: ReplayStep) -> Tensor:
-        """Return the replay loss of a step, which may be a user's, checked to be one."""
-        loss = self._loss_now(step)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
-            raise ConfigError(f"loss returns a scalar tensor; {self.loss_used} returned {got}")
-        if step.logits.requires_grad and not loss.requires_grad:
-            raise ConfigError(
-                f"what {self.loss_used} returned does not depend on the logits by any graph: "
-                "compute it of step.logits, without detach()"
-            )
-        return loss
+        name, wanted = self.loss_used or "loss", "loss returns a scalar tensor"
+        loss = checked_loss(self._loss_now(step), name, wanted, logits, "the logits")
+        strategy.loss = strategy.loss - strategy.criterion() + loss
 
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Make the experience into the memory, if that was not done before."""

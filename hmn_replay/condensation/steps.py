@@ -25,7 +25,6 @@ from hmn_replay.errors import ConfigError
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import Objective, get_objective
 from hmn_replay.objectives.trajectories import trajectory_matching
-from hmn_replay.registry import check_takes
 from hmn_replay.runtime import autocast, isolated_if, make_generator
 from hmn_replay.training.networks import ConvBlock, Network, build_network
 from hmn_replay.training.train import (
@@ -56,8 +55,6 @@ __all__ = [
 # Decoded at once while matching: 256 images of 32 x 32, 5 of 224 x 224, and one class at least. A
 # GPU takes eight times as many, and waits less between them.
 _PIXELS_PER_GROUP, _PIXELS_PER_GPU_GROUP = 2**18, 2**21
-
-_OBJECTIVE_ARGUMENTS = ("network", "real_images", "real_labels", "decoded_images", "decoded_labels")
 
 
 @dataclass(frozen=True, eq=False)
@@ -468,7 +465,6 @@ def try_matching(
         )
     if objective.compares_trainings:
         return
-    check_takes("objective", objective, _OBJECTIVE_ARGUMENTS)
     augment = context.draw_augmentation(make_generator(0, "trial"))
     decoded = images.clone().requires_grad_()
     label = context.first_class if logits is None else logits[context.first_class]

@@ -20,15 +20,14 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
 from hmn_replay.objectives.features import block_means, distribution_matching, last_block_matching
 from hmn_replay.objectives.gradients import CompiledMatch, cosine_matching, gradient_matching
 from hmn_replay.objectives.trajectories import trajectory_matching
-from hmn_replay.registry import Registry, name_of
-from hmn_replay.training.train import CompiledFunction
+from hmn_replay.registry import Registry, check_takes, name_of
+from hmn_replay.training.train import CompiledFunction, checked_loss
 
 __all__ = [
     "OBJECTIVES",
@@ -41,6 +40,8 @@ __all__ = [
     "last_block_matching",
     "trajectory_matching",
 ]
+
+_ARGUMENTS = ("network", "real_images", "real_labels", "decoded_images", "decoded_labels")
 
 ObjectiveFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -78,6 +79,8 @@ class Objective:
     compiled: Callable[[], ObjectiveFunction] | None = None
 
     def __post_init__(self) -> None:
+        if self.loss is not None:
+            check_takes("objective", self.loss, _ARGUMENTS)
         # Messages call it by its function; see name_of.
         object.__setattr__(self, "__wrapped__", self.loss)
 
@@ -121,16 +124,8 @@ class Objective:
         if self.loss is None:
             raise ConfigError("this objective compares whole trainings, not batches")
         loss = self.loss(network, real_images, real_labels, decoded_images, decoded_labels)
-        name = name_of(self.loss)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
-            raise ConfigError(f"an objective must return a scalar tensor; {name} returned {got}")
-        if decoded_images.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
-            raise ConfigError(
-                f"the loss that {name} returned does not depend on decoded_images by any graph; "
-                "compute it with gradients enabled, without detach()"
-            )
-        return loss
+        name, wanted = name_of(self.loss), "an objective must return a scalar tensor"
+        return checked_loss(loss, name, wanted, decoded_images, "decoded_images")
 
 
 OBJECTIVES: Registry[ObjectiveFunction] = Registry("objective")

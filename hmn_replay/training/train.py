@@ -62,6 +62,7 @@ __all__ = [
     "Targets",
     "TrainingConfig",
     "add_gradients",
+    "checked_loss",
     "cosine_lr",
     "draw_batch",
     "draw_epoch",
@@ -601,6 +602,30 @@ def add_gradients(
         total += loss.detach()
     team.sum_gradients((p, ...) for p in network.parameters() if p.requires_grad)
     return total
+
+
+def checked_loss(loss: Any, name: str, wanted: str, source: Tensor, what: str) -> Tensor:
+    """Return what a function of the user's returned as a loss, if it is one.
+
+    Args:
+        loss: What it returned.
+        name: Name of the function, for messages.
+        wanted: What is expected, for a message, as ``"loss returns a scalar tensor"``.
+        source: What the loss is to have a graph to, where that needs a gradient.
+        what: What messages call it.
+
+    Raises:
+        ConfigError: It is no scalar tensor, or has no graph.
+    """
+    if not isinstance(loss, Tensor) or loss.ndim:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+        raise ConfigError(f"{wanted}; {name} returned {got}")
+    if source.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
+        raise ConfigError(
+            f"the loss that {name} returned does not depend on {what} by any graph; compute it "
+            "with gradients enabled, without detach()"
+        )
+    return loss
 
 
 def mixed_loss(
