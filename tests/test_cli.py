@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -273,8 +274,16 @@ def test_baseline_of_raw_images(run: Console, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("kind", REAL_KINDS)
 def test_baseline_chooses_once_a_seed(
-    kind: str, run: Console, monkeypatch: pytest.MonkeyPatch
+    kind: str, run: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    digits = hmn_replay.load_dataset("digits")
+    arrays = {"x": digits.images.permute(0, 2, 3, 1).numpy(), "y": digits.labels.numpy()}
+    names = {
+        f"{name}_{split}": value[:100]
+        for name, value in arrays.items()
+        for split in ("train", "test")
+    }
+    np.savez(tmp_path / "data.npz", **names)
     asked: list[dict[str, Any]] = []
 
     def choose(data: hmn_replay.LabelledImages, method: str, **options: Any) -> torch.Tensor:
@@ -289,13 +298,13 @@ def test_baseline_chooses_once_a_seed(
         return None, 0.25
 
     monkeypatch.setattr(hmn_replay, "evaluate", evaluate)
-    options = ["--kind", kind, "--budget", 10**6, "--repeats", 2]
+    options = ["--data", tmp_path / "data.npz", "--kind", kind, "--budget", 10**6, "--repeats", 2]
     options += ["--qualities", "5,20"] if kind == "jpeg" else []
     options += ["--selection", "herding", "--width", 4, "--device", "cpu", "--quiet"]
     result = run.json("baseline", *options)
     assert result["selection"] == "herding"
-    assert result["num_images"] == 1437
-    assert trained_on == [1437, 1430] * len(result["tried"])
+    assert result["num_images"] == 100
+    assert trained_on == [100, 93] * len(result["tried"])
     assert [one["seed"] for one in asked] == [0, 1]
     assert {one["method"] for one in asked} == {"herding"}
     assert {one["num_images"] for one in asked} == {10**6 // 64 if kind == "raw" else None}

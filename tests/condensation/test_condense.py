@@ -462,6 +462,7 @@ def test_a_thread_that_draws_numbers_neither_disturbs_nor_is_disturbed(
     """All of its numbers come from torch's global generator, which nobody seeds or restores."""
     data, layout = make_set(), make_layout()
     options = {"trained_networks": 1, "trained_passes": 20, "network": "resnet18"}
+    options |= {"outer_steps": 1, "inner_steps": 1, "beta_grid": (0.5,)}
     expected = tiny(data, layout, **options).to_bytes()
     drawn, is_over = [], threading.Event()
 
@@ -632,17 +633,14 @@ def textured(num_images: int = 60) -> LabelledImages:
     )
 
 
-@pytest.mark.parametrize("share", [0.7])
-def test_a_coded_memory_fills_its_budget_without_a_knob(
-    make_layout: MakeLayout, share: float
-) -> None:
-    layout = make_layout("entropy", image_bytes=round(8 * share), instance_channels=8)
+def test_a_coded_memory_fills_its_budget_without_a_knob(make_layout: MakeLayout) -> None:
+    layout = make_layout("entropy", image_bytes=6, instance_channels=8)
     budget = room_for(layout, 3, 60)
     memory = condense(
         textured(),
         budget,
         layout=layout,
-        **{**TINY, **LONGER, "warm_start_steps": 1000, "over_budget": 0.0},
+        **{**TINY, **LONGER, "warm_start_steps": 750, "over_budget": 0.0},
     )
     assert memory.num_images == HierarchicalMemory.max_images(layout, budget, 3)
     assert 0.97 * budget < memory.file_bytes == len(memory.to_bytes()) <= budget
