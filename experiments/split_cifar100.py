@@ -421,9 +421,7 @@ def run(
     if memory is not None:
         memory.save(args.out / f"memory-{name}-seed{seed}.hmn")
     return {
-        "loss_used": strategies.loss_used(strategy),
-        "renew_used": strategies.renew_used(strategy),
-        "distill_used": strategies.distill_used(strategy),
+        **strategies.protocol_used(strategy),
         "memory_bytes": use.num_bytes,
         "memory_images": use.num_images,
         "accuracy_matrix": matrix,

@@ -90,7 +90,6 @@ from hmn_replay.replay import (
     PQKeeper,
     RealKeeper,
     ReplayMemory,
-    SubsampledKeeper,
 )
 from hmn_replay.shortcut import shortcut_report
 from hmn_replay.training.backbones import (
@@ -178,7 +177,6 @@ __all__ = [
     "ReplayMemory",
     "ReplayStep",
     "StoredTensor",
-    "SubsampledKeeper",
     "SubsampledMemory",
     "SubsampledReplay",
     "TrainingConfig",

@@ -297,21 +297,14 @@ def isolated(device: torch.device, seed: int, *names: int | str) -> Iterator[Non
     the block no autocast is on, in which a caller's training loop may be. One thread at a time is
     inside such a block; one that draws from a global generator meanwhile draws other numbers.
     """
-    with _RANDOM_LOCK:
-        yield from _isolated(device, derive_seed(seed, *names))
-
-
-def isolated_if(
-    draws_globally: bool, device: torch.device, seed: int, *names: int | str
-) -> contextlib.AbstractContextManager[None]:
-    """Return :func:`isolated` for code that may draw from a global generator, else nothing."""
-    return isolated(device, seed, *names) if draws_globally else contextlib.nullcontext()
-
-
-def _isolated(device: torch.device, value: int) -> Iterator[None]:
-    state, numpy_state = random.getstate(), np.random.get_state()
+    value = derive_seed(seed, *names)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), without_autocast(device):
+    with (
+        _RANDOM_LOCK,
+        torch.random.fork_rng(devices=devices),
+        without_autocast(device),
+    ):
+        state, numpy_state = random.getstate(), np.random.get_state()
         torch.default_generator.manual_seed(value)
         if devices:
             with torch.cuda.device(device):
@@ -323,3 +316,10 @@ def _isolated(device: torch.device, value: int) -> Iterator[None]:
         finally:
             random.setstate(state)
             np.random.set_state(numpy_state)
+
+
+def isolated_if(
+    draws_globally: bool, device: torch.device, seed: int, *names: int | str
+) -> contextlib.AbstractContextManager[None]:
+    """Return :func:`isolated` for code that may draw from a global generator, else nothing."""
+    return isolated(device, seed, *names) if draws_globally else contextlib.nullcontext()

@@ -29,14 +29,7 @@ from strategies import (
     naive,
     real,
 )
-from strategies.measures import (
-    MemoryUse,
-    distill_used,
-    loss_used,
-    memory_images,
-    memory_use,
-    renew_used,
-)
+from strategies.measures import MemoryUse, memory_images, memory_use, protocol_used
 from strategies.settings import Settings, Strategy
 
 if TYPE_CHECKING:
@@ -49,11 +42,9 @@ __all__ = [
     "Settings",
     "Strategy",
     "build",
-    "distill_used",
-    "loss_used",
     "memory_images",
     "memory_use",
-    "renew_used",
+    "protocol_used",
 ]
 
 STRATEGIES: Registry[Callable[[Settings], Strategy]] = Registry("strategy")
@@ -80,7 +71,7 @@ for _name, _build in {
 def build(
     name: str,
     model: nn.Module,
-    budget_bytes: Budget | int | str,
+    budget: Budget | int | str,
     *,
     num_classes: int,
     image_shape: tuple[int, int, int] = (3, 32, 32),
@@ -103,17 +94,17 @@ def build(
     """Build an Avalanche strategy whose memory never takes more than a budget.
 
     All train by SGD and cross-entropy; *our memories*, those of hmn, fred, jpeg, lossless,
-    subsampled, raw and herding, under the same replay loss. :func:`loss_used` names it for every
-    strategy, :func:`renew_used` says when the memory was renewed, and :func:`distill_used` how much
-    the previous network counted. Experiences give float images in [0, 1] and labels, and task
-    labels too where DER++ is to learn from them. Avalanche shuffles and draws from the global
-    generators: seed these (``RNGManager.set_random_seeds``) for the same results again.
+    subsampled, raw and herding, under the same replay loss. :func:`protocol_used` says of every
+    strategy by which loss it was trained, when its memory was renewed, and how much the previous
+    network counted. Experiences give float images in [0, 1] and labels, and task labels too where
+    DER++ is to learn from them. Avalanche shuffles and draws from the global generators: seed
+    these (``RNGManager.set_random_seeds``) for the same results again.
 
     Args:
         name: One of :data:`STRATEGIES`.
         model: From images to logits ``(N, num_classes)``. Read ``strategy.model`` afterwards: GDumb
             replaces it.
-        budget_bytes: What the memory may take, as :class:`hmn_replay.Budget` reads it.
+        budget: What the memory may take, as :class:`hmn_replay.Budget` reads it.
         num_classes: Number of logits.
         image_shape: ``(C, H, W)``.
         lr: Learning rate of SGD.
@@ -147,7 +138,7 @@ def build(
     build_strategy = STRATEGIES[name]
     settings = Settings(
         model=model,
-        budget_bytes=Budget.parse(budget_bytes).num_bytes,
+        budget_bytes=Budget.parse(budget).num_bytes,
         num_classes=num_classes,
         image_shape=image_shape,
         lr=lr,

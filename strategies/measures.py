@@ -16,11 +16,9 @@ from strategies.settings import Strategy
 
 __all__ = [
     "MemoryUse",
-    "distill_used",
-    "loss_used",
     "memory_images",
     "memory_use",
-    "renew_used",
+    "protocol_used",
 ]
 
 
@@ -54,34 +52,24 @@ def memory_use(strategy: Strategy) -> MemoryUse:
     return MemoryUse(num_bytes, len(samples), getattr(memory, "seconds", 0.0))
 
 
-def loss_used(strategy: Strategy) -> str:
-    """Return the name of the loss that a strategy trains with.
+def protocol_used(strategy: Strategy) -> dict[str, Any]:
+    """Return what a strategy's last experience was trained and remembered by.
 
-    One of ``hmn_replay.LOSSES`` for memories of this package; the class of a strategy with a loss
-    of its own; else ``"plain"``, the criterion.
+    Returns:
+        ``loss_used``: one of ``hmn_replay.LOSSES`` for memories of this package; the class of a
+        strategy with a loss of its own; else ``"plain"``, the criterion.
+        ``renew_used``: ``"before"`` or ``"after"`` training, when the memory was renewed; None for
+        a strategy without a memory of this package.
+        ``distill_used``: the weight of the distillation, 0 for a strategy without such a memory;
+        DER++ keeps logits of its own.
     """
     memory = _find_memory(strategy)
     if isinstance(memory, MemoryReplay):
-        return memory.loss_used or "plain"
-    return "plain" if type(strategy) in (Naive, JointTraining) else type(strategy).__name__
-
-
-def renew_used(strategy: Strategy) -> str | None:
-    """Return when the last experience was taken into the memory: ``"before"`` or ``"after"`` it.
-
-    None for a strategy without a memory of this package.
-    """
-    memory = _find_memory(strategy)
-    return memory.renew_used if isinstance(memory, MemoryReplay) else None
-
-
-def distill_used(strategy: Strategy) -> float:
-    """Return the weight of the distillation in the last experience.
-
-    0 for a strategy without a memory of this package; DER++ keeps logits of its own.
-    """
-    memory = _find_memory(strategy)
-    return memory.distill_used if isinstance(memory, MemoryReplay) else 0.0
+        loss, renewal, weight = memory.loss_used or "plain", memory.renew_used, memory.distill_used
+    else:
+        is_plain = type(strategy) in (Naive, JointTraining)
+        loss, renewal, weight = "plain" if is_plain else type(strategy).__name__, None, 0.0
+    return {"loss_used": loss, "renew_used": renewal, "distill_used": weight}
 
 
 def memory_images(strategy: Strategy) -> tuple[Tensor, Tensor]:

@@ -276,14 +276,11 @@ def test_baseline_of_raw_images(run: Console, monkeypatch: pytest.MonkeyPatch) -
 def test_baseline_chooses_once_a_seed(
     kind: str, run: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    digits = hmn_replay.load_dataset("digits")
-    arrays = {"x": digits.images.permute(0, 2, 3, 1).numpy(), "y": digits.labels.numpy()}
-    names = {
-        f"{name}_{split}": value[:100]
-        for name, value in arrays.items()
-        for split in ("train", "test")
-    }
-    np.savez(tmp_path / "data.npz", **names)
+    digits = hmn_replay.load_dataset("digits").take(torch.arange(100))
+    images, labels = digits.images.movedim(1, -1).numpy(), digits.labels.numpy()
+    arrays: dict[str, Any] = {"x_train": images, "y_train": labels}
+    arrays |= {"x_test": images, "y_test": labels}
+    np.savez(tmp_path / "data.npz", **arrays)
     asked: list[dict[str, Any]] = []
 
     def choose(data: hmn_replay.LabelledImages, method: str, **options: Any) -> torch.Tensor:

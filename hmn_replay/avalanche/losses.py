@@ -87,6 +87,13 @@ class ReplayStep:
         return len(self.labels) - self.num_replayed
 
     @property
+    def is_current(self) -> Tensor:
+        """Which images are the experience's own: bool ``(N, 1)``, True for the first ones."""
+        return (torch.arange(len(self.labels), device=self.labels.device) < self.num_current)[
+            :, None
+        ]
+
+    @property
     def replayed_share(self) -> float:
         """The replayed images' share of the loss, in [0, 1]."""
         if self.replay_weight is not None:
@@ -172,8 +179,7 @@ def separated(step: ReplayStep) -> Tensor:
     # The lowest number rather than -inf, which a criterion may multiply by zero.
     current = current.masked_fill(~is_own, torch.finfo(current.dtype).min)
     replayed = step.logits + _log_shares(step.memory_counts)
-    is_current = torch.arange(len(step.labels), device=own.device) < step.num_current
-    return step.loss_of(torch.where(is_current[:, None], current, replayed))
+    return step.loss_of(torch.where(step.is_current, current, replayed))
 
 
 @LOSSES.register("grouped")
@@ -189,10 +195,9 @@ def grouped(step: ReplayStep) -> Tensor:
     is_own = (step.current_counts > 0).index_fill(0, own, True)
     lowest = torch.finfo(step.logits.dtype).min  # as in separated()
     is_other = is_own[None] != is_own[step.labels][:, None]
-    is_current = torch.arange(len(step.labels), device=own.device) < step.num_current
     current = step.logits + _log_shares(step.current_counts)
     memory_shares = _log_shares(step.memory_counts)
-    logits = torch.where(is_current[:, None], current, step.logits + memory_shares)
+    logits = torch.where(step.is_current, current, step.logits + memory_shares)
     within = step.loss_of(logits.masked_fill(is_other, lowest))
     replayed, labels = step.head_logits[step.num_current :], step.labels[step.num_current :]
     share = step.replayed_share
@@ -210,9 +215,8 @@ def asymmetric(step: ReplayStep) -> Tensor:
     """
     own = step.labels[: step.num_current]
     left_out = (step.memory_counts > 0).index_fill(0, own, False)
-    is_current = torch.arange(len(step.labels), device=own.device) < step.num_current
     lowest = torch.finfo(step.logits.dtype).min  # as in separated()
-    return step.loss_of(step.logits.masked_fill(is_current[:, None] & left_out, lowest))
+    return step.loss_of(step.logits.masked_fill(step.is_current & left_out, lowest))
 
 
 for _loss in (balanced, separated, grouped, asymmetric):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -59,7 +59,7 @@ from hmn_replay.avalanche.streams import (
     split_class_keys,
 )
 from hmn_replay.avalanche.tuning import Tuner, by_class, draw_balanced
-from hmn_replay.avalanche.weights import is_same_network, on_cpu
+from hmn_replay.avalanche.weights import is_same_network, on_cpu, weights_of
 from hmn_replay.budget import as_int
 from hmn_replay.condensation.labelling import LABEL_AUGMENTATIONS
 from hmn_replay.data.augment import RandomAugmentation
@@ -697,7 +697,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             if not all(name is None or isinstance(name, str) for name in names):
                 raise CheckpointError(f"{names} are no names")
             num_before, tuned = as_int(settled["num_updates_before"]), settled["tuned_digests"]
-            if num_before is None or not isinstance(tuned, dict):
+            if num_before is None or num_before < 0 or not isinstance(tuned, dict):
                 raise CheckpointError("it counts updates otherwise than from 0 on")
         except (HMNReplayError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
@@ -872,15 +872,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             if teacher is not None:
                 teacher.hook.remove()
 
-    @contextlib.contextmanager
-    def untuned(self, model: nn.Module) -> Iterator[None]:
-        """Give the network its weights from before the last tuning, inside the block.
+    def untuned(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Give the network its weights from before the last tuning, inside a ``with`` block.
 
         Args:
             model: The network; without a tuning it stays as it is.
         """
-        with self._tuner.undone(model):
-            yield
+        return weights_of(model, self._tuner.untuned or {})
 
     def _read(self, experiences: Sequence[Any]) -> LabelledImages:
         with isolated(self._device, self.seed, "read", *self.store.num_read):

@@ -348,12 +348,15 @@ def first_images(experiences: Sequence[Any], count: int) -> Tensor:
 
     Args:
         experiences: Of Avalanche; the first one counts.
-        count: How many at most; none of a data set whose eval transforms give no tensors.
+        count: How many at most; none of an empty data set, or one whose eval transforms give no
+            tensors.
     """
     dataset = experiences[0].dataset.eval()
     positions = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
     images = [dataset[i][0] for i in positions]
-    return torch.stack(images) if all(isinstance(x, Tensor) for x in images) else torch.empty(0)
+    if not images or not all(isinstance(image, Tensor) for image in images):
+        return torch.empty(0)
+    return torch.stack(images)
 
 
 def is_piece(strategy: Strategy, experience: Any) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hmn_replay.avalanche.weights import digests_like, on_cpu, take_weights, weights_of
+from hmn_replay.avalanche.weights import digests_like, on_cpu, take_weights
+from hmn_replay.training.networks import keeping_modes
 from hmn_replay.training.train import cosine_lr
 
-__all__ = ["Tuner", "by_class", "draw_balanced", "tune_network"]
+__all__ = ["Tuner", "by_class", "draw_balanced"]
 
 
 class Tuner:
@@ -38,23 +38,39 @@ class Tuner:
         steps: int,
         rate: float,
     ) -> None:
-        """Tune a network, or a part of it, as :func:`tune_network` does.
+        """Take steps of SGD with momentum 0.9; gradients and modes are as before in the end.
+
+        The network is in training mode meanwhile, but for batch normalisation, whose running
+        statistics stay as they are.
 
         Args:
             model: The network.
             tuned: It, or the module of it that learns.
-            loss: As there.
-            steps: As there.
-            rate: As there.
+            loss: The loss of a step, by the step's number.
+            steps: How many steps.
+            rate: Learning rate at first; it falls to 0 along half a cosine.
         """
         parameters = [each for each in tuned.parameters() if each.requires_grad]
         ids = set(map(id, parameters))
         self.untuned = on_cpu(
             {name: each for name, each in model.named_parameters() if id(each) in ids}
         )
+        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
+        kept = [each.grad for each in parameters]
         try:
-            tune_network(model, parameters, loss, steps=steps, rate=rate)
+            with keeping_modes(model), torch.enable_grad():
+                model.train()
+                for module in model.modules():
+                    module.training = module.training and not isinstance(module, _BatchNorm)
+                for step in range(steps):
+                    gradients = torch.autograd.grad(loss(step), parameters, allow_unused=True)
+                    for parameter, gradient in zip(parameters, gradients, strict=True):
+                        parameter.grad = gradient
+                    optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, rate)
+                    optimizer.step()
         finally:
+            for parameter, before in zip(parameters, kept, strict=True):
+                parameter.grad = before
             self.digests = digests_like(self.untuned, model)
 
     def undo(self, model: nn.Module) -> bool:
@@ -72,53 +88,6 @@ class Tuner:
         if is_same:
             take_weights(model, untuned)
         return is_same
-
-    @contextlib.contextmanager
-    def undone(self, model: nn.Module) -> Iterator[None]:
-        """Give a network its weights from before the tuning, inside the block."""
-        with weights_of(model, self.untuned or {}):
-            yield
-
-
-def tune_network(
-    model: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    loss: Callable[[int], Tensor],
-    *,
-    steps: int,
-    rate: float,
-) -> None:
-    """Take steps of SGD with momentum 0.9; gradients and modes are as before in the end.
-
-    The network is in training mode meanwhile, but for batch normalisation, whose running
-    statistics stay as they are.
-
-    Args:
-        model: The network.
-        parameters: Those of its parameters that learn.
-        loss: The loss of a step, by the step's number.
-        steps: How many steps.
-        rate: Learning rate at first; it falls to 0 along half a cosine.
-    """
-    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
-    kept = [each.grad for each in parameters]
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    for module in model.modules():
-        module.training = module.training and not isinstance(module, _BatchNorm)
-    try:
-        with torch.enable_grad():
-            for step in range(steps):
-                gradients = torch.autograd.grad(loss(step), parameters, allow_unused=True)
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
-                optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, rate)
-                optimizer.step()
-    finally:
-        for parameter, before in zip(parameters, kept, strict=True):
-            parameter.grad = before
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def by_class(labels: Tensor) -> list[Tensor]:

@@ -34,7 +34,6 @@ __all__ = [
     "add_labels",
     "as_label_config",
     "label_images",
-    "train_on",
     "train_teacher",
 ]
 
@@ -147,41 +146,17 @@ def train_teacher(
     config, data = as_label_config(labels), as_labelled_images(source)
     if config.labels == "hard":
         raise ConfigError("hard labels need no teacher; pass labels='soft' or 'labeller'")
-    network = train_on(
+    network = train_network(
         data.images,
         data.class_indices,
         data.num_classes,
-        config.teacher_training(precision, "auto"),
-        seed=seed,
+        config=config.teacher_training(precision, "auto"),
+        seed=derive_seed(seed, "teacher"),
         device=device,
         progress=progress,
     )
     network.classes.copy_(data.classes)
     return network
-
-
-def train_on(
-    images: Images,
-    class_indices: Tensor,
-    num_classes: int,
-    training: TrainingConfig,
-    *,
-    seed: int,
-    device: str | torch.device,
-    progress: bool | Callable[[int, int], None] = False,
-    team: Team = ALONE,
-) -> Network:
-    """Train a teacher; arguments as for :func:`hmn_replay.train_network`."""
-    return train_network(
-        images,
-        class_indices,
-        num_classes,
-        config=training,
-        seed=derive_seed(seed, "teacher"),
-        device=device,
-        progress=progress,
-        team=team,
-    )
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from hmn_replay.condensation.checkpoint import (
 )
 from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.growth import fill, make_room
-from hmn_replay.condensation.labelling import add_labels, train_on
+from hmn_replay.condensation.labelling import add_labels
 from hmn_replay.condensation.matchers import Stateful, make_matcher
 from hmn_replay.condensation.pruning import MarginRecorder, double_ended_prune, score_by
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
@@ -620,12 +620,12 @@ class Condensation(Run):
         self.team.copy_first(memory.state_dict().values())
         training = config.teacher_training(config.precision, config.compile)
         with self._bar("teacher", 1, training.num_passes) as bar:
-            teacher = train_on(
+            teacher = train_network(
                 self.real.data.images,
                 self.real.class_indices,
                 memory.num_classes,
-                training,
-                seed=self.seed,
+                config=training,
+                seed=derive_seed(self.seed, "teacher"),
                 device=self.device,
                 progress=self._follow(bar),
                 team=self.team,

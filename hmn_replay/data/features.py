@@ -70,14 +70,6 @@ class LabelledFeatures(LabelledImages):
         """Describe the data in a line, without its values."""
         return super().__repr__().replace("Images", "Features").replace("images", "features")
 
-    def floats(self, indices: Tensor | None = None) -> Tensor:
-        """Return features as they are, float32 ``(N, C, H, W)``.
-
-        Args:
-            indices: Positions, or a mask, of those wanted. Default: ``None``, all of them.
-        """
-        return self.images if indices is None else self.images[indices]
-
 
 def as_labelled_features(
     source: FeatureSource | ImageSource, *, class_names: Mapping[int, str] | None = None

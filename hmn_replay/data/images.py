@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from hmn_replay.budget import as_int
-from hmn_replay.data.lookup import Images
+from hmn_replay.data.lookup import Images, as_floats
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.runtime import make_generator
 
@@ -213,13 +213,12 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return (~in_second).nonzero().flatten(), in_second.nonzero().flatten()
 
     def floats(self, indices: Tensor | None = None) -> Tensor:
-        """Return images as float32 ``(N, C, H, W)`` in [0, 1].
+        """Return images as float32 ``(N, C, H, W)`` in [0, 1], or features as they are.
 
         Args:
             indices: Positions, or a mask, of those wanted. Default: ``None``, all of them.
         """
-        chosen = self.images if indices is None else self.images[indices]
-        return chosen.float().div_(255)
+        return as_floats(self.images if indices is None else self.images[indices])
 
 
 def as_labelled_images(source: ImageSource, *, size: int | None = None) -> LabelledImages:

@@ -27,7 +27,6 @@ __all__ = [
     "NumberFormat",
     "clamp_inwards",
     "max_abs_scale",
-    "round_bias",
     "round_to_format",
 ]
 
@@ -65,9 +64,9 @@ class NumberFormat:
         return not self.dtype.is_floating_point
 
     @property
-    def bias_dtype(self) -> torch.dtype:
-        """What the few biases are stored as: int8 would need as many scales as it has values."""
-        return torch.float16 if self.is_integer else self.dtype
+    def of_biases(self) -> NumberFormat:
+        """The format of the few biases: int8 would need as many scales as it has values."""
+        return NumberFormat(torch.float16) if self.is_integer else self
 
     def quantise(self, latent: Tensor, scale: Tensor | float | None = None) -> Tensor:
         """Round latent values to what is stored.
@@ -113,15 +112,6 @@ def round_to_format(
         return latent
     with torch.no_grad():
         rounded = number_format.dequantise(number_format.quantise(latent, scale), scale)
-    return _straight_through(rounded, latent)
-
-
-def round_bias(latent: Tensor, number_format: NumberFormat) -> Tensor:
-    """Return the float32 values that biases will be stored as, with the gradient of ``latent``."""
-    if number_format.bias_dtype == torch.float32:
-        return latent
-    with torch.no_grad():
-        rounded = _to_float(latent, number_format.bias_dtype).float()
     return _straight_through(rounded, latent)
 
 

@@ -43,8 +43,8 @@ from hmn_replay.memory.file import (
 )
 from hmn_replay.memory.formats import (
     NUMBER_FORMATS,
+    NumberFormat,
     max_abs_scale,
-    round_bias,
     round_to_format,
 )
 from hmn_replay.memory.layout import MemoryLayout, StoredTensor
@@ -374,7 +374,7 @@ class LearnedMemory(Memory, nn.Module):
                 sizes["scales"] += math.prod(tensor.scale_shape(num_classes))
         specs = class_specs(labels, num_images)
         if sizes["biases"]:
-            specs["biases"] = TensorSpec(num_format.bias_dtype, (sizes["biases"],))
+            specs["biases"] = TensorSpec(num_format.of_biases.dtype, (sizes["biases"],))
         if num_format.is_coded:
             if code_bytes is None:
                 shared = sum(count for rows, count in values.items() if rows != "image")
@@ -564,9 +564,12 @@ class LearnedMemory(Memory, nn.Module):
             classes = self.class_index[indices]
             rows = classes if tensor.rows == "class" else indices // self.layout.group_size
             latent = latent[rows]
-        if tensor.is_bias:
-            return round_bias(latent, self.layout.format)
-        return round_to_format(latent, self.layout.format, self._scale(tensor, classes))
+        return round_to_format(latent, self._format(tensor), self._scale(tensor, classes))
+
+    def _format(self, tensor: StoredTensor) -> NumberFormat:
+        """Return the number format of a tensor."""
+        own: NumberFormat = self.layout.format
+        return own.of_biases if tensor.is_bias else own
 
     def _has_scales(self, tensor: StoredTensor) -> bool:
         """Return whether int8 scales of a tensor are stored."""
@@ -596,19 +599,14 @@ class LearnedMemory(Memory, nn.Module):
     def _quantised(self, tensor: StoredTensor) -> Tensor:
         """Return what the file stores of a tensor, in its shape."""
         latent = self.get_parameter(tensor.name)
-        if tensor.is_bias:
-            return round_bias(latent, self.layout.format).to(self.layout.format.bias_dtype)
         scale = self._scale(tensor, self._row_classes(tensor))
-        stored: Tensor = self.layout.format.quantise(latent, scale)
-        return stored
+        return self._format(tensor).quantise(latent, scale)
 
     def _rounded(self, tensor: StoredTensor) -> Tensor:
         """Return the values that a tensor will be loaded with, in its shape."""
         latent = self.get_parameter(tensor.name)
-        if tensor.is_bias:
-            return round_bias(latent, self.layout.format)
         scale = self._scale(tensor, self._row_classes(tensor))
-        return round_to_format(latent, self.layout.format, scale)
+        return round_to_format(latent, self._format(tensor), scale)
 
     def _values(self) -> list[StoredTensor]:
         """Return the tensors that are stored in the number format, in the order of the table."""

@@ -297,32 +297,12 @@ class RealMemory(Memory):
             specs["names"] = TensorSpec(torch.uint8, (names_bytes,))
         return packed_size(self.kind, len(lengths), self.budget_bytes, self.words(), specs)
 
-    def keep_one_of_each(self) -> None:
-        """Drop every image but the first of each class."""
-        counts = torch.tensor([count for count in self.images_per_class if count])
-        self.keep(counts.cumsum(0) - counts)
-
-    def file_bytes_for(self, num_classes: int) -> int:
-        """Return the file's bytes with one image more, as large as those here, for each new class.
-
-        Args:
-            num_classes: How many classes there are then, those that are here among them.
-
-        Raises:
-            ConfigError: The memory has no image to go by.
-        """
-        lengths, classes = list(map(len, self.payloads)), self.classes.tolist()
-        if not lengths:
-            raise ConfigError("an empty memory does not say how large images are; extend() it")
-        num_more = max(0, num_classes - len(classes))
-        classes = with_unknown(classes, num_classes)
-        lengths += [math.ceil(sum(lengths) / len(lengths))] * num_more
-        return self._size(classes, lengths, self.names_bytes, self.label_specs())
-
     def bytes_of_one_each(
         self, num_classes: int, budget_bytes: int | None, images: LabelledImages | None = None
     ) -> int:
-        """Return :meth:`file_bytes_for` classes of one image each, the first that they have.
+        """Return the file's bytes with one image of each class, the first that it has.
+
+        A class that is still to come has one as large as they are on average.
 
         Args:
             num_classes: How many classes there are then, those that are here among them.
@@ -333,11 +313,14 @@ class RealMemory(Memory):
         tried.budget_bytes = None
         if images is not None:
             tried.extend(images)
-        tried.keep_one_of_each()
+        counts = torch.tensor([count for count in tried.images_per_class if count])
+        tried.keep(counts.cumsum(0) - counts)
         tried.budget_bytes = budget_bytes
-        labels = tried.classes.tolist()
+        labels, lengths = tried.classes.tolist(), list(map(len, tried.payloads))
         tried.class_names = affordable_names(tried.class_names, labels, budget_bytes)
-        return tried.file_bytes_for(num_classes)
+        lengths += [math.ceil(sum(lengths) / len(lengths))] * max(0, num_classes - len(labels))
+        classes = with_unknown(labels, num_classes)
+        return tried._size(classes, lengths, tried.names_bytes, tried.label_specs())
 
     def _specs(self, lengths: Sequence[int]) -> dict[str, TensorSpec]:
         """Return what the file stores beside labels, counts and names."""

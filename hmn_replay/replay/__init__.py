@@ -7,7 +7,6 @@ from hmn_replay.replay.keepers import (
     PQKeeper,
     RealKeeper,
     Selection,
-    SubsampledKeeper,
     make_keeper,
 )
 from hmn_replay.replay.mammoth import MammothBuffer
@@ -23,6 +22,5 @@ __all__ = [
     "RealKeeper",
     "ReplayMemory",
     "Selection",
-    "SubsampledKeeper",
     "make_keeper",
 ]

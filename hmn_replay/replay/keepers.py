@@ -37,7 +37,6 @@ from hmn_replay.memory import (
     Memory,
     PQMemory,
     RealMemory,
-    SubsampledMemory,
     loads,
 )
 from hmn_replay.memory.base import with_unknown
@@ -56,7 +55,6 @@ __all__ = [
     "PQKeeper",
     "RealKeeper",
     "Selection",
-    "SubsampledKeeper",
     "check_learned_options",
     "check_same_shape",
     "hints_for",
@@ -443,40 +441,6 @@ class RealKeeper(Keeper):
         return extended, note
 
 
-class SubsampledKeeper(RealKeeper):
-    """Keeps real images as pixels of a coarser grid.
-
-    Args:
-        budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        factor: Pixels of an image for one of the grid, along each side: 2 to 8.
-        selection: Which images of a class stay longest; see :class:`RealKeeper`.
-        training: Training of a selection's network; see :class:`RealKeeper`.
-        expected_classes: As in :class:`RealKeeper`.
-
-    Raises:
-        BudgetError: The budget cannot be read.
-        ConfigError: A value outside its range.
-    """
-
-    def __init__(
-        self,
-        budget: Budget | int | str,
-        *,
-        factor: int = 2,
-        selection: Selection = "random",
-        training: TrainingConfig | None = None,
-        expected_classes: int | None = None,
-    ) -> None:
-        super().__init__(
-            budget,
-            kind=SubsampledMemory.kind,
-            selection=selection,
-            training=training,
-            expected_classes=expected_classes,
-            factor=factor,
-        )
-
-
 class JPEGKeeper(RealKeeper):
     """Keeps real images as JPEG scans under one header.
 
@@ -609,11 +573,7 @@ class PQKeeper(RealKeeper):
         return memory, {"num_parts": self.num_parts, "code_bits": self.bits}
 
 
-_KEEPERS: dict[str, type[RealKeeper]] = {
-    "jpeg": JPEGKeeper,
-    "subsampled": SubsampledKeeper,
-    "pq": PQKeeper,
-}
+_KEEPERS: dict[str, type[RealKeeper]] = {"jpeg": JPEGKeeper, "pq": PQKeeper}
 """The keepers of those kinds of real images that have another than :class:`RealKeeper`."""
 
 

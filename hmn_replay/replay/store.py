@@ -481,8 +481,8 @@ class ReplayMemory:
                 Without ``"flip"`` where a mirrored image is of no class, as digits are.
 
         Returns:
-            How many images got a label; none, with a warning, where the budget does not hold one
-            image of each class beside labels.
+            How many images were labelled, those included that then made room; none, with a
+            warning, where the budget does not hold one image of each class beside labels.
 
         Raises:
             ConfigError: There is no logit for a class of the memory, or it holds features.

@@ -170,11 +170,6 @@ class ConvBlock(nn.Sequential):
         """The first layer."""
         return cast(nn.Conv2d, self[0])
 
-    @property
-    def norm(self) -> nn.GroupNorm:
-        """The second layer: one channel a group."""
-        return cast(nn.GroupNorm, self[1])
-
 
 def build_network(
     network: str | NetworkFactory,
@@ -270,11 +265,20 @@ def evaluating(network: object) -> Iterator[None]:
     Args:
         network: Nothing happens unless it is a module.
     """
-    modules = list(network.modules()) if isinstance(network, nn.Module) else []
-    modes = {module: module.training for module in modules}
-    try:
-        for module in modules:
+    if not isinstance(network, nn.Module):
+        yield
+        return
+    with keeping_modes(network):
+        for module in network.modules():
             module.training = False
+        yield
+
+
+@contextlib.contextmanager
+def keeping_modes(network: nn.Module) -> Iterator[None]:
+    """Let every module of a network be in the mode afterwards that it is in now."""
+    modes = {module: module.training for module in network.modules()}
+    try:
         yield
     finally:
         for module, mode in modes.items():

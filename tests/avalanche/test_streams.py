@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from hmn_replay.avalanche.streams import (
     Normalization,
     check_experiences,
+    check_is_normalised,
     class_key,
     find_normalization,
     read_experiences,
@@ -100,6 +101,12 @@ def test_normalisation_is_found_in_a_wrapped_data_sets_own_transform() -> None:
     subset.targets = inner.targets[:3]  # type: ignore[attr-defined]
     for data in (inner, subset):
         assert find_normalization(as_classification_dataset(data)) == EXPECTED  # type: ignore[arg-type]
+
+
+def test_an_experience_without_images_contradicts_no_normalisation() -> None:
+    check_is_normalised([Experience()], EXPECTED)
+    with pytest.raises(DataError, match=r"the eval transforms give images in \[0, 1\]"):
+        check_is_normalised([Experience((torch.rand(3, 8, 8), 0))], EXPECTED)
 
 
 def test_no_normalisation_is_found_where_there_is_none() -> None:

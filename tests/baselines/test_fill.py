@@ -284,10 +284,3 @@ def test_a_network_learns_from_them(kind: str) -> None:
 def test_a_kind_that_is_not_just_filled_is_refused(memory_type: Any) -> None:
     with pytest.raises(ConfigError, match="needs no training, got"):
         real_images(memory_type, real_set(), 6000)
-
-
-def test_an_empty_memory_does_not_say_how_large_images_are() -> None:
-    with pytest.raises(ConfigError, match="an empty memory does not say how large images are"):
-        RawMemory((3, 8, 8)).file_bytes_for(3)
-    memory = raw_images(real_set(), 6000)
-    assert memory.file_bytes_for(1) == memory.file_bytes

@@ -53,9 +53,7 @@ def fake_strategies(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         build=build,
         memory_use=memory_use,
         memory_images=memory_images,
-        loss_used=lambda strategy: "plain",
-        renew_used=lambda strategy: None,
-        distill_used=lambda strategy: 0.0,
+        protocol_used=lambda strategy: {"loss_used": "plain", "renew_used": None},
     )
     monkeypatch.setitem(sys.modules, "strategies", fake)
     return calls

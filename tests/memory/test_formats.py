@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory import NUMBER_FORMATS, NumberFormat
-from hmn_replay.memory.formats import max_abs_scale, round_bias, round_to_format
+from hmn_replay.memory.formats import max_abs_scale, round_to_format
 from tests.support import same_bits
 
 Arrays = hnp.arrays(
@@ -128,11 +128,11 @@ def test_the_value_is_the_same_with_a_gradient_and_without(name: str) -> None:
 
 @pytest.mark.parametrize("name", NUMBER_FORMATS)
 def test_biases_are_floats_that_integers_would_be_too_coarse_for(name: str) -> None:
-    own = NUMBER_FORMATS[name]
-    assert own.bias_dtype == (torch.float32 if name == "float32" else torch.float16)
+    own = NUMBER_FORMATS[name].of_biases
+    assert own.dtype == (torch.float32 if name == "float32" else torch.float16)
     latent = torch.tensor([0.1, -3.3, 1e6, 0.0], requires_grad=True)
-    rounded = round_bias(latent, own)
-    assert rounded.tolist() == latent.clamp(-65504, 65504).to(own.bias_dtype).tolist() or (
+    rounded = round_to_format(latent, own)
+    assert rounded.tolist() == latent.clamp(-65504, 65504).to(own.dtype).tolist() or (
         name == "float32" and rounded is latent
     )
     torch.autograd.backward(rounded.sum())

@@ -98,7 +98,7 @@ def test_bits_are_those_of_the_number_format(kind: str, number_format: str) -> N
     memory = made(kind, number_format)
     own = NUMBER_FORMATS[number_format]
     for tensor in type(memory).table(memory.layout):
-        dtype = own.bias_dtype if tensor.is_bias else own.dtype
+        dtype = (own.of_biases if tensor.is_bias else own).dtype
         plain = 8.0 * memory.get_parameter(tensor.name).numel() * dtype.itemsize
         found = memory.bits()[tensor.name]
         assert found == plain if tensor.is_bias or not own.is_coded else 0 < found < plain

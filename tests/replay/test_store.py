@@ -30,7 +30,7 @@ from hmn_replay.errors import (
 )
 from hmn_replay.memory import MEMORIES, JPEGMemory, RawMemory
 from hmn_replay.memory.labels import Labeller
-from hmn_replay.replay import Keeper, RealKeeper, SubsampledKeeper, make_keeper, store
+from hmn_replay.replay import Keeper, RealKeeper, make_keeper, store
 from hmn_replay.training.networks import build_network
 from hmn_replay.training.train import TrainingConfig
 from tests.support import LEARNED, REAL, TINY, PosterMemory, real_set, registered
@@ -551,7 +551,9 @@ def test_a_kind_of_a_users_takes_its_settings() -> None:
 
 
 def test_subsampled_images_need_no_keeper_of_their_own() -> None:
-    keepers = RealKeeper(6000, kind="subsampled", factor=3), SubsampledKeeper(6000, factor=3)
+    made = make_keeper(6000, "subsampled", factor=3)
+    assert type(made) is RealKeeper
+    keepers = RealKeeper(6000, kind="subsampled", factor=3), made
     memories = [ReplayMemory(keeper, device="cpu") for keeper in keepers]
     first, second = (memory.update(batch(0)).to_bytes() for memory in memories)
     assert first == second

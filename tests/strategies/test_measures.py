@@ -49,17 +49,18 @@ def test_loss_and_renewal_are_named(name: str) -> None:
         strategy.train(step)
     expected = {"derpp": "DER", "er_ace": "ER_ACE"}
     expected |= dict.fromkeys(OURS, "separated")
-    assert strategies.loss_used(strategy) == expected.get(name, "plain")
-    renewed = "before" if name in OURS else None
-    assert strategies.renew_used(strategy) == renewed
-    assert strategies.distill_used(strategy) == (name in OURS)
+    assert strategies.protocol_used(strategy) == {
+        "loss_used": expected.get(name, "plain"),
+        "renew_used": "before" if name in OURS else None,
+        "distill_used": float(name in OURS),
+    }
 
 
 def test_all_memories_of_this_package_are_replayed_with_the_loss_that_is_asked_for() -> None:
     for name in OURS:
         strategy = build(name, loss="asymmetric")
         strategy.train(make_stream(num_per_class=4, num_experiences=1)[0])
-        assert strategies.loss_used(strategy) == "asymmetric"
-        assert strategies.renew_used(strategy) == "after"
+        used = strategies.protocol_used(strategy)
+        assert (used["loss_used"], used["renew_used"]) == ("asymmetric", "after")
         with pytest.raises(ConfigError, match="loss must be"):
             build(name, loss="assymetric")
