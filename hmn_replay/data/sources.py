@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -17,7 +18,7 @@ from hmn_replay.data.images import (
     check_size,
     stack_images,
 )
-from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
 from hmn_replay.registry import suggest
 
 if TYPE_CHECKING:
@@ -39,8 +40,13 @@ DATASETS = (*TORCHVISION, "digits")
 """The names that :func:`load_dataset` knows; ``digits`` alone needs no file."""
 
 _DIGITS_TEST_PER_CLASS = 36
-# Folders that hold classes, and are none.
-_SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation")
+# Names of folders that hold classes, and are none, by what they are: also as a word of a longer
+# name, such as seg_train.
+_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("val", "valid", "validation"),
+}
 
 
 def load_dataset(
@@ -64,12 +70,13 @@ def load_dataset(
               as :func:`~hmn_replay.data.images.as_labelled_images` takes it, read without pickle;
               optionally ``class_names``, an array of texts; the one at position k, unless empty,
               names label k;
-            * a folder of pictures: ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``), or
-              Tiny-ImageNet's own (``val/val_annotations.txt``, whose images then are the test
-              split), or just ``CLASS/``, which has no test split. A class folder is searched
-              through. Where all class folders are named by integers these are the labels;
-              otherwise the positions in the sorted names are, and a folder of other classes numbers
-              them anew.
+            * a folder of pictures: ``train/CLASS/`` and ``test/CLASS/``, or Tiny-ImageNet's own
+              (``val/val_annotations.txt``, whose images then are the test split), or just
+              ``CLASS/``, which has no test split. ``Training/`` and ``seg_train/`` will do for
+              ``train/``, and where there is no ``test/`` of these classes, ``val/`` or
+              ``validation/`` for it. A class folder is searched through. Where all class folders
+              are named by integers these are the labels; otherwise the positions in the sorted
+              names are, and a folder of other classes numbers them anew.
 
             A path that is also a name is written with its folder, as ``./digits``.
         split: ``"train"`` or ``"test"``. Default: ``"train"``.
@@ -81,6 +88,10 @@ def load_dataset(
     Raises:
         DataError: There is no such data set, it is not on this machine, or it cannot be read.
         ConfigError: ``split`` or ``size`` is not as said above.
+
+    Warns:
+        HMNReplayWarning: A class folder has no picture of its own, but several folders of them, as
+            where the path of a data set's parent was given.
     """
     if split not in ("train", "test"):
         raise ConfigError(f"split must be 'train' or 'test', got {split!r}")
@@ -203,31 +214,34 @@ def _load_npz(path: Path, split: Split, size: int | None) -> LabelledImages:
 
 
 def _load_folder(path: Path, split: Split, size: int | None) -> LabelledImages:
-    has_splits = (path / "train").is_dir() and bool(_class_names(path / "train"))
-    train = path / "train" if has_splits else path
+    splits = _find_splits(path)
+    # A folder "training" beside classes may be a mistake; beside a "testing", it is none.
+    is_split = len(splits) > 1 or (path / "train") in splits.values()
+    train = splits.get("train", path) if is_split else path
     names = _class_names(train)
     if not names:
         raise DataError(
             f"{path} has no folder of pictures for each class: expected train/CLASS/ and "
             "test/CLASS/, or CLASS/"
         )
-    splits = [name for name in names if name.lower() in _SPLITS]
-    if found := [name for name in splits if _class_names(train / name)]:
+    if found := list(_find_splits(train).values()):
         raise DataError(
-            f"{train} has a folder {found[0]!r}, which is no class but a split of a data set: "
+            f"{train} has a folder {found[0].name!r}, which is no class but a split of a data set: "
             "expected train/CLASS/ and test/CLASS/ (or val/CLASS/), or CLASS/; rename the folder"
         )
-    if found := [name for name in names if _is_data_set(train / name)]:
-        raise DataError(f"{train / found[0]} is a data set, not a class of one: give its path")
+    if found := [train / name for name in names if len(_find_splits(train / name)) > 1]:
+        raise DataError(f"{found[0]} is a data set, not a class of one: give its path")
     labels = _number_classes(names)
     if split == "train":
         pictures = _list_pictures(train, labels)
-    elif has_splits:
-        pictures = _list_test_pictures(path, labels)
+        _warn_of_nested(train, names, pictures)
+    elif train != path:
+        pictures = _list_test_pictures(path, splits, labels)
     else:
         raise DataError(
             f"{path} has no test split: expected train/CLASS/ and test/CLASS/ (or val/CLASS/) in "
-            "it, got CLASS/ alone; move the test pictures to a folder of their own"
+            "it, got CLASS/ alone; move the test pictures to a folder of their own, or hold some "
+            "out: --test-share 0.2, or load_dataset(path).split(0.2)"
         )
     return stack_images(
         lambda position: (_open_picture(pictures[position][0]), pictures[position][1]),
@@ -238,9 +252,37 @@ def _load_folder(path: Path, split: Split, size: int | None) -> LabelledImages:
     )
 
 
-def _is_data_set(folder: Path) -> bool:
-    """Return whether a folder has train/ and, beside it, test/ or val/."""
-    return (folder / "train").is_dir() and any((folder / name).is_dir() for name in ("test", "val"))
+def _find_splits(folder: Path) -> dict[str, Path]:
+    """Return the folders of a data set's splits, ``"train"`` first; empty where it has none."""
+    # Tiny-ImageNet's val/ has its pictures in one folder.
+    names = [name for name in _class_names(folder) if _class_names(folder / name)]
+    exact, longer = {}, {}
+    for split, splits_words in _SPLITS.items():
+        for name in names:
+            words = re.split(r"[\W_]+", name.lower())
+            if not {*words} & {*splits_words}:
+                continue
+            longer.setdefault(split, folder / name)
+            if len(words) == 1:
+                exact.setdefault(split, folder / name)
+    # A class may be called crash_test; what is beside a seg_train is none.
+    return {**longer, **exact} if "train" in longer and len(longer) > 1 else exact
+
+
+def _warn_of_nested(train: Path, names: list[str], pictures: list[tuple[str, int]]) -> None:
+    """Warn of class folders that have pictures in several folders of theirs, and none beside."""
+    inside: dict[str, set[str]] = {name: set() for name in names}
+    for path, _ in pictures:
+        name, *folders = Path(path).relative_to(train).parent.parts
+        inside[name].add(folders[0] if folders else "")
+    nested = [name for name, folders in inside.items() if len(folders) > 1 and "" not in folders]
+    if nested:
+        warnings.warn(
+            f"{train / nested[0]} has its pictures in {len(inside[nested[0]])} folders, which count "
+            "as one class: if each is a class, give the path of the folder that holds them",
+            HMNReplayWarning,
+            stacklevel=4,
+        )
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -281,19 +323,21 @@ def _list_pictures(folder: Path, labels: dict[str, int]) -> list[tuple[str, int]
     return pictures
 
 
-def _list_test_pictures(path: Path, labels: dict[str, int]) -> list[tuple[str, int]]:
+def _list_test_pictures(
+    path: Path, splits: dict[str, Path], labels: dict[str, int]
+) -> list[tuple[str, int]]:
     annotations = path / "val" / "val_annotations.txt"
     if annotations.is_file():
         return _list_annotated(annotations, labels)
-    for folder in (path / "test", path / "val"):
-        names = _class_names(folder) if folder.is_dir() else []
+    for split in ("test", "validation"):
+        names = _class_names(splits[split]) if split in splits else []
         if labels.keys() & names:
             if unknown := [name for name in names if name not in labels]:
                 raise DataError(
-                    f"{folder / unknown[0]} is of a class that train/ does not have; add it there "
-                    "too"
+                    f"{splits[split] / unknown[0]} is of a class that train/ does not have; add it "
+                    "there too"
                 )
-            return _list_pictures(folder, {name: labels[name] for name in names})
+            return _list_pictures(splits[split], {name: labels[name] for name in names})
     raise DataError(
         f"{path} has no test split: expected test/CLASS/ or val/CLASS/ with the classes of train/"
     )

@@ -19,7 +19,7 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from hmn_replay.data.sources import DATASETS, load_dataset
-from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -310,6 +310,38 @@ def test_a_folder_with_a_test_split_is_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(train.images.permute(0, 2, 3, 1), [dog, cat, dog])
         assert test.labels.tolist() == [1]
         np.testing.assert_array_equal(test.images[0].permute(1, 2, 0), cat)
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [("Train", "Test"), ("train", "validation"), ("seg_train", "seg_test"), ("training", "val-2")],
+)
+def test_splits_have_many_names(train: str, held_out: str, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        save_picture(tmp_path / train / name / "a.png")
+        save_picture(tmp_path / held_out / name / "a.png")
+    (tmp_path / "test_results").mkdir()  # holds no classes
+    for split in ("train", "test"):
+        data = load_dataset(tmp_path, split)  # type: ignore[arg-type]
+        assert data.class_names == {0: "cat", 1: "dog"} and len(data) == 2
+    with pytest.raises(DataError, match="is a data set, not a class of one: give its path"):
+        load_dataset(tmp_path.parent)
+
+
+def test_a_validation_split_is_not_taken_for_a_test_split_that_is_there(tmp_path: Path) -> None:
+    save_picture(tmp_path / "train/cat/a.png")
+    for number, name in enumerate(("valid", "test")):
+        for index in range(number + 1):
+            save_picture(tmp_path / name / f"cat/{index}.png")
+    assert len(load_dataset(tmp_path, "test")) == 2
+
+
+def test_a_class_of_several_folders_may_be_a_mistake(tmp_path: Path) -> None:
+    save_picture(tmp_path / "pets/cat/a.png")
+    assert load_dataset(tmp_path).class_names == {0: "pets"}
+    save_picture(tmp_path / "pets/dog/a.png")
+    with pytest.warns(HMNReplayWarning, match="pets has its pictures in 2 folders, which count as"):
+        assert load_dataset(tmp_path).class_names == {0: "pets"}
 
 
 def test_a_folder_of_classes_alone_has_no_test_split(tmp_path: Path) -> None:
