@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +19,7 @@ from hmn_replay.data.images import (
     show_label,
 )
 from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_once, join_images
-from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.labels import LABELS, Labeller
 from hmn_replay.runtime import resolve_device, without_autocast
@@ -61,7 +62,8 @@ def evaluate(
     Args:
         source: What to learn from: a memory (anything with ``decode()``), or anything that
             :func:`hmn_replay.data.images.as_labelled_images` takes.
-        test_set: The same. An image whose label the source does not have counts as misclassified.
+        test_set: The same. An image whose label the source does not have counts as misclassified,
+            with a HMNReplayWarning.
         network: Architecture: a name in :data:`hmn_replay.NETWORKS`, or a function from image shape
             and number of classes to a module. Default: that of ``config``, else ConvNet.
         labels: What of a memory to learn from: ``"hard"``, its classes; ``"soft"``, the soft labels
@@ -109,6 +111,13 @@ def evaluate(
     classes, class_indices = torch.unique(own_labels, return_inverse=True)
     targets = _targets(source, labels, classes)
     test_indices = _positions(test_labels, classes, "the source")
+    if num_unknown := int((test_indices < 0).sum()):
+        warnings.warn(
+            f"{num_unknown:,} of {len(test_indices):,} test images are of classes that the source "
+            "has no image of, and count as misclassified",
+            HMNReplayWarning,
+            stacklevel=2,
+        )
     target = resolve_device(device)
     with without_autocast(target):
         trained = train_network(

@@ -205,6 +205,42 @@ def test_evaluate_repeats_with_seeds_in_a_row(
     assert asked[0]["config"] == hmn_replay.TrainingConfig(num_passes=9, precision="auto")
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of digits, five of each class, without splits and of 10 x 8 pixels."""
+    digits = hmn_replay.load_dataset("digits")
+    folder = tmp_path / "pictures"
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
+        for position in digits.of_class(label)[:5].tolist():
+            pixels = torch.nn.functional.pad(digits.images[position, 0], (0, 0, 1, 1))
+            Image.fromarray(pixels.numpy()).save(folder / str(label) / f"{position}.png")
+    return folder
+
+
+def test_a_folder_without_a_test_split_is_tested_on_a_share(
+    pictures: Path, run: Console, tmp_path: Path
+) -> None:
+    where = ["--data", pictures, "--test-share", 0.2]
+    raw = [*where, "--kind", "raw", "--budget", "8 KiB", *TINY_TRAINING, "--quiet"]
+    assert run.json("baseline", *raw)["num_images"] == 40
+    out = tmp_path / "out.hmn"
+    sized = [*where, "--size", 8]
+    made = run.json("condense", *sized, "--budget", BUDGET, "--out", out, *TINY_CONDENSATION)
+    # Pictures are brought to the memory's size, if no other is given.
+    found = [run.json("evaluate", out, *each, *TINY_TRAINING) for each in (where, sized)]
+    assert found[0]["accuracies"] == found[1]["accuracies"]
+    assert found[0]["num_images"] == made["num_images"] <= 40
+    page = tmp_path / "page.html"
+    run("gallery", out, page, *where)
+    assert page.exists()
+    assert "has no test split: " in run("evaluate", out, "--data", pictures, code=1) + run.err
+    run("evaluate", out, *where, "--size", 9, code=1)
+    assert "the source has images of (1, 8, 8) and the test set of (1, 9, 9)" in run.err
+    run("evaluate", out, "--data", pictures, "--test-share", 1, code=2)
+    assert "expected a share above 0 and below 1, got '1'" in run.err
+
+
 def test_baseline_goes_on_past_the_edge_where_the_best_quality_is(
     run: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

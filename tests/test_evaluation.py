@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hmn_replay.baselines.scores import scores
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import ImageLookup, Images
-from hmn_replay.errors import DataError
+from hmn_replay.errors import DataError, HMNReplayWarning
 from hmn_replay.evaluation import evaluate, score
 from hmn_replay.memory import HierarchicalMemory, HMNLayout, RawMemory
 from hmn_replay.memory.gallery import psnr_by_class
@@ -98,7 +98,10 @@ def test_a_test_label_that_the_source_lacks_is_misclassified() -> None:
     _, complete = evaluate((images, labels), (test_images, test_labels), config=TINY, device="cpu")
     for stranger in (-100, 8, 5000):
         strange = torch.where(test_labels == 7, stranger, test_labels)
-        _, accuracy = evaluate((images, labels), (test_images, strange), config=TINY, device="cpu")
+        with pytest.warns(HMNReplayWarning, match="30 of 90 test images are of classes that the"):
+            _, accuracy = evaluate(
+                (images, labels), (test_images, strange), config=TINY, device="cpu"
+            )
         assert accuracy <= 2 / 3
         assert accuracy >= complete - 1 / 3 - 1e-9
 
@@ -125,6 +128,7 @@ class Lazy(HierarchicalMemory):
         return ImageLookup(fetch, (self.num_images, *self.image_shape), dtype)
 
 
+@pytest.mark.filterwarnings("ignore:.* test images are of classes")
 def test_a_memory_may_be_decoded_batch_by_batch(make_layout: Callable[..., HMNLayout]) -> None:
     trained = []
     for memory_type in (HierarchicalMemory, Lazy):
@@ -205,6 +209,11 @@ def test_a_name_that_stands_for_another_label_is_refused() -> None:
     with pytest.raises(DataError, match="'one' is label -3 in the source and 7 in the test"):
         evaluate(source, moved, config=TINY, device="cpu")
     evaluate(source, named(1, {-3: "ONE", 7: "two"}), config=TINY, device="cpu")
+    one_alike = named(1, {-3: "five", 7: "six", 1000: "zero"})
+    evaluate(source, one_alike, config=TINY, device="cpu")
+    unlike = named(1, {-3: "five", 7: "six", 1000: "seven"})
+    with pytest.raises(DataError, match=r"label -3 is 'one' in the source .* are other classes"):
+        evaluate(source, unlike, config=TINY, device="cpu")
     # As in ImageNet, whose cranes are a bird and a machine.
     cranes = {-3: "crane", 7: "crane"}
     for others in (cranes, {}, {7: "crane"}):

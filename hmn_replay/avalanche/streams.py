@@ -49,6 +49,7 @@ Strategy: TypeAlias = Any
 
 # A class key holds the task's label in its upper half, the class's in its lower.
 _LABEL_BITS = 32
+_REMEDY = "give the benchmark's eval transforms a Resize and a CenterCrop of one size"
 # So many images of an experience show whether it is normalised.
 _NUM_LOOKED_AT = 8
 
@@ -273,13 +274,14 @@ def first_of_each_class(
     tasks = [int(task) for own, given in parts for task in (given or [0] * len(own))]
     for position, key in enumerate(zip(labels, tasks, strict=True)):
         found.setdefault(key, position)
-    positions = [position for key, position in found.items() if class_key(*key) not in known]
-    if not positions:
+    new = [(key[0], position) for key, position in found.items() if class_key(*key) not in known]
+    if not new:
         return None
     return stack_images(
-        lambda index: _fetch(dataset, positions[index], normalization),
-        len(positions),
-        describe="the first image of class {}".format,
+        lambda index: _fetch(dataset, new[index][1], normalization),
+        len(new),
+        describe=lambda index: f"the first image of class {new[index][0]}",
+        remedy=_REMEDY,
     )
 
 
@@ -305,6 +307,7 @@ def read_experiences(
         lambda position: _fetch(dataset, position, normalization),
         len(dataset),
         describe="image {} of the experience".format,
+        remedy=_REMEDY,
     )
 
 

@@ -263,7 +263,15 @@ def _add_data(parser: Parser, default: str | None = "digits") -> None:
         "--size",
         type=_positive,
         metavar="PIXELS",
-        help="resize the shorter side to this, and crop the centre to a square",
+        help="resize the shorter side to this, and crop the centre to a square (default: pictures "
+        "of a folder that a memory is compared with have its size, all else is as it is)",
+    )
+    add(
+        "--test-share",
+        type=_share,
+        metavar="SHARE",
+        help="hold out this share of each class's training images, always the same ones, and test "
+        "on them: for data without a test split. Give it to every command that reads the data",
     )
 
 
@@ -353,6 +361,16 @@ def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and below 1, got {text!r}")
+    return value
 
 
 def _network(text: str) -> str:

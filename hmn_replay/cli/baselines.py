@@ -16,7 +16,7 @@ from hmn_replay.cli.shared import (
     Result,
     check_label_weight,
     check_out,
-    load_data,
+    load_both,
     score,
     settings_of,
     training_of,
@@ -41,7 +41,7 @@ def baseline(args: argparse.Namespace) -> Result:
     if args.out:
         check_out(args)
     labels, codec = _settings(args)
-    train, test = load_data(args, "train"), load_data(args, "test")
+    train, test = load_both(args)
     is_jpeg = args.kind == "jpeg"  # whose quality is searched for
     fill = _filling(args, train, budget, labels)
     scored: list[dict[str, Any]] = []

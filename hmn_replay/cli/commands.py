@@ -25,6 +25,7 @@ from hmn_replay.cli.shared import (
     check_not_read,
     check_out,
     data_path,
+    load_both,
     load_data,
     note,
     score,
@@ -123,8 +124,8 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
     lines = describe_memory(out, summary)
     lines.append(("time", f"{report['seconds']:,.1f} s"))
     for name, phase in report["phases"].items():
-        speed = f"{phase['seconds']:,.1f} s, {phase['images_per_second']:,.0f} images/s"
-        lines.append((f"  {name.replace('_', ' ')}", speed))
+        speed = f", {phase['images_per_second']:,.0f} images/s" if phase["images"] else ""
+        lines.append((f"  {name.replace('_', ' ')}", f"{phase['seconds']:,.1f} s{speed}"))
     return result, table(lines)
 
 
@@ -146,7 +147,7 @@ def evaluate(args: argparse.Namespace) -> Result:
     if args.scores:
         return _all_scores(args, memory)
     check_label_weight(args, args.labels or memory.richest_labels)
-    test = load_data(args, "test")
+    test = load_data(args, "test", memory)
     scores = score(args, lambda seed: memory, test)
     result = {
         "file": str(args.file),
@@ -167,8 +168,7 @@ def evaluate(args: argparse.Namespace) -> Result:
 def _all_scores(args: argparse.Namespace, memory: hmn_replay.Memory) -> Result:
     found = hmn_replay.scores(
         memory,
-        load_data(args, "train"),
-        load_data(args, "test"),
+        *load_both(args, memory),
         repeats=args.repeats,
         config=training_of(args),
         seed=args.seed,
@@ -307,10 +307,11 @@ def gallery(args: argparse.Namespace) -> Result:
         raise ConfigError(f"OUT must be an .html file; got {str(args.out)!r}")
     check_target(args.out)
     check_not_read("OUT", args.out, *args.files, data_path(args))
-    sources = load_data(args, "train") if args.data else None
+    memories = [hmn_replay.load(file, device=args.device) for file in args.files]
+    sources = load_data(args, "train", memories[0]) if args.data else None
     page = hmn_replay.Gallery(args.title, sources=sources, images_per_class=args.images_per_class)
-    for file in args.files:
-        page.add(hmn_replay.load(file, device=args.device), file.stem)
+    for file, memory in zip(args.files, memories, strict=True):
+        page.add(memory, file.stem)
     page.save(args.out)
     result = {"files": list(map(str, args.files)), "out": str(args.out)}
     return result, table([("file", str(file)) for file in args.files] + [("page", str(args.out))])

@@ -22,6 +22,7 @@ __all__ = [
     "check_not_read",
     "check_out",
     "data_path",
+    "load_both",
     "load_data",
     "note",
     "score",
@@ -64,11 +65,47 @@ def data_path(args: argparse.Namespace) -> Path | None:
     return Path(os.path.expanduser(args.data))
 
 
-def load_data(args: argparse.Namespace, split: Split) -> hmn_replay.LabelledImages:
-    """Return the images that --data names, or the default ones."""
-    data = args.default_data if args.data is None else args.data
+def load_data(
+    args: argparse.Namespace, split: Split, memory: hmn_replay.Memory | None = None
+) -> hmn_replay.LabelledImages:
+    """Return the images that --data names, or the default ones.
+
+    Args:
+        args: The sub-command's arguments.
+        split: Which of them.
+        memory: What they are compared with: pictures of a folder are brought to its size.
+    """
+    if args.test_share is not None:
+        return _held_out(args, memory)[split == "test"]
+    return _load(args, split, memory)
+
+
+def load_both(
+    args: argparse.Namespace, memory: hmn_replay.Memory | None = None
+) -> tuple[hmn_replay.LabelledImages, hmn_replay.LabelledImages]:
+    """Return the training and the test images; arguments as for :func:`load_data`."""
+    if args.test_share is not None:
+        return _held_out(args, memory)
+    test = _load(args, "test", memory)  # a split that is not there is told before the rest is read
+    return _load(args, "train", memory), test
+
+
+def _held_out(
+    args: argparse.Namespace, memory: hmn_replay.Memory | None
+) -> tuple[hmn_replay.LabelledImages, hmn_replay.LabelledImages]:
+    return _load(args, "train", memory).split(args.test_share)
+
+
+def _load(
+    args: argparse.Namespace, split: Split, memory: hmn_replay.Memory | None
+) -> hmn_replay.LabelledImages:
+    data, size = args.default_data if args.data is None else args.data, args.size
+    path = data_path(args)
+    if size is None and memory is not None and path is not None and path.is_dir():
+        _, height, width = memory.image_shape
+        size = height if height == width else None
     return hmn_replay.load_dataset(
-        data, split, data_root=args.data_root, download=args.download, size=args.size
+        data, split, data_root=args.data_root, download=args.download, size=size
     )
 
 

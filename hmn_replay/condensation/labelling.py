@@ -89,6 +89,7 @@ class LabelConfig(Settings):
         return TrainingConfig(
             width=self.labeller_width if self.labels == "labeller" else self.teacher_width,
             num_passes=self.teacher_passes,
+            epoch_images=self.teacher_passes,
             precision=precision,
             compile=compile,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from hmn_replay.budget import as_int
 from hmn_replay.data.lookup import Images, as_floats
@@ -295,7 +297,8 @@ def check_same_names(
 ) -> None:
     """Refuse names that stand for other labels in one of two sets of images than in the other.
 
-    A label whose name is spelled differently in the two is let pass.
+    A label whose name is spelled differently in the two is let pass, unless all are: these are
+    other classes.
 
     Args:
         names: Label to name.
@@ -304,7 +307,8 @@ def check_same_names(
         elsewhere: What ``others`` belong to.
 
     Raises:
-        DataError: A name has other labels in both.
+        DataError: A name has other labels in both, or two labels or more are named in both, each
+            differently.
     """
     own, other = (_labels_of_names(each) for each in (names, others))
     for name in sorted(own.keys() & other.keys()):
@@ -315,6 +319,14 @@ def check_same_names(
                 "the order of their names), or leave the names of one out, as "
                 "LabelledImages(images, labels) does"
             )
+    common = sorted(names.keys() & others.keys())
+    if len(common) > 1 and all(names[label] != others[label] for label in common):
+        first = common[0]
+        raise DataError(
+            f"label {show_label(first)} is {names[first]!r} in {where} and {others[first]!r} in "
+            f"{elsewhere}, and no other has one name in both: these are other classes. If they are "
+            "the same, leave the names of one out, as LabelledImages(images, labels) does"
+        )
 
 
 def _labels_of_names(names: Mapping[int, str]) -> dict[str, set[int]]:
@@ -331,6 +343,7 @@ def stack_images(
     size: int | None = None,
     class_names: Mapping[int, str] | None = None,
     describe: Callable[[int], str] = "item {}".format,
+    remedy: str = "as_labelled_images(data, size=64) brings them all to 64 x 64",
 ) -> LabelledImages:
     """Stack images fetched one by one, holding little more than the result in memory.
 
@@ -341,6 +354,7 @@ def stack_images(
         size: As in :func:`as_labelled_images`.
         class_names: Label to name. Default: ``None``, no names.
         describe: Names the image at a position in an error message.
+        remedy: What to do where sizes differ, for the message.
 
     Raises:
         DataError: An image or a label cannot be used, sizes differ, or ``num_images`` is 0.
@@ -358,8 +372,7 @@ def stack_images(
         if (height, width) != images.shape[2:]:
             raise DataError(
                 f"{name} is {height} x {width} pixels (height x width) where the first image is "
-                f"{images.shape[2]} x {images.shape[3]}: images of one size are expected; pass "
-                "size= (--size) to resize and crop them all"
+                f"{images.shape[2]} x {images.shape[3]}: images of one size are expected; {remedy}"
             )
         if channels > images.shape[1]:
             images = images.repeat(1, channels, 1, 1)
@@ -534,6 +547,11 @@ def _from_dataset(source: Any, size: int | None) -> LabelledImages:
             f"expected images, got the name {os.fspath(source)!r}: pass that of a data set to "
             "load_dataset, or that of a memory file to hmn_replay.load"
         )
+    if isinstance(source, DataLoader):
+        raise DataError(
+            "expected images, got a DataLoader: pass its data set, loader.dataset, which is read "
+            "item by item"
+        )
     is_map_style = hasattr(source, "__len__") and hasattr(source, "__getitem__")
     if not is_map_style or isinstance(source, Mapping) or _is_array(source):
         raise DataError(
@@ -596,6 +614,10 @@ def _names_of(source: object) -> dict[int, str]:
         return dict(enumerate(names or []))
     if isinstance(source, Subset):
         return _names_of(source.dataset)
+    if isinstance(source, ConcatDataset):
+        with contextlib.suppress(DataError):
+            return functools.reduce(joined_names, map(_names_of, source.datasets), {})
+        return {}
     if isinstance(source, LabelledImages):
         return source.class_names
     if getattr(source, "target_transform", None) is not None:

@@ -249,6 +249,7 @@ def _load_folder(path: Path, split: Split, size: int | None) -> LabelledImages:
         size=size,
         class_names={label: name for name, label in labels.items()},
         describe=lambda position: pictures[position][0],
+        remedy="pass size= (--size) to resize and crop them all",
     )
 
 
@@ -256,14 +257,14 @@ def _find_splits(folder: Path) -> dict[str, Path]:
     """Return the folders of a data set's splits, ``"train"`` first; empty where it has none."""
     # Tiny-ImageNet's val/ has its pictures in one folder.
     names = [name for name in _class_names(folder) if _class_names(folder / name)]
-    exact, longer = {}, {}
-    for split, splits_words in _SPLITS.items():
+    exact: dict[str, Path] = {}
+    longer: dict[str, Path] = {}
+    for split, known in _SPLITS.items():
         for name in names:
             words = re.split(r"[\W_]+", name.lower())
-            if not {*words} & {*splits_words}:
-                continue
-            longer.setdefault(split, folder / name)
-            if len(words) == 1:
+            if {*words} & {*known}:
+                longer.setdefault(split, folder / name)
+            if name.lower() in known:
                 exact.setdefault(split, folder / name)
     # A class may be called crash_test; what is beside a seg_train is none.
     return {**longer, **exact} if "train" in longer and len(longer) > 1 else exact
@@ -278,8 +279,8 @@ def _warn_of_nested(train: Path, names: list[str], pictures: list[tuple[str, int
     nested = [name for name, folders in inside.items() if len(folders) > 1 and "" not in folders]
     if nested:
         warnings.warn(
-            f"{train / nested[0]} has its pictures in {len(inside[nested[0]])} folders, which count "
-            "as one class: if each is a class, give the path of the folder that holds them",
+            f"{train / nested[0]} has its pictures in {len(inside[nested[0]])} folders, which "
+            "count as one class: if each is a class, give the path of the folder that holds them",
             HMNReplayWarning,
             stacklevel=4,
         )

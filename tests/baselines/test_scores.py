@@ -111,6 +111,7 @@ def test_what_does_not_fit_is_left_out() -> None:
 
 
 @pytest.mark.usefixtures("one_quality")
+@pytest.mark.filterwarnings("ignore:.* test images are of classes that the source has no image of")
 def test_what_fits_for_some_seeds_alone_is_left_out() -> None:
     # Some images take many more bytes as JPEG than others.
     images = torch.full((21, 3, 32, 32), 90, dtype=torch.uint8)

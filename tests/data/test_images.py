@@ -17,7 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 
 from hmn_replay.data.images import (
     LabelledImages,
@@ -274,7 +280,9 @@ def test_grey_among_colour_is_repeated() -> None:
 
 def test_images_of_many_sizes_need_a_size() -> None:
     items = [(Image.new("L", (4, 4)), 0), (Image.new("L", (5, 4)), 1)]
-    with pytest.raises(DataError, match=r"item 1 is 4 x 5 .* first image is 4 x 4: .* pass size="):
+    with pytest.raises(
+        DataError, match=r"item 1 is 4 x 5 .* first image is 4 x 4: .*; as_labelled_images\(data"
+    ):
         as_labelled_images(items)
     assert as_labelled_images(items, size=3).image_shape == (1, 3, 3)
 
@@ -285,11 +293,22 @@ def test_class_names_are_those_of_the_data_set() -> None:
     assert as_labelled_images(named).class_names == {0: "cat", 1: "dog"}
     subset: Any = Subset(named, [1])  # type: ignore[arg-type]
     assert as_labelled_images(subset).class_names == {0: "cat", 1: "dog"}
+    parts: list[Any] = [subset, named]
+    assert as_labelled_images(ConcatDataset(parts)).class_names == {0: "cat", 1: "dog"}
+    parts = [named, Pairs((image, 0), classes=["dog"])]
+    assert as_labelled_images(ConcatDataset(parts)).class_names == {}
     numbered = Pairs((image, 4), classes=["x"], class_to_idx={"cat": 4})
     assert as_labelled_images(numbered).class_names == {4: "cat"}
     remapped = Pairs((image, 4), classes=["x"], target_transform=abs)
     assert as_labelled_images(remapped).class_names == {}
     assert as_labelled_images(Pairs((image, 4), classes=[3])).class_names == {}
+
+
+def test_of_a_loader_its_data_set_is_asked_for() -> None:
+    data: Any = Pairs((IMAGE, 0))
+    loader: Any = DataLoader(data)
+    with pytest.raises(DataError, match=r"got a DataLoader: pass its data set, loader\.dataset"):
+        as_labelled_images(loader)
 
 
 class Stream(IterableDataset[tuple[Tensor, int]]):
@@ -311,7 +330,10 @@ IMAGE = torch.zeros(1, 2, 2)
         ((torch.zeros(2, 3, 4, 4), torch.zeros(2, 5)), "multi-label"),
         ((torch.full((2, 3, 4, 4), -1.5), torch.zeros(2).long()), "undo your normalisation"),
         (([IMAGE, IMAGE], [0, 1, 2]), "a label for every image, got 2 images and 3 labels"),
-        (([IMAGE, torch.zeros(1, 3, 2)], [0, 1]), "image 1 is 3 x 2 .* pass size="),
+        (
+            ([IMAGE, torch.zeros(1, 3, 2)], [0, 1]),
+            r"image 1 is 3 x 2 .*; as_labelled_images\(data, size=64\)",
+        ),
         (([IMAGE, IMAGE - 1], [0, 1]), "image 1: .* undo your normalisation"),
         (([IMAGE, IMAGE], [0.5, 1.5]), "labels: expected integers as labels, got float64"),
         ((torch.zeros(2, 3, 4, 4), []), "2 images and 0 labels"),

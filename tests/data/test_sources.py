@@ -322,7 +322,7 @@ def test_splits_have_many_names(train: str, held_out: str, tmp_path: Path) -> No
         save_picture(tmp_path / held_out / name / "a.png")
     (tmp_path / "test_results").mkdir()  # holds no classes
     for split in ("train", "test"):
-        data = load_dataset(tmp_path, split)  # type: ignore[arg-type]
+        data = load_dataset(tmp_path, split)
         assert data.class_names == {0: "cat", 1: "dog"} and len(data) == 2
     with pytest.raises(DataError, match="is a data set, not a class of one: give its path"):
         load_dataset(tmp_path.parent)
