@@ -293,7 +293,7 @@ class Run:
 
     def _check(self) -> None:
         try:
-            self.memory.to_bytes()
+            self.memory.check_values()
         except TrainingError as error:
             raise TrainingError(
                 f"the memory diverged in the {self.state['phase']} phase: it has values that "

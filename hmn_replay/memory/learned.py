@@ -939,8 +939,8 @@ class LearnedMemory(Memory, nn.Module):
         return words
 
     @torch.no_grad()
-    def stored(self) -> dict[str, Tensor]:
-        """Return what the file stores: all values one after another, in the order of the table."""
+    def check_values(self) -> None:
+        """Raise a TrainingError for values that no file can hold, as after a training diverged."""
         for name, tensor in self.tensors.items():
             # What is loaded is the rounded value; it is to be as good as the latent one.
             if not (_is_tame(self.get_parameter(name)) and _is_tame(self._rounded(tensor))):
@@ -953,6 +953,11 @@ class LearnedMemory(Memory, nn.Module):
                 "the memory's values are not finite, or so large that decoding could leave "
                 "float32: its training diverged; lower the learning rate"
             )
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """Return what the file stores: all values one after another, in the order of the table."""
+        self.check_values()
         values, biases = self._values(), [t for t in self.tensors.values() if t.is_bias]
         stored: dict[str, Tensor] = {}
         if biases:
