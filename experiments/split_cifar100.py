@@ -165,6 +165,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--recode", type=float, default=0.0,
         help="share of current images that hmn, fred, jpeg and subsampled code")  # fmt: skip
     add("--quality", type=int, help="of jpeg, 1 to 100 (default: chosen on the first experience)")
+    add("--selection", choices=hmn_replay.SELECTIONS, default="random",
+        help="which images jpeg, lossless, subsampled and raw keep: at random, or by a small "
+        "network that is trained on each experience before")  # fmt: skip
     add("--factor", type=int, default=2,
         help="pixels that one of subsampled's stands for, along each side")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
@@ -207,10 +210,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.options |= DIGITS_OPTIONS
     args.options |= parse_settings(args, unknown=hmn_replay.LabelConfig.model_fields)
     make_config(args.effort, **args.options)
-    training: dict[str, Any] = {"width": 4, "num_passes": 100} if args.smoke else {"width": 32}
+    passes = 6000 if args.selection == "random" else 20_000
+    training: dict[str, Any] = {"width": 32, "num_passes": passes}
+    if args.smoke:
+        training = {"width": 4, "num_passes": 100}
     if args.data in DIGITS:
         training |= {"augmentations": DIGITS_AUGMENTATIONS, "cutmix_probability": 0.0}
-    args.jpeg_training = {"num_passes": 6000, **training}
+    args.small_training = training
 
     # ---------------------------------------------------------------------------------- the data
     train, test = load(args, "train"), load(args, "test")
@@ -307,15 +313,15 @@ def make_strategy(name: str, seed: int, train: LabelledImages, args: argparse.Na
         "recode_share": args.recode,
         **args.options,
     }
+    training = hmn_replay.TrainingConfig(**args.small_training)
+    selected = {"selection": args.selection, "training": training}
     options: dict[str, dict[str, Any]] = {
         "hmn": {"kind": args.kind, **condensed},
         "fred": condensed,
-        "jpeg": {
-            "quality": args.quality,
-            "training": hmn_replay.TrainingConfig(**args.jpeg_training),
-            "recode_share": args.recode,
-        },
-        "subsampled": {"factor": args.factor, "recode_share": args.recode},
+        "raw": selected,
+        "lossless": selected,
+        "jpeg": {"quality": args.quality, "recode_share": args.recode, **selected},
+        "subsampled": {"factor": args.factor, "recode_share": args.recode, **selected},
     }
     return strategies.build(
         name,

@@ -1,4 +1,9 @@
-"""Replay of real images drawn at random, as many of every class, in each way to store them."""
+"""Replay of real images, as many of every class, in each way to store them.
+
+Options of all are ``selection``, which images of a class stay longest, by a name in
+``hmn_replay.SELECTIONS`` (default: at random), and ``training``, the
+:class:`hmn_replay.TrainingConfig` of the network that a selection by name needs.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +17,40 @@ from strategies.settings import Settings, Strategy
 
 __all__ = ["build_jpeg", "build_lossless", "build_of", "build_raw", "build_subsampled"]
 
+_SELECTED: dict[str, Any] = {"selection": "random", "training": None}
+
 
 def build_raw(settings: Settings) -> Strategy:
     """Build raw replay: images as uint8 pixels."""
-    return build_of(settings, RawReplay)
+    return build_of(settings, RawReplay, **_SELECTED)
 
 
 def build_lossless(settings: Settings) -> Strategy:
     """Build lossless replay: images as lossless WebP, without artefacts."""
-    return build_of(settings, LosslessReplay)
+    return build_of(settings, LosslessReplay, **_SELECTED)
 
 
 def build_subsampled(settings: Settings) -> Strategy:
     """Build subsampled replay: images as uint8 pixels of a coarser grid.
 
-    An option is ``factor``, 2 to 8 pixels for one, along each side (default: 2).
+    A further option is ``factor``, 2 to 8 pixels for one, along each side (default: 2).
 
     Raises:
         ConfigError: ``factor`` is outside its range, or the option is unknown.
     """
-    return build_of(settings, SubsampledReplay, factor=2)
+    return build_of(settings, SubsampledReplay, factor=2, **_SELECTED)
 
 
 def build_jpeg(settings: Settings) -> Strategy:
     """Build JPEG replay: images as JPEG under one shared header, the rival that papers leave out.
 
-    Options are ``quality``, 1 to 100, or None to choose it on the first experience (the default);
-    and ``training``, the :class:`hmn_replay.TrainingConfig` of that choice.
+    A further option is ``quality``, 1 to 100, or None to choose it on the first experience (the
+    default) by a network of ``training``, too.
 
     Raises:
         ConfigError: ``quality`` is outside its range, or the option is unknown.
     """
-    return build_of(settings, JPEGReplay, quality=None, training=None)
+    return build_of(settings, JPEGReplay, quality=None, **_SELECTED)
 
 
 def build_of(

@@ -243,6 +243,19 @@ def test_smoke_runs_every_strategy_on_the_digits(tmp_path: Path) -> None:
     assert (tmp_path / "accuracy.png").exists() and (tmp_path / "memory.png").exists()
 
 
+def test_real_images_may_be_selected_by_a_network(tmp_path: Path) -> None:
+    names = ("jpeg", "raw")
+    common = ["--smoke", "--strategies", ",".join(names), "--quality", "20", "--budget", "2KiB"]
+    for selection in ("random", "herding"):
+        out = tmp_path / selection
+        assert main([*common, "--selection", selection, "--out", str(out)]) == 0
+    for name in names:
+        files = [tmp_path / each / f"memory-{name}-seed0.hmn" for each in ("random", "herding")]
+        drawn, herded = map(hmn_replay.load, files)
+        assert drawn.num_classes == herded.num_classes
+        assert not drawn.decode()[0].equal(herded.decode()[0])
+
+
 def test_a_tuned_stream_says_what_it_was_before(tmp_path: Path) -> None:
     common = ["--smoke", "--strategies", "raw"]
     assert main([*common, "--out", str(tmp_path / "none")]) == 0
