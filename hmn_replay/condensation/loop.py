@@ -58,7 +58,7 @@ from hmn_replay.errors import (
 )
 from hmn_replay.evaluation import score
 from hmn_replay.files import clear_stale, digest_tensors
-from hmn_replay.memory.file import specs_of
+from hmn_replay.memory.file import as_bytes, specs_of
 from hmn_replay.memory.layout import MemoryLayout
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.objectives import get_objective
@@ -836,7 +836,7 @@ def _identity(
     settings = config.model_dump(exclude={"checkpoint_seconds"})
     old_tensors = {}
     if old is not None:
-        old_tensors["file"] = torch.frombuffer(bytearray(old.to_bytes()), dtype=torch.uint8)
+        old_tensors["file"] = as_bytes(old.to_bytes())
     return {
         "data": digest_tensors("", {"images": data.images, "labels": data.labels}),
         "memory": digest_tensors("", old_tensors),

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.extras import import_extra
 from hmn_replay.files import write_atomically
 from hmn_replay.registry import UnknownNameError
+
+if TYPE_CHECKING:
+    from hmn_replay.memory.base import Memory
 
 __all__ = [
     "DD_RANKING",
@@ -103,16 +106,8 @@ save_path: ./hard_label_scores.csv
 """
 
 
-class DecodableBytes(Protocol):
-    """What can be exported: a memory of any kind."""
-
-    def decode(self, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return images ``(N, C, H, W)`` of ``dtype``, and int64 labels ``(N,)``."""
-        ...
-
-
 def export_images(
-    memory: DecodableBytes,
+    memory: Memory,
     folder: str | Path,
     *,
     class_names: Mapping[int, str] | None = None,
@@ -141,7 +136,9 @@ def export_images(
     folder = Path(folder)
     check_new_folder(folder)
     pixels, labels = _decode(memory)
-    names = _folder_names(labels.unique().tolist(), _names_of(memory, class_names))
+    names = _folder_names(
+        labels.unique().tolist(), memory.class_names if class_names is None else class_names
+    )
     with tempfile.TemporaryDirectory(
         dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"
     ) as temporary:
@@ -166,7 +163,7 @@ def check_new_folder(folder: Path) -> None:
 
 
 def export_npz(
-    memory: DecodableBytes, path: str | Path, *, class_names: Mapping[int, str] | None = None
+    memory: Memory, path: str | Path, *, class_names: Mapping[int, str] | None = None
 ) -> None:
     """Write every image to an ``.npz`` file, all at once or not at all.
 
@@ -185,7 +182,7 @@ def export_npz(
     """
     pixels, labels = _decode(memory)
     arrays: dict[str, Any] = {"x_train": pixels.movedim(1, -1).numpy(), "y_train": labels.numpy()}
-    names = _names_of(memory, class_names)
+    names = memory.class_names if class_names is None else class_names
     named = [label for label in names if 0 <= label < _MAX_NAMED_LABEL]
     if named:
         arrays["class_names"] = np.array([names.get(n, "") for n in range(max(named) + 1)])
@@ -194,9 +191,7 @@ def export_npz(
     write_atomically(path, file.getvalue())
 
 
-def export_dd_ranking(
-    memory: DecodableBytes, folder: str | Path, *, dataset: str | None = None
-) -> None:
+def export_dd_ranking(memory: Memory, folder: str | Path, *, dataset: str | None = None) -> None:
     """Write what DD-Ranking's evaluator reads: images, hard labels and settings.
 
     ``images.pt`` is float32 ``(N, C, H, W)``, class by class, normalised as DD-Ranking normalises
@@ -252,7 +247,7 @@ def export_dd_ranking(
     write_atomically(folder / "config.yaml", settings.encode())
 
 
-def to_hf_dataset(memory: DecodableBytes) -> Any:
+def to_hf_dataset(memory: Memory) -> Any:
     """Return the images as a data set of Hugging Face's ``datasets``.
 
     Args:
@@ -270,7 +265,7 @@ def to_hf_dataset(memory: DecodableBytes) -> Any:
 
     datasets = import_extra("datasets", "hub")
     pixels, labels = _decode(memory)
-    names = _names_of(memory, None)
+    names = memory.class_names
     label: Any = datasets.Value("int64")
     if sorted(names) == list(range(len(names))) == labels.unique().tolist():
         label = datasets.ClassLabel(names=[names[n] for n in range(len(names))])
@@ -281,7 +276,7 @@ def to_hf_dataset(memory: DecodableBytes) -> Any:
 
 
 def contact_sheet(
-    memory: DecodableBytes,
+    memory: Memory,
     path: str | Path,
     *,
     columns: int = 10,
@@ -318,7 +313,7 @@ def check_sheet_name(path: str | Path) -> None:
 
 
 def contact_sheet_png(
-    memory: DecodableBytes,
+    memory: Memory,
     *,
     columns: int = 10,
     rows: int = 50,
@@ -333,7 +328,7 @@ def contact_sheet_png(
         if value < 1:
             raise ConfigError(f"{option} is 1 or more; got {value}")
     pixels, labels = _decode(memory)
-    names = _names_of(memory, class_names)
+    names = memory.class_names if class_names is None else class_names
     classes, counts = labels.unique(return_counts=True)
     columns = min(columns, int(counts.max()))
     texts = [_shortened(names.get(label, str(label))) for label in classes.tolist()]
@@ -364,17 +359,12 @@ def contact_sheet_png(
     return file.getvalue()
 
 
-def _decode(memory: DecodableBytes) -> tuple[Tensor, Tensor]:
+def _decode(memory: Memory) -> tuple[Tensor, Tensor]:
     """Return images, uint8 ``(N, C, H, W)``, and labels ``(N,)``, on the CPU."""
     images, labels = memory.decode(dtype=torch.uint8)
     if not len(images):
         raise DataError("there is nothing to export: the memory holds no image")
     return images.cpu(), labels.cpu()
-
-
-def _names_of(memory: DecodableBytes, class_names: Mapping[int, str] | None) -> Mapping[int, str]:
-    own: Mapping[int, str] = getattr(memory, "class_names", {})
-    return own if class_names is None else class_names
 
 
 def _shortened(name: str) -> str:

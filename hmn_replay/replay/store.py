@@ -35,6 +35,7 @@ from hmn_replay.errors import (
     HMNReplayWarning,
 )
 from hmn_replay.memory import Memory, loads
+from hmn_replay.memory.file import as_bytes
 from hmn_replay.replay.gatherer import Gatherer
 from hmn_replay.replay.keepers import (
     Keeper,
@@ -546,8 +547,7 @@ class ReplayMemory:
         memory = b"" if self.memory is None else self.memory.to_bytes()
         state = {
             "version": STATE_VERSION,
-            # torch.frombuffer refuses a buffer of no bytes.
-            "memory": torch.frombuffer(bytearray(memory + b"\0"), dtype=torch.uint8)[:-1],
+            "memory": as_bytes(memory),
             "report": json.dumps(self.report),
             "num_updates": self._num_updates,
             "num_draws": self._num_draws,

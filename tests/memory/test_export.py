@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -145,7 +145,7 @@ def test_classes_of_one_name_or_none_keep_a_folder_each(
 
 
 def test_the_memorys_own_names_are_the_default(tmp_path: Path) -> None:
-    memory = Named()
+    memory: Any = Named()
     export_images(memory, tmp_path / "named")
     export_images(memory, tmp_path / "numbered", class_names={})
     assert sorted(path.name for path in (tmp_path / "named").iterdir()) == ["4", "cat"]
