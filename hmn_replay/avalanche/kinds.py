@@ -80,8 +80,8 @@ class HMNReplay(MemoryReplay):
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
         kind: A learned memory kind: ``"hmn"``; ``"fred"``, which ended ahead of it in all streams
-            of small images where both were measured with the same options; ``"pixels"``, ``"idc"``,
-            ``"haba"`` or ``"linba"``; or ``"features"`` for a model with a frozen backbone.
+            where both were measured with the same options; ``"pixels"``, ``"idc"``, ``"haba"`` or
+            ``"linba"``; or ``"features"`` for a model with a frozen backbone.
         expected_classes: How many classes the stream will have in all, if that is known: the
             memory's tensors are shaped for so many. Default: None, ten times those of the first
             experience, or as many of them as the budget can be shaped for.
