@@ -101,7 +101,8 @@ def _load(
 ) -> hmn_replay.LabelledImages:
     data, size = args.default_data if args.data is None else args.data, args.size
     path = data_path(args)
-    if size is None and memory is not None and path is not None and path.is_dir():
+    has_pictures = path is not None and path.is_dir()
+    if size is None and has_pictures and memory is not None and not memory.holds_features:
         _, height, width = memory.image_shape
         size = height if height == width else None
     return hmn_replay.load_dataset(
