@@ -255,17 +255,18 @@ def _load_folder(path: Path, split: Split, size: int | None) -> LabelledImages:
 
 def _find_splits(folder: Path) -> dict[str, Path]:
     """Return the folders of a data set's splits, ``"train"`` first; empty where it has none."""
-    # Tiny-ImageNet's val/ has its pictures in one folder.
-    names = [name for name in _class_names(folder) if _class_names(folder / name)]
     exact: dict[str, Path] = {}
     longer: dict[str, Path] = {}
+    names = _class_names(folder)
     for split, known in _SPLITS.items():
         for name in names:
-            words = re.split(r"[\W_]+", name.lower())
-            if {*words} & {*known}:
+            is_named = not {*re.split(r"[\W_]+", name.lower())}.isdisjoint(known)
+            # What else a folder holds is asked last, as a class has many pictures. (Tiny-ImageNet's
+            # val/ has all of them in one folder.)
+            if is_named and _class_names(folder / name):
                 longer.setdefault(split, folder / name)
-            if name.lower() in known:
-                exact.setdefault(split, folder / name)
+                if name.lower() in known:
+                    exact.setdefault(split, folder / name)
     # A class may be called crash_test; what is beside a seg_train is none.
     return {**longer, **exact} if "train" in longer and len(longer) > 1 else exact
 
@@ -287,11 +288,11 @@ def _warn_of_nested(train: Path, names: list[str], pictures: list[tuple[str, int
 
 
 def _class_names(folder: Path) -> list[str]:
-    return sorted(
-        child.name
-        for child in folder.iterdir()
-        if child.is_dir() and not child.name.startswith(".")
-    )
+    # Unlike Path.iterdir, this knows folders from the hundreds of pictures beside them for free.
+    with os.scandir(folder) as entries:
+        return sorted(
+            each.name for each in entries if not each.name.startswith(".") and each.is_dir()
+        )
 
 
 def _number_classes(names: list[str]) -> dict[str, int]:
