@@ -299,11 +299,7 @@ def isolated(device: torch.device, seed: int, *names: int | str) -> Iterator[Non
     """
     value = derive_seed(seed, *names)
     devices = [device] if device.type == "cuda" else []
-    with (
-        _RANDOM_LOCK,
-        torch.random.fork_rng(devices=devices),
-        without_autocast(device),
-    ):
+    with _RANDOM_LOCK, torch.random.fork_rng(devices=devices), without_autocast(device):
         state, numpy_state = random.getstate(), np.random.get_state()
         torch.default_generator.manual_seed(value)
         if devices:

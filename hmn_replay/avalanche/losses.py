@@ -89,9 +89,8 @@ class ReplayStep:
     @property
     def is_current(self) -> Tensor:
         """Which images are the experience's own: bool ``(N, 1)``, True for the first ones."""
-        return (torch.arange(len(self.labels), device=self.labels.device) < self.num_current)[
-            :, None
-        ]
+        positions = torch.arange(len(self.labels), device=self.labels.device)
+        return (positions < self.num_current)[:, None]
 
     @property
     def replayed_share(self) -> float:
