@@ -53,7 +53,7 @@ from experiments.results import markdown_table
 from experiments.tables.rows import number
 from experiments.tables.store import Store
 from hmn_replay.condensation.config import make_config
-from hmn_replay.condensation.steps import RealImages, warm_start_targets
+from hmn_replay.condensation.steps import RealImages, drawn_orders, warm_start_targets
 from hmn_replay.data.images import LabelledImages, mean_psnr
 from hmn_replay.errors import HMNReplayError
 from hmn_replay.files import write_atomically
@@ -144,7 +144,7 @@ def measure(train: LabelledImages, rate: int, args: argparse.Namespace, store: S
 
     def wanted(memory: LearnedMemory) -> Tensor:
         real = RealImages.of(train, memory.classes)
-        return train.images[warm_start_targets(memory, real, args.seed)]
+        return train.images[warm_start_targets(memory, drawn_orders(real, args.seed))]
 
     store.once("rate", {"rate": rate, "codec": "HMN", "quality": 0}, condense)
     if not store.find("rate", rate=rate, codec="HMN"):

@@ -166,8 +166,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="share of current images that hmn, fred, jpeg and subsampled code")  # fmt: skip
     add("--quality", type=int, help="of jpeg, 1 to 100 (default: chosen on the first experience)")
     add("--selection", choices=hmn_replay.SELECTIONS, default="random",
-        help="which images jpeg, lossless, subsampled and raw keep: at random, or by a small "
-        "network that is trained on each experience before")  # fmt: skip
+        help="which images jpeg, lossless, subsampled and raw keep, and hmn and fred begin as: "
+        "at random, or by a network that is trained on each experience before")  # fmt: skip
     add("--factor", type=int, default=2,
         help="pixels that one of subsampled's stands for, along each side")  # fmt: skip
     add("--seed", default="0", help="one or several, such as 0,1,2; also draws the class order")
@@ -311,6 +311,7 @@ def make_strategy(name: str, seed: int, train: LabelledImages, args: argparse.Na
     condensed = {
         "matching_networks": args.matching_networks,
         "recode_share": args.recode,
+        "selection": args.selection,
         **args.options,
     }
     training = hmn_replay.TrainingConfig(**args.small_training)

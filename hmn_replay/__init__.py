@@ -17,12 +17,12 @@ from hmn_replay.baselines.fill import (
     subsampled_images,
 )
 from hmn_replay.baselines.scores import scores
-from hmn_replay.baselines.selection import SELECTIONS, select_images
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import EFFORTS, CondenseConfig
 from hmn_replay.condensation.labelling import LabelConfig, label_images, train_teacher
 from hmn_replay.condensation.pruning import MarginRecorder, aum, double_ended_prune, margins
+from hmn_replay.condensation.selection import SELECTIONS, select_images
 from hmn_replay.data.augment import RandomAugmentation, augment_training
 from hmn_replay.data.features import LabelledFeatures, as_labelled_features
 from hmn_replay.data.images import LabelledImages, as_labelled_images

@@ -32,7 +32,7 @@ class System:
         kind: As for :func:`hmn_replay.condense`; None where nothing is condensed, or where the
             objective is not among ours, and the paper's numbers alone are shown.
         objective: The rival's own; None for the one that all share.
-        selection: As for :func:`hmn_replay.baselines.selection.select_images`.
+        selection: As for :func:`hmn_replay.select_images`.
     """
 
     label: str

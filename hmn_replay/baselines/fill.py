@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn_replay.baselines.selection import select_images
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.labelling import (
     LabelConfig,
@@ -21,6 +20,7 @@ from hmn_replay.condensation.labelling import (
     as_label_config,
     train_teacher,
 )
+from hmn_replay.condensation.selection import select_images
 from hmn_replay.data.features import FeatureSource, as_labelled_features, read_data
 from hmn_replay.data.images import ImageSource, LabelledImages, as_labelled_images
 from hmn_replay.errors import BudgetError, ConfigError
@@ -78,9 +78,9 @@ def raw_images(
             selection by name, the numbers of images of two classes differ by one at most, the first
             classes having more, but for a class that has no more to give.
         budget: Bytes of the file, header and labels counted.
-        selection: One of :data:`hmn_replay.baselines.selection.SELECTIONS`; or the order in which
+        selection: One of :data:`hmn_replay.SELECTIONS`; or the order in which
             the images of a class are taken, int64 positions in ``data``, such as those that
-            :func:`hmn_replay.baselines.selection.select_images` gives with options of your own:
+            :func:`hmn_replay.select_images` gives with options of your own:
             the first image of every class, then the second, while they fit.
         labels: What is kept of images beside their classes, in the same bytes: ``"hard"`` for
             nothing, ``"soft"`` or ``"labeller"``; or settings of these.

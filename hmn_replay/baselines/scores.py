@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from hmn_replay.baselines.fill import choose_quality, jpeg_images, raw_images
-from hmn_replay.baselines.selection import select_images
 from hmn_replay.budget import as_int
+from hmn_replay.condensation.selection import select_images
 from hmn_replay.data.images import (
     ImageSource,
     LabelledImages,

@@ -8,6 +8,7 @@ from pydantic import Field, field_serializer
 
 from hmn_replay.condensation.labelling import LabelConfig
 from hmn_replay.condensation.pruning import PruningFunction
+from hmn_replay.condensation.selection import BY_FEATURES
 from hmn_replay.data.augment import STRATEGIES
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction, get_objective
@@ -65,6 +66,12 @@ class CondenseConfig(LabelConfig):
     """What is matched: a registered name, or a function like those of `hmn_replay.objectives`; see
     hmn_replay.objectives.Objective for what it decides beside."""
 
+    selection: Annotated[str, one_of("selection", ("random", *BY_FEATURES))] = "random"
+    """Which real images the memory begins as, and those first that it is filled up with: random;
+    herding or k-centre, by the features of a network that learned from the real images: the last
+    of those that were given to match on, the first of trained_networks or of the experts, or one
+    that is trained like these."""
+
     warm_start_steps: _AtLeast0 = 1000
     """Steps of fitting the memory to real images before matching; 0 for none."""
 
@@ -108,9 +115,9 @@ class CondenseConfig(LabelConfig):
     experts and students, for every image."""
 
     max_seconds: _Seconds | None = None
-    """Seconds after which matching ends, those of the warm start and of recording experts counted,
-    its learning rate brought down to 0; outer_steps still bounds it. The result then depends on the
-    machine's speed. None for no bound."""
+    """Seconds after which matching ends, those of all that comes before it counted, its learning
+    rate brought down to 0; outer_steps still bounds it. The result then depends on the machine's
+    speed. None for no bound."""
 
     network: Annotated[
         tuple[Annotated[str | NetworkFactory, one_of("network", NETWORKS)], ...],

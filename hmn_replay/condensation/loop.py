@@ -70,7 +70,7 @@ from hmn_replay.runtime import (
     make_generator,
     peak_memory_bytes,
 )
-from hmn_replay.training.networks import tensors_of
+from hmn_replay.training.networks import find_head, tensors_of
 from hmn_replay.training.train import cosine_lr, train_network
 
 __all__ = ["Condensation", "Run"]
@@ -371,11 +371,14 @@ class Condensation(Run):
         self.networks = networks
         objective = get_objective(config.objective)
         pooled = objective.matches_trained and config.trained_networks > 0 and not networks
-        trains = config.num_steps > 0 and (objective.compares_trainings or pooled)
-        if trains:
+        self.matches_experts = config.num_steps > 0 and (objective.compares_trainings or pooled)
+        if self.matches_experts:
             compares = objective.compares_trainings
             _check_architectures(config, "num_experts" if compares else "trained_networks")
-        phases = ["warm_start", *(["experts"] if trains else []), "matching"]
+        selects = config.selection != "random"
+        looks = selects and not networks and not memory_type.holds_features
+        phases = ["experts"] if self.matches_experts or looks else []
+        phases += [*(["selection"] if selects else []), "warm_start", "matching"]
         phases += [*([] if config.labels == "hard" else ["labels"]), "pruning"]
         super().__init__(
             self.growth.memory,
@@ -389,7 +392,8 @@ class Condensation(Run):
             team,
             config.checkpoint_seconds,
         )
-        self._try_matching()  # before there is a checkpoint
+        self.order = torch.cat(steps.drawn_orders(self.real, seed, self.first_class))
+        self._try_networks()  # before there is a checkpoint
         if callable(config.pruning) and any(self.growth.drops()):
             self._score_images(self.memory.decoded())
 
@@ -411,8 +415,9 @@ class Condensation(Run):
         with self._open_experts() as self.experts:
             self.work(
                 {
-                    "warm_start": self._warm_start,
                     "experts": self._record_experts,
+                    "selection": self._select,
+                    "warm_start": self._warm_start,
                     "matching": self._match,
                     "labels": self._label,
                     "pruning": self._prune,
@@ -420,18 +425,78 @@ class Condensation(Run):
             )
         return self.memory
 
-    def _try_matching(self) -> None:
-        """Refuse networks, and an objective, that cannot be matched with, before any work."""
-        if not self.config.num_steps or self.memory.holds_features:
+    def _try_networks(self) -> None:
+        """Refuse networks, and an objective, that cannot be worked with, before any work."""
+        if self.memory.holds_features:
             return
-        context = self._context((0.5, 0.99))
+        context, logits = self._context((0.5, 0.99)), None
         if self.networks:
-            given = copy.deepcopy(self.networks[-1]).to(self.device).requires_grad_(True)
-            steps.try_matching(context, given, self.memory.classes.tolist())
+            tried = [copy.deepcopy(self.networks[-1]).to(self.device).requires_grad_(True)]
+            logits = self.memory.classes.tolist()
+        else:
+            numbers = range(len(self.config.network))
+            tried = [steps.fresh_network(context, self.seed, number)[0] for number in numbers]
+        if self.config.num_steps:
+            for network in tried:
+                steps.try_matching(context, network, logits)
+        if "selection" in self.phases:
+            find_head(tried[0], context.real_images(self.order[[0, -1]]))
+
+    # Which real images the memory begins as.
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint; see :class:`Run`."""
+        super().resume(checkpoint)
+        if self.resumed is None or "selection" not in self.phases:
             return
-        for number in range(len(self.config.network)):
-            network, _ = steps.fresh_network(context, self.seed, number)
-            steps.try_matching(context, network)
+        self._check_kept("order", self.order)
+        order = self.resumed.tensors["order"]
+        if not order.sort().values.equal(self.order.sort().values):
+            raise CheckpointError(
+                f"the order of real images in {str(checkpoint)!r} has not each of them once; "
+                "delete it to start anew"
+            )
+        self.order = order
+
+    def _save(self, owners: Mapping[str, Stateful] | None = None) -> None:
+        order = {"order": self.order} if "selection" in self.phases else {}
+        super()._save({**(owners or {}), **order})
+
+    @property
+    def orders(self) -> list[Tensor]:
+        """For each class that is condensed, its real images, from the first to be taken on."""
+        return list(self.order.split([len(own) for own in self.real.members[self.first_class :]]))
+
+    @property
+    def targets(self) -> Tensor:
+        """For each image that is condensed, the real image that it starts from."""
+        return steps.warm_start_targets(self.memory, self.orders, self.first_class)
+
+    def _select(self) -> None:
+        self.order = self.team.agree(self._chosen_order)
+        self._count(len(self.order))
+        self._next_phase()
+
+    def _chosen_order(self) -> Tensor:
+        images, method, network = self.real.data.images, self.config.selection, self._judge()
+        chosen = []
+        with self._bar("selection", 1, len(self.order)) as bar:
+            for order, begun in zip(self.orders, self.num_begun[self.first_class :], strict=True):
+                # Beyond what the memory begins as, it is filled up with a few at most.
+                chosen.append(steps.with_chosen_first(order, images, 2 * begun, method, network))
+                bar.update(len(order))
+        return torch.cat(chosen)
+
+    def _judge(self) -> nn.Module | None:
+        """Return the network whose features images are chosen by; None for features."""
+        if self.networks:
+            return copy.deepcopy(self.networks[-1]).to(self.device)
+        if self.experts is None:
+            return None
+        network = self.experts.lent_network(0, self.device)
+        (trained,) = self.experts.read(0, self.experts.num_epochs)
+        network.load_state_dict({**network.state_dict(), **trained})
+        return network
 
     # The warm start.
 
@@ -443,8 +508,7 @@ class Condensation(Run):
         batch_size = max(1, min(config.warm_start_batch, num_images))
         steps_per_epoch = math.ceil(num_images / batch_size)
         peak_lr = config.warm_start_learning_rate
-        targets = steps.warm_start_targets(memory, self.real, self.seed, self.first_class)
-        warm = num_steps > 0
+        targets, warm = self.targets, num_steps > 0
 
         def wanted_images(positions: Tensor) -> Tensor:
             return self.real.data.floats(targets[positions - num_old])
@@ -478,9 +542,10 @@ class Condensation(Run):
         config, num_steps = self.config, self.config.num_steps
         sources = None
         if config.fidelity:
-            sources = steps.warm_start_targets(self.memory, self.real, self.seed, self.first_class)
+            sources = self.targets
         context = self._context((0.5, 0.99), sources)
-        matcher = make_matcher(context, self.seed, networks=self.networks, experts=self.experts)
+        experts = self.experts if self.matches_experts else None
+        matcher = make_matcher(context, self.seed, networks=self.networks, experts=experts)
         if self.resumed and self.state["step"]:
             matcher.resume(self.resumed, self.state["step"])
         with self._bar("matching", num_steps, matcher.images_per_step) as bar:
@@ -581,9 +646,10 @@ class Condensation(Run):
                 images, class_indices = take_images(images, chosen), class_indices[chosen]
             num_experts, training = config.num_experts, config.expert_training
             num_epochs = config.max_start_epoch + config.expert_epochs
-            compares = get_objective(config.objective).compares_trainings
+            compares = get_objective(config.objective).compares_trainings and config.num_steps > 0
             if not compares:
-                num_experts, training = config.trained_networks, config.pool_training
+                num_experts = config.trained_networks if self.matches_experts else 1
+                training = config.pool_training
                 num_epochs = round(config.trained_passes / len(images))
                 num_epochs = max(1, min(num_epochs, _MOST_POOL_EPOCHS))
             experts = Experts(
@@ -599,7 +665,7 @@ class Condensation(Run):
                 team=self.team,
                 every_epoch=compares,
             )
-            if self.state["phase"] in ("warm_start", "experts"):
+            if self.state["phase"] == "experts":
                 self.team.agree(experts.make_folder)
             yield experts
 
@@ -632,8 +698,7 @@ class Condensation(Run):
             )
         new, sources = torch.arange(num_old, memory.num_images), None
         if config.warm_start_steps:
-            targets = steps.warm_start_targets(memory, self.real, self.seed, self.first_class)
-            sources = self.real.data.images.take(targets)
+            sources = self.real.data.images.take(self.targets)
         seed = derive_seed(self.seed, "labels")
         add_labels(memory, teacher, config, sources=sources, indices=new, seed=seed, team=self.team)
         self._count(training.num_passes)
@@ -690,10 +755,8 @@ class Condensation(Run):
 
         There are some where images have come to take less than was planned, and none was pruned.
         """
-        more = []
-        for index in range(self.first_class, self.memory.num_classes):
-            order = steps.warm_start_order(self.real, index, self.seed)
-            more.append(order[self.num_begun[index] :])
+        begun = self.num_begun[self.first_class :]
+        more = [order[count:] for order, count in zip(self.orders, begun, strict=True)]
         planned = self.growth.planned_labels if self.memory.has_soft_labels else None
         self.memory = fill(
             self.memory,

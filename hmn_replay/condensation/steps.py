@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.rate import RateControl
+from hmn_replay.condensation.selection import choose_by_features
 from hmn_replay.data.augment import Augmentation, draw_augmentation
 from hmn_replay.data.images import LabelledImages, channel_stats
 from hmn_replay.data.lookup import Images, LabelledView, as_floats, held_on, images_at_once
@@ -40,6 +41,7 @@ __all__ = [
     "Compiling",
     "RealImages",
     "StepContext",
+    "drawn_orders",
     "fresh_network",
     "make_optimizer",
     "match_step",
@@ -47,9 +49,9 @@ __all__ = [
     "set_lr",
     "train_step",
     "trajectory_step",
-    "warm_start_order",
     "warm_start_step",
     "warm_start_targets",
+    "with_chosen_first",
 ]
 
 # Decoded at once while matching: 256 images of 32 x 32, 5 of 224 x 224, and one class at least. A
@@ -270,25 +272,46 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["factor"]
 
 
+def drawn_orders(real: RealImages, seed: int, first_class: int = 0) -> list[Tensor]:
+    """Return the real images of each class from ``first_class`` on, in an order that is drawn."""
+    orders = []
+    for index, members in enumerate(real.members[first_class:], first_class):
+        generator = make_generator(seed, "targets", index)
+        orders.append(members[torch.randperm(len(members), generator=generator)])
+    return orders
+
+
+def with_chosen_first(
+    order: Tensor, images: Images, count: int, method: str, network: nn.Module | None = None
+) -> Tensor:
+    """Return a class's images with those first that are chosen by features, the others after them.
+
+    Args:
+        order: int64 ``(M,)``, the positions of the class's images; of the others it is kept.
+        images: Those of all classes.
+        count: How many to choose.
+        method: See :func:`~hmn_replay.condensation.selection.choose_by_features`.
+        network: Likewise.
+    """
+    chosen = choose_by_features(images, order.sort().values, count, method, network)
+    return torch.cat([chosen, order[torch.isin(order, chosen, invert=True)]])
+
+
 def warm_start_targets(
-    memory: LearnedMemory, real: RealImages, seed: int, first_class: int = 0
+    memory: LearnedMemory, orders: Sequence[Tensor], first_class: int = 0
 ) -> Tensor:
     """Return, for each image of the memory, the real image that it starts from: int64 ``(N,)``.
 
-    Drawn at random within the class. A class with fewer real images than memory images takes them
-    in turn. Images of the classes before ``first_class`` are left out.
+    Args:
+        memory: The memory; images of the classes before ``first_class`` are left out.
+        orders: For each class from there on, its real images in their order. A class with fewer of
+            these than memory images takes them in turn.
+        first_class: Position of a class.
     """
     targets = []
-    for index in range(first_class, memory.num_classes):
-        chosen, count = warm_start_order(real, index, seed), memory.images_per_class[index]
-        targets.append(chosen[torch.arange(count) % len(chosen)])
+    for order, count in zip(orders, memory.images_per_class[first_class:], strict=True):
+        targets.append(order[torch.arange(count) % len(order)])
     return torch.cat(targets)
-
-
-def warm_start_order(real: RealImages, index: int, seed: int) -> Tensor:
-    """Return the real images of a class in the order that memory images start from them."""
-    members, generator = real.members[index], make_generator(seed, "targets", index)
-    return members[torch.randperm(len(members), generator=generator)]
 
 
 def warm_start_step(context: StepContext, indices: Tensor, wanted: Tensor) -> None:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from hmn_replay.baselines.fill import QUALITIES, choose_quality, jpeg_images
-from hmn_replay.baselines.selection import (
-    SELECTIONS,
-    check_method_of_features,
-    select_images,
-)
 from hmn_replay.budget import Budget, as_int
 from hmn_replay.condensation.condense import check_config, condense
 from hmn_replay.condensation.config import CondenseConfig, make_config
 from hmn_replay.condensation.labelling import LabelConfig
+from hmn_replay.condensation.selection import (
+    SELECTIONS,
+    check_method_of_features,
+    select_images,
+)
 from hmn_replay.data.features import as_labelled_features
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import first_in_turn
@@ -302,7 +302,7 @@ class RealKeeper(Keeper):
             for features, or one that was registered. For ``"jpeg"`` :class:`JPEGKeeper` chooses a
             quality; ``"pq"`` has :class:`PQKeeper`, which trains its codebook.
         selection: Which images of a class stay longest: one of
-            :data:`~hmn_replay.baselines.selection.SELECTIONS`, or a callable that takes the images
+            :data:`hmn_replay.SELECTIONS`, or a callable that takes the images
             that come and the network that is being trained, and returns their order, int64
             ``(n,)``. Where a benchmark normalises images, a plugin wraps the network in a module
             that does, whose ``network`` it is.

@@ -23,7 +23,7 @@ from hmn_replay.baselines.fill import (
     real_images,
     subsampled_images,
 )
-from hmn_replay.baselines.selection import SELECTIONS, select_images
+from hmn_replay.condensation.selection import SELECTIONS, select_images
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, DataError
 from hmn_replay.evaluation import evaluate

@@ -22,6 +22,7 @@ from hmn_replay.condensation.matchers import TrajectoryMatcher
 from hmn_replay.condensation.steps import (
     RealImages,
     StepContext,
+    drawn_orders,
     make_optimizer,
     set_lr,
     trajectory_step,
@@ -72,7 +73,7 @@ class Scene:
         options = {"student_steps": 3, "student_batch": 4, "augmentations": (), **options}
         self.config = make_config(objective="mtt", precision=precision, **options)
         self.real, self.memory = RealImages.of(data), memory
-        self.sources = warm_start_targets(memory, self.real, 0)
+        self.sources = warm_start_targets(memory, drawn_orders(self.real, 0))
         self.network = make_network(data.images, 3, TrainingConfig(width=4))
         self.seen: list[Tensor] = []  # the batches that the student is shown, there and back
         self.network.register_forward_pre_hook(
@@ -360,7 +361,7 @@ def test_a_memory_of_any_kind_is_condensed(make_set: MakeSet, kind: str) -> None
     assert len(memory.to_bytes()) == memory.file_bytes <= budget
     assert memory.classes.equal(data.classes)
     report: dict[str, Any] = memory.report
-    assert list(report["phases"]) == ["warm_start", "experts", "matching", "pruning"]
+    assert list(report["phases"]) == ["experts", "warm_start", "matching", "pruning"]
     assert report["phases"]["experts"]["images"] == 2 * 2 * 12
     assert report["phases"]["experts"]["seconds"] > 0
     assert report["seconds"] == pytest.approx(

@@ -19,15 +19,17 @@ from hmn_replay.budget import as_int
 from hmn_replay.condensation.pruning import MarginRecorder
 from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import ImageSource, as_labelled_images
-from hmn_replay.data.lookup import as_floats, images_at_once
+from hmn_replay.data.lookup import Images, as_floats, images_at_once
 from hmn_replay.errors import ConfigError
 from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.training.networks import device_of, evaluating, find_head, logits_and_features
 from hmn_replay.training.train import TrainingConfig, train_network
 
 __all__ = [
+    "BY_FEATURES",
     "SELECTIONS",
     "check_method_of_features",
+    "choose_by_features",
     "coverage_centric",
     "herding",
     "k_centre",
@@ -37,6 +39,9 @@ __all__ = [
 
 SELECTIONS = ("random", "herding", "k-centre", "ccs")
 """What :func:`select_images` takes as a method."""
+
+BY_FEATURES = ("herding", "k-centre")
+"""The methods that compare a network's features: what :func:`choose_by_features` takes."""
 
 
 def select_images(
@@ -140,17 +145,8 @@ def select_images(
     else:
         holds_features = isinstance(data, LabelledFeatures)
         trained = train() if network is None and not holds_features else network
-        embed: Callable[[Tensor], Tensor] = partial(torch.flatten, start_dim=1)
-        if trained is not None:
-            embed = _embedding(trained, data.images[[0, -1]])  # images that differ, mostly
-        orders = []
-        for own in members.values():
-            features = embed(data.images[own])
-            if method == "herding":
-                order = herding(F.normalize(features), count)
-            else:
-                order = k_centre(features, count)
-            orders.append(order.cpu())
+        choose = partial(choose_by_features, count=count, method=method, network=trained)
+        return round_robin([choose(data.images, own) for own in members.values()])[:num_images]
     ordered = [own[order] for own, order in zip(members.values(), orders, strict=True)]
     return round_robin(ordered)[:num_images]
 
@@ -159,6 +155,40 @@ def check_method_of_features(method: str) -> None:
     """Raise a ConfigError for a selection that features cannot be chosen by."""
     if method == "ccs":
         raise ConfigError("ccs scores by trainings on images; features take random or herding")
+
+
+@torch.no_grad()
+def choose_by_features(
+    images: Images, members: Tensor, count: int, method: str, network: nn.Module | None = None
+) -> Tensor:
+    """Choose images of a class by herding, of features at unit length, or by k-centre greedy.
+
+    Args:
+        images: uint8 ``(N, C, H, W)``; features, float, without a network. Fetched in parts.
+        members: int64 ``(M,)`` on the CPU, the positions of the class's images, M of 1 or more.
+        count: How many to choose; no more than M are.
+        method: One of :data:`BY_FEATURES`.
+        network: The features are the inputs of its last layer; see :func:`select_images`. Default:
+            None, the images themselves.
+
+    Returns:
+        Their positions in the order chosen, int64 ``(min(count, M),)`` on the CPU.
+
+    Raises:
+        ConfigError: The network's logits are not the output of an ``nn.Linear``.
+    """
+    embed: Callable[[Tensor], Tensor] = partial(torch.flatten, start_dim=1)
+    if network is not None:
+        some = torch.tensor([0, len(images) - 1])  # images that differ, mostly
+        embed = _embedding(network, images[some])
+    with evaluating(network):
+        parts = members.split(images_at_once(images.shape[1:]))
+        features = torch.cat([embed(images[part]) for part in parts])
+    if method == "herding":
+        order = herding(F.normalize(features), count)
+    else:
+        order = k_centre(features, count)
+    return members[order.cpu()]
 
 
 @torch.no_grad()
@@ -331,21 +361,10 @@ def _empty_order(features: Tensor, count: int) -> Tensor:
 
 
 def _embedding(network: nn.Module, some_images: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function from images to what the network's head takes in, ``(N, D)``."""
-    head = find_head(network, _shown(network, some_images))
-    return lambda images: _in_chunks(
-        network, lambda batch: logits_and_features(network, head, batch)[1], images
-    )
+    """Return a function from uint8 images to what the network's head takes in, ``(N, D)``."""
 
+    def shown(images: Tensor) -> Tensor:
+        return as_floats(images.to(device_of(network, images.device)))
 
-@torch.no_grad()
-def _in_chunks(network: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return ``forward`` of uint8 images as floats, the network in evaluation mode meanwhile."""
-    parts = images_at_once(images.shape[1:])
-    with evaluating(network):
-        return torch.cat([forward(_shown(network, chunk)) for chunk in images.split(parts)])
-
-
-def _shown(network: nn.Module, images: Tensor) -> Tensor:
-    """Return images as floats in [0, 1], where the network is."""
-    return as_floats(images.to(device_of(network, images.device)))
+    head = find_head(network, shown(some_images))
+    return lambda images: logits_and_features(network, head, shown(images))[1]
