@@ -1,0 +1,190 @@
+"""Which real images a memory begins as."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from hmn_replay import build_network, condense, select_images
+from hmn_replay.condensation import steps
+from hmn_replay.condensation.checkpoint import read_checkpoint, write_checkpoint
+from hmn_replay.condensation.config import make_config
+from hmn_replay.condensation.selection import choose_by_features
+from hmn_replay.data.features import LabelledFeatures
+from hmn_replay.data.images import LabelledImages
+from hmn_replay.errors import CheckpointError, ConfigError
+from hmn_replay.memory import LearnedMemory
+from tests.support import LAYOUTS, Observer, at_call, room_for, tiny
+
+MakeSet = Callable[..., LabelledImages]
+
+SHAPE = (3, 8, 8)
+# Pixels are what they begin as, but for their rounding.
+PIXELS = LAYOUTS["pixels"](SHAPE, "int8")
+UNMATCHED: dict[str, Any] = {"outer_steps": 0, "over_budget": 0.0, "beta_grid": ()}
+BUDGET = room_for(PIXELS, 3, 15)
+
+
+def network(seed: int = 0) -> nn.Module:
+    return build_network("convnet", SHAPE, num_classes=3, width=4, seed=seed)
+
+
+def begun_as(memory: LearnedMemory, data: LabelledImages) -> list[list[int]]:
+    """Return, for each class of the data, the real images that the memory's are nearest to."""
+    decoded, labels = memory.decode()
+    nearest = []
+    for label in data.classes.tolist():
+        own = data.of_class(label)
+        distances = torch.cdist(decoded[labels == label].flatten(1), data.floats(own).flatten(1))
+        nearest.append(own[distances.argmin(dim=1)].tolist())
+    return nearest
+
+
+def chosen(data: LabelledImages, method: str, judge: nn.Module, count: int = 5) -> list[list[int]]:
+    order = select_images(data, method, network=judge)
+    return [order[data.labels[order] == label][:count].tolist() for label in data.classes.tolist()]
+
+
+@pytest.mark.parametrize("method", ["herding", "k-centre"])
+def test_they_are_chosen_by_the_network_that_is_given(make_set: MakeSet, method: str) -> None:
+    """Of several, by the last."""
+    data, judges = make_set(60, labels=(0, 1, 2)), [network(1), network(2)]
+    options: dict[str, Any] = {"budget": BUDGET, "networks": judges, **UNMATCHED}
+    memory, drawn = (tiny(data, PIXELS, selection=each, **options) for each in (method, "random"))
+    by_first, by_last = (chosen(data, method, judge) for judge in judges)
+    assert by_first != by_last == begun_as(memory, data) != begun_as(drawn, data)
+    assert "experts" not in memory.report["phases"]
+
+
+@pytest.mark.parametrize(
+    ("options", "num_trained"),
+    [
+        ({"outer_steps": 0, "trained_networks": 2}, 1),
+        ({"trained_networks": 2}, 2),
+        ({"trained_networks": 0}, 1),
+        ({"objective": "mtt", "num_experts": 3, "max_start_epoch": 0, "expert_epochs": 1}, 3),
+    ],
+    ids=["unmatched", "trained", "random", "mtt"],
+)
+def test_without_one_the_network_learned_from_the_real_images(
+    make_set: MakeSet,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    options: dict[str, Any],
+    num_trained: int,
+) -> None:
+    """The first of those that are trained for matching, or one that is trained like them."""
+    judges: list[nn.Module] = []
+    choose = choose_by_features
+
+    def watch(images: Any, members: Any, count: int, method: str, judge: nn.Module) -> Any:
+        judges.append(copy.deepcopy(judge))
+        return choose(images, members, count, method, judge)
+
+    monkeypatch.setattr(steps, "choose_by_features", watch)
+    data = make_set(60, labels=(0, 1, 2))
+    options = {**UNMATCHED, "outer_steps": 1, "trained_passes": 60, **options}
+    options |= {"memory_learning_rate": 1e-9, "experts": str(tmp_path)}
+    memory = tiny(data, PIXELS, budget=BUDGET, selection="herding", **options)
+    phases = memory.report["phases"]
+    assert list(phases) == ["experts", "selection", "warm_start", "matching", "pruning"]
+    assert (phases["experts"]["images"], phases["selection"]["images"]) == (60 * num_trained, 60)
+    assert len(judges) == 3  # one class after another
+    assert begun_as(memory, data) == chosen(data, "herding", judges[0])
+    recorded = load_file(tmp_path / "expert-0000.safetensors")
+    weights = dict(judges[0].named_parameters())
+    assert all(weights[name].equal(recorded[f"1/{name}"]) for name in weights)
+    assert not all(weights[name].equal(recorded[f"0/{name}"]) for name in weights)
+    assert len(list(tmp_path.iterdir())) == num_trained
+
+
+def test_those_that_fill_it_up_are_the_next_ones(make_set: MakeSet) -> None:
+    data = make_set(90, labels=(0, 1, 2))
+    real = steps.RealImages.of(data)
+    (drawn, *_), judge = steps.drawn_orders(real, seed=3), network()
+    (wanted, *_) = chosen(data, "herding", judge, 30)
+    order = steps.with_chosen_first(drawn, data.images, 12, "herding", judge)
+    assert order[:12].tolist() == wanted[:12]
+    assert order[12:].tolist() == [each for each in drawn.tolist() if each not in wanted[:12]]
+    assert steps.with_chosen_first(drawn, data.images, 99, "herding", judge).tolist() == wanted
+
+
+def test_features_are_chosen_by_themselves() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 12, 1, 1, generator=generator)
+    data = LabelledFeatures(features, torch.arange(60) % 3)
+    options: dict[str, Any] = {"warm_start_steps": 500, "device": "cpu", "over_budget": 0.0}
+    memory = condense(data, "1 KiB", selection="herding", **options)
+    assert list(memory.report["phases"]) == ["selection", "warm_start", "matching", "pruning"]
+    order = select_images(data, "herding").tolist()
+    found = [begun for own in begun_as(memory, data) for begun in own]
+    assert sorted(found) == sorted(order[: len(found)])
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3, 4, 6, 9])
+def test_interrupted_it_goes_on_in_the_same_order(
+    make_set: MakeSet, tmp_path: Path, moment: int
+) -> None:
+    data, path = make_set(60, labels=(0, 1, 2)), tmp_path / "run.checkpoint"
+    options = {"budget": BUDGET, "selection": "herding", "checkpoint_seconds": 0, **UNMATCHED}
+    options |= {"trained_passes": 60, "network_batch": 20}
+    expected = tiny(data, PIXELS, **options).to_bytes()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny(data, PIXELS, checkpoint=path, team=Observer(sum=at_call(moment, stop)), **options)
+    assert tiny(data, PIXELS, checkpoint=path, **options).to_bytes() == expected
+
+
+class Headless(nn.Module):
+    """Its logits are no output of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.inner(images)
+        return features
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.inner(images)
+        return logits.tanh()
+
+
+def test_what_cannot_be_chosen_by_is_refused_before_any_work(
+    make_set: MakeSet, tmp_path: Path
+) -> None:
+    data, path = make_set(60, labels=(0, 1, 2)), tmp_path / "run.checkpoint"
+    options = {"budget": BUDGET, "checkpoint": path, "networks": [Headless()]}
+    with pytest.raises(ConfigError, match=r"output of an nn\.Linear"):
+        tiny(data, PIXELS, selection="herding", objective="distribution", **options)
+    assert not path.exists()
+    with pytest.raises(ConfigError, match="selection must be one of random, herding, k-centre"):
+        make_config(selection="ccs")
+
+
+def test_a_checkpoint_with_a_wrong_order_is_refused(make_set: MakeSet, tmp_path: Path) -> None:
+    data, path = make_set(60, labels=(0, 1, 2)), tmp_path / "run.checkpoint"
+    options = {"budget": BUDGET, "selection": "herding", "networks": [network()], **UNMATCHED}
+    tiny(data, PIXELS, checkpoint=path, **options)
+    with safe_open(path, framework="pt") as file:
+        identity = json.loads(file.metadata()["hmn_replay_checkpoint"])["identity"]
+    found = read_checkpoint(path, identity)
+    assert found is not None
+    order = found.tensors["order"].clone()
+    order[0] = order[1]
+    write_checkpoint(path, identity, found.state, {**found.tensors, "order": order})
+    with pytest.raises(CheckpointError, match="not each of them once"):
+        tiny(data, PIXELS, checkpoint=path, **options)
