@@ -67,10 +67,9 @@ class CondenseConfig(LabelConfig):
     hmn_replay.objectives.Objective for what it decides beside."""
 
     selection: Annotated[str, one_of("selection", ("random", *BY_FEATURES))] = "random"
-    """Which real images the memory begins as, and those first that it is filled up with: random;
-    herding or k-centre, by the features of a network that learned from the real images: the last
-    of those that were given to match on, the first of trained_networks or of the experts, or one
-    that is trained like these."""
+    """Which real images the memory begins as and is filled up with: random; or herding or
+    k-centre, by the features of a network that learned from them: the first of trained_networks or
+    of the experts, or where others are matched on, or none, one that is trained alike."""
 
     warm_start_steps: _AtLeast0 = 1000
     """Steps of fitting the memory to real images before matching; 0 for none."""

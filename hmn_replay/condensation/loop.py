@@ -376,7 +376,7 @@ class Condensation(Run):
             compares = objective.compares_trainings
             _check_architectures(config, "num_experts" if compares else "trained_networks")
         selects = config.selection != "random"
-        looks = selects and not networks and not memory_type.holds_features
+        looks = selects and not memory_type.holds_features
         phases = ["experts"] if self.matches_experts or looks else []
         phases += [*(["selection"] if selects else []), "warm_start", "matching"]
         phases += [*([] if config.labels == "hard" else ["labels"]), "pruning"]
@@ -429,18 +429,17 @@ class Condensation(Run):
         """Refuse networks, and an objective, that cannot be worked with, before any work."""
         if self.memory.holds_features:
             return
-        context, logits = self._context((0.5, 0.99)), None
-        if self.networks:
-            tried = [copy.deepcopy(self.networks[-1]).to(self.device).requires_grad_(True)]
-            logits = self.memory.classes.tolist()
-        else:
-            numbers = range(len(self.config.network))
-            tried = [steps.fresh_network(context, self.seed, number)[0] for number in numbers]
-        if self.config.num_steps:
-            for network in tried:
-                steps.try_matching(context, network, logits)
+        context = self._context((0.5, 0.99))
+        if self.config.num_steps and self.networks:
+            given = copy.deepcopy(self.networks[-1]).to(self.device).requires_grad_(True)
+            steps.try_matching(context, given, self.memory.classes.tolist())
+        elif self.config.num_steps:
+            for number in range(len(self.config.network)):
+                network, _ = steps.fresh_network(context, self.seed, number)
+                steps.try_matching(context, network)
         if "selection" in self.phases:
-            find_head(tried[0], context.real_images(self.order[[0, -1]]))
+            network, _ = steps.fresh_network(context, self.seed, 0)
+            find_head(network, context.real_images(self.order[[0, -1]]))
 
     # Which real images the memory begins as.
 
@@ -489,8 +488,6 @@ class Condensation(Run):
 
     def _judge(self) -> nn.Module | None:
         """Return the network whose features images are chosen by; None for features."""
-        if self.networks:
-            return copy.deepcopy(self.networks[-1]).to(self.device)
         if self.experts is None:
             return None
         network = self.experts.lent_network(0, self.device)

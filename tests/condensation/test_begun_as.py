@@ -54,35 +54,27 @@ def chosen(data: LabelledImages, method: str, judge: nn.Module, count: int = 5) 
     return [order[data.labels[order] == label][:count].tolist() for label in data.classes.tolist()]
 
 
-@pytest.mark.parametrize("method", ["herding", "k-centre"])
-def test_they_are_chosen_by_the_network_that_is_given(make_set: MakeSet, method: str) -> None:
-    """Of several, by the last."""
-    data, judges = make_set(60, labels=(0, 1, 2)), [network(1), network(2)]
-    options: dict[str, Any] = {"budget": BUDGET, "networks": judges, **UNMATCHED}
-    memory, drawn = (tiny(data, PIXELS, selection=each, **options) for each in (method, "random"))
-    by_first, by_last = (chosen(data, method, judge) for judge in judges)
-    assert by_first != by_last == begun_as(memory, data) != begun_as(drawn, data)
-    assert "experts" not in memory.report["phases"]
-
-
 @pytest.mark.parametrize(
     ("options", "num_trained"),
     [
         ({"outer_steps": 0, "trained_networks": 2}, 1),
         ({"trained_networks": 2}, 2),
         ({"trained_networks": 0}, 1),
+        ({"trained_networks": 2, "networks": [network(1), network(2)]}, 1),
         ({"objective": "mtt", "num_experts": 3, "max_start_epoch": 0, "expert_epochs": 1}, 3),
     ],
-    ids=["unmatched", "trained", "random", "mtt"],
+    ids=["unmatched", "trained", "random", "given", "mtt"],
 )
-def test_without_one_the_network_learned_from_the_real_images(
+@pytest.mark.parametrize("method", ["herding", "k-centre"])
+def test_they_are_chosen_by_a_network_that_learned_from_the_real_images(
     make_set: MakeSet,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     options: dict[str, Any],
     num_trained: int,
+    method: str,
 ) -> None:
-    """The first of those that are trained for matching, or one that is trained like them."""
+    """The first of those that are trained to match on, or one that is trained like them."""
     judges: list[nn.Module] = []
     choose = choose_by_features
 
@@ -94,12 +86,12 @@ def test_without_one_the_network_learned_from_the_real_images(
     data = make_set(60, labels=(0, 1, 2))
     options = {**UNMATCHED, "outer_steps": 1, "trained_passes": 60, **options}
     options |= {"memory_learning_rate": 1e-9, "experts": str(tmp_path)}
-    memory = tiny(data, PIXELS, budget=BUDGET, selection="herding", **options)
+    memory = tiny(data, PIXELS, budget=BUDGET, selection=method, **options)
     phases = memory.report["phases"]
     assert list(phases) == ["experts", "selection", "warm_start", "matching", "pruning"]
     assert (phases["experts"]["images"], phases["selection"]["images"]) == (60 * num_trained, 60)
     assert len(judges) == 3  # one class after another
-    assert begun_as(memory, data) == chosen(data, "herding", judges[0])
+    assert begun_as(memory, data) == chosen(data, method, judges[0])
     recorded = load_file(tmp_path / "expert-0000.safetensors")
     weights = dict(judges[0].named_parameters())
     assert all(weights[name].equal(recorded[f"1/{name}"]) for name in weights)
@@ -150,26 +142,22 @@ def test_interrupted_it_goes_on_in_the_same_order(
 class Headless(nn.Module):
     """Its logits are no output of a linear layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        self.inner = network()
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.inner(images)
-        return features
+        self.convolution = nn.Conv2d(shape[0], num_classes, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.inner(images)
-        return logits.tanh()
+        logits: torch.Tensor = self.convolution(images).mean(dim=(2, 3))
+        return logits
 
 
 def test_what_cannot_be_chosen_by_is_refused_before_any_work(
     make_set: MakeSet, tmp_path: Path
 ) -> None:
     data, path = make_set(60, labels=(0, 1, 2)), tmp_path / "run.checkpoint"
-    options = {"budget": BUDGET, "checkpoint": path, "networks": [Headless()]}
+    options: dict[str, Any] = {"budget": BUDGET, "checkpoint": path, "network": (Headless,)}
     with pytest.raises(ConfigError, match=r"output of an nn\.Linear"):
-        tiny(data, PIXELS, selection="herding", objective="distribution", **options)
+        tiny(data, PIXELS, selection="herding", objective="gradient", **options)
     assert not path.exists()
     with pytest.raises(ConfigError, match="selection must be one of random, herding, k-centre"):
         make_config(selection="ccs")
@@ -177,7 +165,7 @@ def test_what_cannot_be_chosen_by_is_refused_before_any_work(
 
 def test_a_checkpoint_with_a_wrong_order_is_refused(make_set: MakeSet, tmp_path: Path) -> None:
     data, path = make_set(60, labels=(0, 1, 2)), tmp_path / "run.checkpoint"
-    options = {"budget": BUDGET, "selection": "herding", "networks": [network()], **UNMATCHED}
+    options = {"budget": BUDGET, "selection": "herding", "trained_passes": 60, **UNMATCHED}
     tiny(data, PIXELS, checkpoint=path, **options)
     with safe_open(path, framework="pt") as file:
         identity = json.loads(file.metadata()["hmn_replay_checkpoint"])["identity"]
