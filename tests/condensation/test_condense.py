@@ -155,7 +155,7 @@ def test_there_may_be_more_classes_than_a_step_draws(
 
     for classes_per_step, expected in ((5, 5), (None, 12), (99, 12)):
         drawn.clear()
-        options = {"classes_per_step": classes_per_step, "objective": recorded}
+        options = {"classes_per_step": classes_per_step, "objective": recorded, "beta_grid": ()}
         memory = tiny(data, make_layout(), **options)
         assert memory.report["objective"].endswith("recorded")
         del drawn[0]  # of the trial before any work
@@ -325,17 +325,18 @@ def test_matching_moves_the_memory_to_a_lower_loss(
         objective=recorded,
         warm_start_steps=0,
         outer_steps=1,
-        inner_steps=60,
+        inner_steps=30,
         real_batch=100,
         decoded_batch=100,
         network_images=0,
         network_width=8,
         augmentations=(),
         over_budget=0,
-        memory_learning_rate=0.01,
+        memory_learning_rate=0.02,
+        beta_grid=(),
     )
     del losses[0]  # of the trial before any work
-    assert len(losses) == 60 * 3
+    assert len(losses) == 30 * 3
     assert sum(losses[-15:]) < 0.5 * sum(losses[:15])
 
 
@@ -461,8 +462,8 @@ def test_a_thread_that_draws_numbers_neither_disturbs_nor_is_disturbed(
 ) -> None:
     """All of its numbers come from torch's global generator, which nobody seeds or restores."""
     data, layout = make_set(), make_layout()
-    options = {"trained_networks": 1, "trained_passes": 20, "network": "resnet18"}
-    options |= {"outer_steps": 1, "inner_steps": 1, "beta_grid": (0.5,)}
+    options = {"trained_networks": 1, "trained_passes": 20, "network_width": 96}
+    options |= {"outer_steps": 1, "inner_steps": 1, "beta_grid": (0.5,), "pruning_width": 96}
     expected = tiny(data, layout, **options).to_bytes()
     drawn, is_over = [], threading.Event()
 
@@ -619,7 +620,7 @@ def test_a_seed_that_is_no_integer_is_refused(make_layout: MakeLayout, make_set:
 # Entropy-coded memories.
 
 
-LONGER = {"warm_start_steps": 300, "warm_start_batch": 30, "outer_steps": 0}
+LONGER = {"warm_start_steps": 100, "warm_start_batch": 30, "outer_steps": 0}
 
 
 def textured(num_images: int = 60) -> LabelledImages:
@@ -634,14 +635,10 @@ def textured(num_images: int = 60) -> LabelledImages:
 
 
 def test_a_coded_memory_fills_its_budget_without_a_knob(make_layout: MakeLayout) -> None:
-    layout = make_layout("entropy", image_bytes=6, instance_channels=8)
+    layout = make_layout("entropy", image_bytes=3, instance_channels=4)
     budget = room_for(layout, 3, 60)
-    memory = condense(
-        textured(),
-        budget,
-        layout=layout,
-        **{**TINY, **LONGER, "warm_start_steps": 750, "over_budget": 0.0},
-    )
+    options = {**LONGER, "warm_start_steps": 200, "over_budget": 0.0}
+    memory = condense(textured(), budget, layout=layout, **{**TINY, **options})
     assert memory.num_images == HierarchicalMemory.max_images(layout, budget, 3)
     assert 0.97 * budget < memory.file_bytes == len(memory.to_bytes()) <= budget
 
@@ -649,7 +646,7 @@ def test_a_coded_memory_fills_its_budget_without_a_knob(make_layout: MakeLayout)
 def test_coded_images_are_pruned_in_bytes(make_layout: MakeLayout) -> None:
     layout = make_layout("entropy", image_bytes=8, instance_channels=8)
     budget = room_for(layout, 3, 60)
-    options = {**LONGER, "warm_start_steps": 500, "over_budget": 0.3, "beta_grid": (0.5,)}
+    options = {**LONGER, "over_budget": 0.3, "beta_grid": (0.5,)}
     memory = condense(textured(90), budget, layout=layout, **{**TINY, **options})
     assert 60 <= memory.num_images < 78
     assert 0.97 * budget < memory.file_bytes <= budget
