@@ -152,7 +152,6 @@ def test_a_budget_too_small_for_all_classes_is_refused(
     [
         *(("hmn", number_format, "gradient") for number_format in NUMBER_FORMATS),
         ("hmn", "entropy", "distribution"),
-        ("hmn", "int8", "distribution"),
         *((kind, "int8", "gradient") for kind in LEARNED if kind != "hmn"),
     ],
 )

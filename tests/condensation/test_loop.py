@@ -278,7 +278,7 @@ def test_interrupted_at_any_moment_it_ends_as_if_it_had_not_been(
     # Each step, and each step of a training, ends in a sum.
     num_moments = team.calls["sum"]
     assert num_moments > 4 + 2 * 3 + 2
-    for number in random.Random(0).sample(range(1, num_moments), 5):
+    for number in random.Random(0).sample(range(1, num_moments), 3):
         path = tmp_path / f"interrupted at {number}"
         with pytest.raises(Interruption):
             tiny(data, layout, checkpoint=path, team=Observer(sum=at_call(number, stop)), **options)
@@ -502,7 +502,7 @@ def test_a_crafted_checkpoint_is_refused_or_gone_on_from(
     kept.pop("warm_start 0")
     assert len(kept) > 5
     num_refused = 0
-    for _ in range(50):
+    for _ in range(25):
         whole = rng.choice(list(kept.values()))
         path.unlink()
         path.write_bytes(whole)
@@ -517,7 +517,7 @@ def test_a_crafted_checkpoint_is_refused_or_gone_on_from(
             num_refused += 1
         except (TrainingError, BudgetError):  # of values that are the forger's own
             continue
-    assert num_refused > 20
+    assert num_refused > 10
 
 
 # Ctrl-C, and worse.

@@ -734,7 +734,7 @@ def test_room_for_labels_of_any_width_is_there_or_refused_at_first(first_label: 
     # Ten labels take a byte each, or four, or eight.
     width = {0: 1, 70_000: 4, 2**40: 8}[first_label]
     smallest = bisect.bisect_left(range(900), True, 600, key=lambda budget: not refuses(budget))
-    beside = [680, *range(smallest - 8, smallest + 8), 839]
+    beside = [680, *range(smallest - 3, smallest + 3), 839]
     assert [refuses(budget) for budget in beside] == [budget < smallest for budget in beside]
     plain = smallest - 10 * (width - 1)
     assert 690 < plain < 740

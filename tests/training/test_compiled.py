@@ -89,7 +89,7 @@ def test_one_function_serves_batches_of_every_size(
 
 
 def test_networks_of_one_architecture_share_a_function(backend: CountingBackend) -> None:
-    for seed in range(20):
+    for seed in range(5):
         assert_same_step(convnet(seed), draw(6), 0.5, CompiledLoss("float32", backend))
     assert backend.count == 1
     for width in range(5, 15):  # more than torch compiles of one function before it gives up
@@ -106,7 +106,7 @@ def test_parts_of_a_large_batch_are_compiled_but_for_a_small_rest(backend: Count
 
 
 def test_trainings_of_any_batch_size_share_a_few_functions(backend: CountingBackend) -> None:
-    for count in range(33, 65):
+    for count in (33, 34, 40, 47, 48, 49, 56, 63, 64):
         assert_same_step(convnet(), draw(count), 0.5, CompiledLoss("float32", backend))
     assert backend.count == 4
 
