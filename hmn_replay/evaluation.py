@@ -22,6 +22,7 @@ from hmn_replay.data.lookup import Images, as_floats, check_labelled, images_at_
 from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.labels import LABELS, Labeller
+from hmn_replay.registry import check_name
 from hmn_replay.runtime import resolve_device, without_autocast
 from hmn_replay.training.networks import Network, NetworkFactory, lent_to, linear_head
 from hmn_replay.training.train import Targets, TrainingConfig, train_network
@@ -214,8 +215,8 @@ def _targets(
     source: Decodable | ImageSource, labels: str | None, classes: Tensor
 ) -> Targets | None:
     """Return the soft targets of a source over some of its classes, or None for hard labels."""
-    if labels is not None and labels not in LABELS:
-        raise ConfigError(f"labels is one of {', '.join(LABELS)}; got {labels!r}")
+    if labels is not None:
+        check_name("labels", labels, LABELS)
     if not isinstance(source, Memory):
         if labels not in (None, "hard"):
             raise ConfigError(f"labels={labels!r} is for a memory; got a {type(source).__name__}")

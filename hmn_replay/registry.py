@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from hmn_replay.errors import ConfigError
 
-__all__ = ["Registry", "check_takes", "name_of", "suggest"]
+__all__ = ["Registry", "UnknownNameError", "check_name", "check_takes", "name_of", "suggest"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -133,6 +133,13 @@ class UnknownNameError(ConfigError, KeyError):
 
     def __str__(self) -> str:
         return self.message
+
+
+def check_name(what: str, name: object, known: Iterable[str]) -> None:
+    """Raise an :class:`UnknownNameError` unless a name is one of those that are known."""
+    names = list(known)
+    if name not in names:
+        raise UnknownNameError(what, name, names)
 
 
 def name_of(entry: object) -> str:

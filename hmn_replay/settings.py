@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from hmn_replay.errors import ConfigError, HMNReplayError, UnknownOptionError
-from hmn_replay.registry import UnknownNameError, suggest
+from hmn_replay.registry import check_name, suggest
 
 __all__ = ["Settings", "check_options", "one_of"]
 
@@ -85,8 +85,8 @@ def one_of(what: str, known: Collection[str]) -> AfterValidator:
     """
 
     def check(value: Any) -> Any:
-        if not callable(value) and value not in known:
-            raise UnknownNameError(what, value, list(known))
+        if not callable(value):
+            check_name(what, value, known)
         return value
 
     check.known = known  # type: ignore[attr-defined]  # for those who list the names

@@ -26,6 +26,7 @@ from hmn_replay.condensation.config import EFFORTS, CondenseConfig, make_config
 from hmn_replay.condensation.matchers import check_given_networks
 from hmn_replay.errors import ConfigError
 from hmn_replay.objectives import get_objective
+from hmn_replay.registry import check_name
 from hmn_replay.replay import Keeper, LearnedKeeper, Selection, make_keeper
 from hmn_replay.replay.keepers import (
     check_learned_options,
@@ -123,10 +124,7 @@ class HMNReplay(MemoryReplay):
         matching_networks: Literal["auto", "trained", "own"] = "auto",
         **options: Any,
     ) -> None:
-        if matching_networks not in ("auto", "trained", "own"):
-            raise ConfigError(
-                f"matching_networks is auto, trained or own; got {matching_networks!r}"
-            )
+        check_name("matching_networks", matching_networks, ("auto", "trained", "own"))
         replay: Any = {name: options.pop(name) for name in REPLAY_OPTIONS if name in options}
         others = [*named_arguments(type(self)), *REPLAY_OPTIONS]
         check_learned_options(type(self).__name__, others, options)

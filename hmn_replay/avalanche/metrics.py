@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hmn_replay.avalanche.plugin import MemoryReplay, replay_of
 from hmn_replay.avalanche.streams import experiences_of, is_piece, split_class_keys
-from hmn_replay.registry import UnknownNameError
+from hmn_replay.registry import check_name
 
 __all__ = ["METRICS", "CalledNew", "MemoryMetric", "memory_metrics"]
 
@@ -177,8 +177,7 @@ def memory_metrics(*names: str) -> list[PluginMetric[float | None]]:
     """
     known = [*METRICS, "called_new"]
     for name in names:
-        if name not in known:
-            raise UnknownNameError("metric", name, known)
+        check_name("metric", name, known)
     return [
         CalledNew() if name == "called_new" else MemoryMetric(name, METRICS[name])
         for name in names or known

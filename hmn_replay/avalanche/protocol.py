@@ -25,6 +25,7 @@ from hmn_replay.avalanche.losses import (
 from hmn_replay.avalanche.streams import Strategy, is_piece, normalises
 from hmn_replay.budget import as_int, as_number
 from hmn_replay.errors import ConfigError
+from hmn_replay.registry import check_name
 
 __all__ = [
     "MODES",
@@ -169,10 +170,8 @@ def check_asked(
     recode_share: float,
 ) -> None:
     """Raise a ConfigError for settings of a plugin outside their ranges."""
-    if mode not in MODES:
-        raise ConfigError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-    if renew not in RENEWALS:
-        raise ConfigError(f"renew must be one of {', '.join(RENEWALS)}; got {renew!r}")
+    check_name("mode", mode, MODES)
+    check_name("renew", renew, RENEWALS)
     if distill not in (None, "adaptive") and not _is_within(distill, 0):
         raise ConfigError(f"distill must be None, 'adaptive', or 0 or more; got {distill!r}")
     if not _is_within(recode_share, 0, 1):

@@ -13,7 +13,7 @@ from hmn_replay.data.augment import STRATEGIES
 from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.objectives import OBJECTIVES, ObjectiveFunction, get_objective
 from hmn_replay.objectives.trajectories import EXPERT_TRAINING
-from hmn_replay.registry import UnknownNameError, name_of
+from hmn_replay.registry import check_name, name_of
 from hmn_replay.runtime import PRECISIONS
 from hmn_replay.settings import check_options, one_of
 from hmn_replay.training.networks import NETWORKS, NetworkFactory, is_built_in
@@ -367,8 +367,7 @@ def make_config(effort: str = "quick", **options: Any) -> CondenseConfig:
         ConfigError: No such effort, or a value outside its range.
         UnknownOptionError: No such field; also a TypeError.
     """
-    if not isinstance(effort, str) or effort not in EFFORTS:
-        raise UnknownNameError("effort", effort, list(EFFORTS))
+    check_name("effort", effort, EFFORTS)
     check_options(
         "condense", options, CondenseConfig.model_fields, catalogue=CondenseConfig.catalogue
     )

@@ -21,6 +21,7 @@ from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import ImageSource, as_labelled_images
 from hmn_replay.data.lookup import Images, as_floats, images_at_once
 from hmn_replay.errors import ConfigError
+from hmn_replay.registry import check_name
 from hmn_replay.runtime import derive_seed, make_generator
 from hmn_replay.training.networks import device_of, evaluating, find_head, logits_and_features
 from hmn_replay.training.train import TrainingConfig, train_network
@@ -90,8 +91,7 @@ def select_images(
         DataError: Images or labels that cannot be used.
         TrainingError: The training here diverged.
     """
-    if method not in SELECTIONS:
-        raise ConfigError(f"a selection is one of {', '.join(SELECTIONS)}; got {method!r}")
+    check_name("selection", method, SELECTIONS)
     if num_images is not None and (as_int(num_images) is None or num_images < 1):
         raise ConfigError(f"num_images is None, or a whole number of 1 or more; got {num_images!r}")
     if not 0 <= hard_share < 1:

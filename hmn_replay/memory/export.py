@@ -20,7 +20,7 @@ from torch import Tensor
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.extras import import_extra
 from hmn_replay.files import write_atomically
-from hmn_replay.registry import UnknownNameError
+from hmn_replay.registry import check_name
 
 if TYPE_CHECKING:
     from hmn_replay.memory.base import Memory
@@ -226,8 +226,7 @@ def export_dd_ranking(memory: Memory, folder: str | Path, *, dataset: str | None
                 f"one of {', '.join(DD_RANKING)}"
             )
         dataset = fitting[0]
-    if dataset not in DD_RANKING:
-        raise UnknownNameError("data set of DD-Ranking", dataset, list(DD_RANKING))
+    check_name("data set of DD-Ranking", dataset, DD_RANKING)
     wanted, most, (mean, std) = DD_RANKING[dataset]
     if shape[0] != wanted[0] or not 0 <= int(labels.min()) <= int(labels.max()) < most:
         raise ConfigError(

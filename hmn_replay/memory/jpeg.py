@@ -17,6 +17,7 @@ from torch import Tensor
 from hmn_replay.budget import as_int
 from hmn_replay.data.images import CHANNELS, check_tensor
 from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.registry import check_name
 
 __all__ = ["SUBSAMPLINGS", "decode_jpeg_scans", "encode_jpeg_scans", "read_jpeg_shape"]
 
@@ -69,8 +70,7 @@ def encode_jpeg_scans(
     level = as_int(quality) or 0
     if not 1 <= level <= 100:
         raise ConfigError(f"quality is a whole number from 1 to 100; got {quality!r}")
-    if subsampling not in SUBSAMPLINGS:
-        raise ConfigError(f"subsampling is one of {SUBSAMPLINGS}; got {subsampling!r}")
+    check_name("subsampling", subsampling, SUBSAMPLINGS)
     check_tensor(images, "images", torch.uint8, ("N", "C", "H", "W"))
     if images.shape[1] not in CHANNELS or images.numel() == 0:
         raise DataError(

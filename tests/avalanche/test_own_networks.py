@@ -232,5 +232,5 @@ def test_a_network_that_cannot_serve_is_refused_before_training() -> None:
             train(strategy, streams(kind).train_stream)
         # Of a benchmark with task labels, the first experience has none above 0.
         assert kind == "nc_tasks" or weights(strategy).equal(before)
-    with pytest.raises(ConfigError, match="matching_networks is auto, trained or own"):
+    with pytest.raises(ConfigError, match="matching_networks must be one of auto, trained, own"):
         make_replay(matching_networks="mine")

@@ -462,7 +462,7 @@ def test_a_thread_that_draws_numbers_neither_disturbs_nor_is_disturbed(
 ) -> None:
     """All of its numbers come from torch's global generator, which nobody seeds or restores."""
     data, layout = make_set(), make_layout()
-    options = {"trained_networks": 1, "trained_passes": 20, "network_width": 96}
+    options: dict[str, Any] = {"trained_networks": 1, "trained_passes": 20, "network_width": 96}
     options |= {"outer_steps": 1, "inner_steps": 1, "beta_grid": (0.5,), "pruning_width": 96}
     expected = tiny(data, layout, **options).to_bytes()
     drawn, is_over = [], threading.Event()

@@ -178,7 +178,7 @@ def test_evaluation_learns_from_what_is_asked_for() -> None:
         evaluate(memory, data, labels="soft", config=config, device="cpu")
     with pytest.raises(ConfigError, match="no labeller; make it with labels='labeller'"):
         evaluate(memory, data, labels="labeller", config=config, device="cpu")
-    with pytest.raises(ConfigError, match="labels is one of hard, soft, labeller; got 'both'"):
+    with pytest.raises(ConfigError, match="labels must be one of hard, soft, labeller; got 'both'"):
         evaluate(memory, data, labels="both", device="cpu")
     with pytest.raises(ConfigError, match="labels='soft' is for a memory; got a LabelledImages"):
         evaluate(data, data, labels="soft", device="cpu")

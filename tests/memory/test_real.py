@@ -144,7 +144,7 @@ def test_lossless_images_are_webp_less_its_header() -> None:
     ("options", "message"),
     [
         ({"quality": 0}, "quality is a whole number from 1 to 100; got 0"),
-        ({"quality": 40, "subsampling": "4:1:1"}, r"subsampling is one of .*; got '4:1:1'"),
+        ({"quality": 40, "subsampling": "4:1:1"}, r"subsampling must be one of .*; got '4:1:1'"),
         ({"quality": 2.5}, "quality is a whole number from 1 to 100; got 2.5"),
     ],
 )
@@ -498,7 +498,7 @@ def uint8(*values: int) -> Tensor:
         ("jpeg", None, {"header": uint8(1, 2, 3)}, "not a JPEG header"),
         ("jpeg", ("3,8,16", "30", "4:2:0"), {}, "JPEG header is that of images of another shape"),
         ("jpeg", ("3,8,8", "0", "4:2:0"), {}, "quality is a whole number"),
-        ("jpeg", ("3,8,8", "30", "4:1:1"), {}, "subsampling is one of"),
+        ("jpeg", ("3,8,8", "30", "4:1:1"), {}, "subsampling must be one of"),
         ("jpeg", ("3,8,8", "30"), {}, "not enough values"),
         ("lossless", None, {"lengths": None}, "images and their lengths do not fit"),
         ("lossless", ("3,8,8", "30"), {}, "too many values"),
