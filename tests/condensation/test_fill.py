@@ -31,7 +31,7 @@ def short(data: LabelledImages, budget: int, **options: Any) -> LearnedMemory:
         ((0, 1), 2048, {}),
         ((0, 1, 2, 3, 4), 4096, {}),
         ((0, 1), 2048, {"warm_start_steps": 0}),
-        ((0, 1), 2048, {"warm_start_steps": 100, "over_budget": 0.0}),
+        ((0, 1), 2048, {"warm_start_steps": 60, "over_budget": 0.0}),
         ((0, 1, 2), 2500, {"outer_steps": 0}),
         (tuple(range(10)), 4096, {"beta_grid": (0.0, 1.0), "over_budget": 0.0}),
     ],
@@ -48,8 +48,11 @@ def test_a_short_training_fills_its_file(
     real = [len(data.of_class(label)) for label in memory.classes.tolist()]
     for count, most in zip(counts, real, strict=True):
         assert count <= most and (count == most or count >= max(counts) - 1)
-    again = short(data, budget, expected_classes=10, **options)
-    assert again.to_bytes() == memory.to_bytes()
+
+
+def test_a_file_is_filled_alike_again() -> None:
+    one, two = (short(digits(0, 1), 2048, expected_classes=10) for _ in range(2))
+    assert one.to_bytes() == two.to_bytes()
 
 
 def test_where_all_real_images_are_in_it_the_report_says_so() -> None:
@@ -112,7 +115,7 @@ def test_images_are_not_added_where_scales_are_shared() -> None:
 
 def test_an_encoded_image_is_nearer_than_a_random_one() -> None:
     data = digits(0, 1, 2)
-    options = {"warm_start_steps": 150, "warm_start_batch": 64, "outer_steps": 0}
+    options = {"warm_start_steps": 80, "warm_start_batch": 64, "outer_steps": 0}
     memory = short(data, 2048, **options)
     before = memory.decode()[0]
     real = digits(0, 1, 2).floats(torch.arange(9) * 7)

@@ -241,7 +241,7 @@ def test_new_classes_are_fitted_through_the_old_decoder(
 ) -> None:
     layout = make_layout("float32")
     first = make_set(labels=(0, 1, 2))
-    options: dict[str, Any] = {"warm_start_steps": 400, "outer_steps": 0}
+    options: dict[str, Any] = {"warm_start_steps": 150, "outer_steps": 0}
     options["budget"] = room_for(layout, 5, 20)
     memory = tiny(first, layout, **options)
     second = make_set(labels=(5, 6), seed=1)
@@ -303,7 +303,7 @@ def test_a_renewed_class_looks_like_its_old_and_its_new_images(make_layout: Make
         images = levels.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).to(torch.uint8)
         return LabelledImages(images.contiguous(), torch.tensor([0] * 20 + [9] * 20))
 
-    options: dict[str, Any] = {"warm_start_steps": 400, "outer_steps": 0, "over_budget": 0}
+    options: dict[str, Any] = {"warm_start_steps": 150, "outer_steps": 0, "over_budget": 0}
     options["budget"] = room_for(layout, 2, 20)
     memory = tiny(grey(20), layout, **options)
     grown = tiny(grey(235).take(range(20)), layout, memory=memory, **options)
@@ -393,9 +393,9 @@ def test_a_stream_of_few_images_has_room_for_the_classes_that_are_expected() -> 
         return F.interpolate(grid, size=(16, 16), mode="bicubic").clamp(0, 1)
 
     memory, limit = None, 1800
-    for first in range(0, 24, 4):
-        labels = torch.arange(first, first + 4).repeat_interleave(5)
-        images = (0.6 * smooth(20, 4) + 0.4 * smooth(20, 8)).mul(255).to(torch.uint8)
+    for first in range(0, 24, 6):
+        labels = torch.arange(first, first + 6).repeat_interleave(5)
+        images = (0.6 * smooth(30, 4) + 0.4 * smooth(30, 8)).mul(255).to(torch.uint8)
         memory = condense(
             (images, labels),
             limit,

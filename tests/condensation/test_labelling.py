@@ -173,7 +173,7 @@ def test_evaluation_learns_from_what_is_asked_for() -> None:
     images, labels = stripes(60, labels=(5, -3, 7))
     data = LabelledImages(images, labels)
     memory = hmn_replay.raw_images(data, 20_000)
-    config = TrainingConfig(width=8, num_passes=3_200, batch_size=16)
+    config = TrainingConfig(width=8, num_passes=1_600, batch_size=16)
     with pytest.raises(ConfigError, match="no soft labels; make it with labels='soft'"):
         evaluate(memory, data, labels="soft", config=config, device="cpu")
     with pytest.raises(ConfigError, match="no labeller; make it with labels='labeller'"):
@@ -253,7 +253,7 @@ def test_the_smallest_budget_that_is_named_does(labels: str, number_format: str)
         condense(data, 700, **options)
     (smallest,) = re.findall(r"the smallest that does is ([\d,]+) bytes", str(told.value))
     budget = int(smallest.replace(",", ""))
-    for own in (budget, budget + 7):
+    for own in (budget, budget + 1, budget + 100):
         memory = condense(data, own, **options)
         assert memory.file_bytes == len(memory.to_bytes()) <= own
         assert memory.num_images >= 30
