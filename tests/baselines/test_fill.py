@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils.data import Subset
 
 from hmn_replay.baselines import fill
@@ -27,7 +28,7 @@ from hmn_replay.condensation.selection import SELECTIONS, select_images
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, DataError
 from hmn_replay.evaluation import evaluate
-from hmn_replay.memory import HierarchicalMemory, PQMemory, RawMemory, RealMemory
+from hmn_replay.memory import HierarchicalMemory, LosslessMemory, PQMemory, RawMemory, RealMemory
 from hmn_replay.memory.jpeg import decode_jpeg_scans, encode_jpeg_scans
 from hmn_replay.training.train import TrainingConfig
 from tests.support import real_set
@@ -48,6 +49,24 @@ quick_choice = partial(
     config=TrainingConfig(width=4, num_passes=1, augmentations=()),
     device="cpu",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def encoded_once() -> Iterator[None]:
+    """Encode no image twice as lossless WebP, which takes milliseconds: its bytes are its own."""
+    encode = LosslessMemory.encode
+
+    @cache
+    def payload(shape: torch.Size, pixels: bytes) -> bytes:
+        image = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, *shape)
+        return encode(LosslessMemory(shape), image)[0]
+
+    def encode_once(_: LosslessMemory, images: Tensor) -> list[bytes]:
+        return [payload(image.shape, image.numpy().tobytes()) for image in images]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LosslessMemory, "encode", encode_once)
+        yield
 
 
 def some_data(

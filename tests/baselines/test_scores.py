@@ -30,6 +30,8 @@ from tests.support import real
 
 CONFIG = TrainingConfig(width=4, num_passes=240, batch_size=16)
 OPTIONS: dict[str, Any] = {"config": CONFIG, "device": "cpu"}
+# Where no accuracy matters.
+UNTRAINED: dict[str, Any] = {**OPTIONS, "config": TrainingConfig(width=4, num_passes=16)}
 
 
 def data(num_images: int, seed: int = 0) -> LabelledImages:
@@ -105,7 +107,7 @@ def one_quality(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("one_quality")
 def test_what_does_not_fit_is_left_out() -> None:
     memory = real("jpeg", classes=(0, 1, 2), counts=(1, 1, 1))
-    found = scores(memory, data(60), data(12, seed=1), repeats=1, **OPTIONS)
+    found = scores(memory, data(60), data(12, seed=1), repeats=1, **UNTRAINED)
     assert "bytes_raw" not in found["improvement_over_random"]
     assert found["hard_label_recovery"]["std"] == 0.0
 
@@ -123,7 +125,7 @@ def test_what_fits_for_some_seeds_alone_is_left_out() -> None:
 
     memory = filled(1000, 2)
     assert len({filled(memory.file_bytes, seed).num_classes for seed in (0, 1)}) > 1
-    found = scores(memory, train, train, repeats=2, **OPTIONS)
+    found = scores(memory, train, train, repeats=2, **UNTRAINED)
     assert "random_bytes_jpeg" not in found["accuracies"] and found["jpeg_quality"] is None
     assert all(len(values) == 2 for values in found["accuracies"].values())
 
@@ -163,7 +165,7 @@ def test_features_have_no_scores() -> None:
 def test_progress_is_printed_or_given_to_a_function(capsys: pytest.CaptureFixture[str]) -> None:
     memory, lines = real("jpeg", classes=(0, 1, 2), counts=(1, 1, 1)), list[str]()
     for progress in (True, lines.append):
-        scores(memory, data(9), data(6), repeats=1, progress=progress, **OPTIONS)
+        scores(memory, data(9), data(6), repeats=1, progress=progress, **UNTRAINED)
         printed = capsys.readouterr().err.splitlines()
         assert bool(printed) == (progress is True)
         assert not printed or "seed 0, random count unaugmented: " in printed[-1]

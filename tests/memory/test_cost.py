@@ -196,7 +196,7 @@ def test_no_memory_that_is_planned_comes_near_the_bounds(
         image_shape=(channels, side, side),
         num_classes=num_classes,
     )
-    for exponent in range(18, 31, 4):
+    for exponent in range(18, 31, 2):
         budget = 2**exponent
         layout = plan(budget)
         num_images = HierarchicalMemory.max_images(layout, budget, num_classes)
