@@ -133,11 +133,11 @@ TINY: dict[str, Any] = {
     "decoded_batch": 3,
     "network_width": 3,
     "trained_networks": 0,
-    "network_images": 8,
+    "network_images": 4,
     "network_batch": 4,
     "beta_grid": (0.0, 1.0),
     "over_budget": 0.3,
-    "pruning_passes": 20,
+    "pruning_passes": 10,
     "pruning_width": 3,
 }
 

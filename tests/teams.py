@@ -40,7 +40,7 @@ Work = Callable[[int], Any]
 
 OPTIONS: dict[str, Any] = {}
 # With these, how often gradients are summed in the warm start, and for the network after a match.
-WARM_STEPS, TRAININGS = 4, 2
+WARM_STEPS, TRAININGS = 4, 1
 COMMAND = [
     *("condense", "--data", "digits", "--budget", "4KiB", "--quiet", "--json"),
     *("--set", "warm_start_steps=3", "--set", "outer_steps=1", "--set", "inner_steps=3"),

@@ -524,7 +524,7 @@ def test_a_crafted_checkpoint_is_refused_or_gone_on_from(
 
 
 @pytest.mark.parametrize(
-    ("call", "phase"), [(3, "warm_start"), (4 + 1 + 2 + 1 + 2 + 1, "matching")]
+    ("call", "phase"), [(3, "warm_start"), (4 + 1 + 1 + 1 + 1 + 1, "matching")]
 )
 def test_ctrl_c_keeps_the_work_up_to_the_end_of_the_step(
     make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path, call: int, phase: str
