@@ -243,12 +243,14 @@ class Run:
 
         return advance
 
-    def _share_done(self, num_steps: int, most_seconds: float | None) -> float:
-        """Return how much of a phase is done: 1 where steps or seconds, of all so far, are out."""
+    def _share_done(
+        self, num_steps: int, most_seconds: float | None, phases: Sequence[str]
+    ) -> float:
+        """Return how much of a phase is done: 1 where its steps are, or the seconds of phases."""
         done: float = self.state["step"] / num_steps if num_steps else 1.0
         if most_seconds is None:
             return done
-        seconds: float = sum(numbers["seconds"] for numbers in self.state["phases"].values())
+        seconds: float = sum(self.state["phases"][name]["seconds"] for name in phases)
         return min(1.0, max(done, seconds / most_seconds))
 
     def _stepped(
@@ -439,7 +441,8 @@ class Condensation(Run):
                 steps.try_matching(context, network)
         if "selection" in self.phases:
             network, _ = steps.fresh_network(context, self.seed, 0)
-            find_head(network, context.real_images(self.order[[0, -1]]))
+            with isolated_if(self.config.draws_globally, self.device, self.seed, "head"):
+                find_head(network, context.real_images(self.order[[0, -1]]))
 
     # Which real images the memory begins as.
 
@@ -472,7 +475,8 @@ class Condensation(Run):
         return steps.warm_start_targets(self.memory, self.orders, self.first_class)
 
     def _select(self) -> None:
-        self.order = self.team.agree(self._chosen_order)
+        with isolated_if(self.config.draws_globally, self.device, self.seed, "selection"):
+            self.order = self.team.agree(self._chosen_order)
         self._count(len(self.order))
         self._next_phase()
 
@@ -516,7 +520,8 @@ class Condensation(Run):
         context = self._context((0.9, 0.99))
         order, order_epoch = torch.empty(0), -1
         with self._bar("warm start", num_steps, batch_size) as bar:
-            while (done := self._share_done(num_steps, config.warm_start_seconds)) < 1:
+            most_seconds, own = config.warm_start_seconds, ["warm_start"]
+            while (done := self._share_done(num_steps, most_seconds, own)) < 1:
                 epoch, position = divmod(self.state["step"], steps_per_epoch)
                 if epoch != order_epoch:
                     generator = make_generator(self.seed, "warm start", epoch)
@@ -546,7 +551,7 @@ class Condensation(Run):
         if self.resumed and self.state["step"]:
             matcher.resume(self.resumed, self.state["step"])
         with self._bar("matching", num_steps, matcher.images_per_step) as bar:
-            while (done := self._share_done(num_steps, config.max_seconds)) < 1:
+            while (done := self._share_done(num_steps, config.max_seconds, self.phases)) < 1:
                 lr = cosine_lr(done, 1, config.memory_learning_rate)
                 steps.set_lr(context.optimizer, lr)
                 step = self.state["step"]

@@ -134,6 +134,19 @@ def test_seconds_end_a_phase_and_bring_its_rate_down(
     assert moved.of_steps[-1] < 0.1 * moved.of_steps[num_warm + 2]
 
 
+def test_seconds_of_the_warm_start_are_its_own_and_matchings_bound_is_of_all(
+    make_set: MakeSet, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: 10.0 * next(clock))
+    bounds = {"warm_start_seconds": 50.0, "max_seconds": 400.0, "outer_steps": 10**6}
+    trained: dict[str, Any] = {"trained_networks": 5, "trained_passes": 24, "compile": False}
+    memory = tiny(make_set(), make_layout(), warm_start_steps=10**6, **bounds, **trained)
+    seconds = {name: phase["seconds"] for name, phase in memory.report["phases"].items()}
+    assert seconds["experts"] > 50 <= seconds["warm_start"] <= 80
+    assert 400 <= sum(seconds.values()) - seconds["pruning"] <= 430
+
+
 def test_beta_is_the_one_whose_images_teach_most_about_held_out_ones(
     make_set: MakeSet, make_layout: MakeLayout
 ) -> None:
