@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -135,11 +135,10 @@ class UnknownNameError(ConfigError, KeyError):
         return self.message
 
 
-def check_name(what: str, name: object, known: Iterable[str]) -> None:
+def check_name(what: str, name: object, known: Collection[str]) -> None:
     """Raise an :class:`UnknownNameError` unless a name is one of those that are known."""
-    names = list(known)
-    if name not in names:
-        raise UnknownNameError(what, name, names)
+    if not isinstance(name, str) or name not in known:
+        raise UnknownNameError(what, name, list(known))
 
 
 def name_of(entry: object) -> str:
