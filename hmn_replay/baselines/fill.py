@@ -78,10 +78,10 @@ def raw_images(
             selection by name, the numbers of images of two classes differ by one at most, the first
             classes having more, but for a class that has no more to give.
         budget: Bytes of the file, header and labels counted.
-        selection: One of :data:`hmn_replay.SELECTIONS`; or the order in which
-            the images of a class are taken, int64 positions in ``data``, such as those that
-            :func:`hmn_replay.select_images` gives with options of your own:
-            the first image of every class, then the second, while they fit.
+        selection: One of :data:`hmn_replay.SELECTIONS`; or the order in which the images of a class
+            are taken, int64 positions in ``data``, such as those that
+            :func:`hmn_replay.select_images` gives with options of your own: the first image of
+            every class, then the second, while they fit.
         labels: What is kept of images beside their classes, in the same bytes: ``"hard"`` for
             nothing, ``"soft"`` or ``"labeller"``; or settings of these.
         teacher: The network that labels are made from, such as :func:`train_teacher` returns for

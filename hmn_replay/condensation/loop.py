@@ -44,6 +44,7 @@ from hmn_replay.condensation.labelling import add_labels
 from hmn_replay.condensation.matchers import Stateful, make_matcher
 from hmn_replay.condensation.pruning import MarginRecorder, double_ended_prune, score_by
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
+from hmn_replay.condensation.selection import embedding
 from hmn_replay.data.images import LabelledImages, mean_psnr
 from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_images, take_images
 from hmn_replay.distributed import ALONE, Team
@@ -481,12 +482,12 @@ class Condensation(Run):
         self._next_phase()
 
     def _chosen_order(self) -> Tensor:
-        images, method, network = self.real.data.images, self.config.selection, self._judge()
-        chosen = []
+        images, method, chosen = self.real.data.images, self.config.selection, []
+        embed = embedding(images, self._judge())
         with self._bar("selection", 1, len(self.order)) as bar:
             for order, begun in zip(self.orders, self.num_begun[self.first_class :], strict=True):
                 # Beyond what the memory begins as, it is filled up with a few at most.
-                chosen.append(steps.with_chosen_first(order, images, 2 * begun, method, network))
+                chosen.append(steps.with_chosen_first(order, images, 2 * begun, method, embed))
                 bar.update(len(order))
         return torch.cat(chosen)
 

@@ -32,6 +32,7 @@ __all__ = [
     "check_method_of_features",
     "choose_by_features",
     "coverage_centric",
+    "embedding",
     "herding",
     "k_centre",
     "round_robin",
@@ -145,7 +146,8 @@ def select_images(
     else:
         holds_features = isinstance(data, LabelledFeatures)
         trained = train() if network is None and not holds_features else network
-        choose = partial(choose_by_features, count=count, method=method, network=trained)
+        embed = embedding(data.images, trained)
+        choose = partial(choose_by_features, count=count, method=method, embed=embed)
         return round_robin([choose(data.images, own) for own in members.values()])[:num_images]
     ordered = [own[order] for own, order in zip(members.values(), orders, strict=True)]
     return round_robin(ordered)[:num_images]
@@ -157,33 +159,50 @@ def check_method_of_features(method: str) -> None:
         raise ConfigError("ccs scores by trainings on images; features take random or herding")
 
 
-@torch.no_grad()
-def choose_by_features(
-    images: Images, members: Tensor, count: int, method: str, network: nn.Module | None = None
-) -> Tensor:
-    """Choose images of a class by herding, of features at unit length, or by k-centre greedy.
+def embedding(images: Images, network: nn.Module | None) -> Callable[[Tensor], Tensor]:
+    """Return what makes features ``(B, D)``, float, of some images.
 
     Args:
-        images: uint8 ``(N, C, H, W)``; features, float, without a network. Fetched in parts.
-        members: int64 ``(M,)`` on the CPU, the positions of the class's images, M of 1 or more.
-        count: How many to choose; no more than M are.
-        method: One of :data:`BY_FEATURES`.
-        network: The features are the inputs of its last layer; see :func:`select_images`. Default:
-            None, the images themselves.
-
-    Returns:
-        Their positions in the order chosen, int64 ``(min(count, M),)`` on the CPU.
+        images: All of them: uint8 ``(N, C, H, W)``; without a network features, float.
+        network: The features are the inputs of its last layer, in evaluation mode, where it is.
+            None for the images themselves.
 
     Raises:
         ConfigError: The network's logits are not the output of an ``nn.Linear``.
     """
-    embed: Callable[[Tensor], Tensor] = partial(torch.flatten, start_dim=1)
-    if network is not None:
-        some = torch.tensor([0, len(images) - 1])  # images that differ, mostly
-        embed = _embedding(network, images[some])
-    with evaluating(network):
-        parts = members.split(images_at_once(images.shape[1:]))
-        features = torch.cat([embed(images[part]) for part in parts])
+    if network is None:
+        return partial(torch.flatten, start_dim=1)
+
+    def shown(some: Tensor) -> Tensor:
+        return as_floats(some.to(device_of(network, some.device)))
+
+    def embed(some: Tensor) -> Tensor:
+        with evaluating(network):
+            return logits_and_features(network, head, shown(some))[1]
+
+    ends = torch.tensor([0, len(images) - 1])  # images that differ, mostly
+    head = find_head(network, shown(images[ends]))
+    return embed
+
+
+@torch.no_grad()
+def choose_by_features(
+    images: Images, members: Tensor, count: int, method: str, embed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Choose images of a class by herding, of features at unit length, or by k-centre greedy.
+
+    Args:
+        images: ``(N, C, H, W)``, fetched in parts.
+        members: int64 ``(M,)`` on the CPU, the positions of the class's images, M of 1 or more.
+        count: How many to choose; no more than M are.
+        method: One of :data:`BY_FEATURES`.
+        embed: From some images to their features; see :func:`embedding`.
+
+    Returns:
+        Their positions in the order chosen, int64 ``(min(count, M),)`` on the CPU.
+    """
+    parts = members.split(images_at_once(images.shape[1:]))
+    features = torch.cat([embed(images[part]) for part in parts])
     if method == "herding":
         order = herding(F.normalize(features), count)
     else:
@@ -358,13 +377,3 @@ def _centre(features: Tensor) -> tuple[Tensor, Tensor]:
 def _empty_order(features: Tensor, count: int) -> Tensor:
     num_chosen = max(0, min(count, len(features)))
     return torch.empty(num_chosen, dtype=torch.int64, device=features.device)
-
-
-def _embedding(network: nn.Module, some_images: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function from uint8 images to what the network's head takes in, ``(N, D)``."""
-
-    def shown(images: Tensor) -> Tensor:
-        return as_floats(images.to(device_of(network, images.device)))
-
-    head = find_head(network, shown(some_images))
-    return lambda images: logits_and_features(network, head, shown(images))[1]

@@ -6,7 +6,7 @@ What a step draws comes from its generator alone, so a step taken again is the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -282,7 +282,7 @@ def drawn_orders(real: RealImages, seed: int, first_class: int = 0) -> list[Tens
 
 
 def with_chosen_first(
-    order: Tensor, images: Images, count: int, method: str, network: nn.Module | None = None
+    order: Tensor, images: Images, count: int, method: str, embed: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Return a class's images with those first that are chosen by features, the others after them.
 
@@ -291,9 +291,9 @@ def with_chosen_first(
         images: Those of all classes.
         count: How many to choose.
         method: See :func:`~hmn_replay.condensation.selection.choose_by_features`.
-        network: Likewise.
+        embed: Likewise.
     """
-    chosen = choose_by_features(images, order.sort().values, count, method, network)
+    chosen = choose_by_features(images, order.sort().values, count, method, embed)
     return torch.cat([chosen, order[torch.isin(order, chosen, invert=True)]])
 
 

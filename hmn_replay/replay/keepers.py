@@ -301,11 +301,10 @@ class RealKeeper(Keeper):
         kind: A kind of real images: ``"raw"``, ``"lossless"``, ``"subsampled"``, ``"raw-features"``
             for features, or one that was registered. For ``"jpeg"`` :class:`JPEGKeeper` chooses a
             quality; ``"pq"`` has :class:`PQKeeper`, which trains its codebook.
-        selection: Which images of a class stay longest: one of
-            :data:`hmn_replay.SELECTIONS`, or a callable that takes the images
-            that come and the network that is being trained, and returns their order, int64
-            ``(n,)``. Where a benchmark normalises images, a plugin wraps the network in a module
-            that does, whose ``network`` it is.
+        selection: Which images of a class stay longest: one of :data:`hmn_replay.SELECTIONS`, or a
+            callable that takes the images that come and the network that is being trained, and
+            returns their order, int64 ``(n,)``. Where a benchmark normalises images, a plugin wraps
+            the network in a module that does, whose ``network`` it is.
         training: Training of the network that a selection by name needs, other than ``"random"``.
             Default: None, that of :func:`~hmn_replay.select_images`.
         expected_classes: How many classes there will be in all, if that is known: a budget that

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hmn_replay import build_network, condense, select_images
-from hmn_replay.condensation import steps
+from hmn_replay.condensation import loop, steps
 from hmn_replay.condensation.checkpoint import read_checkpoint, write_checkpoint
 from hmn_replay.condensation.config import make_config
-from hmn_replay.condensation.selection import choose_by_features
+from hmn_replay.condensation.selection import embedding
 from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError
@@ -76,13 +76,12 @@ def test_they_are_chosen_by_a_network_that_learned_from_the_real_images(
 ) -> None:
     """The first of those that are trained to match on, or one that is trained like them."""
     judges: list[nn.Module] = []
-    choose = choose_by_features
 
-    def watch(images: Any, members: Any, count: int, method: str, judge: nn.Module) -> Any:
+    def watch(images: Any, judge: nn.Module) -> Any:
         judges.append(copy.deepcopy(judge))
-        return choose(images, members, count, method, judge)
+        return embedding(images, judge)
 
-    monkeypatch.setattr(steps, "choose_by_features", watch)
+    monkeypatch.setattr(loop, "embedding", watch)
     data = make_set(60, labels=(0, 1, 2))
     options = {**UNMATCHED, "outer_steps": 1, "trained_passes": 60, **options}
     options |= {"memory_learning_rate": 1e-9, "experts": str(tmp_path)}
@@ -90,7 +89,7 @@ def test_they_are_chosen_by_a_network_that_learned_from_the_real_images(
     phases = memory.report["phases"]
     assert list(phases) == ["experts", "selection", "warm_start", "matching", "pruning"]
     assert (phases["experts"]["images"], phases["selection"]["images"]) == (60 * num_trained, 60)
-    assert len(judges) == 3  # one class after another
+    assert len(judges) == 1  # for all classes
     assert begun_as(memory, data) == chosen(data, method, judges[0])
     recorded = load_file(tmp_path / "expert-0000.safetensors")
     weights = dict(judges[0].named_parameters())
@@ -104,10 +103,11 @@ def test_those_that_fill_it_up_are_the_next_ones(make_set: MakeSet) -> None:
     real = steps.RealImages.of(data)
     (drawn, *_), judge = steps.drawn_orders(real, seed=3), network()
     (wanted, *_) = chosen(data, "herding", judge, 30)
-    order = steps.with_chosen_first(drawn, data.images, 12, "herding", judge)
+    embed = embedding(data.images, judge)
+    order = steps.with_chosen_first(drawn, data.images, 12, "herding", embed)
     assert order[:12].tolist() == wanted[:12]
     assert order[12:].tolist() == [each for each in drawn.tolist() if each not in wanted[:12]]
-    assert steps.with_chosen_first(drawn, data.images, 99, "herding", judge).tolist() == wanted
+    assert steps.with_chosen_first(drawn, data.images, 99, "herding", embed).tolist() == wanted
 
 
 def test_features_are_chosen_by_themselves() -> None:

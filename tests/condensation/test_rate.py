@@ -186,11 +186,11 @@ def test_the_integral_is_bounded_however_long_the_bits_are_off_the_target() -> N
         steps = [abs(after - before) for before, after in pairwise(integrals)]
         assert max(steps) < 0.03
         assert integrals[-1] == bound
-        # What has been stored up is worked off as fast as it was.
+        # What has been stored up is worked off as fast as it was: by half of it in half the steps.
         control.state[3] = 8e6 if bound > 0 else shared_bits
-        for _ in range(50):
+        for _ in range(210):
             control.add_gradients(torch.arange(7), torch.tensor(1.0))
-        assert abs(float(control.state[0])) < 9
+        assert abs(float(control.state[0])) < 6
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in memory.parameters())
 
 
