@@ -126,8 +126,11 @@ class Registry(Mapping[str, T], Generic[T]):
 class UnknownNameError(ConfigError, KeyError):
     """A name that is not registered. Also a KeyError, which a mapping raises."""
 
-    def __init__(self, what: str, name: object, known: list[str]) -> None:
-        self.message = f"{what} must be one of {', '.join(known)}; got {name!r}"
+    def __init__(
+        self, what: str, name: object, known: list[str], or_callable: bool = False
+    ) -> None:
+        others = "a callable or " if or_callable else ""
+        self.message = f"{what} must be {others}one of {', '.join(known)}; got {name!r}"
         self.message += suggest(name, known)
         super().__init__(self.message)
 
@@ -135,10 +138,17 @@ class UnknownNameError(ConfigError, KeyError):
         return self.message
 
 
-def check_name(what: str, name: object, known: Collection[str]) -> None:
-    """Raise an :class:`UnknownNameError` unless a name is one of those that are known."""
+def check_name(
+    what: str, name: object, known: Collection[str], *, or_callable: bool = False
+) -> None:
+    """Raise an :class:`UnknownNameError` unless a name is one of those that are known.
+
+    Where a function may stand in place of a name (``or_callable``), any callable passes.
+    """
+    if or_callable and callable(name):
+        return
     if not isinstance(name, str) or name not in known:
-        raise UnknownNameError(what, name, list(known))
+        raise UnknownNameError(what, name, list(known), or_callable)
 
 
 def name_of(entry: object) -> str:

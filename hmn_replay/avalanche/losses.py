@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
-from hmn_replay.registry import Registry, check_takes, suggest
+from hmn_replay.registry import Registry, check_name, check_takes
 
 __all__ = [
     "LOSSES",
@@ -282,12 +282,7 @@ def find_loss(loss: Loss) -> tuple[str, ReplayLoss]:
         return getattr(loss, "__name__", type(loss).__name__), loss
     if loss == "auto":
         return "separated", separated
-    if loss not in LOSSES:
-        known = ["auto", *LOSSES]
-        raise ConfigError(
-            f"loss must be a callable or one of {', '.join(known)}; got {loss!r}"
-            + suggest(loss, known)
-        )
+    check_name("loss", loss, ["auto", *LOSSES], or_callable=True)
     return loss, LOSSES[loss]
 
 

@@ -374,10 +374,11 @@ class Condensation(Run):
         self.networks = networks
         objective = get_objective(config.objective)
         pooled = objective.matches_trained and config.trained_networks > 0 and not networks
+        self.compares_trainings = config.num_steps > 0 and objective.compares_trainings
         self.matches_experts = config.num_steps > 0 and (objective.compares_trainings or pooled)
         if self.matches_experts:
-            compares = objective.compares_trainings
-            _check_architectures(config, "num_experts" if compares else "trained_networks")
+            trained = "num_experts" if self.compares_trainings else "trained_networks"
+            _check_architectures(config, trained)
         selects = config.selection != "random"
         looks = selects and not memory_type.holds_features
         phases = ["experts"] if self.matches_experts or looks else []
@@ -649,8 +650,7 @@ class Condensation(Run):
                 images, class_indices = take_images(images, chosen), class_indices[chosen]
             num_experts, training = config.num_experts, config.expert_training
             num_epochs = config.max_start_epoch + config.expert_epochs
-            compares = get_objective(config.objective).compares_trainings and config.num_steps > 0
-            if not compares:
+            if not self.compares_trainings:
                 num_experts = config.trained_networks if self.matches_experts else 1
                 training = config.pool_training
                 num_epochs = round(config.trained_passes / len(images))
@@ -666,7 +666,7 @@ class Condensation(Run):
                 config=training,
                 seed=self.seed,
                 team=self.team,
-                every_epoch=compares,
+                every_epoch=self.compares_trainings,
             )
             if self.state["phase"] == "experts":
                 self.team.agree(experts.make_folder)

@@ -42,7 +42,7 @@ from hmn_replay.memory import (
 from hmn_replay.memory.base import with_unknown
 from hmn_replay.memory.checks import MAX_CLASSES, check_num_classes
 from hmn_replay.memory.real import check_order
-from hmn_replay.registry import suggest
+from hmn_replay.registry import check_name
 from hmn_replay.runtime import derive_seed
 from hmn_replay.settings import check_options
 from hmn_replay.training.networks import is_built_in
@@ -329,11 +329,7 @@ class RealKeeper(Keeper):
         **settings: Any,
     ) -> None:
         check_own_settings(kind, RealKeeper, named_arguments(RealKeeper))
-        if not callable(selection) and selection not in SELECTIONS:
-            raise ConfigError(
-                f"selection must be a callable or one of {', '.join(SELECTIONS)}; got "
-                f"{selection!r}{suggest(selection, list(SELECTIONS))}"
-            )
+        check_name("selection", selection, SELECTIONS, or_callable=True)
         memory_type = MEMORIES[kind]
         if not issubclass(memory_type, RealMemory):
             raise ConfigError(f"{kind!r} is learned, and has a LearnedKeeper")
