@@ -102,8 +102,8 @@ def condense(
             ``pruning="order"`` prepares for them, and entropy-coded images leave room for one of
             each. Default: those of ``source``.
         checkpoint: A file to go on from where it exists, and that is written every minute; None
-            for none. It stays there in the end, and so does ``NAME.experts`` beside it, a folder
-            that ``objective="mtt"`` makes where no other is named.
+            for none. It stays there in the end, and so does ``NAME.experts`` beside it, the folder
+            of the networks that are trained before, where the settings name no other.
         progress: Whether to show bars on standard error.
         team: The processes that share the work, from :func:`hmn_replay.distributed.join`, which
             says how long to wait for one; all call this alike, with the same arguments, and leave
@@ -121,14 +121,14 @@ def condense(
     Returns:
         The memory, on ``device``. ``memory.report`` is a dict of JSON values: the settings (the
         precision as it was resolved, ``compile`` False in place of "auto" where nothing can be
-        compiled, and ``image_bytes`` as planned), ``seconds``, and for each phase ``seconds``,
-        ``images``, ``images_per_second`` and ``peak_memory_bytes`` (so far); ``warm_start_psnr`` in
-        dB (None without a warm start); ``beta`` (None where nothing was pruned) and
-        ``beta_accuracies``, in [0, 1] on held-out real images (empty without a search);
-        ``student_rate``, the learning rate that ``"mtt"`` ended with (None for other objectives),
-        whose phases count the recording of experts, ``experts``, by itself; ``images_per_class``,
-        ``file_bytes``, ``unused_bytes`` of the budget and ``fill``, the share that is used, with
-        ``unused_reason``, why that is below 0.97, else None.
+        compiled, and ``image_bytes`` as planned), ``seconds``, and for each phase that there is
+        (``experts``, ``selection``, ``warm_start``, ``matching``, ``labels`` and ``pruning``)
+        ``seconds``, ``images``, ``images_per_second`` and ``peak_memory_bytes`` (so far);
+        ``warm_start_psnr`` in dB (None without a warm start); ``beta`` (None where nothing was
+        pruned) and ``beta_accuracies``, in [0, 1] on held-out real images (empty without a search);
+        ``student_rate``, the learning rate that ``"mtt"`` ended with (None for other objectives);
+        ``images_per_class``, ``file_bytes``, ``unused_bytes`` of the budget and ``fill``, the share
+        that is used, with ``unused_reason``, why that is below 0.97, else None.
 
     Raises:
         BudgetError: The budget does not hold one image a class; the message says what would. Or
@@ -246,16 +246,18 @@ def condense(
         condensed = run.finish()
         if memory is not None and config.labels != "labeller":
             warn_of_lost_labeller(memory.labeller, condensed.labeller)
+    measured = run.report()
+    file_bytes: int = measured["file_bytes"]
     settings = {"kind": memory_type.kind, "effort": named_effort, "seed": seed}
     condensed.report = {
         **settings,
         **config.model_dump(),
         "image_bytes": _planned_bytes(layout),
         "labels": "hard" if condensed.richest_labels == "hard" else config.labels,
-        **run.report(),
-        "unused_bytes": limit.num_bytes - condensed.file_bytes,
-        "fill": condensed.file_bytes / limit.num_bytes,
-        "unused_reason": _why_unused(run, limit),
+        **measured,
+        "unused_bytes": limit.num_bytes - file_bytes,
+        "fill": file_bytes / limit.num_bytes,
+        "unused_reason": _why_unused(run, limit, file_bytes),
     }
     return condensed
 
@@ -265,18 +267,17 @@ def _planned_bytes(layout: MemoryLayout) -> int | None:
     return getattr(layout, "image_bytes", 0) or None
 
 
-def _why_unused(run: Condensation, budget: Budget) -> str | None:
+def _why_unused(run: Condensation, budget: Budget, file_bytes: int) -> str | None:
     """Return why a file is less full than it should be, or None; warn where more could be had."""
     memory, size = run.memory, run.memory.layout.group_size
-    share = memory.file_bytes / budget.num_bytes
+    share = file_bytes / budget.num_bytes
     if share >= _FULL_SHARE:
         return None
     counts = memory.images_per_class[run.first_class :]
-    members = run.real.members[run.first_class :]
-    if all(count + size > len(own) for count, own in zip(counts, members, strict=True)):
+    if all(count + size > len(own) for count, own in zip(counts, run.orders, strict=True)):
         return "the memory has an image for every real one of its new classes"
     image_bytes = memory.group_bytes(memory.layout)
-    if not memory.layout.is_coded and budget.num_bytes - memory.file_bytes <= 2 * image_bytes:
+    if not memory.layout.is_coded and budget.num_bytes - file_bytes <= 2 * image_bytes:
         return "a further image does not fit"
     if run.first_class and not memory.layout.is_coded:
         return "old classes have no more images to share the budget with"

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from hmn_replay.budget import Budget
@@ -71,7 +72,7 @@ from hmn_replay.runtime import (
     make_generator,
     peak_memory_bytes,
 )
-from hmn_replay.training.networks import find_head, tensors_of
+from hmn_replay.training.networks import find_head, keeping_modes, tensors_of
 from hmn_replay.training.train import cosine_lr, train_network
 
 __all__ = ["Condensation", "Run"]
@@ -396,7 +397,8 @@ class Condensation(Run):
             team,
             config.checkpoint_seconds,
         )
-        self.order = torch.cat(steps.drawn_orders(self.real, seed, self.first_class))
+        drawn = steps.drawn_orders(self.real, seed, self.first_class)
+        self.order, self._class_sizes = torch.cat(drawn), list(map(len, drawn))
         self._try_networks()  # before there is a checkpoint
         if callable(config.pruning) and any(self.growth.drops()):
             self._score_images(self.memory.decoded())
@@ -469,7 +471,7 @@ class Condensation(Run):
     @property
     def orders(self) -> list[Tensor]:
         """For each class that is condensed, its real images, from the first to be taken on."""
-        return list(self.order.split([len(own) for own in self.real.members[self.first_class :]]))
+        return list(self.order.split(self._class_sizes))
 
     @property
     def targets(self) -> Tensor:
@@ -496,9 +498,15 @@ class Condensation(Run):
         """Return the network whose features images are chosen by; None for features."""
         if self.experts is None:
             return None
-        network = self.experts.lent_network(0, self.device)
+        network = copy.deepcopy(self.experts.lent_network(0, self.device))
         (trained,) = self.experts.read(0, self.experts.num_epochs)
         network.load_state_dict({**network.state_dict(), **trained})
+        # Files of experts have no statistics of batch normalisation: they are found anew.
+        shuffled = torch.randperm(len(self.order), generator=make_generator(self.seed, "judge"))
+        parts = shuffled.chunk(math.ceil(len(shuffled) / images_at_once(self.memory.image_shape)))
+        real = self.real.data
+        with keeping_modes(network):
+            update_bn((real.floats(self.order[p]).to(self.device) for p in parts), network)
         return network
 
     # The warm start.

@@ -20,7 +20,14 @@ from hmn_replay.condensation.rate import RateControl
 from hmn_replay.condensation.selection import choose_by_features
 from hmn_replay.data.augment import Augmentation, draw_augmentation
 from hmn_replay.data.images import LabelledImages, channel_stats
-from hmn_replay.data.lookup import Images, LabelledView, as_floats, held_on, images_at_once
+from hmn_replay.data.lookup import (
+    Images,
+    LabelledView,
+    as_floats,
+    held_on,
+    images_at_once,
+    without_repeats,
+)
 from hmn_replay.distributed import ALONE, GradientPart, Team
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.learned import LearnedMemory
@@ -273,11 +280,16 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def drawn_orders(real: RealImages, seed: int, first_class: int = 0) -> list[Tensor]:
-    """Return the real images of each class from ``first_class`` on, in an order that is drawn."""
+    """Return the real images of each class from ``first_class`` on, in an order that is drawn.
+
+    An image that is repeated, so that it is drawn more often than others, stands where it was drawn
+    first.
+    """
     orders = []
     for index, members in enumerate(real.members[first_class:], first_class):
         generator = make_generator(seed, "targets", index)
-        orders.append(members[torch.randperm(len(members), generator=generator)])
+        drawn = members[torch.randperm(len(members), generator=generator)]
+        orders.append(without_repeats(real.data.images, drawn))
     return orders
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "join_images",
     "rank_in_class",
     "take_images",
+    "without_repeats",
 ]
 
 # 512 images of 32 x 32, 10 of 224 x 224.
@@ -80,6 +81,13 @@ class ImageLookup:
         taken._positions = self._positions[positions.cpu()]
         return taken
 
+    def without_repeats(self, positions: Tensor) -> Tensor:
+        """Return those of some positions, int64 ``(B,)``, at which an image stands first."""
+        ascending, order = self._positions[positions].sort(stable=True)
+        is_first = torch.ones_like(ascending, dtype=torch.bool)
+        is_first[1:] = ascending[1:] != ascending[:-1]
+        return positions[order[is_first].sort().values]
+
     def to(self, device: torch.device) -> ImageLookup:
         """Return a lookup of the same images that fetches them to a device."""
         return self._like(lambda positions: self[positions].to(device))
@@ -126,6 +134,11 @@ class LabelledView:
 def take_images(images: Images, positions: Tensor) -> Images:
     """Return the images at some positions: a copy of a tensor, or another lookup."""
     return images[positions] if isinstance(images, Tensor) else images.take(positions)
+
+
+def without_repeats(images: Images, positions: Tensor) -> Tensor:
+    """Return those of some positions at which an image stands first; a tensor has no repeats."""
+    return positions if isinstance(images, Tensor) else images.without_repeats(positions)
 
 
 def join_images(parts: Sequence[Images]) -> ImageLookup:

@@ -98,6 +98,36 @@ def test_they_are_chosen_by_a_network_that_learned_from_the_real_images(
     assert len(list(tmp_path.iterdir())) == num_trained
 
 
+def normalising(image_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(6 * 36, num_classes))
+
+
+def test_batch_normalisation_has_the_statistics_of_the_real_images(
+    make_set: MakeSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not in the files of what is trained before, and are no part of the training."""
+    judges: list[Any] = []
+
+    def watch(images: Any, judge: nn.Module) -> Any:
+        judges.append(copy.deepcopy(judge))
+        return embedding(images, judge)
+
+    monkeypatch.setattr(loop, "embedding", watch)
+    data = make_set(60, labels=(0, 1, 2))
+    options = {"network": (normalising,), "selection": "herding", "trained_passes": 60}
+    memory = tiny(data, PIXELS, budget=BUDGET, **{**UNMATCHED, **options})
+    (judge,) = judges
+    (norm,) = [module for module in judge.modules() if isinstance(module, nn.BatchNorm2d)]
+    seen: list[Any] = []
+    norm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    judge.eval()(data.floats(torch.arange(60)))
+    torch.testing.assert_close(norm.running_mean, seen[0].mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, seen[0].var(dim=(0, 2, 3)))
+    assert norm.momentum == 0.1
+    assert begun_as(memory, data) == chosen(data, "herding", judge)
+
+
 def test_those_that_fill_it_up_are_the_next_ones(make_set: MakeSet) -> None:
     data = make_set(90, labels=(0, 1, 2))
     real = steps.RealImages.of(data)

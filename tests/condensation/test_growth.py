@@ -125,6 +125,26 @@ def test_a_class_that_comes_again_is_new_and_brings_its_old_images(
     assert pool.images[-15:].equal(growth.old_images[-5:].repeat_interleave(3, dim=0))
 
 
+def test_a_class_that_comes_again_begins_as_each_of_its_images_once(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    layout = make_layout()
+    old = HierarchicalMemory(layout, [7, 3], [4, 5])
+    data = make_set(num_images=30, labels=(3, 4))
+    growth = room(data, room_for(layout, 3, 12), layout, old)
+    real = steps.RealImages.of(growth.pool(data), growth.memory.classes)
+    num_old = []
+    for seed in range(40):
+        first, second = steps.drawn_orders(real, seed, growth.first_class)
+        for order, count in ((first, 20), (second, 15)):
+            images = real.data.images[order].flatten(1)
+            assert len(images.unique(dim=0)) == len(order) == count
+        num_old.append(int((first[:8] >= 30).sum()))
+    # 5 old images, drawn three times as often as 15 new ones, are 3.4 of the first 8 on average;
+    # drawn as often as these they would be 2.
+    assert 2.8 < sum(num_old) / 40 < 4
+
+
 def test_where_every_class_comes_again_the_memory_is_new(
     make_set: MakeSet, make_layout: MakeLayout
 ) -> None:
