@@ -12,9 +12,8 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hmn_replay.budget import as_int
@@ -173,20 +172,20 @@ class MammothBuffer:
                 "method that gives its buffer labels, such as ER, ER-ACE or DER++"
             )
         data = as_labelled_images((examples, labels))
-        new = []
+        new: dict[bytes, int] = {}
         for position, (image, label) in enumerate(
             zip(data.images, data.labels.tolist(), strict=True)
         ):
             key = image.numpy().tobytes() + label.to_bytes(8, "little", signed=True)
             digest = hashlib.blake2b(key, digest_size=8).digest()
             if digest not in self._seen:
-                self._seen.add(digest)
-                new.append(position)
+                new.setdefault(digest, position)
+        if new:
+            self.memory.gather(data.take(torch.tensor(list(new.values()))))
+            self._seen.update(new)
         if task_labels is not None:
             tasks = task_labels.long().tolist()
             self._tasks.update(zip(data.labels.tolist(), tasks, strict=True))
-        if new:
-            self.memory.gather(data.take(torch.tensor(new)))
 
     def end_task(self, network: Callable[[Tensor], Tensor] | None = None) -> None:
         """Make what was gathered into the memory; a model's ``end_task`` calls it.
@@ -197,7 +196,7 @@ class MammothBuffer:
                 what a function calls is to be brought there by the caller. Default: None, no
                 logits.
         """
-        self.memory.finish()
+        self.memory.finish(model=network if isinstance(network, nn.Module) else None)
         self._begin_task()
         self._set_logits(None)
         kept = self.memory.memory
@@ -246,7 +245,7 @@ class MammothBuffer:
             if not len(available):
                 raise ConfigError(f"there is nothing to draw but images of task {mask_task_out}")
         if force_indexes is not None:
-            chosen = available[torch.as_tensor(np.asarray(force_indexes), dtype=torch.int64)]
+            chosen = available[torch.as_tensor(force_indexes, dtype=torch.int64, device="cpu")]
         else:
             chosen = available[self._draw(len(available))[:size]]
         return self._collect(

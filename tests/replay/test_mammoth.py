@@ -13,12 +13,14 @@ import pickle
 from argparse import Namespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn_replay import MammothBuffer, ReplayMemory
+from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError
 from tests.support import real_set
 
@@ -232,6 +234,44 @@ def test_logits_of_another_memory_are_not_returned() -> None:
     buffer.memory.update(*task(3))
     buffer.end_task()
     assert buffer.used_attributes == ["examples", "labels"]
+
+
+def test_positions_may_be_tensors_lists_or_arrays() -> None:
+    buffer = filled((0, 1))
+    wanted = buffer.examples[torch.tensor([3, 0])]
+    for positions in (torch.tensor([3, 0]), [3, 0], np.array([3, 0])):
+        assert buffer.get_data_by_index(positions)[0].equal(wanted)
+
+
+def test_a_selection_by_the_network_sees_the_one_of_the_task() -> None:
+    shown: list[nn.Module] = []
+
+    def in_order(images: LabelledImages, model: nn.Module) -> Tensor:
+        shown.append(model)
+        return torch.arange(len(images))
+
+    buffer, network = make(selection=in_order), nn.Sequential(nn.Flatten(), nn.Linear(192, 6))
+    buffer.add_data(*task(0, 1))
+    buffer.end_task(network)
+    assert shown == [network] and len(buffer) == 12
+
+
+def test_images_that_could_not_be_taken_are_not_taken_for_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    buffer = make()
+    gather = buffer.memory.gather
+
+    def fail(images: LabelledImages) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(buffer.memory, "gather", fail)
+    with pytest.raises(MemoryError):
+        buffer.add_data(*task(0, 1))
+    monkeypatch.setattr(buffer.memory, "gather", gather)
+    buffer.add_data(*task(0, 1))
+    buffer.end_task()
+    assert len(buffer) == 12
 
 
 def test_equal_images_of_several_classes_are_all_kept() -> None:
