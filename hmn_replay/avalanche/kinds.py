@@ -27,7 +27,7 @@ from hmn_replay.condensation.matchers import check_given_networks
 from hmn_replay.errors import ConfigError
 from hmn_replay.objectives import get_objective
 from hmn_replay.registry import check_name
-from hmn_replay.replay import Keeper, LearnedKeeper, Selection, make_keeper
+from hmn_replay.replay import LearnedKeeper, Selection, make_keeper
 from hmn_replay.replay.keepers import (
     check_learned_options,
     check_own_settings,
@@ -80,8 +80,8 @@ class HMNReplay(MemoryReplay):
 
     Args:
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
-        kind: A learned memory kind: ``"hmn"``; ``"fred"``, which ended ahead of it in all streams
-            where both were measured with the same options; ``"pixels"``, ``"idc"``, ``"haba"`` or
+        kind: A learned memory kind: ``"hmn"``; ``"fred"``, the better one of both in streams so far
+            (see the results in the documentation); ``"pixels"``, ``"idc"``, ``"haba"`` or
             ``"linba"``; or ``"features"`` for a model with a frozen backbone.
         expected_classes: How many classes the stream will have in all, if that is known: the
             memory's tensors are shaped for so many. Default: None, ten times those of the first
@@ -197,7 +197,21 @@ class HMNReplay(MemoryReplay):
         return [self._taking_images(start), self._taking_images(now)]
 
 
-class RawReplay(MemoryReplay):
+class _RealReplay(MemoryReplay):
+    """Replays real images of a kind, whose settings a subclass names as arguments of its own."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, budget: Budget | int | str, **options: Any) -> None:
+        owner = type(self)
+        check_own_settings(self.kind, owner, REPLAY_OPTIONS)
+        known = dict.fromkeys([*named_arguments(owner), *options_of(self.kind), *REPLAY_OPTIONS])
+        check_options(owner.__name__, options, known, hints_for(options))
+        replay: Any = {name: options.pop(name) for name in REPLAY_OPTIONS if name in options}
+        super().__init__(make_keeper(budget, self.kind, **options), **replay)
+
+
+class RawReplay(_RealReplay):
     """Replays real images that are stored as uint8 pixels.
 
     A subclass whose ``kind`` is another that was registered takes the settings of that kind, too.
@@ -217,7 +231,7 @@ class RawReplay(MemoryReplay):
         UnknownOptionError: An option that there is not; also a TypeError.
     """
 
-    kind: ClassVar[str] = "raw"
+    kind = "raw"
 
     def __init__(
         self,
@@ -228,15 +242,13 @@ class RawReplay(MemoryReplay):
         expected_classes: int | None = None,
         **options: Unpack[ReplayOptions],
     ) -> None:
-        keeper, replay = _split_options(
-            self,
+        super().__init__(
             budget,
             selection=selection,
             training=training,
             expected_classes=expected_classes,
             **options,
         )
-        super().__init__(keeper, **replay)
 
 
 class LosslessReplay(RawReplay):
@@ -248,7 +260,7 @@ class LosslessReplay(RawReplay):
     kind = "lossless"
 
 
-class SubsampledReplay(MemoryReplay):
+class SubsampledReplay(_RealReplay):
     """Replays real images that are stored as pixels of a coarser grid.
 
     Args:
@@ -278,8 +290,7 @@ class SubsampledReplay(MemoryReplay):
         expected_classes: int | None = None,
         **options: Unpack[ReplayOptions],
     ) -> None:
-        keeper, replay = _split_options(
-            self,
+        super().__init__(
             budget,
             factor=factor,
             selection=selection,
@@ -287,10 +298,9 @@ class SubsampledReplay(MemoryReplay):
             expected_classes=expected_classes,
             **options,
         )
-        super().__init__(keeper, **replay)
 
 
-class JPEGReplay(MemoryReplay):
+class JPEGReplay(_RealReplay):
     """Replays real images that are stored as JPEG scans under one header.
 
     Args:
@@ -323,8 +333,7 @@ class JPEGReplay(MemoryReplay):
         selection: Selection = "random",
         **options: Unpack[ReplayOptions],
     ) -> None:
-        keeper, replay = _split_options(
-            self,
+        super().__init__(
             budget,
             quality=quality,
             expected_classes=expected_classes,
@@ -332,19 +341,6 @@ class JPEGReplay(MemoryReplay):
             selection=selection,
             **options,
         )
-        super().__init__(keeper, **replay)
-
-
-def _split_options(
-    plugin: RawReplay | SubsampledReplay | JPEGReplay, budget: Budget | int | str, **options: Any
-) -> tuple[Keeper, dict[str, Any]]:
-    """Return the keeper of a plugin's kind, and the options that are of the replay."""
-    owner, own = type(plugin), options_of(plugin.kind)
-    check_own_settings(plugin.kind, owner, REPLAY_OPTIONS)
-    known = dict.fromkeys([*named_arguments(owner), *own, *REPLAY_OPTIONS])
-    check_options(owner.__name__, options, known, hints_for(options))
-    replay = {name: options.pop(name) for name in REPLAY_OPTIONS if name in options}
-    return make_keeper(budget, plugin.kind, **options), replay
 
 
 def _trains_usual_networks(config: CondenseConfig) -> bool:

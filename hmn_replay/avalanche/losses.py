@@ -62,8 +62,8 @@ class ReplayStep:
         current_counts: float32 ``(K,)``, images of each class of the experience: those that it has
             shown so far, repeats counted and this step's among them; where the memory was renewed
             before training, all that the experience has as well.
-        memory_counts: float32 ``(K,)``, images of each class in the memory; 0 throughout where task
-            labels tell classes apart.
+        memory_counts: float32 ``(K,)``, images of each class in the memory; where there are task
+            labels, of task 0 alone.
         strategy: The Avalanche strategy, for losses that need its network, images (``mb_x``) or
             task labels.
         head_logits: float ``(N, K)``, what the network's head, the ``nn.Linear`` of its logits,

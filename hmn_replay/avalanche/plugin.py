@@ -403,12 +403,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             self._attend(strategy.device, strategy.model)
         if not self.num_pending:
             return False
-        selection = getattr(self.store.keeper, "selection", None)
         needs_model = (
             self.labels == "soft"
             or self._first_weights is not None
-            or self._tuner.untuned is not None
-            or callable(selection)
+            or self.store.keeper.needs_model
         )
         if self._model is None and needs_model:
             raise ConfigError(
@@ -477,10 +475,11 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                     f"{name} needs to know where an experience begins and ends, but an online "
                     f"stream gives experiences in pieces: leave {name} out"
                 )
+        if not is_piece(strategy, strategy.experience):
+            self.finish()  # what an online stream before it has left is older than its images
+            self._checked.clear()
         experiences = experiences_of(strategy, strategy.experience)
         self._check_data(experiences)
-        if not is_piece(strategy, strategy.experience):
-            self._checked.clear()
         with isolated(self._device, self.seed, "room"):
             images = first_of_each_class(experiences, self._found, known=self._checked)
             if images is not None:
@@ -524,8 +523,6 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if is_piece(strategy, experience):
             self._num_pieces += 1
             self._gather(experience)
-        else:
-            self.finish()
         self._decode()
         experiences = experiences_of(strategy, experience)
         self._settle(strategy, experiences)

@@ -98,6 +98,14 @@ class Keeper(ABC):
         return self.memory_type is None or self.memory_type.has_codec
 
     @property
+    def needs_model(self) -> bool:
+        """Whether :meth:`renew` cannot do without the network that is trained; by default it can.
+
+        What an online stream has left is then made into the memory only where it is known.
+        """
+        return False
+
+    @property
     def holds_features(self) -> bool:
         """Whether the memory is one of features, which then come in the place of images."""
         return self.memory_type is not None and self.memory_type.holds_features
@@ -197,9 +205,12 @@ class LearnedKeeper(Keeper):
             )
         memory_type = MEMORIES[kind]
         if not issubclass(memory_type, LearnedMemory):
+            held, plugins = "images", "RawReplay, JPEGReplay or LosslessReplay"
+            if memory_type.holds_features:
+                held, plugins = "features", "MemoryReplay with a RealKeeper or a PQKeeper"
             raise ConfigError(
-                f"what is learned is condensed, and {kind!r} holds real images: use RawReplay, "
-                "JPEGReplay or LosslessReplay, or without Avalanche ReplayMemory or a RealKeeper"
+                f"what is learned is condensed, and {kind!r} holds real {held}: use {plugins}, or "
+                "without Avalanche ReplayMemory"
             )
         own = [name for name in LabelConfig.model_fields if name in options]
         check_learned_options(f"the memory kind {kind!r}", named_arguments(LearnedKeeper), options)
@@ -355,6 +366,11 @@ class RealKeeper(Keeper):
         """Whether the selection or its network is a user's own; see :class:`Keeper`."""
         is_ours = self.training is None or is_built_in(self.training.network)
         return callable(self.selection) or not is_ours
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the selection is a function of the network; see :class:`Keeper`."""
+        return callable(self.selection)
 
     @property
     def memory_type(self) -> type[RealMemory]:

@@ -71,7 +71,8 @@ class ReplayMemory:
         budget: Bytes that the memory's file may take at any time, such as ``"300 KiB"``; or a
             :class:`Keeper`, for a memory of your own.
         kind: A memory kind: ``"hmn"`` or another learned one, ``"jpeg"``, ``"raw"``,
-            ``"subsampled"`` or ``"lossless"``. Not used with a keeper.
+            ``"subsampled"`` or ``"lossless"``; of features ``"features"``, ``"raw-features"`` or
+            ``"pq"``. Not used with a keeper.
         max_raw_images: Bound on the images that :meth:`gather` holds, but for one of each class.
             They do not count towards the memory's bytes.
         seed: Seed of every draw.
@@ -83,7 +84,8 @@ class ReplayMemory:
             :class:`~hmn_replay.CondenseConfig` for learned kinds, see :class:`LearnedKeeper`;
             ``selection``, ``training``, ``expected_classes`` for real images, ``factor`` for
             subsampled ones, and ``quality`` for JPEG, see :class:`RealKeeper` and
-            :class:`JPEGKeeper`.
+            :class:`JPEGKeeper`; ``selection``, ``expected_classes``, ``num_parts`` and ``bits`` for
+            features by product quantisation, see :class:`PQKeeper`.
 
     Raises:
         BudgetError: The budget cannot be read.
@@ -325,11 +327,11 @@ class ReplayMemory:
         self.report.append(json.loads(json.dumps(entry, default=_plain)))
         self._memory, self._num_updates = memory, index + 1
         if self.progress:
-            unused, budget = entry.get("unused_reason"), memory.budget_bytes
+            unused, share = entry.get("unused_reason"), entry["fill"]
             print(
                 f"hmn_replay, update {index}: {memory.num_images:,} images of "
-                f"{len(entry['images_per_class'])} classes in {memory.file_bytes:,} bytes"
-                + (f", {100 * memory.file_bytes / budget:.1f} % of the budget" if budget else "")
+                f"{len(entry['images_per_class'])} classes in {entry['file_bytes']:,} bytes"
+                + (f", {100 * share:.1f} % of the budget" if share else "")
                 + f", {entry['seconds']:.0f} s"
                 + (f" ({unused})" if unused else ""),
                 file=sys.stderr,
@@ -685,12 +687,12 @@ class DecodedImages:
 
 def _sizes(memory: Memory) -> dict[str, Any]:
     """Return what the report says of a memory."""
-    budget_bytes = memory.budget_bytes
+    file_bytes, budget_bytes = memory.file_bytes, memory.budget_bytes
     return {
         "num_images": memory.num_images,
         "images_per_class": list(memory.images_per_class),
-        "file_bytes": memory.file_bytes,
-        "fill": None if budget_bytes is None else memory.file_bytes / budget_bytes,
+        "file_bytes": file_bytes,
+        "fill": None if budget_bytes is None else file_bytes / budget_bytes,
     }
 
 

@@ -634,6 +634,18 @@ def test_online_pieces_are_condensed_where_their_experience_ends(
     assert [entry["images_per_class"] for entry in replay.report] == [[3, 3], [3, 3, 3, 3]]
 
 
+def test_what_pieces_have_left_is_condensed_before_a_whole_experience() -> None:
+    first, second = streams(data=Images(each=20)).train_stream
+    replay = KeepFirst(batch_size_mem=2)
+    strategy = make_strategy([replay])
+    *pieces, _ = in_pieces([first], 7, access_task_boundaries=True)  # it is broken off
+    train(strategy, pieces)
+    assert replay.num_pending > 0
+    strategy.train(second)
+    assert replay.renew_used == "before" and replay.num_pending == 0
+    assert [images.classes.tolist() for images in replay.given] == [[0, 1], [2, 3]]
+
+
 def test_pieces_of_a_stream_that_hides_its_borders_are_condensed_by_number() -> None:
     online = list(in_pieces(streams(data=Images(each=15)).train_stream, 5))
     replay = KeepFirst(max_raw_images=20)
