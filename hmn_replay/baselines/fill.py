@@ -88,7 +88,8 @@ def raw_images(
             the same labels. Default: one that is trained here on all images.
         seed: Of a selection by name, and of a teacher. A larger budget adds images to those of a
             smaller one.
-        device: Where a teacher is trained and labels.
+        device: Where the networks are trained that a selection by name and labels need. Default:
+            CUDA where present, else the CPU.
 
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
@@ -131,7 +132,7 @@ def jpeg_images(
         DataError: As :func:`raw_images`.
     """
     data = as_labelled_images(data)
-    order = _order(data, selection, None, seed)
+    order = _order(data, selection, None, seed, device)
     if quality is None:
         quality, _ = choose_quality(
             data, budget, expected_classes=data.num_classes, seed=seed, device=device
@@ -264,7 +265,7 @@ def _fill(
     most = None
     if not memory.sizes_differ:
         most = max(1, Budget.parse(budget).num_bytes // memory.payload_bytes)
-    order = _order(data, selection, most, seed)
+    order = _order(data, selection, most, seed, device)
     memory.extend(data, order=order)
     return _labelled(memory, data, order, labels, teacher, seed, device)
 
@@ -443,7 +444,7 @@ def pq_features(
     """
     data = as_labelled_features(data)
     memory = PQMemory.train(data, num_parts=num_parts, bits=bits, budget=budget, seed=seed)
-    memory.extend(data, order=_order(data, selection, None, seed))
+    memory.extend(data, order=_order(data, selection, None, seed, "cpu"))
     return memory
 
 
@@ -493,8 +494,12 @@ def _check_label_room(memory: RealMemory, data: LabelledImages, config: LabelCon
 
 
 def _order(
-    data: LabelledImages, selection: str | Tensor, num_images: int | None, seed: int
+    data: LabelledImages,
+    selection: str | Tensor,
+    num_images: int | None,
+    seed: int,
+    device: str | torch.device,
 ) -> Tensor:
     if not isinstance(selection, str):
         return check_order(selection, len(data))
-    return select_images(data, selection, num_images=num_images, seed=seed)
+    return select_images(data, selection, num_images=num_images, seed=seed, device=device)

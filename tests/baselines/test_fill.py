@@ -201,6 +201,12 @@ def test_a_selection_by_name_is_that_of_select_images(kind: str) -> None:
     assert by_name.to_bytes() != FILL[kind](data, 5000).to_bytes()
 
 
+@every_kind
+def test_a_selection_by_name_is_made_on_the_device(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"device.*'nowhere'"):
+        FILL[kind](some_data(), 8000, selection="herding", device="nowhere")
+
+
 def test_images_of_a_class_are_taken_in_the_order_given() -> None:
     data = some_data(30)
     order = torch.tensor([20, 3, 9, 21, 0, 1, 2])
