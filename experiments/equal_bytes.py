@@ -31,13 +31,15 @@ and seeds may be added by later runs; other settings need another --out.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -57,14 +59,14 @@ from experiments.arguments import (
 )
 from experiments.figures import save
 from experiments.results import deviation, markdown_table, percent
-from experiments.tables import study
 from experiments.tables.rows import accuracies
 from experiments.tables.settings import UNBOUNDED
 from experiments.tables.store import Store
+from experiments.tables.study import KINDS
 from hmn_replay.budget import Budget
 from hmn_replay.condensation.config import EFFORTS, make_config
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import ConfigError, HMNReplayError
+from hmn_replay.errors import HMNReplayError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.formats import NUMBER_FORMATS
@@ -73,18 +75,30 @@ from hmn_replay.objectives.trajectories import delete_checkpoint
 from hmn_replay.runtime import PRECISIONS, resolve_device
 from hmn_replay.training.train import TrainingConfig
 
-Data: TypeAlias = "tuple[LabelledImages, LabelledImages]"
-
 REAL, WARM = ("raw", "jpeg", "lossless", "subsampled"), "-warm"
-KINDS = [kind for kind in study.KINDS if kind != "hmn"]
-TEACHERS: dict[Any, tuple[Any, float]] = {}
+OTHER_KINDS = [kind for kind in KINDS if kind != "hmn"]
 ROWS = (
     *REAL,
     *NUMBER_FORMATS,
     *(f"{name}{WARM}" for name in NUMBER_FORMATS),
     *EFFORTS,
-    *(f"{kind}-{effort}" for kind in KINDS for effort in EFFORTS),
+    *(f"{kind}-{effort}" for kind in OTHER_KINDS for effort in EFFORTS),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What all rows are made of and learned from by, and where what is found goes.
+
+    Attributes:
+        teachers: The teacher of each seed and its settings, and the seconds that it took.
+    """
+
+    train: LabelledImages
+    test: LabelledImages
+    args: argparse.Namespace
+    store: Store
+    teachers: dict[Any, tuple[Any, float]] = dataclasses.field(default_factory=dict)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -113,9 +127,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     args.device = str(resolve_device(args.device))
-    rows = args.rows.split(",")
-    if unknown := [row for row in rows if row not in ROWS]:
-        raise ConfigError(f"--rows has no {unknown[0]!r}; choose from {', '.join(ROWS)}")
+    rows = parse_names("--rows", args.rows, ROWS)
     for row in rows:
         if row not in REAL:
             make_config(**condensation(row, args))
@@ -123,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = parse_numbers("--seeds", args.seeds)
     columns = parse_names("--labels", args.labels, LABELS)
     parse_settings(args, {"labels": columns}, "--labels")
-    parse_numbers("--qualities", args.qualities)
+    qualities = parse_numbers("--qualities", args.qualities)
     TrainingConfig(
         network=args.network,
         width=args.width,
@@ -131,20 +143,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         label_weight=args.label_weight,
     )
     train, test = load(args, "train"), load(args, "test")
-    names = ("data", "size", "seconds", "network", "width", "passes", "precision", "set", "device")
+    names = ["data", "size", "seconds", "network", "width", "passes", "precision", "set", "device"]
+    names.append("label_weight")
     configuration = {name: getattr(args, name) for name in names}
-    if args.label_weight is not None:
-        configuration["label_weight"] = args.label_weight
     machine = {"machine": platform.machine(), "threads": torch.get_num_threads()}
     store = Store(args.out, configuration | machine)
     store.agree("images", [len(train), len(test)])
-    stopped = False
+    study, stopped = Study(train, test, args, store), False
     try:
-        for budget in budgets:
-            for row in rows:
-                for labels in columns:
-                    for seed in seeds:
-                        measure(row, labels, budget, seed, (train, test), args, store)
+        for budget, row, labels, seed in itertools.product(budgets, rows, columns, seeds):
+            for quality in qualities if row == "jpeg" else (None,):
+                measure(study, row, labels, quality, budget, seed)
     except KeyboardInterrupt:
         stopped = True
     store.report["rows"] = found = make_rows(store)
@@ -172,31 +181,10 @@ def condensation(row: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    row: str,
-    labels: str,
-    budget: int,
-    seed: int,
-    data: Data,
-    args: argparse.Namespace,
-    store: Store,
+    study: Study, row: str, labels: str, quality: int | None, budget: int, seed: int
 ) -> None:
     """Make the memory of a row and learn from it, as far as that was not done."""
-    qualities = parse_numbers("--qualities", args.qualities) if row == "jpeg" else (None,)
-    for quality in qualities:
-        measure_one(row, labels, quality, budget, seed, data, args, store)
-
-
-def measure_one(
-    row: str,
-    labels: str,
-    quality: int | None,
-    budget: int,
-    seed: int,
-    data: Data,
-    args: argparse.Namespace,
-    store: Store,
-) -> None:
-    train, test = data
+    args = study.args
     identity = {
         "row": row,
         "labels": labels,
@@ -215,12 +203,12 @@ def measure_one(
             config = label_config(labels, args)
             teacher, waited = None, 0.0
             if labels != "hard":  # each row that learns from the teacher waits for it
-                teacher, waited = teacher_of(train, config, seed, args.device)
+                teacher, waited = teacher_of(study, config, seed)
                 started = time.monotonic() - waited
             codec: dict[str, Any] = {} if quality is None else {"quality": quality}
             fill: Any = getattr(hmn_replay, f"{row}_images")  # such as hmn_replay.jpeg_images
             memory = fill(
-                train,
+                study.train,
                 budget,
                 labels=config,
                 teacher=teacher,
@@ -230,14 +218,14 @@ def measure_one(
             )
         else:
             memory = hmn_replay.condense(
-                train,
+                study.train,
                 budget,
                 seed=seed,
                 device=args.device,
                 checkpoint=path.with_suffix(".checkpoint"),
                 progress=sys.stderr.isatty(),
                 labels=labels,
-                kind=kind if (kind := row.partition("-")[0]) in KINDS else "hmn",
+                kind=kind if (kind := row.partition("-")[0]) in OTHER_KINDS else "hmn",
                 **condensation(row, args),
             )
             report = memory.report
@@ -256,7 +244,7 @@ def measure_one(
         memory = hmn_replay.load(path)
         _, accuracy = hmn_replay.evaluate(
             memory,
-            test,
+            study.test,
             labels=labels,
             network=args.network,
             width=args.width,
@@ -268,11 +256,11 @@ def measure_one(
         )
         if labels != "labeller":
             return {"accuracy": accuracy}
-        own = hmn_replay.labeller_accuracy(memory, test)
+        own = hmn_replay.labeller_accuracy(memory, study.test)
         return {"accuracy": accuracy, "labeller_accuracy": own}
 
-    if "error" not in store.once("memory", identity, make):
-        store.once("training", identity, score)
+    if "error" not in study.store.once("memory", identity, make):
+        study.store.once("training", identity, score)
 
 
 def label_config(labels: str, args: argparse.Namespace) -> hmn_replay.LabelConfig:
@@ -282,19 +270,17 @@ def label_config(labels: str, args: argparse.Namespace) -> hmn_replay.LabelConfi
     return hmn_replay.LabelConfig(**{**own, "labels": labels})
 
 
-def teacher_of(
-    train: LabelledImages, config: hmn_replay.LabelConfig, seed: int, device: str
-) -> tuple[Any, float]:
+def teacher_of(study: Study, config: hmn_replay.LabelConfig, seed: int) -> tuple[Any, float]:
     """Return the teacher of a seed, and the seconds that it took.
 
     It is trained once for all real images that learn from it.
     """
     key = (config, seed)
-    if key not in TEACHERS:
+    if key not in study.teachers:
         started = time.monotonic()
-        teacher = hmn_replay.train_teacher(train, config, seed=seed, device=device)
-        TEACHERS[key] = teacher, time.monotonic() - started
-    return TEACHERS[key]
+        teacher = hmn_replay.train_teacher(study.train, config, seed=seed, device=study.args.device)
+        study.teachers[key] = teacher, time.monotonic() - started
+    return study.teachers[key]
 
 
 def best_quality(store: Store, budget: int, labels: str = "hard") -> int | None:

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def condensation(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of :func:`hmn_replay.condense`."""
     settled = {"warm_start_steps": args.steps, "outer_steps": 0, "over_budget": 0.0}
-    settled["number_format"] = "entropy"
+    settled |= {"number_format": "entropy", "selection": "random"}
     return parse_settings(args, settled, "a warm start of --steps")
 
 

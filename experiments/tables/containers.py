@@ -20,7 +20,14 @@ from experiments.tables.rows import (
 )
 from experiments.tables.settings import Settings
 from experiments.tables.store import Store
-from experiments.tables.study import Study, condense_once, load_study, select_once, train_once
+from experiments.tables.study import (
+    KINDS,
+    Study,
+    condense_once,
+    load_study,
+    select_once,
+    train_once,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class System:
 
 
 SYSTEMS = {
+    **{kind: System(kind, kind) for kind in KINDS},
     "hmn": System("HMN", "hmn"),
     "linba": System("LinBa", "linba"),
     "haba": System("HaBa", "haba"),

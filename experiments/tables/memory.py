@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ TINY = dict.fromkeys(("real_batch", "decoded_batch", "network_width", "network_b
 STEPS = {"warm_start_steps": 2, "outer_steps": 1, "inner_steps": 2, "over_budget": 0.0}
 STEPS |= {"trained_networks": 0}
 STEPS |= {"num_experts": 1, "expert_epochs": 1, "max_start_epoch": 0}
-COLOURS = dict(zip(KINDS, ("red", "blue", "green", "orange", "purple", "brown"), strict=True))
+COLOURS = ("red", "blue", "green", "orange", "purple", "brown")
 MARKERS = "osD^vPX*"
 
 
@@ -123,7 +124,7 @@ def draw(rows: list[Row], folder: Path) -> None:
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for name, colour in COLOURS.items():
+    for name, colour in zip(KINDS, itertools.cycle(COLOURS), strict=False):
         for objective, marker in zip(OBJECTIVES, MARKERS, strict=False):
             points = [
                 (row["images"], row["peak_bytes"] / 1e6)

@@ -156,6 +156,8 @@ def test_what_is_wrong_is_told_before_anything_is_made(cifar10: Path, tmp_path: 
     assert run(cifar10, tmp_path, "raw") == 0
     with pytest.raises(ConfigError, match="is of passes = 20, and now it is 30"):
         run(cifar10, tmp_path, "raw", "--passes", "30")
+    with pytest.raises(ConfigError, match=r"is of label_weight = None, and now it is 0.3"):
+        run(cifar10, tmp_path, "raw", "--label-weight", "0.3")
 
 
 def test_a_stopped_run_tells_how_to_go_on(
@@ -165,15 +167,15 @@ def test_a_stopped_run_tells_how_to_go_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     calls: list[str] = []
-    usual = equal_bytes.measure_one
+    usual = equal_bytes.measure
 
-    def stop(row: str, *arguments: Any) -> None:
+    def stop(study: equal_bytes.Study, row: str, *arguments: Any) -> None:
         if calls:
             raise KeyboardInterrupt
         calls.append(row)
-        usual(row, *arguments)
+        usual(study, row, *arguments)
 
-    monkeypatch.setattr(equal_bytes, "measure_one", stop)
+    monkeypatch.setattr(equal_bytes, "measure", stop)
     assert run(cifar10, tmp_path, "raw,jpeg") == 130
     assert "the same command goes on from here" in capsys.readouterr().err
     assert " raw |" in (tmp_path / "table.md").read_text()
