@@ -173,15 +173,18 @@ def make_room(
         size * min(share + math.ceil(over), own)
         for share, own in zip(shares[first_class:], most[first_class:], strict=True)
     ]
-    # No old class keeps more than a new one of which there are more real images than that.
+    # No old class keeps more than a new one of which there are more real images than that, but for
+    # the one group more that it has where the number cannot be divided.
     bounded = [
         count * cost
         for count, cost, own in zip(counts, costs[first_class:], most[first_class:], strict=True)
         if count < size * own
     ]
     kept_at_most = [
-        min(size * own, size * math.ceil(max(bounded) / cost / size)) if bounded else size * own
-        for own, cost in zip(most[:first_class], costs[:first_class], strict=True)
+        size * min(own, max(share, math.ceil(max(bounded) / cost / size)) if bounded else own)
+        for share, own, cost in zip(
+            shares[:first_class], most[:first_class], costs[:first_class], strict=True
+        )
     ]
     if old is None or not first_class:
         memory = memory_type(layout, new_labels, counts, seed=seed).to(device)

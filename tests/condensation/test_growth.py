@@ -125,6 +125,18 @@ def test_a_class_that_comes_again_is_new_and_brings_its_old_images(
     assert pool.images[-15:].equal(growth.old_images[-5:].repeat_interleave(3, dim=0))
 
 
+@pytest.mark.parametrize("over_budget", [0.0, 0.3])
+def test_the_rest_of_a_division_is_left_to_old_classes(
+    make_set: MakeSet, make_layout: MakeLayout, over_budget: float
+) -> None:
+    layout = make_layout()
+    old = HierarchicalMemory(layout, [7, 8], [6, 6])
+    growth = room(make_set(labels=(3, 4)), room_for(layout, 4, 14), layout, old, over_budget)
+    held = growth.memory.images_per_class
+    left = [count - drop for count, drop in zip(held, growth.drops(), strict=True)]
+    assert left == [4, 4, 3, 3]
+
+
 def test_a_class_that_comes_again_begins_as_each_of_its_images_once(
     make_set: MakeSet, make_layout: MakeLayout
 ) -> None:
