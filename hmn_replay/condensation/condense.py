@@ -44,6 +44,8 @@ __all__ = ["check_config", "condense"]
 _FULL_SHARE = 0.97
 # Of the images that a budget is planned for, the share that makes no warning.
 _USED_SHARE, _USED_SHARE_CODED = 0.9, 1 / 16
+# A file that is filled less, since the real images are few, makes one.
+_LEAST_SHARE = 0.5
 
 
 @torch.inference_mode(False)
@@ -240,7 +242,7 @@ def condense(
             expected_classes=expected_classes,
             networks=networks,
         )
-        _warn_of_unused_bytes(run, limit)
+        is_told = _warn_of_unused_bytes(run, limit)
         if checkpoint is not None:
             run.resume(Path(checkpoint))
         condensed = run.finish()
@@ -257,7 +259,7 @@ def condense(
         **measured,
         "unused_bytes": limit.num_bytes - file_bytes,
         "fill": file_bytes / limit.num_bytes,
-        "unused_reason": _why_unused(run, limit, file_bytes),
+        "unused_reason": _why_unused(run, limit, file_bytes, is_told),
     }
     return condensed
 
@@ -267,15 +269,32 @@ def _planned_bytes(layout: MemoryLayout) -> int | None:
     return getattr(layout, "image_bytes", 0) or None
 
 
-def _why_unused(run: Condensation, budget: Budget, file_bytes: int) -> str | None:
-    """Return why a file is less full than it should be, or None; warn where more could be had."""
+def _why_unused(run: Condensation, budget: Budget, file_bytes: int, is_told: bool) -> str | None:
+    """Return why a file is less full than it should be, or None.
+
+    Warn where more could be had, and where it is mostly empty for want of real images, unless that
+    was told before.
+    """
     memory, size = run.memory, run.memory.layout.group_size
+    labels = run.growth.planned_labels(memory.num_images)
+    if labels and run.config.labels == "hard":  # they are made later, and have their room
+        sizes = memory.num_images, memory.code_bytes
+        file_bytes = max(file_bytes, memory.file_bytes_with(*sizes, budget.num_bytes, labels))
     share = file_bytes / budget.num_bytes
     if share >= _FULL_SHARE:
         return None
     counts = memory.images_per_class[run.first_class :]
     if all(count + size > len(own) for count, own in zip(counts, run.orders, strict=True)):
-        return "the memory has an image for every real one of its new classes"
+        reason = "the memory has an image for every real one of its new classes"
+        may_be_told = not (is_told or run.first_class or run.expects_more)
+        if memory.layout.is_coded and may_be_told and share < _LEAST_SHARE:
+            _warn_of_fill(
+                share,
+                budget,
+                f"{reason}; a longer warm start (warm_start_steps) makes better ones of more "
+                f"bytes, and {file_bytes:,} bytes are enough for these",
+            )
+        return reason
     image_bytes = memory.group_bytes(memory.layout)
     if not memory.layout.is_coded and budget.num_bytes - file_bytes <= 2 * image_bytes:
         return "a further image does not fit"
@@ -285,12 +304,16 @@ def _why_unused(run: Condensation, budget: Budget, file_bytes: int) -> str | Non
         "the images take fewer bytes than were planned for them; a longer warm start "
         "(warm_start_steps), more images (over_budget) or a smaller budget would fill it"
     )
+    _warn_of_fill(share, budget, reason)
+    return reason
+
+
+def _warn_of_fill(share: float, budget: Budget, reason: str) -> None:
     warnings.warn(
         f"the file fills {100 * share:.0f} % of the budget of {budget}: {reason}",
         HMNReplayWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
-    return reason
 
 
 def check_config(config: CondenseConfig, memory_type: type[Memory]) -> None:
@@ -316,19 +339,23 @@ def check_config(config: CondenseConfig, memory_type: type[Memory]) -> None:
         )
 
 
-def _warn_of_unused_bytes(run: Condensation, budget: Budget) -> None:
+def _warn_of_unused_bytes(run: Condensation, budget: Budget) -> bool:
     """Warn where a tenth of the planned images or more cannot be, for want of real ones."""
     memory, planned = run.memory, run.growth.num_planned
+    if run.expects_more:
+        return False  # they get what is left
     usable = memory.num_images - sum(run.growth.drops())
     # Where images are entropy-coded, fewer of them take more bytes each, to a degree.
     share = _USED_SHARE_CODED if memory.layout.is_coded else _USED_SHARE
     if usable > share * planned:
-        return
-    enough = memory.file_bytes_with(usable, None, budget.num_bytes)
+        return False
+    enough, size = memory.file_bytes_with(usable, None, budget.num_bytes), memory.layout.group_size
+    or_one_group = f", or the {size} that share stored values" if size > 1 else ""
     warnings.warn(
         f"the budget of {budget} is planned for {planned:,} images, but the data has real images "
         f"for {usable:,} of them only, and a memory has no more images of a class than there are "
-        f"real ones; {enough:,} bytes are enough",
+        f"real ones{or_one_group}; {enough:,} bytes are enough",
         HMNReplayWarning,
         stacklevel=4,
     )
+    return True

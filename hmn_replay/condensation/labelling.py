@@ -42,6 +42,8 @@ LABEL_AUGMENTATIONS = ("flip", "crop")
 
 # To plan with: bits of a labeller's weight, and bytes of a tensor's name and place in the header.
 _WEIGHT_BITS, _HEADER_BYTES = 4.2, 80
+# A teacher is not shown a few images more often than that: it knows them by heart.
+_MOST_TEACHER_EPOCHS = 200
 
 
 class LabelConfig(Settings):
@@ -61,7 +63,7 @@ class LabelConfig(Settings):
     """Channels of the blocks of the ConvNet that makes soft labels."""
 
     teacher_passes: Annotated[int, Field(ge=1)] = 160_000
-    """Real images that the teacher or the labeller is shown in all."""
+    """Real images that the teacher or the labeller is shown in all, each 200 times at most."""
 
     labeller_width: Annotated[int, Field(ge=1, le=512)] = 16
     """Channels of the blocks of the ConvNet in the file."""
@@ -79,17 +81,19 @@ class LabelConfig(Settings):
         """Whether soft labels are made."""
         return self.labels == "soft"
 
-    def teacher_training(self, precision: str, compile: Compile) -> TrainingConfig:
+    def teacher_training(self, num_images: int, precision: str, compile: Compile) -> TrainingConfig:
         """Return the training of the teacher, or of the labeller.
 
         Args:
+            num_images: How many real images there are.
             precision: As in :class:`TrainingConfig`.
             compile: As in :class:`TrainingConfig`.
         """
+        num_passes = min(self.teacher_passes, _MOST_TEACHER_EPOCHS * num_images)
         return TrainingConfig(
             width=self.labeller_width if self.labels == "labeller" else self.teacher_width,
-            num_passes=self.teacher_passes,
-            epoch_images=self.teacher_passes,
+            num_passes=num_passes,
+            epoch_images=num_passes,
             precision=precision,
             compile=compile,
         )
@@ -151,7 +155,7 @@ def train_teacher(
         data.images,
         data.class_indices,
         data.num_classes,
-        config=config.teacher_training(precision, "auto"),
+        config=config.teacher_training(len(data), precision, "auto"),
         seed=derive_seed(seed, "teacher"),
         device=device,
         progress=progress,

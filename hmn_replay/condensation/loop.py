@@ -403,6 +403,11 @@ class Condensation(Run):
         if callable(config.pruning) and any(self.growth.drops()):
             self._score_images(self.memory.decoded())
 
+    @property
+    def expects_more(self) -> bool:
+        """Whether more classes are to come than the memory has."""
+        return (self.expected_classes or 0) > self.growth.memory.num_classes
+
     def _num_images_of(self, num_classes: int) -> int:
         """Return how many images the budget is planned for with so many classes; 0 for none."""
         memory = self.growth.memory
@@ -695,7 +700,8 @@ class Condensation(Run):
     def _label(self) -> None:
         config, memory, num_old = self.config, self.memory, self.growth.num_old
         self.team.copy_first(memory.state_dict().values())
-        training = config.teacher_training(config.precision, config.compile)
+        num_images = len(self.real.data)
+        training = config.teacher_training(num_images, config.precision, config.compile)
         with self._bar("teacher", 1, training.num_passes) as bar:
             teacher = train_network(
                 self.real.data.images,

@@ -64,6 +64,22 @@ def test_where_all_real_images_are_in_it_the_report_says_so() -> None:
     )
 
 
+def test_where_real_images_fill_little_of_it_that_is_said() -> None:
+    with pytest.warns(HMNReplayWarning, match="every real one.*a longer warm start.* are enough"):
+        memory = short(digits(0, 1, each=20), 4096)
+    assert memory.report["fill"] < 0.5
+    short(digits(0, 1, each=20), 4096, expected_classes=10)  # others will fill it
+
+
+def test_room_for_labels_that_are_made_later_is_no_room_left() -> None:
+    options: dict[str, Any] = {"kind": "fred", "over_budget": 0.0, "expected_classes": 10}
+    first = short(digits(0, 1), 2048, **options)
+    first.set_soft_labels(torch.rand(len(first), 2, generator=torch.Generator()).softmax(dim=1))
+    first.shrink()
+    second = short(digits(2, 3), 2048, memory=first, **options)
+    assert second.report["fill"] < 0.97 and second.report["unused_reason"] is None
+
+
 def test_added_classes_fill_it_and_leave_old_images_alone() -> None:
     first = short(digits(0, 1, each=20), 2048, expected_classes=10)
     images = first.decode(dtype=torch.uint8)[0]

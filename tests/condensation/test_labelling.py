@@ -125,7 +125,7 @@ def test_labels_are_means_over_augmentations_of_all_that_an_image_is() -> None:
 
 
 def test_added_classes_get_labels_and_old_ones_keep_theirs(make_set: MakeSet) -> None:
-    first = condensed(make_set(60, labels=(0, 1)), 3_000, "soft")
+    first = condensed(make_set(60, labels=(0, 1)), 3_000, "soft", expected_classes=4)
     before = first.soft_labels()
     added = make_set(60, labels=(4, 5), seed=1)
     settings = {**TINY, **SMALL, "beta_grid": (), "over_budget": 0.0}
@@ -219,6 +219,12 @@ def test_columns_follow_the_classes_of_a_memory_in_any_order() -> None:
     nexts = {9: 2, 2: 5, 5: 9}
     wanted = torch.tensor([nexts[label] for label in made.labels.tolist()])
     assert float((answers == wanted).float().mean()) > 0.9
+
+
+def test_a_teacher_of_few_images_is_shown_each_200_times() -> None:
+    config = LabelConfig(labels="soft")
+    passes = [config.teacher_training(n, "float32", False).num_passes for n in (5, 799, 800, 9999)]
+    assert passes == [1000, 159_800, 160_000, 160_000]
 
 
 def test_a_labeller_teaches_and_is_scored() -> None:
