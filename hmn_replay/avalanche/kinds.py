@@ -220,7 +220,8 @@ class RawReplay(_RealReplay):
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
         selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`. With
             ``renew="before"`` the network has not been trained on the experience yet.
-        training: Training of the network that a selection by name needs.
+        training: Training of the network that a selection by name needs at every experience.
+            Default: None, a ConvNet of width 32 that is shown 20,000 images.
         expected_classes: How many classes the stream will have in all, if that is known: a budget
             that does not hold one image of each is refused. Default: None, those that are there.
         **options: Those of :class:`MemoryReplay`.
@@ -267,7 +268,8 @@ class SubsampledReplay(_RealReplay):
         budget: Bytes that the memory's file may take at any time, as :class:`Budget` reads them.
         factor: Pixels of an image for one of the grid, along each side: 2 to 8.
         selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`.
-        training: Training of the network that a selection by name needs.
+        training: Training of the network that a selection by name needs at every experience.
+            Default: None, a ConvNet of width 32 that is shown 20,000 images.
         expected_classes: How many classes the stream will have in all, if that is known: a budget
             that does not hold one image of each is refused. Default: None, those that are there.
         **options: Those of :class:`MemoryReplay`.
@@ -311,7 +313,7 @@ class JPEGReplay(_RealReplay):
         expected_classes: How many classes the stream will have in all, if that is known, for that
             choice. Default: None, ten times those of the first experience.
         training: Training of that network, and of a selection's. Default: None, that of
-            ``choose_quality``, and ``TrainingConfig()`` for a selection.
+            ``choose_quality``, and for a selection that of :class:`RawReplay`.
         selection: Which images of a class stay longest; see :class:`~hmn_replay.RealKeeper`.
         **options: Those of :class:`MemoryReplay`.
 
