@@ -80,7 +80,8 @@ def shortcut_report(
           memory's images, and test images through the codec, from clean images of the same classes.
 
     Raises:
-        ConfigError: ``new_classes`` is empty, or the codec returns something else.
+        ConfigError: ``new_classes`` is empty or has a label that is neither in the memory nor in
+            the test set, or the codec returns something else.
         DataError: No image of an old class.
     """
     network = model if isinstance(model, nn.Module) else model.model
@@ -98,6 +99,11 @@ def shortcut_report(
         raise ConfigError("new_classes must have one label or more; got none")
     tested = as_labelled_images(test_set)
     known = (tested.classes if memory is None else memory.classes).cpu()
+    for label in new[~torch.isin(new, torch.cat([known, tested.classes]))].tolist():
+        raise ConfigError(
+            f"new_classes are labels that the memory or the test set has; {label} is none: they "
+            f"have {sorted({*known.tolist(), *tested.classes.tolist()})!r:.80}"
+        )
     old = known[~torch.isin(known, new)]
     test = _of_classes(tested, old)
     if test is None:

@@ -114,6 +114,12 @@ def test_classes_that_the_memory_does_not_have_yet_are_not_old() -> None:
     assert report == shortcut_report(Bright(True), memory, known, new_classes=[2])
 
 
+def test_new_classes_that_are_nowhere_are_refused() -> None:
+    memory = raw_images(noisy_set(), "100 KiB")
+    with pytest.raises(ConfigError, match="the memory or the test set has; 99 is none"):
+        shortcut_report(Bright(True), memory, noisy_set(seed=1), new_classes=[2, 99])
+
+
 def test_images_are_normalised_as_the_strategys_plugin_has_found() -> None:
     normalization = SimpleNamespace(apply=lambda images: (images - 0.5) / 0.25)
 

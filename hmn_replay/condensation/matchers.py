@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hmn_replay.condensation import steps
 from hmn_replay.condensation.checkpoint import Checkpoint, load_state
-from hmn_replay.errors import ConfigError
+from hmn_replay.errors import ConfigError, TrainingError
 from hmn_replay.objectives import ObjectiveFunction, get_objective
 from hmn_replay.objectives.trajectories import Experts
 from hmn_replay.registry import name_of
@@ -352,7 +352,12 @@ class TrajectoryMatcher:
 def check_given_networks(
     objective: str | ObjectiveFunction, networks: Iterable[nn.Module]
 ) -> tuple[nn.Module, ...]:
-    """Return networks that an objective can match on, or raise a ConfigError."""
+    """Return networks that an objective can match on.
+
+    Raises:
+        ConfigError: They are of no use to it.
+        TrainingError: One has diverged.
+    """
     if isinstance(networks, nn.Module) or not isinstance(networks, Iterable):
         raise ConfigError(f"networks is a list of modules; give [network], not {networks!r:.60}")
     networks = tuple(networks)
@@ -374,6 +379,11 @@ def check_given_networks(
         shapes = [{k: v.shape for k, v in tensors_of(n).items()} for n in (networks[0], network)]
         if shapes[0] != shapes[1]:
             raise ConfigError("networks are states of one network; these differ in their tensors")
+        if not all(bool(each.isfinite().all()) for each in network.parameters()):
+            raise TrainingError(
+                "a network that is to be matched on has weights that are not finite: its training "
+                "diverged; lower the learning rate of its optimizer"
+            )
     return networks
 
 

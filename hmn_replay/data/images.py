@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Protocol, TypeAlias, TypeGuard, Union
 
 import numpy as np
@@ -80,8 +81,9 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         class_names: Label to name; labels may be missing. Default: no names.
 
     Raises:
-        DataError: A tensor is of another type, dtype, shape or device, the lengths differ, or
-            there is no image. :func:`as_labelled_images` takes more, and converts it.
+        DataError: A tensor is of another type, dtype, shape or device, the lengths differ, there
+            is no image, or ``class_names`` maps no labels to names. :func:`as_labelled_images`
+            takes more, and converts it.
     """
 
     images: Tensor
@@ -100,6 +102,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         if len(self.images) < 1:
             raise DataError("expected at least 1 image, got an empty data set")
         self._check_shape()
+        _check_class_names(self.class_names)
 
     def _check_images(self) -> None:
         check_tensor(self.images, "images", torch.uint8, ("N", "C", "H", "W"))
@@ -329,6 +332,21 @@ def check_same_names(
         )
 
 
+def _check_class_names(names: object) -> None:
+    """Raise a DataError unless these are a label's name each."""
+    if not isinstance(names, Mapping):
+        raise DataError(
+            "class_names maps labels to names, such as {0: 'cat', 1: 'dog'}; got "
+            f"{names!r:.60}: dict(enumerate(names)) makes that of a list"
+        )
+    for label, name in names.items():
+        if not isinstance(label, Integral) or not isinstance(name, str):
+            raise DataError(
+                "class_names maps labels, which are integers, to names, which are texts; got "
+                f"{label!r}: {name!r:.60}"
+            )
+
+
 def _labels_of_names(names: Mapping[int, str]) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for label, name in names.items():
@@ -429,7 +447,13 @@ def to_label(label: object, name: str) -> int:
     Raises:
         DataError: It is something else, or int64 does not hold it; ``name`` begins the message.
     """
-    return int(to_labels(_as_array(label, name).reshape(1, -1), name))
+    values = _as_array(label, name)
+    if isinstance(values, np.ndarray) and values.dtype.kind in "OSU":
+        raise DataError(
+            f"{name}: expected an integer as its label, got {label!r:.60}; number the classes, "
+            "whose names are LabelledImages' class_names"
+        )
+    return int(to_labels(values.reshape(1, -1), name))
 
 
 def check_same_keys(labels: Tensor, classes: Tensor, what: str) -> None:

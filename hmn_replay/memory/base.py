@@ -385,10 +385,16 @@ class Memory(abc.ABC):
         indices = torch.arange(self.num_images) if indices is None else indices
         positions = check_indices(indices, self.num_images, once=True)
         wanted = (len(positions), self.num_classes)
-        if probabilities.shape != wanted or not are_probabilities(probabilities):
+        if probabilities.shape != wanted:
             raise ConfigError(
-                f"soft labels are finite probabilities {wanted}, one a class, not all of them 0; "
-                f"got {tuple(probabilities.shape)} or values that are none"
+                f"soft labels are probabilities {wanted}, one a class of each image; got "
+                f"{tuple(probabilities.shape)}"
+            )
+        if not are_probabilities(probabilities):
+            low, high = probabilities.float().aminmax()
+            raise ConfigError(
+                "soft labels are finite probabilities, of each image not all 0; got values from "
+                f"{low:.3g} to {high:.3g}: logits are made such by softmax(dim=1)"
             )
         old = SoftLabels.hard(self._counts) if self._soft is None else self._soft
         self._soft = old.replaced(positions, probabilities)

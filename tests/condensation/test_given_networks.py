@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hmn_replay.condensation.config import make_config
 from hmn_replay.condensation.matchers import given_networks
 from hmn_replay.condensation.steps import RealImages, StepContext, make_optimizer
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import CheckpointError, ConfigError
+from hmn_replay.errors import CheckpointError, ConfigError, TrainingError
 from hmn_replay.memory import HierarchicalMemory
 from hmn_replay.runtime import make_generator
 from hmn_replay.training import train
@@ -133,6 +134,16 @@ def test_networks_that_cannot_serve_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny(make_set(labels=(0, 1, 2)), make_layout(), networks=networks, **options)
+
+
+def test_a_network_that_diverged_is_told_from_a_memory_that_did(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    diverged = network(0)
+    with torch.no_grad():
+        next(diverged.parameters())[0] = math.inf
+    with pytest.raises(TrainingError, match=r"weights that are not finite.*its optimizer"):
+        tiny(make_set(labels=(0, 1, 2)), make_layout(), networks=[network(0), diverged])
 
 
 def one_logit(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:

@@ -287,6 +287,22 @@ def test_images_of_many_sizes_need_a_size() -> None:
     assert as_labelled_images(items, size=3).image_shape == (1, 3, 3)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat", "dog"], r"maps labels to names.* got \['cat', 'dog'\]: dict\(enumerate"),
+        ({"0": "cat"}, "labels, which are integers.* got '0': 'cat'"),
+        ({0: 7}, "got 0: 7"),
+    ],
+)
+def test_class_names_that_are_none_are_refused(names: Any, message: str) -> None:
+    data = some_images([0, 1])
+    with pytest.raises(DataError, match=message):
+        LabelledImages(data.images, data.labels, names)
+    named = LabelledImages(data.images, data.labels, {np.int64(0): "cat"})  # type: ignore[dict-item]
+    assert named.class_names[0] == "cat"
+
+
 def test_class_names_are_those_of_the_data_set() -> None:
     image = torch.zeros(1, 2, 2)
     named = Pairs((image, 0), (image, 1), classes=["cat", "dog"])
@@ -561,9 +577,9 @@ def test_one_integer_of_any_kind_is_a_label(label: Any) -> None:
         (np.array([]), r"got shape \(1, 0\)"),
         (2.0, "item 2: expected integers as labels, got float64"),
         (torch.tensor(0.5), "got float32"),
-        ("cat", "got an array of <U3"),
-        (None, "got an array of object"),
-        ({"boxes": []}, "got an array of object"),
+        ("cat", "item 2: expected an integer as its label, got 'cat'; number the classes"),
+        (None, "its label, got None"),
+        ({"boxes": []}, "its label, got {'boxes'"),
         (2**63, "item 2: .* uint64"),
     ],
 )

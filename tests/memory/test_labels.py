@@ -154,7 +154,7 @@ def test_rows_that_are_no_probabilities_are_refused(kind: str) -> None:
     for value in (0.0, -0.1, float("nan"), float("inf")):
         rows = probabilities(memory.num_images, 2)
         rows[1] = value
-        with pytest.raises(ConfigError, match="one a class, not all of them 0"):
+        with pytest.raises(ConfigError, match="finite probabilities, of each image not all 0"):
             memory.set_soft_labels(rows)
     assert memory.to_bytes() == before
 
@@ -277,12 +277,18 @@ def test_soft_labels_are_targets_of_a_data_set() -> None:
 
 
 @pytest.mark.parametrize(
-    "wanted",
-    [torch.ones(4, 2), torch.ones(5, 3), torch.full((5, 2), -1.0), torch.full((5, 2), torch.nan)],
+    ("wanted", "message"),
+    [
+        (torch.ones(4, 2), r"probabilities \(5, 2\), one a class of each image; got \(4, 2\)"),
+        (torch.ones(5, 3), r"got \(5, 3\)"),
+        (torch.full((5, 2), -1.5), "finite probabilities.* from -1.5 to -1.5: logits.*softmax"),
+        (torch.full((5, 2), torch.nan), "from nan to nan"),
+        (torch.zeros(5, 2), "of each image not all 0; got values from 0 to 0"),
+    ],
 )
-def test_what_are_no_probabilities_is_refused(wanted: Tensor) -> None:
+def test_what_are_no_probabilities_is_refused(wanted: Tensor, message: str) -> None:
     memory = real("raw")
-    with pytest.raises(ConfigError, match=r"finite probabilities \(5, 2\), one a class"):
+    with pytest.raises(ConfigError, match=message):
         memory.set_soft_labels(wanted)
 
 
