@@ -6,7 +6,6 @@ What is compared is a real file, its header and labels counted, filled with as m
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -481,15 +480,14 @@ def _labelled(
 
 def _check_label_room(memory: RealMemory, data: LabelledImages, config: LabelConfig) -> None:
     """Raise a BudgetError where one image of each class does not fit beside labels."""
-    fixed, each = config.planned_bytes(memory.image_shape, data.num_classes)
-    needed: float = memory.bytes_of_one_each(data.num_classes, memory.budget_bytes)
-    needed += fixed + each * data.num_classes
+    needed = memory.bytes_of_one_each(data.num_classes, memory.budget_bytes)
+    needed += config.planned_bytes(memory.image_shape, data.num_classes).of(data.num_classes)
     is_short = memory.num_classes < data.num_classes
     if memory.budget_bytes is not None and (is_short or needed > memory.budget_bytes):
         raise BudgetError(
             f"a budget of {memory.budget_bytes:,} bytes does not hold one image of each of "
             f"{data.num_classes} classes beside labels={config.labels!r}; about "
-            f"{math.ceil(needed):,} bytes would"
+            f"{needed:,} bytes would"
         )
 
 

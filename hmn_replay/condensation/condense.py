@@ -204,7 +204,7 @@ def condense(
             config.number_format,
             num_real,
             config.image_bytes,
-            **({} if config.labels == "hard" else {"label_bytes": label_bytes}),
+            label_bytes,
         )
     elif memory is None and config.image_bytes not in (None, _planned_bytes(layout)):
         raise ConfigError(
@@ -291,8 +291,8 @@ def _why_unused(run: Condensation, budget: Budget, file_bytes: int, is_told: boo
             _warn_of_fill(
                 share,
                 budget,
-                f"{reason}; a longer warm start (warm_start_steps) makes better ones of more "
-                f"bytes, and {file_bytes:,} bytes are enough for these",
+                f"{reason}, for which {file_bytes:,} bytes are enough; where these should be better, "
+                "make the warm start longer (warm_start_steps)",
             )
         return reason
     image_bytes = memory.group_bytes(memory.layout)

@@ -24,6 +24,7 @@ from hmn_replay.condensation.labelling import LabelConfig
 from hmn_replay.data.images import LabelledImages, joined_names
 from hmn_replay.data.lookup import Images, LabelledView, join_images, rank_in_class
 from hmn_replay.memory.file import TensorSpec
+from hmn_replay.memory.labels import NO_LABELS, LabelBytes
 from hmn_replay.memory.layout import MemoryLayout
 from hmn_replay.memory.learned import LearnedMemory
 from hmn_replay.memory.names import affordable_names, stored_names_bytes
@@ -52,8 +53,7 @@ class Growth:
         old_labels: int64 ``(M,)``, their labels.
         old_repeats: int64 ``(M,)``, how often each stands beside the new ones: images of a class
             that is renewed, until they are about as many as its new ones.
-        label_bytes: About how many bytes soft labels or a labeller take, in any case and for each
-            image.
+        label_bytes: About how many bytes soft labels or a labeller take.
     """
 
     memory: LearnedMemory
@@ -65,11 +65,11 @@ class Growth:
     old_images: Images
     old_labels: Tensor
     old_repeats: Tensor
-    label_bytes: tuple[int, float] = (0, 0.0)
+    label_bytes: LabelBytes = NO_LABELS
 
     def planned_labels(self, num_images: int) -> dict[str, TensorSpec]:
         """Return about what the file will have of the labels of so many images."""
-        count = math.ceil(self.label_bytes[0] + self.label_bytes[1] * num_images)
+        count = self.label_bytes.of(num_images)
         return {"label_code": TensorSpec(torch.uint8, (count,))} if count else {}
 
     def drops(self, num_images: int | None = None) -> list[int]:

@@ -22,7 +22,7 @@ from hmn_replay.data.lookup import Images, as_floats, images_at_once
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.memory.base import Memory
-from hmn_replay.memory.labels import LABELS, Labeller, expected_bytes
+from hmn_replay.memory.labels import LABELS, NO_LABELS, LabelBytes, Labeller, expected_bytes
 from hmn_replay.runtime import derive_seed, make_generator, resolve_device
 from hmn_replay.settings import Settings, one_of
 from hmn_replay.training.networks import Network, default_depth, device_of
@@ -98,23 +98,23 @@ class LabelConfig(Settings):
             compile=compile,
         )
 
-    def planned_bytes(self, image_shape: Sequence[int], num_classes: int) -> tuple[int, float]:
-        """Return about how many bytes labels take: in any case, and for each image.
+    def planned_bytes(self, image_shape: Sequence[int], num_classes: int) -> LabelBytes:
+        """Return about how many bytes labels take.
 
         Args:
             image_shape: ``(C, H, W)``.
             num_classes: Of the memory.
         """
         if self.makes_soft:
-            return _HEADER_BYTES, expected_bytes(num_classes)
+            return LabelBytes(_HEADER_BYTES, expected_bytes(num_classes))
         if self.labels == "hard":
-            return 0, 0.0
+            return NO_LABELS
         channels, height, wide = image_shape
         depth, width = default_depth(height, wide), self.labeller_width
         weights = width * (9 * (channels + (depth - 1) * width))
         weights += num_classes * width * (height >> depth) * (wide >> depth)
         plain = 2 * (depth * width + channels + depth + 2) + num_classes
-        return 2 * (_HEADER_BYTES + plain) + math.ceil(weights * _WEIGHT_BITS / 8), 0.0
+        return LabelBytes(2 * (_HEADER_BYTES + plain) + math.ceil(weights * _WEIGHT_BITS / 8))
 
 
 def as_label_config(labels: LabelConfig | str) -> LabelConfig:

@@ -33,6 +33,7 @@ from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory.base import register_memory
 from hmn_replay.memory.entropy import best_levels, bits
 from hmn_replay.memory.formats import NUMBER_FORMATS, clamp_inwards
+from hmn_replay.memory.labels import NO_LABELS, LabelBytes
 from hmn_replay.memory.layout import PRIVATE_RATE, MemoryLayout, StoredTensor
 from hmn_replay.memory.learned import LearnedMemory
 
@@ -195,7 +196,7 @@ class FeatureMemory(LearnedMemory):
         layout: FeatureLayout,
         budget_bytes: int,
         num_classes: int,
-        label_bytes: tuple[int, float] = (0, 0.0),
+        label_bytes: LabelBytes = NO_LABELS,
         real_images_per_class: int | None = None,
     ) -> bool:
         """Return whether enough is left for images: it is where all real ones fit."""

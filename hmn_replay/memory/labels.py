@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ from hmn_replay.errors import ConfigError, MemoryFileError
 from hmn_replay.memory import entropy
 from hmn_replay.memory.file import as_bytes, check_claims
 
-__all__ = ["LABELS", "Labeller", "SoftLabels", "expected_bytes"]
+__all__ = ["LABELS", "NO_LABELS", "LabelBytes", "Labeller", "SoftLabels", "expected_bytes"]
 
 LABELS = ("hard", "soft", "labeller")
 """What a network may learn from: classes, soft labels in the file, or a labeller in the file."""
@@ -53,6 +53,21 @@ _BLOCK_SHARE = 8
 
 _WEIGHT_STEP = 0.35
 _MAX_DEPTH, _MAX_WIDTH = 8, 512
+
+
+class LabelBytes(NamedTuple):
+    """About how many bytes soft labels or a labeller take: in any case, and for each image."""
+
+    fixed: int = 0
+    each: float = 0.0
+
+    def of(self, num_images: int) -> int:
+        """Return the bytes for so many images."""
+        return math.ceil(self.fixed + self.each * num_images)
+
+
+NO_LABELS = LabelBytes()
+"""Those of hard labels, which a file has in any case."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,6 +47,7 @@ from hmn_replay.memory.formats import (
     max_abs_scale,
     round_to_format,
 )
+from hmn_replay.memory.labels import NO_LABELS, LabelBytes
 from hmn_replay.memory.layout import MemoryLayout, StoredTensor
 from hmn_replay.runtime import (
     deterministic_cudnn,
@@ -169,7 +170,7 @@ class LearnedMemory(Memory, nn.Module):
         number_format: str | None = None,
         real_images_per_class: int | None = None,
         image_bytes: int | None = None,
-        label_bytes: tuple[int, float] = (0, 0.0),
+        label_bytes: LabelBytes = NO_LABELS,
     ) -> Any:
         """Return the layout for a budget: the first of :meth:`layouts` that leaves enough of it.
 
@@ -189,7 +190,7 @@ class LearnedMemory(Memory, nn.Module):
             image_bytes: Bytes planned for the code of an image, 1 or more, where values are
                 entropy-coded: more of them for fewer and better images. Default: None, the kind's
                 choice.
-            label_bytes: What soft labels or a labeller take, in any case and for each image.
+            label_bytes: What soft labels or a labeller take. Default: hard labels alone.
 
         Raises:
             BudgetError: The budget does not hold an image of every class, whatever the layout; the
@@ -230,7 +231,7 @@ class LearnedMemory(Memory, nn.Module):
         layout: Any,
         budget_bytes: int,
         num_classes: int,
-        label_bytes: tuple[int, float] = (0, 0.0),
+        label_bytes: LabelBytes = NO_LABELS,
         real_images_per_class: int | None = None,
     ) -> bool:
         """Return whether a layout leaves enough for images; see :meth:`choose_layout`."""
@@ -239,7 +240,7 @@ class LearnedMemory(Memory, nn.Module):
         shared, takes = (
             cls.file_bytes_of(layout, num_classes, count, budget_bytes) for count in (0, num_images)
         )
-        takes += math.ceil(label_bytes[0] + label_bytes[1] * num_images)
+        takes += label_bytes.of(num_images)
         return bool(shared <= cls.most_shared * budget_bytes and takes <= budget_bytes)
 
     @classmethod
@@ -437,7 +438,7 @@ class LearnedMemory(Memory, nn.Module):
         budget: Budget | int | str,
         classes: int | Sequence[int],
         names_bytes: int = 0,
-        label_bytes: tuple[int, float] = (0, 0.0),
+        label_bytes: LabelBytes = NO_LABELS,
     ) -> int:
         """Return how many images fit: the largest number within the budget, in whole groups.
 
@@ -446,7 +447,7 @@ class LearnedMemory(Memory, nn.Module):
             budget: Bytes of the file.
             classes: As in :meth:`specs`.
             names_bytes: What class names take.
-            label_bytes: What soft labels or a labeller take, in any case and for each image.
+            label_bytes: What soft labels or a labeller take. Default: hard labels alone.
 
         Raises:
             BudgetError: Not even one group of images a class fits; the message gives the smallest
@@ -461,8 +462,7 @@ class LearnedMemory(Memory, nn.Module):
 
         def takes(num_groups: int, budget_bytes: int = limit) -> int:
             num_images = size * num_groups
-            extra = math.ceil(label_bytes[0] + label_bytes[1] * num_images)
-            return extra + cls.file_bytes_of(
+            return label_bytes.of(num_images) + cls.file_bytes_of(
                 layout, classes, num_images, budget_bytes, names_bytes=names_bytes
             )
 
@@ -477,7 +477,7 @@ class LearnedMemory(Memory, nn.Module):
                 f"classes; with this layout the smallest that does is {smallest:,} bytes"
             )
         # The header grows by a digit now and then, so the quotient is a start, not the answer.
-        each = cls.group_bytes(layout) + size * label_bytes[1]
+        each = cls.group_bytes(layout) + size * label_bytes.each
         num_groups = num_classes + math.floor((limit - smallest) / each)
         while takes(num_groups) > limit:
             num_groups -= 1

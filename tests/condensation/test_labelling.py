@@ -26,6 +26,7 @@ from hmn_replay.condensation.labelling import label_images
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayWarning
 from hmn_replay.memory import HierarchicalMemory, LearnedMemory, loads
+from hmn_replay.memory.labels import NO_LABELS
 from tests.stripes import stripes
 from tests.support import TINY, Observer, at_call, hmn_layout, real_set, tiny
 
@@ -268,7 +269,7 @@ def test_the_smallest_budget_that_is_named_does(labels: str, number_format: str)
 def test_labels_go_where_they_turn_out_too_large(
     make_set: MakeSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LabelConfig, "planned_bytes", lambda *_: (0, 0.0))
+    monkeypatch.setattr(LabelConfig, "planned_bytes", lambda *_: NO_LABELS)
     data, layout = make_set(60), hmn_layout(number_format="int8")
     with pytest.raises(BudgetError) as told:
         HierarchicalMemory.max_images(layout, 300, data.classes.tolist())

@@ -18,7 +18,7 @@ from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import BudgetError, ConfigError, MemoryFileError
 from hmn_replay.memory import LearnedMemory, Memory, RealMemory, SubsampledMemory, load, loads
 from hmn_replay.memory.file import Record, pack, unpack
-from hmn_replay.memory.labels import Labeller, SoftLabels, expected_bytes
+from hmn_replay.memory.labels import LabelBytes, Labeller, SoftLabels, expected_bytes
 from hmn_replay.training.networks import Network, build_network
 from tests.support import KINDS, any_memory, made, real, real_set, same_bits
 
@@ -190,7 +190,7 @@ def test_a_labeller_takes_its_bytes_when_classes_come_again() -> None:
 def test_a_labeller_leaves_the_decoder_as_it_is() -> None:
     """What is planned for it is taken off the images, not off what they share."""
     plain, with_labeller = (
-        HierarchicalMemory.choose_layout("30 KiB", (3, 32, 32), 10, label_bytes=(size, 0.0))
+        HierarchicalMemory.choose_layout("30 KiB", (3, 32, 32), 10, label_bytes=LabelBytes(size))
         for size in (0, 3_712)
     )
     assert with_labeller.decoder_channels == plain.decoder_channels
