@@ -291,8 +291,8 @@ def _why_unused(run: Condensation, budget: Budget, file_bytes: int, is_told: boo
             _warn_of_fill(
                 share,
                 budget,
-                f"{reason}, for which {file_bytes:,} bytes are enough; where these should be better, "
-                "make the warm start longer (warm_start_steps)",
+                f"{reason}, for which {file_bytes:,} bytes are enough; where these should be "
+                "better, make the warm start longer (warm_start_steps)",
             )
         return reason
     image_bytes = memory.group_bytes(memory.layout)

@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ from hmn_replay.runtime import (
     peak_memory_bytes,
 )
 from hmn_replay.training.networks import find_head, keeping_modes, tensors_of
-from hmn_replay.training.train import cosine_lr, train_network
+from hmn_replay.training.train import TrainingConfig, cosine_lr, train_network
 
 __all__ = ["Condensation", "Run"]
 
@@ -373,24 +374,23 @@ class Condensation(Run):
         }
         self.experts: Experts | None = None
         self.networks = networks
-        objective = get_objective(config.objective)
-        pooled = objective.matches_trained and config.trained_networks > 0 and not networks
-        self.compares_trainings = config.num_steps > 0 and objective.compares_trainings
-        self.matches_experts = config.num_steps > 0 and (objective.compares_trainings or pooled)
-        if self.matches_experts:
-            trained = "num_experts" if self.compares_trainings else "trained_networks"
-            _check_architectures(config, trained)
         selects = config.selection != "random"
         looks = selects and not memory_type.holds_features
-        phases = ["experts"] if self.matches_experts or looks else []
-        phases += [*(["selection"] if selects else []), "warm_start", "matching"]
-        phases += [*([] if config.labels == "hard" else ["labels"]), "pruning"]
+        self.trained_before = _trained_before(config, are_given=bool(networks), looks=looks)
+        phases = {
+            "experts": self.trained_before is not None,
+            "selection": selects,
+            "warm_start": True,
+            "matching": True,
+            "labels": config.labels != "hard",
+            "pruning": True,
+        }
         super().__init__(
             self.growth.memory,
             _identity(
                 data, budget, memory_type, layout, config, seed, old, networks, expected_classes
             ),
-            phases,
+            [name for name, is_there in phases.items() if is_there],
             measured,
             device,
             progress,
@@ -561,7 +561,8 @@ class Condensation(Run):
         if config.fidelity:
             sources = self.targets
         context = self._context((0.5, 0.99), sources)
-        experts = self.experts if self.matches_experts else None
+        trained = self.trained_before
+        experts = self.experts if trained is not None and trained.are_matched else None
         matcher = make_matcher(context, self.seed, networks=self.networks, experts=experts)
         if self.resumed and self.state["step"]:
             matcher.resume(self.resumed, self.state["step"])
@@ -645,10 +646,10 @@ class Condensation(Run):
         They are of the images of the classes that are condensed, and have logits for all of the
         memory's classes. A temporary folder is gone after the block.
         """
-        if "experts" not in self.phases:
+        config, trained = self.config, self.trained_before
+        if trained is None:
             yield None
             return
-        config = self.config
         with contextlib.ExitStack() as stack:
             if config.experts is not None:
                 folder = Path(config.experts)
@@ -661,25 +662,18 @@ class Condensation(Run):
             if self.first_class:
                 chosen = (class_indices >= self.first_class).nonzero().flatten()
                 images, class_indices = take_images(images, chosen), class_indices[chosen]
-            num_experts, training = config.num_experts, config.expert_training
-            num_epochs = config.max_start_epoch + config.expert_epochs
-            if not self.compares_trainings:
-                num_experts = config.trained_networks if self.matches_experts else 1
-                training = config.pool_training
-                num_epochs = round(config.trained_passes / len(images))
-                num_epochs = max(1, min(num_epochs, _MOST_POOL_EPOCHS))
             experts = Experts(
                 folder,
                 images,
                 class_indices,
                 self.memory.num_classes,
-                num_experts=num_experts,
-                num_epochs=num_epochs,
+                num_experts=trained.count,
+                num_epochs=trained.epochs_of(len(images)),
                 networks=config.network,
-                config=training,
+                config=trained.training,
                 seed=self.seed,
                 team=self.team,
-                every_epoch=self.compares_trainings,
+                every_epoch=trained.num_epochs is not None,
             )
             if self.state["phase"] == "experts":
                 self.team.agree(experts.make_folder)
@@ -891,14 +885,64 @@ def _kept(context: steps.StepContext) -> dict[str, Stateful]:
     return kept
 
 
-def _check_architectures(config: CondenseConfig, option: str) -> None:
-    """Raise a ConfigError where some architecture would have no trained network of its own."""
-    num_trained, num_architectures = getattr(config, option), len(config.network)
-    if num_trained < num_architectures:
+@dataclass(frozen=True)
+class _TrainedBefore:
+    """The networks that are trained on the real images before the memory is begun.
+
+    Attributes:
+        count: How many.
+        training: How, but for their architectures and number of epochs.
+        num_epochs: Epochs of each, all of which are kept; None where the passes of ``training``
+            say how many there are, and the initial and the last weights are kept.
+        are_matched: Whether the memory is matched on them, or only its real images are chosen by
+            the first.
+    """
+
+    count: int
+    training: TrainingConfig
+    num_epochs: int | None = None
+    are_matched: bool = True
+
+    def epochs_of(self, num_images: int) -> int:
+        """Return how many epochs of so many images each is trained for."""
+        if self.num_epochs is not None:
+            return self.num_epochs
+        num_epochs = round((self.training.epoch_images or 0) / num_images)
+        return max(1, min(num_epochs, _MOST_POOL_EPOCHS))
+
+
+def _trained_before(
+    config: CondenseConfig, *, are_given: bool, looks: bool
+) -> _TrainedBefore | None:
+    """Return which networks are trained before; None for none.
+
+    Args:
+        config: The settings.
+        are_given: Whether networks to match on are there already.
+        looks: Whether real images are chosen by a network.
+
+    Raises:
+        ConfigError: Some architecture would have no trained network of its own.
+    """
+    objective, matches = get_objective(config.objective), config.num_steps > 0
+    if matches and objective.compares_trainings:
+        num_epochs = config.max_start_epoch + config.expert_epochs
+        option = "num_experts"
+        found = _TrainedBefore(config.num_experts, config.expert_training, num_epochs)
+    elif matches and objective.matches_trained and config.trained_networks and not are_given:
+        option = "trained_networks"
+        found = _TrainedBefore(config.trained_networks, config.pool_training)
+    elif looks:
+        return _TrainedBefore(1, config.pool_training, are_matched=False)
+    else:
+        return None
+    num_architectures = len(config.network)
+    if found.count < num_architectures:
         raise ConfigError(
-            f"{num_architectures} architectures take turns, of {option}={num_trained} trained "
+            f"{num_architectures} architectures take turns, of {option}={found.count} trained "
             f"networks in all: set {option} to {num_architectures} or more, or name fewer"
         )
+    return found
 
 
 def _identity(

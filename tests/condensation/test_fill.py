@@ -65,7 +65,7 @@ def test_where_all_real_images_are_in_it_the_report_says_so() -> None:
 
 
 def test_where_real_images_fill_little_of_it_that_is_said() -> None:
-    with pytest.warns(HMNReplayWarning, match=r"every real one.* bytes are enough.* warm start longer"):
+    with pytest.warns(HMNReplayWarning, match=r"every real one.*are enough.* warm start longer"):
         memory = short(digits(0, 1, each=20), 4096)
     assert memory.report["fill"] < 0.5
     short(digits(0, 1, each=20), 4096, expected_classes=10)  # others will fill it
