@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from types import CodeType
 from typing import Any, Generic, TypeVar
 
 from hmn_replay.errors import ConfigError
 
-__all__ = ["Registry", "UnknownNameError", "check_name", "check_takes", "name_of", "suggest"]
+__all__ = [
+    "Registry",
+    "UnknownNameError",
+    "check_name",
+    "check_takes",
+    "fingerprint",
+    "name_of",
+    "suggest",
+]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -46,7 +56,7 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             ConfigError: The name is taken, or has other characters.
         """
-        if not re.fullmatch(r"[A-Za-z][\w:.-]*", name, re.ASCII):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w:.-]*", name, re.ASCII):
             raise ConfigError(
                 f"the name of a registered {self.what} has letters, digits, '-', '_', ':' and '.', "
                 f"and begins with a letter; got {name!r}"
@@ -67,7 +77,13 @@ class Registry(Mapping[str, T], Generic[T]):
         self._families[prefix] = find
 
     def register(self, name: str) -> Callable[[U], U]:
-        """Return a decorator that registers a class or function, and returns it as it is."""
+        """Return a decorator that registers a class or function, and returns it as it is.
+
+        Raises:
+            ConfigError: No name was given.
+        """
+        if not isinstance(name, str):
+            raise ConfigError(f"register takes a name, as @register('name'); got {name!r:.60}")
 
         def decorate(entry: U) -> U:
             self.add(name, entry)  # type: ignore[arg-type]
@@ -98,6 +114,17 @@ class Registry(Mapping[str, T], Generic[T]):
         """
         found = self[entry] if isinstance(entry, str) else entry
         return any(found is own for own in self._built_in)
+
+    def fingerprint(self, entry: str | T) -> str:
+        """Return the :func:`fingerprint` of an entry, or of the one of a name.
+
+        ``""`` for one that is this package's own, or another library's, which its name tells.
+        """
+        if isinstance(entry, str) and entry not in self._entries:
+            self[entry]
+            return ""
+        found = self[entry] if isinstance(entry, str) else entry
+        return "" if self.is_built_in(found) else fingerprint(found)
 
     def __getitem__(self, name: str) -> T:
         """Return the entry of that name.
@@ -168,6 +195,59 @@ def name_of(entry: object) -> str:
         return name_of(wrapped)
     named = entry if hasattr(entry, "__qualname__") else type(entry)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def fingerprint(entry: object) -> str:
+    """Return 16 hexadecimal digits that tell a function from others of its name.
+
+    They are of its code, of its defaults and of what it closes over: numbers, texts and functions
+    by what they are, anything else by its type. So are those of a class by its methods, and of any
+    other callable by its class and attributes. Another version of Python compiles other code.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    seen: dict[int, Any] = {}  # held, so that no other has its number
+
+    def feed_code(code: CodeType) -> None:
+        digest.update(code.co_code)
+        digest.update(repr((code.co_names, code.co_varnames, code.co_freevars)).encode())
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                feed_code(constant)
+            elif isinstance(constant, frozenset):  # whose order is another in every process
+                digest.update(repr(sorted(map(repr, constant))).encode())
+            else:
+                digest.update(repr(constant).encode())
+
+    def feed(value: Any) -> None:
+        digest.update(f"{type(value).__module__}.{type(value).__qualname__};".encode())
+        if id(value) in seen:
+            return
+        if isinstance(value, str | bytes | int | float | None):
+            digest.update(repr(value).encode())
+            return
+        seen[id(value)] = value
+        code = getattr(value, "__code__", None)
+        if isinstance(value, partial):
+            feed((value.func, value.args, sorted(value.keywords.items())))
+        elif isinstance(code, CodeType):
+            feed_code(code)
+            feed((value.__defaults__, sorted((value.__kwdefaults__ or {}).items())))
+            for cell in getattr(value, "__closure__", None) or ():
+                feed(cell.cell_contents)
+        elif isinstance(value, list | tuple):
+            for each in value:
+                feed(each)
+        elif isinstance(value, dict):
+            feed(sorted(((str(key), own) for key, own in value.items()), key=lambda pair: pair[0]))
+        elif isinstance(value, type):
+            digest.update(name_of(value).encode())
+            feed([own for own in vars(value).values() if hasattr(own, "__code__")])
+        elif callable(value):
+            digest.update(name_of(value).encode())
+            feed((type(value), getattr(value, "__dict__", {})))
+
+    feed(entry)
+    return digest.hexdigest()
 
 
 def check_takes(option: str, function: Callable[..., Any], arguments: Sequence[str]) -> None:

@@ -78,6 +78,20 @@ def test_an_error_names_the_file_that_was_to_be_written(
     assert caught.value.filename == os.path.realpath(path)
 
 
+def test_so_does_an_error_of_a_write(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write_bytes(b"old")
+
+    def refuse(*_: object) -> int:
+        raise OSError(27, "File too large")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", refuse)
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_atomically(path, b"new")
+    assert caught.value.filename == os.path.realpath(path)
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
 def test_a_link_is_written_through(path: Path) -> None:
     (path.parent / "folder").mkdir()

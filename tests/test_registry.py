@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 
 from hmn_replay.errors import ConfigError
-from hmn_replay.registry import Registry, name_of
+from hmn_replay.registry import Registry, fingerprint, name_of
 
 
 @pytest.fixture
@@ -35,6 +37,63 @@ def test_a_decorator_returns_what_it_registers() -> None:
 
     assert square(3) == 9
     assert functions["square"] is square
+
+
+def test_a_decorator_without_a_name_is_refused() -> None:
+    functions: Registry[object] = Registry("function")
+    with pytest.raises(ConfigError, match=r"register takes a name, as @register\('name'\); got"):
+        functions.register(len)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="begins with a letter; got 3"):
+        functions.add(3, len)  # type: ignore[arg-type]
+
+
+def test_a_fingerprint_is_of_the_code_and_of_what_it_closes_over() -> None:
+    def power(exponent: float, *, named: bool = False) -> Any:
+        def raised(x: float) -> Any:
+            return x**exponent
+
+        def raised_by_a_lambda(x: float) -> Any:
+            return (lambda y: y**exponent)(x)
+
+        return raised_by_a_lambda if named else raised
+
+    def adding(x: float, more: float = 1.0) -> float:
+        return x + more
+
+    def subtracting(x: float, more: float = 1.0) -> float:
+        return x - more
+
+    class Doubling:
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        def __call__(self, x: float) -> float:
+            return self.factor * x if x in {"a", "b", 1.0} else x
+
+    assert fingerprint(power(2.0)) == fingerprint(power(2.0))
+    assert fingerprint(Doubling(2.0)) == fingerprint(Doubling(2.0))
+    different = [power(2.0), power(3.0), power(2.0, named=True), power(3.0, named=True)]
+    different += [adding, subtracting, partial(adding, more=2.0), partial(adding, more=3.0)]
+    different += [Doubling(2.0), Doubling(3.0), Doubling, len]
+    assert len({fingerprint(each) for each in different}) == len(different)
+    assert re.fullmatch("[0-9a-f]{16}", fingerprint(len))
+
+
+def test_what_an_entry_refers_to_itself_by_ends() -> None:
+    def counting(n: int) -> int:
+        return counting(n - 1) if n else 0
+
+    assert fingerprint(counting) == fingerprint(counting)
+
+
+def test_what_is_ones_own_has_no_fingerprint(colours: Registry[int]) -> None:
+    colours.mark_built_in()
+    colours.add_family("web", {"teal": 0x008080}.__getitem__)
+    colours.add("mine", 7)
+    assert colours.fingerprint("red") == colours.fingerprint("web:teal") == ""
+    assert colours.fingerprint("mine") != ""
+    with pytest.raises(ConfigError, match="colour must be one of"):
+        colours.fingerprint("blue")
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(colours: Registry[int]) -> None:

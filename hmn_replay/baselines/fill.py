@@ -35,6 +35,7 @@ from hmn_replay.memory.real import (
     check_order,
 )
 from hmn_replay.memory.real_features import PQMemory, RawFeatureMemory
+from hmn_replay.settings import check_options
 from hmn_replay.training.networks import Network
 from hmn_replay.training.train import TrainingConfig
 
@@ -244,6 +245,10 @@ def real_images(
             f"expected a kind that holds real images and needs no training, got "
             f"{memory_type.__name__}: use condense() for a learned kind, and pq_features() for pq"
         )
+    check_options(memory_type.__name__, settings, list(memory_type.setting_types))
+    for name in memory_type.required_settings():
+        if name not in settings:
+            raise ConfigError(f"{memory_type.__name__} needs {name}=")
     return _fill(memory_type, settings, data, budget, selection, labels, teacher, seed, device)
 
 

@@ -235,9 +235,10 @@ def _entry_text(entry: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
 def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
     """Return, for each name whose texts differ, what was found in place of what was wanted."""
     differing = []
-    for name in sorted({*found, *wanted}):
+    for name in dict.fromkeys([*wanted, *found]):
         was, now = found.get(name, "none"), wanted.get(name, "none")
         if was != now:
-            long = max(len(was), len(now)) > _SHOWN_CHARACTERS or name in ("data", "memory")
+            are_digests = name in ("data", "memory", "functions")
+            long = max(len(was), len(now)) > _SHOWN_CHARACTERS or are_digests
             differing.append(f"other {name}" if long else f"{name} {was} in place of {now}")
     return differing

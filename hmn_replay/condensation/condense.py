@@ -349,7 +349,8 @@ def _warn_of_unused_bytes(run: Condensation, budget: Budget) -> bool:
     share = _USED_SHARE_CODED if memory.layout.is_coded else _USED_SHARE
     if usable > share * planned:
         return False
-    enough, size = memory.file_bytes_with(usable, None, budget.num_bytes), memory.layout.group_size
+    size, labels = memory.layout.group_size, run.growth.planned_labels(usable) or None
+    enough = memory.file_bytes_with(usable, None, budget.num_bytes, labels)
     or_one_group = f", or the {size} that share stored values" if size > 1 else ""
     warnings.warn(
         f"the budget of {budget} is planned for {planned:,} images, but the data has real images "

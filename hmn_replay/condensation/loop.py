@@ -64,8 +64,9 @@ from hmn_replay.files import clear_stale, digest_tensors
 from hmn_replay.memory.file import as_bytes, specs_of
 from hmn_replay.memory.layout import MemoryLayout
 from hmn_replay.memory.learned import LearnedMemory
-from hmn_replay.objectives import get_objective
+from hmn_replay.objectives import OBJECTIVES, get_objective
 from hmn_replay.objectives.trajectories import Experts, experts_beside
+from hmn_replay.registry import fingerprint
 from hmn_replay.runtime import (
     derive_seed,
     isolated,
@@ -73,7 +74,7 @@ from hmn_replay.runtime import (
     make_generator,
     peak_memory_bytes,
 )
-from hmn_replay.training.networks import find_head, keeping_modes, tensors_of
+from hmn_replay.training.networks import NETWORKS, find_head, keeping_modes, tensors_of
 from hmn_replay.training.train import TrainingConfig, cosine_lr, train_network
 
 __all__ = ["Condensation", "Run"]
@@ -961,6 +962,11 @@ def _identity(
     old_tensors = {}
     if old is not None:
         old_tensors["file"] = as_bytes(old.to_bytes())
+    functions = [
+        OBJECTIVES.fingerprint(config.objective),
+        *map(NETWORKS.fingerprint, config.network),
+        fingerprint(config.pruning) if callable(config.pruning) else "",
+    ]
     return {
         "data": digest_tensors("", {"images": data.images, "labels": data.labels}),
         "memory": digest_tensors("", old_tensors),
@@ -971,5 +977,6 @@ def _identity(
         "budget": str(budget),
         "seed": repr(seed),
         **{name: repr(value) for name, value in settings.items()},
+        "functions": " ".join(filter(None, functions)),
         "torch": str(torch.__version__),
     }

@@ -31,7 +31,7 @@ from hmn_replay.data.lookup import (
 from hmn_replay.distributed import ALONE, GradientPart, Team
 from hmn_replay.errors import ConfigError
 from hmn_replay.memory.learned import LearnedMemory
-from hmn_replay.objectives import Objective, get_objective
+from hmn_replay.objectives import OBJECTIVES, Objective, get_objective
 from hmn_replay.objectives.trajectories import trajectory_matching
 from hmn_replay.runtime import autocast, isolated_if, make_generator
 from hmn_replay.training.networks import ConvBlock, Network, build_network
@@ -515,6 +515,11 @@ def try_matching(
     if gradient is None:
         raise ConfigError(
             f"the loss of objective {objective.name} does not depend on decoded_images"
+        )
+    if not (bool(loss.isfinite()) or OBJECTIVES.is_built_in(config.objective)):
+        raise ConfigError(
+            f"the loss of objective {objective.name} is {float(loss)} for real images that are "
+            "matched with themselves; return a finite one"
         )
 
 

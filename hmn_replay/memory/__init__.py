@@ -60,3 +60,5 @@ __all__ = [
     "loads",
     "register_memory",
 ]
+
+MEMORIES.mark_built_in()

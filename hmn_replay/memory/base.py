@@ -647,6 +647,14 @@ class Memory(abc.ABC):
                 f"the memory takes {len(data):,} bytes, over its budget of {self.budget_bytes:,}; "
                 "call shrink() first, which drops images until it fits"
             )
+        if not MEMORIES.is_built_in(self.kind):
+            try:
+                loads(data)
+            except MemoryFileError as error:
+                raise ConfigError(
+                    f"a file of the kind {self.kind!r} could not be read again, and is not "
+                    f"written: {error}"
+                ) from error
         return data
 
     def push_to_hub(
@@ -727,9 +735,22 @@ def register_memory(name: str) -> Callable[[AnyMemory], AnyMemory]:
 
     Args:
         name: As for :meth:`hmn_replay.registry.Registry.add`.
+
+    Raises:
+        ConfigError: The name is taken, or has other characters; or what is decorated is no memory,
+            or has a name already.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"register_memory takes a name; got {name!r:.60}")
 
     def decorate(memory_type: AnyMemory) -> AnyMemory:
+        if not isinstance(memory_type, type) or not issubclass(memory_type, Memory):
+            raise ConfigError(f"a memory kind is a subclass of Memory; got {memory_type!r:.60}")
+        if memory_type in MEMORIES.values():
+            raise ConfigError(
+                f"{memory_type.__name__} is the memory kind {memory_type.kind!r}, which its files "
+                "are called by: subclass it for another"
+            )
         MEMORIES.add(name, memory_type)
         memory_type.kind = name
         return memory_type

@@ -102,7 +102,8 @@ class LearnedMemory(Memory, nn.Module):
     label_weight: ClassVar[float | None] = 0.5  # learned images teach classes better than real ones
     default_number_format: ClassVar[str] = "int8"
     codes_entropy: ClassVar[bool] = False
-    """Whether the kind can be entropy-coded."""
+    """Whether the kind can be entropy-coded; its layout then has a field ``image_bytes``, the bytes
+    planned for an image's code, which is 0 in other number formats."""
     shared_bits: ClassVar[float] = 4.0
     """Bits planned for a value that all images share, or those of a class, if entropy-coded."""
     settings: ClassVar[Mapping[str, Any]] = {}
@@ -921,6 +922,8 @@ class LearnedMemory(Memory, nn.Module):
         ):
             for start in range(0, num_images, chunk_size):
                 decoded = self._decode_chunk(padded[start : start + chunk_size])
+                if not self.holds_features:  # a kind of the user's may leave its range
+                    decoded = decoded.clamp(0, 1)
                 if dtype == torch.uint8:
                     decoded = (decoded * 255).round()
                 images[start : start + chunk_size] = decoded[: num_images - start]

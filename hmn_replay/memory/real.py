@@ -383,6 +383,11 @@ class RealMemory(Memory):
 
     def _decode(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         images = self._read([self.payloads[i] for i in indices.tolist()]).to(self.classes.device)
+        if images.dtype != torch.uint8 and not self.holds_features:
+            raise ConfigError(
+                f"{type(self).__name__}._read returns uint8 images, as they were encoded; got "
+                f"{images.dtype}"
+            )
         return images if dtype == images.dtype else images.float().div_(255)
 
     def _keep(self, kept: Tensor) -> None:

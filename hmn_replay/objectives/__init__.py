@@ -26,7 +26,7 @@ from hmn_replay.errors import ConfigError
 from hmn_replay.objectives.features import block_means, distribution_matching, last_block_matching
 from hmn_replay.objectives.gradients import CompiledMatch, cosine_matching, gradient_matching
 from hmn_replay.objectives.trajectories import trajectory_matching
-from hmn_replay.registry import Registry, check_takes, name_of
+from hmn_replay.registry import Registry, check_name, check_takes, name_of
 from hmn_replay.training.train import CompiledFunction, checked_loss
 
 __all__ = [
@@ -79,6 +79,7 @@ class Objective:
     compiled: Callable[[], ObjectiveFunction] | None = None
 
     def __post_init__(self) -> None:
+        check_name("learns_from", self.learns_from, ("real", "decoded", "nothing"))
         if self.loss is not None:
             check_takes("objective", self.loss, _ARGUMENTS)
         # Messages call it by its function; see name_of.

@@ -30,7 +30,7 @@ from hmn_replay.errors import ConfigError, ExpertError
 from hmn_replay.files import clear_stale, digest_tensors, write_atomically
 from hmn_replay.objectives._network import uncached_autocast, with_gradients
 from hmn_replay.runtime import check_seed, derive_seed, rewinder
-from hmn_replay.training.networks import Network, NetworkFactory, is_built_in
+from hmn_replay.training.networks import NETWORKS, Network, NetworkFactory, is_built_in
 from hmn_replay.training.train import TrainingConfig, make_network, train_network
 
 __all__ = [
@@ -475,7 +475,9 @@ class Experts:
 
     def _settings(self, number: int) -> dict[str, Any]:
         settings = self._training(number).model_dump(mode="json", exclude={"num_passes"})
-        return {**settings, "seed": self._seed, "number": number, "data": self._digest}
+        found = {**settings, "seed": self._seed, "number": number, "data": self._digest}
+        code = NETWORKS.fingerprint(self._networks[number % len(self._networks)])
+        return {**found, "network's code": code} if code else found
 
     def _check_folder(self) -> None:
         """Raise an error for what is no folder, or has experts of another recording."""

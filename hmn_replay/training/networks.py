@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn_replay.errors import ConfigError
-from hmn_replay.registry import Registry, name_of
+from hmn_replay.registry import Registry, check_takes, name_of
 from hmn_replay.runtime import (
     default_float32,
     drawing_from,
@@ -45,8 +45,9 @@ NETWORKS: Registry[NetworkFactory] = Registry("network")
 """The networks by name. An entry is a function ``(image_shape, num_classes) -> nn.Module``.
 
 The module maps normalised images ``(N, C, H, W)`` to logits ``(N, num_classes)``. Where the
-function has a parameter ``width`` or ``depth``, it gets the one of the settings. To add a network,
-register its function, or pass it in place of a name:
+function has a parameter ``width`` or ``depth``, it gets the one of the settings, whatever its own
+default; a ``partial`` keeps what it has bound. To add a network, register its function, or pass it
+in place of a name:
 
     @hmn_replay.NETWORKS.register("linear")
     def linear(image_shape, num_classes):
@@ -227,8 +228,10 @@ def build_network(
     if not bool((std > 0).all()):
         raise ConfigError(f"std must be above 0, got {std.tolist()}")
     parameters = inspect.signature(factory).parameters
+    bound = factory.keywords if isinstance(factory, partial) else {}
     sizes = {"width": width} | ({} if depth is None else {"depth": depth})
-    sizes = {name: size for name, size in sizes.items() if name in parameters}
+    sizes = {n: size for n, size in sizes.items() if n in parameters and n not in bound}
+    check_takes("network", partial(factory, **sizes), ["image_shape", "num_classes"])
     build = partial(factory, (image_shape[0], *image_shape[1:]), num_classes, **sizes)
     if is_built_in(factory):
         with drawing_from(make_generator(seed, "network", name_of(network))):

@@ -26,9 +26,16 @@ from hmn_replay.baselines.fill import (
 )
 from hmn_replay.condensation.selection import SELECTIONS, select_images
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import BudgetError, ConfigError, DataError
+from hmn_replay.errors import BudgetError, ConfigError, DataError, UnknownOptionError
 from hmn_replay.evaluation import evaluate
-from hmn_replay.memory import HierarchicalMemory, LosslessMemory, PQMemory, RawMemory, RealMemory
+from hmn_replay.memory import (
+    HierarchicalMemory,
+    JPEGMemory,
+    LosslessMemory,
+    PQMemory,
+    RawMemory,
+    RealMemory,
+)
 from hmn_replay.memory.jpeg import decode_jpeg_scans, encode_jpeg_scans
 from hmn_replay.training.train import TrainingConfig
 from tests.support import real_set
@@ -205,6 +212,13 @@ def test_a_selection_by_name_is_that_of_select_images(kind: str) -> None:
 def test_a_selection_by_name_is_made_on_the_device(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"device.*'nowhere'"):
         FILL[kind](some_data(), 8000, selection="herding", device="nowhere")
+
+
+def test_settings_of_a_kind_are_checked_by_name() -> None:
+    with pytest.raises(UnknownOptionError, match=r"JPEGMemory has no option 'qualty'.*'quality'"):
+        real_images(JPEGMemory, some_data(), 8000, qualty=3)
+    with pytest.raises(ConfigError, match="JPEGMemory needs quality="):
+        real_images(JPEGMemory, some_data(), 8000)
 
 
 def test_images_of_a_class_are_taken_in_the_order_given() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hmn_replay import build_network
 from hmn_replay.condensation import steps
 from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import CondenseConfig, make_config
@@ -903,6 +904,29 @@ def test_a_labeller_that_does_not_know_added_classes_is_not_lost_silently(
     assert grown.labeller is None and caught[0].filename.endswith("support.py")
     again = tiny(more, layout, budget=budget, memory=memory, labels="labeller", **options)
     assert again.labeller is not None
+
+
+def test_a_checkpoint_knows_functions_of_one_name_apart(
+    make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
+) -> None:
+    def scaled(factor: float) -> Any:
+        def match(network: Any, real: Tensor, _: Any, decoded: Tensor, __: Any) -> Tensor:
+            return factor * (decoded.mean(dim=0) - real.mean(dim=0)).square().sum()
+
+        return match
+
+    def narrow(width: int) -> Any:
+        return lambda shape, num_classes: build_network("convnet", shape, num_classes, width=width)
+
+    def run(objective: Any, network: Any) -> LearnedMemory:
+        options = {"checkpoint": tmp_path / "run", "beta_grid": ()}
+        return tiny(make_set(), make_layout(), objective=objective, network=(network,), **options)
+
+    done = run(scaled(1.0), narrow(2))
+    assert run(scaled(1.0), narrow(2)).to_bytes() == done.to_bytes()
+    for other in ((scaled(2.0), narrow(2)), (scaled(1.0), narrow(3))):
+        with pytest.raises(CheckpointError, match="another run, with other functions"):
+            run(*other)
 
 
 def test_a_checkpoint_knows_what_an_objective_was_given(

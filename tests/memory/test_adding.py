@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from hmn_replay import (
     register_memory,
 )
 from hmn_replay.baselines.fill import real_images
-from hmn_replay.memory import MemoryLayout
+from hmn_replay.errors import ConfigError
+from hmn_replay.memory import MemoryLayout, RawMemory
 from hmn_replay.memory.file import pack, unpack
 from tests.support import (
     LAYOUTS,
@@ -310,6 +311,55 @@ def test_a_memory_kind_of_a_user_is_condensed_saved_and_read(
     budget = shade.file_bytes_of(memory.layout, 5, 15, 9999)
     grown = hmn_replay.condense(make_set(labels=(5, 6)), budget, memory=memory, **options)
     assert grown.classes.tolist() == [0, 1, 2, 5, 6]
+
+
+def test_images_of_a_kind_of_a_user_stay_in_their_range(shade: type[ShadeMemory]) -> None:
+    class Glaring(ShadeMemory):
+        def forward(self, indices: Tensor) -> Tensor:
+            return 3 * super().forward(indices) - 1
+
+    memory = Glaring(MemoryLayout((1, 8, 8), "float32"), [0], 3)
+    with torch.no_grad():
+        memory.get_parameter("shades").copy_(torch.tensor([[-9.0], [0.0], [9.0]]))
+    images = memory.decode()[0]
+    assert (float(images.min()), float(images.max())) == (0, 1)
+    pixels = memory.decode(dtype=torch.uint8)[0]
+    assert pixels.equal(images.mul(255).round().to(torch.uint8))
+    assert bool((pixels[0] < 10).all()) and bool((pixels[2] == 255).all())
+
+
+def test_a_file_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    class Bright(RawMemory):
+        def __init__(self, image_shape: Any, *, more: int, budget: Any = None) -> None:
+            super().__init__(image_shape, budget=budget)
+
+    with registered(Bright):
+        memory = Bright((3, 8, 8), more=2)
+        memory.extend(real_set())
+        with pytest.raises(ConfigError, match=r"could not be read again.*'more'"):
+            memory.save(tmp_path / "memory.hmn")
+    assert not list(tmp_path.iterdir())
+
+
+def test_real_images_are_read_as_bytes() -> None:
+    class Floating(RawMemory):
+        def _read(self, payloads: Sequence[bytes]) -> Tensor:
+            return super()._read(payloads).float() / 255
+
+    memory = Floating((3, 8, 8))
+    memory.extend(real_set())
+    with pytest.raises(ConfigError, match=r"Floating\._read returns uint8 images"):
+        memory.decode()
+
+
+def test_a_kind_has_one_name_and_is_a_memory(shade: type[ShadeMemory]) -> None:
+    with pytest.raises(ConfigError, match="ShadeMemory is the memory kind 'shade'"):
+        register_memory("other")(ShadeMemory)
+    with pytest.raises(ConfigError, match="a memory kind is a subclass of Memory; got <class 'int"):
+        register_memory("number")(int)  # type: ignore[type-var]
+    with pytest.raises(ConfigError, match="register_memory takes a name"):
+        register_memory(ShadeMemory)  # type: ignore[arg-type]
+    assert shade.kind == "shade" and "other" not in MEMORIES
 
 
 def test_a_file_of_a_kind_that_is_not_registered_here_is_refused_by_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import ImageLookup
@@ -344,6 +345,24 @@ def test_experts_of_other_settings_are_refused_and_left(
         record(tmp_path, make_set(), **options)
     assert repr(str(tmp_path)) in str(one.value)
     assert files(tmp_path) == before
+
+
+def test_experts_of_another_function_of_one_name_are_refused(
+    make_set: MakeSet, tmp_path: Path
+) -> None:
+    def with_activation(activation: type[nn.Module]) -> Any:
+        def network(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+            layers = nn.Flatten(), nn.Linear(math.prod(image_shape), 4), activation()
+            return nn.Sequential(*layers, nn.Linear(4, num_classes))
+
+        return network
+
+    record(tmp_path, make_set(), networks=(with_activation(nn.ReLU),))
+    before = files(tmp_path)
+    record(tmp_path, make_set(), networks=(with_activation(nn.ReLU),))
+    assert files(tmp_path) == before
+    with pytest.raises(ExpertError, match="was recorded with network's code"):
+        record(tmp_path, make_set(), networks=(with_activation(nn.Tanh),))
 
 
 class Second(Team):

@@ -7,6 +7,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -125,6 +126,25 @@ def test_convnet_equals_the_published_one_with_instance_norm() -> None:
     head = body.head
     assert isinstance(head, nn.Sequential)
     torch.testing.assert_close(network(images), head[1](x.flatten(1)), rtol=1e-4, atol=1e-4)
+
+
+def flat(image_shape: Sequence[int], num_classes: int, width: int = 7, depth: int = 1) -> nn.Module:
+    layers = nn.Flatten(), nn.Linear(math.prod(image_shape), width), nn.Linear(width, num_classes)
+    return nn.Sequential(*layers)
+
+
+def test_a_size_that_a_partial_has_bound_stays_bound() -> None:
+    made = {
+        factory: build_network(factory, (1, 4, 4), 2, width=5).body[1].out_features  # type: ignore[index]
+        for factory in (flat, partial(flat, width=9), partial(flat, depth=2))
+    }
+    assert list(made.values()) == [5, 9, 5]
+
+
+def test_a_function_that_takes_other_arguments_is_refused() -> None:
+    wanted = r"network is called with \(image_shape, num_classes\); .* takes \(shape\)"
+    with pytest.raises(ConfigError, match=wanted):
+        build_network(lambda shape: nn.Identity(), (1, 4, 4), 2)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 8), (3, 64)])
