@@ -163,7 +163,7 @@ def configure(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
         **({} if args.table in ("memory", "datasets") else {"data": args.data}),
         "size": args.size,
         **{name: value for name, value in compared.items() if name not in NOT_COMPARED},
-        "machine": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "machine": torch.cuda.get_device_name(settings.device) if on_gpu else platform.machine(),
         "threads": torch.get_num_threads(),
     }
 

@@ -132,7 +132,8 @@ def join(timeout_seconds: float = TIMEOUT_SECONDS) -> Team:
 def launched(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Team]:
     """Join the processes that torchrun started, for a command; a single one without it.
 
-    Any launcher works that sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``.
+    Any launcher works that sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``, and
+    where there are several GPUs ``LOCAL_RANK``.
     SIGTERM, by which a launcher ends a job that lost a process, raises a
     :class:`DistributedError` inside the block.
     """
@@ -144,8 +145,8 @@ def launched(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Team]:
     with _explaining_losses("this process did not meet another one", timeout_seconds):
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
     try:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(resolve_device("auto"))
+        if (device := resolve_device("auto")).index is not None:
+            torch.cuda.set_device(device)
         with _ending_with_the_launcher(), join(timeout_seconds) as team:
             yield team
     finally:

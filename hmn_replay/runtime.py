@@ -95,7 +95,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         device: Where networks and decoders compute.
     """
     if precision == "auto":
-        return "bfloat16" if _has_native_bfloat16(device.type) else "float32"
+        return "bfloat16" if _has_native_bfloat16(device) else "float32"
     return precision
 
 
@@ -163,10 +163,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 @functools.lru_cache
-def _has_native_bfloat16(device_type: str) -> bool:
-    if device_type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device_type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+def _has_native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False

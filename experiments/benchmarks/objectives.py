@@ -61,7 +61,8 @@ def make_tasks(
     network.to(device)
     generator = make_generator(0, "objectives")
     real, decoded = torch.rand(2, batch, 3, side, side, generator=generator).to(device)
-    labels = (torch.arange(batch) % NUM_CLASSES).to(device)
+    labels_on_cpu = torch.arange(batch) % NUM_CLASSES
+    labels = labels_on_cpu.to(device)
     decoded.requires_grad_()
     rate = torch.tensor(0.01, device=device, requires_grad=True)
     start = {name: value.detach() for name, value in network.named_parameters()}
@@ -86,9 +87,8 @@ def make_tasks(
                 ),
                 [decoded, rate],
             )
-        return lambda: torch.autograd.grad(
-            function(network, real, labels, decoded, labels), decoded
-        )
+        own = labels_on_cpu if function.several_classes else labels
+        return lambda: torch.autograd.grad(function(network, real, own, decoded, own), decoded)
 
     named: dict[str, Callable[[], object]] = {name: objective(name) for name in OBJECTIVES}
     return {"forward": forward, "training": training, **named}

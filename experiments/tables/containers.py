@@ -49,7 +49,6 @@ class System:
 
 
 SYSTEMS = {
-    **{kind: System(kind, kind) for kind in KINDS},
     "hmn": System("HMN", "hmn"),
     "linba": System("LinBa", "linba"),
     "haba": System("HaBa", "haba"),
@@ -67,6 +66,8 @@ SYSTEMS = {
     "k-centre": System("real images, k-centre", selection="k-centre"),
     "ccs": System("real images, CCS", selection="ccs"),
 }
+for added in KINDS:
+    SYSTEMS.setdefault(added, System(added, added))
 ROWS = [name for name, system in SYSTEMS.items() if system.kind or system.selection]
 DEFAULT_ROWS = "hmn,linba,haba,idc,fred,pixels,random,herding,k-centre,ccs"
 

@@ -70,7 +70,8 @@ def condense(
     """Condense a labelled image set into a memory (Zheng et al. 2024, Algorithm 1).
 
     What is made depends on the arguments alone: not on the caller's ``torch.autocast``, default
-    dtype, grad mode or cuDNN flags, and not on torch's random state.
+    dtype, grad mode or cuDNN's choice of algorithms, and not on torch's random state. Whether a GPU
+    multiplies float32 in TF32 is left as torch is set.
 
     Args:
         source: A map-style data set of ``(image, label)``, a pair of arrays or tensors, or

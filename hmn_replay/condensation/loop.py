@@ -48,7 +48,14 @@ from hmn_replay.condensation.pruning import MarginRecorder, double_ended_prune, 
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
 from hmn_replay.condensation.selection import embedding
 from hmn_replay.data.images import LabelledImages, mean_psnr
-from hmn_replay.data.lookup import Images, LabelledView, images_at_once, join_images, take_images
+from hmn_replay.data.lookup import (
+    Images,
+    LabelledView,
+    as_floats,
+    images_at_once,
+    join_images,
+    take_images,
+)
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import (
     BudgetError,
@@ -117,7 +124,9 @@ class Run:
         self.memory, self.identity, self.team = memory, dict(identity), team
         self.phases, self.device, self.progress = tuple(phases), device, progress and team.first
         self.checkpoint_seconds = checkpoint_seconds
-        same = json.dumps({**self.identity, "device": device.type})
+        # A function may know in which process it is.
+        shared = {name: text for name, text in self.identity.items() if name != "functions"}
+        same = json.dumps({**shared, "device": device.type})
         team.check_same(same, "data, budget, seed, settings or device")
         self.state: dict[str, Any] = {
             "phase": self.phases[0],
@@ -491,7 +500,7 @@ class Condensation(Run):
         self._next_phase()
 
     def _chosen_order(self) -> Tensor:
-        images, method, chosen = self.real.data.images, self.config.selection, []
+        images, method, chosen = self.real.images_on(self.device), self.config.selection, []
         embed = embedding(images, self._judge())
         with self._bar("selection", 1, len(self.order)) as bar:
             for order, begun in zip(self.orders, self.num_begun[self.first_class :], strict=True):
@@ -510,9 +519,9 @@ class Condensation(Run):
         # Files of experts have no statistics of batch normalisation: they are found anew.
         shuffled = torch.randperm(len(self.order), generator=make_generator(self.seed, "judge"))
         parts = shuffled.chunk(math.ceil(len(shuffled) / images_at_once(self.memory.image_shape)))
-        real = self.real.data
+        images = self.real.images_on(self.device)
         with keeping_modes(network):
-            update_bn((real.floats(self.order[p]).to(self.device) for p in parts), network)
+            update_bn((as_floats(images[self.order[part]]) for part in parts), network)
         return network
 
     # The warm start.

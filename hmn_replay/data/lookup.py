@@ -90,7 +90,9 @@ class ImageLookup:
 
     def to(self, device: torch.device) -> ImageLookup:
         """Return a lookup of the same images that fetches them to a device."""
-        return self._like(lambda positions: self[positions].to(device))
+        # Towards a GPU nothing waits: what was fetched is pageable memory that nobody else has.
+        is_ahead = device.type == "cuda"
+        return self._like(lambda positions: self[positions].to(device, non_blocking=is_ahead))
 
     def _like(self, fetch: Callable[[Tensor], Tensor]) -> ImageLookup:
         return ImageLookup(fetch, self.shape, self.dtype, holds_features=self.holds_features)
@@ -102,11 +104,13 @@ Images: TypeAlias = "Tensor | ImageLookup"
 
 def held_on(images: Images, device: torch.device) -> Images:
     """Return images where a device can look at them: a GPU holds them all, where they are few."""
-    if device.type == "cuda":
+    if device.type == "cuda" and not (isinstance(images, Tensor) and images.is_cuda):
         num_bytes = math.prod(images.shape) * images.dtype.itemsize
         free_bytes, _ = torch.cuda.mem_get_info(device)
         if num_bytes <= min(_MOST_BYTES_HELD, free_bytes // 2):
             images = images[:]
+        elif isinstance(images, Tensor):
+            images = join_images([images])
     return images.to(device)
 
 

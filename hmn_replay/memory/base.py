@@ -768,8 +768,9 @@ def load(
     """Read a memory file, of whatever kind.
 
     What the memory decodes to is bit for bit what it was when it was saved, on the same kind of
-    device, and on a CPU with as many threads. Whatever the file claims, reading it takes memory and
-    time in proportion to its bytes; decoding all of its images may take more.
+    device (a GPU with the same settings of TF32), and on a CPU with as many threads. Whatever the
+    file claims, reading it takes memory and time in proportion to its bytes; decoding all of its
+    images may take more.
 
     Args:
         path: A file that :meth:`Memory.save` wrote; or ``"hf://OWNER/NAME"`` for one that

@@ -12,10 +12,12 @@ from hmn_replay.data.lookup import (
     ImageLookup,
     LabelledView,
     first_in_turn,
+    held_on,
     images_at_once,
     join_images,
     rank_in_class,
     take_images,
+    without_repeats,
 )
 
 SHAPE = (2, 3, 4)
@@ -78,6 +80,27 @@ def test_some_are_taken_of_a_tensor_and_of_a_lookup() -> None:
         assert taken.shape == (4, *SHAPE)
         assert numbers(taken[:]) == [5, 1, 1, 3]
         assert numbers(take_images(taken, torch.tensor([3, 0]))[:]) == [3, 5]
+
+
+def test_an_image_that_is_repeated_stands_where_it_stood_first() -> None:
+    images = join_images([torch.arange(12, dtype=torch.uint8).view(3, 1, 2, 2)])
+    repeated = images.take(torch.tensor([2, 0, 2, 1, 0]))
+    assert without_repeats(repeated, torch.tensor([4, 2, 1, 0, 3])).tolist() == [4, 2, 3]
+    assert without_repeats(repeated, torch.empty(0, dtype=torch.int64)).tolist() == []
+    assert without_repeats(images[:], torch.tensor([1, 0, 2])).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("is_lookup", [False, True])
+def test_a_gpu_holds_no_images_that_are_too_many(
+    is_lookup: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is held is a copy, which needs a GPU; what is not is fetched when it is looked at."""
+    tensor = torch.zeros(5, 1, 2, 2, dtype=torch.uint8)
+    images = join_images([tensor]) if is_lookup else tensor
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (39, 100))
+    held = held_on(images, torch.device("cuda"))
+    assert isinstance(held, ImageLookup) and held.shape == tensor.shape
+    assert held_on(images, torch.device("cpu"))[:].equal(tensor)
 
 
 def test_a_view_gives_floats() -> None:
