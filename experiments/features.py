@@ -64,7 +64,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add_data(parser, "digits")
-    add("--budgets", default="2KB,4KB", help="of a file, as 10KB,30KB,100KB")
+    add("--budgets", default="10KB,30KB", help="of a file, as 10KB,30KB,100KB")
     add(
         "--rows",
         default="features,raw-features,pq-16x4,pq-32x4,pq-16x6,jpeg-10,jpeg-20",
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         stopped = True
     store.write()
-    text = "\n".join([markdown(store), *store.errors()])
+    text = "\n".join([markdown(store), *store.notes("row", "budget")])
     write_atomically(args.out / "table.md", text.encode())
     print(f"\n{text}\nWritten to {args.out}")
     return store.exit_code(stopped=stopped)

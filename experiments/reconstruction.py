@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped = True
     store.report["rows"] = rows = make_rows(store)
     store.write()
-    text = "\n".join([markdown(rows), *store.errors()])
+    text = "\n".join([markdown(rows), *store.notes("codec", "rate", "quality")])
     write_atomically(args.out / "table.md", text.encode())
     draw(store, args.out / "reconstruction.png")
     print(f"\n{text}\nWritten to {args.out}")

@@ -65,6 +65,16 @@ class Store:
         matching = self._matching(None, identity)
         return list(dict.fromkeys(cell["error"] for cell in matching if "error" in cell))
 
+    def notes(self, *names: str) -> list[str]:
+        """Return a line for each error, behind the values of names that its cell is of."""
+        failed = [cell for cell in self._matching(None, {}) if "error" in cell]
+        lines = [
+            f"- {', '.join(f'{name} {cell[name]}' for name in names if name in cell)}: "
+            f"{cell['error']}"
+            for cell in failed
+        ]
+        return list(dict.fromkeys(lines))
+
     def once(
         self, what: str, identity: dict[str, Any], compute: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:

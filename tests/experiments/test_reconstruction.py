@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def test_what_failed_is_told_in_the_table(
 
     monkeypatch.setattr(hmn_replay, "condense", fails)
     run(data, tmp_path)
-    assert "BudgetError: too small" in (tmp_path / "table.md").read_text()
+    told = (tmp_path / "table.md").read_text()
+    assert re.search(r"- codec HMN, rate \d+, quality 0: BudgetError: too small", told)
 
 
 def test_a_layout_holds_about_as_many_images_as_fit_at_a_rate() -> None:
