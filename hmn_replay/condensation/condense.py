@@ -106,7 +106,9 @@ def condense(
             each. Default: those of ``source``.
         checkpoint: A file to go on from where it exists, and that is written every minute; None
             for none. It stays there in the end, and so does ``NAME.experts`` beside it, the folder
-            of the networks that are trained before, where the settings name no other.
+            of the networks that are trained before, where the settings name no other. That of
+            another run is refused; functions of your own are known by their code and what they
+            close over.
         progress: Whether to show bars on standard error.
         team: The processes that share the work, from :func:`hmn_replay.distributed.join`, which
             says how long to wait for one; all call this alike, with the same arguments, and leave

@@ -186,13 +186,29 @@ def backbone_and_benchmark() -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own
 def test_an_objective_and_a_pruning_of_ones_own() -> None:
-    own, pruned = blocks(DOCS / "objectives.md")[-2:]
+    own, pruned, *_ = blocks(DOCS / "objectives.md")[-4:]
     try:
         names = run_blocks([own, pruned])
     finally:
         hmn_replay.OBJECTIVES.remove("mean-image")
     assert names["memory"].report["pruning"].endswith("distance_to_mean")
     assert names["memory"].file_bytes <= 4096
+
+
+def test_memory_kinds_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"hmn_replay": hmn_replay, "torch": torch}
+    given["digits"] = hmn_replay.load_dataset("digits", "train")
+    smaller = {'effort="draft"': 'effort="draft", warm_start_steps=100, outer_steps=0'}
+    try:
+        names = run_blocks(blocks(DOCS / "objectives.md")[-2:], smaller, given)
+        memory = names["memory"]
+        assert memory.kind == "sketch" and memory.file_bytes <= 4096
+        assert memory.report["warm_start_psnr"] > 14
+        assert hmn_replay.load("seen.hmn").decode()[0].equal(names["replay"].memory.decode()[0])
+    finally:
+        for kind in ("sketch", "zlib"):
+            hmn_replay.MEMORIES.remove(kind)
 
 
 def test_memories_are_watched() -> None:
