@@ -46,7 +46,7 @@ from hmn_replay.errors import CheckpointError, ConfigError
 from hmn_replay.files import check_target, clear_stale
 from hmn_replay.memory.export import check_new_folder, check_sheet_name
 from hmn_replay.memory.file import unpack
-from hmn_replay.objectives.trajectories import delete_checkpoint
+from hmn_replay.objectives.trajectories import delete_checkpoint, delete_experts, experts_beside
 
 __all__ = ["condense", "evaluate", "export", "gallery", "inspect", "options"]
 
@@ -109,7 +109,9 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
     if not team.first:
         return None
     memory.save(out)
-    delete_checkpoint(checkpoint)
+    checkpoint.unlink(missing_ok=True)
+    if "experts" in memory.report["phases"]:  # otherwise they are not this run's
+        delete_experts(experts_beside(checkpoint))
     report: dict[str, Any] = memory.report
     summary = memory.summary()
     result = {

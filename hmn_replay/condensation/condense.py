@@ -45,7 +45,7 @@ _FULL_SHARE = 0.97
 # Of the images that a budget is planned for, the share that makes no warning.
 _USED_SHARE, _USED_SHARE_CODED = 0.9, 1 / 16
 # A file that is filled less, since the real images are few, makes one.
-_LEAST_SHARE = 0.5
+_LEAST_SHARE = 0.1
 
 
 @torch.inference_mode(False)
@@ -275,7 +275,7 @@ def _planned_bytes(layout: MemoryLayout) -> int | None:
 def _why_unused(run: Condensation, budget: Budget, file_bytes: int, is_told: bool) -> str | None:
     """Return why a file is less full than it should be, or None.
 
-    Warn where more could be had, and where it is mostly empty for want of real images, unless that
+    Warn where more could be had, and where it is nearly empty for want of real images, unless that
     was told before.
     """
     memory, size = run.memory, run.memory.layout.group_size

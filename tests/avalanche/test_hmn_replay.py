@@ -274,7 +274,6 @@ def _memory(replay: HMNReplay) -> LearnedMemory:
     return replay.memory
 
 
-@pytest.mark.filterwarnings("ignore:the file fills 25 %")
 def test_a_memory_of_another_kind_or_shape_is_refused_before_training() -> None:
     experience = streams().train_stream[0]
     shape = (3, 10, 10)

@@ -213,7 +213,6 @@ def test_every_part_may_be_left_out_or_be_large(
     check(tiny(data, make_layout(), **options), data)
 
 
-@pytest.mark.filterwarnings("ignore:the file fills 20 %")
 def test_the_layout_is_chosen_where_none_is_given(make_set: MakeSet) -> None:
     data = make_set(image_shape=(3, 32, 32))
     memory = condense(data, "60 KiB", **{**TINY, "warm_start_steps": 1, "outer_steps": 0})

@@ -126,7 +126,7 @@ def test_labels_are_means_over_augmentations_of_all_that_an_image_is() -> None:
 
 
 def test_added_classes_get_labels_and_old_ones_keep_theirs(make_set: MakeSet) -> None:
-    first = condensed(make_set(60, labels=(0, 1)), 3_000, "soft", expected_classes=4)
+    first = condensed(make_set(60, labels=(0, 1)), 3_000, "soft")
     before = first.soft_labels()
     added = make_set(60, labels=(4, 5), seed=1)
     settings = {**TINY, **SMALL, "beta_grid": (), "over_budget": 0.0}

@@ -208,7 +208,6 @@ def test_processes_counts_what_is_summed() -> None:
     assert list(counter.share(range(9))) == [0, 4, 8]
 
 
-@pytest.mark.filterwarnings("ignore:the file fills")
 def test_memory_gives_the_peak_of_every_phase(measure: Any) -> None:
     results = measure("memory")
     peaks = [phase["peak_memory_bytes"] for phase in results["phases"].values()]

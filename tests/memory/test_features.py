@@ -461,7 +461,6 @@ def test_another_default_dtype_changes_nothing_of_a_codebook() -> None:
 @pytest.mark.parametrize(
     ("mean", "deviation"), [(1, 0), (0, 0), (1e4, 1), (-3e4, 1), (0, 1e12), (0, 1e-12)]
 )
-@pytest.mark.filterwarnings("ignore:the file fills")
 @pytest.mark.parametrize("count", [1, 200])
 def test_features_far_from_0_and_alike_are_kept(count: int, mean: float, deviation: float) -> None:
     draws = torch.randn(count, 16, 1, 1, generator=torch.Generator().manual_seed(0))

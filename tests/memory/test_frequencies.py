@@ -172,7 +172,6 @@ def test_coded_images_take_what_is_planned(image_bytes: int, seed: int) -> None:
     assert 0.9 * image_bytes < taken <= image_bytes
 
 
-@pytest.mark.filterwarnings("ignore:the file fills")
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 32, 32), (3, 8, 8)], ids=str)
 @pytest.mark.parametrize("edge", [False, True])
 def test_flat_images_and_plain_patterns_are_encoded(
