@@ -200,9 +200,10 @@ def name_of(entry: object) -> str:
 def fingerprint(entry: object) -> str:
     """Return 16 hexadecimal digits that tell a function from others of its name.
 
-    They are of its code, of its defaults and of what it closes over: numbers, texts and functions
-    by what they are, anything else by its type. So are those of a class by its methods, and of any
-    other callable by its class and attributes. Another version of Python compiles other code.
+    They are of its code, of its defaults and of what it closes over: numbers, texts, tuples and
+    functions by what they are, anything else, such as a list that it counts in, by its type. Those
+    of a class are of its methods, and those of any other callable of its class and attributes.
+    Another version of Python compiles other code.
     """
     digest = hashlib.blake2b(digest_size=8)
     seen: dict[int, Any] = {}  # held, so that no other has its number
@@ -228,23 +229,21 @@ def fingerprint(entry: object) -> str:
         seen[id(value)] = value
         code = getattr(value, "__code__", None)
         if isinstance(value, partial):
-            feed((value.func, value.args, sorted(value.keywords.items())))
+            feed((value.func, value.args, tuple(sorted(value.keywords.items()))))
         elif isinstance(code, CodeType):
             feed_code(code)
-            feed((value.__defaults__, sorted((value.__kwdefaults__ or {}).items())))
+            feed((value.__defaults__, tuple(sorted((value.__kwdefaults__ or {}).items()))))
             for cell in getattr(value, "__closure__", None) or ():
                 feed(cell.cell_contents)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, tuple):
             for each in value:
                 feed(each)
-        elif isinstance(value, dict):
-            feed(sorted(((str(key), own) for key, own in value.items()), key=lambda pair: pair[0]))
         elif isinstance(value, type):
             digest.update(name_of(value).encode())
-            feed([own for own in vars(value).values() if hasattr(own, "__code__")])
+            feed(tuple(own for own in vars(value).values() if hasattr(own, "__code__")))
         elif callable(value):
             digest.update(name_of(value).encode())
-            feed((type(value), getattr(value, "__dict__", {})))
+            feed((type(value), *getattr(value, "__dict__", {}).items()))
 
     feed(entry)
     return digest.hexdigest()

@@ -70,6 +70,15 @@ def test_a_fingerprint_is_of_the_code_and_of_what_it_closes_over() -> None:
         def __call__(self, x: float) -> float:
             return self.factor * x if x in {"a", "b", 1.0} else x
 
+    calls: list[float] = []
+
+    def counted(x: float) -> Any:
+        calls.append(x)
+        return x
+
+    before = fingerprint(counted)
+    counted(3.0)
+    assert fingerprint(counted) == before
     assert fingerprint(power(2.0)) == fingerprint(power(2.0))
     assert fingerprint(Doubling(2.0)) == fingerprint(Doubling(2.0))
     different = [power(2.0), power(3.0), power(2.0, named=True), power(3.0, named=True)]

@@ -129,7 +129,7 @@ def test_the_checkpoint_of_another_run_is_refused_and_left(path: Path) -> None:
     write_checkpoint(path, THEIRS, STATE, some_tensors())
     before = path.read_bytes()
     with pytest.raises(
-        CheckpointError, match=r"with other data, other layout, seed 1 in place of 0; delete '"
+        CheckpointError, match=r"with other data, seed 1 in place of 0, other layout; delete '"
     ):
         read_checkpoint(path, MINE)
     assert path.read_bytes() == before

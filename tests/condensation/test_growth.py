@@ -309,17 +309,19 @@ def test_growing_goes_on_from_a_checkpoint(
 
     def interrupted(*batches: Any) -> torch.Tensor:
         steps.append(len(steps))
-        if len(steps) == stop_at:
+        if len(steps) in stop_at:
             raise KeyboardInterrupt
         return gradient_matching(*batches)
 
-    stop_at, path = 0, tmp_path / "run.checkpoint"
+    stop_at: list[int] = []
+    path = tmp_path / "run.checkpoint"
     layout, second = make_layout(number_format), make_set(labels=(2, 3), seed=1)
     memory = tiny(make_set(labels=(0, 1)), layout, budget=1632)
     options: dict[str, Any] = {"budget": 1632, "memory": memory}
     options["objective"] = register_objective(interrupted)
     expected = tiny(second, layout, **options).to_bytes()
-    num_steps, stop_at = len(steps), len(steps) + 3
+    num_steps = len(steps)
+    stop_at.append(num_steps + 3)
     with pytest.raises(KeyboardInterrupt):
         tiny(second, layout, checkpoint=path, **options)
     assert tiny(second, layout, checkpoint=path, **options).to_bytes() == expected

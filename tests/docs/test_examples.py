@@ -197,7 +197,7 @@ def test_an_objective_and_a_pruning_of_ones_own() -> None:
 
 def test_memory_kinds_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    given = {"hmn_replay": hmn_replay, "torch": torch}
+    given: dict[str, Any] = {"hmn_replay": hmn_replay, "torch": torch}
     given["digits"] = hmn_replay.load_dataset("digits", "train")
     smaller = {'effort="draft"': 'effort="draft", warm_start_steps=100, outer_steps=0'}
     try:
