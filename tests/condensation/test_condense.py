@@ -905,6 +905,23 @@ def test_a_labeller_that_does_not_know_added_classes_is_not_lost_silently(
     assert again.labeller is not None
 
 
+def test_an_objective_that_is_not_finite_is_refused_before_any_work(
+    make_set: MakeSet, make_layout: MakeLayout
+) -> None:
+    def endless(network: Any, real: Tensor, _: Any, decoded: Tensor, __: Any) -> Tensor:
+        return decoded.sum() * math.inf
+
+    with pytest.raises(ConfigError, match=r"endless is -?(inf|nan) for real images"):
+        tiny(make_set(), make_layout(), objective=endless)
+
+
+def test_what_an_objective_learns_from_is_checked() -> None:
+    with pytest.raises(
+        ConfigError, match=r"learns_from must be one of real, .*did you mean 'real'"
+    ):
+        Objective(gradient_matching, learns_from="Real")  # type: ignore[arg-type]
+
+
 def test_a_checkpoint_knows_functions_of_one_name_apart(
     make_set: MakeSet, make_layout: MakeLayout, tmp_path: Path
 ) -> None:
