@@ -518,8 +518,8 @@ def try_matching(
         )
     if not (bool(loss.isfinite()) or OBJECTIVES.is_built_in(config.objective)):
         raise ConfigError(
-            f"the loss of objective {objective.name} is {float(loss.detach())} for real images that are "
-            "matched with themselves; return a finite one"
+            f"the loss of objective {objective.name} is {float(loss.detach())} for real images "
+            "that are matched with themselves; return a finite one"
         )
 
 
