@@ -513,7 +513,7 @@ class Condensation(Run):
         """Return the network whose features images are chosen by; None for features."""
         if self.experts is None:
             return None
-        network = copy.deepcopy(self.experts.lent_network(0, self.device))
+        network = self.experts.network(0).to(self.device)
         (trained,) = self.experts.read(0, self.experts.num_epochs)
         network.load_state_dict({**network.state_dict(), **trained})
         # Files of experts have no statistics of batch normalisation: they are found anew.
