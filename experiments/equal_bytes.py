@@ -196,15 +196,12 @@ def measure(
     path = args.out / f"{label}-{labels}-{budget}-{seed}.hmn"
 
     def make() -> dict[str, Any]:
+        config = label_config(labels, args)
+        teacher, waited = (None, 0.0) if labels == "hard" else teacher_of(study, config, seed)
         started = time.monotonic()
         report: dict[str, Any] = {}
         memory: Memory
         if row in REAL:
-            config = label_config(labels, args)
-            teacher, waited = None, 0.0
-            if labels != "hard":  # each row that learns from the teacher waits for it
-                teacher, waited = teacher_of(study, config, seed)
-                started = time.monotonic() - waited
             codec: dict[str, Any] = {} if quality is None else {"quality": quality}
             fill: Any = getattr(hmn_replay, f"{row}_images")  # such as hmn_replay.jpeg_images
             memory = fill(
@@ -225,6 +222,7 @@ def measure(
                 checkpoint=path.with_suffix(".checkpoint"),
                 progress=sys.stderr.isatty(),
                 labels=labels,
+                teacher=teacher,
                 kind=kind if (kind := row.partition("-")[0]) in OTHER_KINDS else "hmn",
                 **condensation(row, args),
             )
@@ -234,8 +232,9 @@ def measure(
         return {
             "images": memory.num_images,
             "bytes": memory.file_bytes,
-            # Of a memory that was stopped on the way, the seconds before count too.
-            "seconds": report.get("seconds", time.monotonic() - started),
+            # Of a memory that was stopped on the way, the seconds before count too. Each that
+            # learns from a teacher has waited for it.
+            "seconds": waited + report.get("seconds", time.monotonic() - started),
             "label_bytes": memory.summary()["label_bytes"],
             "report": report,
         }
@@ -264,17 +263,14 @@ def measure(
 
 
 def label_config(labels: str, args: argparse.Namespace) -> hmn_replay.LabelConfig:
-    """Return how labels of real images are made: by the settings of all rows."""
+    """Return how labels are made: by the settings of all rows."""
     settings = parse_settings(args)
     own = {name: settings[name] for name in hmn_replay.LabelConfig.model_fields if name in settings}
     return hmn_replay.LabelConfig(**{**own, "labels": labels})
 
 
 def teacher_of(study: Study, config: hmn_replay.LabelConfig, seed: int) -> tuple[Any, float]:
-    """Return the teacher of a seed, and the seconds that it took.
-
-    It is trained once for all real images that learn from it.
-    """
+    """Return the teacher of a seed, trained once for all memories, and the seconds that it took."""
     key = (config, seed)
     if key not in study.teachers:
         started = time.monotonic()

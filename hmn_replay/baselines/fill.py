@@ -17,6 +17,7 @@ from hmn_replay.condensation.labelling import (
     LabelConfig,
     add_labels,
     as_label_config,
+    check_teacher,
     train_teacher,
 )
 from hmn_replay.condensation.selection import select_images
@@ -463,16 +464,13 @@ def _labelled(
 ) -> AnyReal:
     """Give a memory labels, and drop the images that these leave no room for."""
     config = as_label_config(labels)
+    if teacher is not None:
+        check_teacher(teacher, config, memory.classes, memory.image_shape)
     if config.labels == "hard":
         return memory
     _check_label_room(memory, data, config)
     if teacher is None:
         teacher = train_teacher(data, config, seed=seed, device=device)
-    if not teacher.classes.cpu().equal(memory.classes.cpu()):
-        raise ConfigError(
-            f"the teacher has the classes {teacher.classes.tolist()[:5]} ..., the memory "
-            f"{memory.classes.tolist()[:5]} ...: train it on the same data"
-        )
     own = data.labels[order]
     sources = [
         order[own == label][:count]

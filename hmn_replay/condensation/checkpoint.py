@@ -238,7 +238,7 @@ def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[st
     for name in dict.fromkeys([*wanted, *found]):
         was, now = found.get(name, "none"), wanted.get(name, "none")
         if was != now:
-            are_digests = name in ("data", "memory", "functions")
+            are_digests = name in ("data", "memory", "networks", "teacher", "functions")
             long = max(len(was), len(now)) > _SHOWN_CHARACTERS or are_digests
             differing.append(f"other {name}" if long else f"{name} {was} in place of {now}")
     return differing

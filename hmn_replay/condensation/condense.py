@@ -36,6 +36,7 @@ from hmn_replay.runtime import (
     resolve_precision,
     without_autocast,
 )
+from hmn_replay.training.networks import Network
 from hmn_replay.training.train import resolve_compile
 
 __all__ = ["check_config", "condense"]
@@ -65,6 +66,7 @@ def condense(
     progress: bool = False,
     team: Team | None = None,
     networks: Iterable[nn.Module] = (),
+    teacher: Network | None = None,
     **options: Any,
 ) -> LearnedMemory:
     """Condense a labelled image set into a memory (Zheng et al. 2024, Algorithm 1).
@@ -121,6 +123,10 @@ def condense(
             images ``(N, C, H, W)`` in [0, 1] to logits whose positions are the labels, with
             ``features(images)`` where the objective matches features. They are copied, and run in
             evaluation mode. Default: none.
+        teacher: The network that labels are made from, such as :func:`hmn_replay.train_teacher`
+            returns, with a logit for each of the memory's classes, in their order. For
+            ``labels="labeller"`` a ConvNet of ``labeller_width``. Default: one is trained on the
+            images that the memory is made of.
         **options: Fields of :class:`~hmn_replay.CondenseConfig`, to replace the effort's.
 
     Returns:
@@ -244,6 +250,7 @@ def condense(
             team=team,
             expected_classes=expected_classes,
             networks=networks,
+            teacher=teacher,
         )
         is_told = _warn_of_unused_bytes(run, limit)
         if checkpoint is not None:

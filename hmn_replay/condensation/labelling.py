@@ -20,7 +20,7 @@ from hmn_replay.data.augment import STRATEGIES, draw_augmentation
 from hmn_replay.data.images import ImageSource, as_labelled_images, channel_stats
 from hmn_replay.data.lookup import Images, as_floats, images_at_once
 from hmn_replay.distributed import ALONE, Team
-from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.errors import ConfigError, DataError, TrainingError
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.labels import LABELS, NO_LABELS, LabelBytes, Labeller, expected_bytes
 from hmn_replay.runtime import derive_seed, make_generator, resolve_device
@@ -33,6 +33,7 @@ __all__ = [
     "LabelConfig",
     "add_labels",
     "as_label_config",
+    "check_teacher",
     "label_images",
     "train_teacher",
 ]
@@ -162,6 +163,45 @@ def train_teacher(
     )
     network.classes.copy_(data.classes)
     return network
+
+
+def check_teacher(
+    teacher: Network, labels: LabelConfig, classes: Tensor, image_shape: Sequence[int]
+) -> None:
+    """Refuse a network that labels cannot be made from.
+
+    Args:
+        teacher: What is given.
+        labels: Which labels are to be made.
+        classes: int64 ``(K,)``, those of the memory, in its order.
+        image_shape: ``(C, H, W)`` of its images.
+
+    Raises:
+        ConfigError: Labels are hard, or the network has other classes, or is no labeller of that
+            width.
+        TrainingError: It has diverged.
+    """
+    if labels.labels == "hard":
+        raise ConfigError("hard labels need no teacher; pass labels='soft' or 'labeller'")
+    if not isinstance(teacher, Network):
+        raise ConfigError(
+            "teacher is a network such as train_teacher() or evaluate() returns; "
+            f"got {teacher!r:.60}"
+        )
+    if not teacher.classes.cpu().equal(classes.cpu()):
+        raise ConfigError(
+            f"the teacher has the classes {teacher.classes.tolist()[:5]} ..., the memory "
+            f"{classes.tolist()[:5]} ...: train it on the same data"
+        )
+    if not all(bool(each.isfinite().all()) for each in teacher.parameters()):
+        raise TrainingError("the teacher has weights that are not finite: its training diverged")
+    if labels.labels == "labeller":
+        width = Labeller.of(teacher, image_shape).width
+        if width != labels.labeller_width:
+            raise ConfigError(
+                f"the teacher, which is to be the labeller, has {width} channels, and room is "
+                f"planned for {labels.labeller_width}: set labeller_width={width}"
+            )
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ from hmn_replay.condensation.checkpoint import (
 )
 from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.growth import fill, make_room
-from hmn_replay.condensation.labelling import add_labels
+from hmn_replay.condensation.labelling import add_labels, check_teacher
 from hmn_replay.condensation.matchers import Stateful, make_matcher
 from hmn_replay.condensation.pruning import MarginRecorder, double_ended_prune, score_by
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
@@ -81,7 +81,7 @@ from hmn_replay.runtime import (
     make_generator,
     peak_memory_bytes,
 )
-from hmn_replay.training.networks import NETWORKS, find_head, keeping_modes, tensors_of
+from hmn_replay.training.networks import NETWORKS, Network, find_head, keeping_modes, tensors_of
 from hmn_replay.training.train import TrainingConfig, cosine_lr, train_network
 
 __all__ = ["Condensation", "Run"]
@@ -344,6 +344,7 @@ class Condensation(Run):
         old: LearnedMemory | None = None,
         expected_classes: int | None = None,
         networks: Sequence[nn.Module] = (),
+        teacher: Network | None = None,
         seed: int,
         device: torch.device,
         progress: bool,
@@ -361,6 +362,10 @@ class Condensation(Run):
             seed=seed,
             device=device,
         )
+        if teacher is not None:
+            own = self.growth.memory
+            check_teacher(teacher, config, own.classes, own.image_shape)
+        self.teacher = None if teacher is None else copy.deepcopy(teacher).to(device).eval()
         self.first_class = self.growth.first_class
         self.num_begun = self.growth.memory.images_per_class
         self.by_order = config.pruning == "order"
@@ -398,7 +403,16 @@ class Condensation(Run):
         super().__init__(
             self.growth.memory,
             _identity(
-                data, budget, memory_type, layout, config, seed, old, networks, expected_classes
+                data,
+                budget,
+                memory_type,
+                layout,
+                config,
+                seed,
+                old,
+                networks,
+                teacher,
+                expected_classes,
             ),
             [name for name, is_there in phases.items() if is_there],
             measured,
@@ -704,26 +718,30 @@ class Condensation(Run):
     def _label(self) -> None:
         config, memory, num_old = self.config, self.memory, self.growth.num_old
         self.team.copy_first(memory.state_dict().values())
-        num_images = len(self.real.data)
+        teacher = self._train_teacher() if self.teacher is None else self.teacher
+        new, sources = torch.arange(num_old, memory.num_images), None
+        if config.warm_start_steps:
+            sources = self.real.data.images.take(self.targets)
+        seed = derive_seed(self.seed, "labels")
+        add_labels(memory, teacher, config, sources=sources, indices=new, seed=seed, team=self.team)
+        self._next_phase()
+
+    def _train_teacher(self) -> Network:
+        config, num_images = self.config, len(self.real.data)
         training = config.teacher_training(num_images, config.precision, config.compile)
         with self._bar("teacher", 1, training.num_passes) as bar:
             teacher = train_network(
                 self.real.data.images,
                 self.real.class_indices,
-                memory.num_classes,
+                self.memory.num_classes,
                 config=training,
                 seed=derive_seed(self.seed, "teacher"),
                 device=self.device,
                 progress=self._follow(bar),
                 team=self.team,
             )
-        new, sources = torch.arange(num_old, memory.num_images), None
-        if config.warm_start_steps:
-            sources = self.real.data.images.take(self.targets)
-        seed = derive_seed(self.seed, "labels")
-        add_labels(memory, teacher, config, sources=sources, indices=new, seed=seed, team=self.team)
         self._count(training.num_passes)
-        self._next_phase()
+        return teacher
 
     # Pruning.
 
@@ -964,6 +982,7 @@ def _identity(
     seed: int,
     old: LearnedMemory | None,
     networks: Sequence[nn.Module],
+    teacher: Network | None,
     expected_classes: int | None,
 ) -> dict[str, str]:
     """Return what tells a run from every other one, by names that an error message can show."""
@@ -980,6 +999,7 @@ def _identity(
         "data": digest_tensors("", {"images": data.images, "labels": data.labels}),
         "memory": digest_tensors("", old_tensors),
         "networks": " ".join(digest_tensors("", tensors_of(each)) for each in networks),
+        "teacher": "" if teacher is None else digest_tensors("", tensors_of(teacher)),
         "kind": memory_type.kind,
         "layout": repr(layout),
         "expected_classes": repr(max(data.num_classes, expected_classes or 0)),

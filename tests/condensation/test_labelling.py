@@ -22,11 +22,20 @@ from hmn_replay import (
     evaluate,
     train_teacher,
 )
+from hmn_replay.condensation import loop
 from hmn_replay.condensation.labelling import label_images
 from hmn_replay.data.images import LabelledImages
-from hmn_replay.errors import BudgetError, ConfigError, DataError, HMNReplayWarning
+from hmn_replay.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HMNReplayWarning,
+    TrainingError,
+)
 from hmn_replay.memory import HierarchicalMemory, LearnedMemory, loads
-from hmn_replay.memory.labels import NO_LABELS
+from hmn_replay.memory.labels import NO_LABELS, Labeller
+from hmn_replay.training.networks import build_network
 from tests.stripes import stripes
 from tests.support import TINY, Observer, at_call, hmn_layout, real_set, tiny
 
@@ -97,13 +106,72 @@ def test_a_teacher_may_be_given() -> None:
         for given in (teacher, None)
     )
     assert one.soft_labels().equal(two.soft_labels())
-    with pytest.raises(ConfigError, match=r"the teacher has the classes \[-3, 7\]"):
-        others = real_set(classes=(1, 2), counts=(20, 20))
-        hmn_replay.raw_images(others, 4_000, labels="soft", teacher=teacher)
     with pytest.raises(ConfigError, match="hard labels need no teacher"):
         train_teacher(data, "hard")
     with pytest.raises(ConfigError, match="one of hard, soft, labeller; got 'sort'"):
         hmn_replay.raw_images(data, 4_000, labels="sort")
+
+
+@pytest.mark.parametrize("labels", ["soft", "labeller"])
+def test_a_memory_is_condensed_with_the_teacher_that_is_given(
+    make_set: MakeSet, labels: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = make_set(60)
+    config = LabelConfig(labels=labels, **SMALL)
+    first, second = (train_teacher(data, config, seed=seed, device="cpu") for seed in (0, 1))
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a teacher is trained")
+
+    monkeypatch.setattr(loop, "train_network", never)
+    path, options = tmp_path / "run", {"outer_steps": 0, "pruning": "order"}
+    memory = condensed(data, 4_000, labels, teacher=first, checkpoint=path, **options)
+    if labels == "labeller":
+        expected = Labeller.of(first, data.image_shape)
+        assert memory.labeller is not None
+        assert all(map(torch.equal, memory.labeller.buffers(), expected.buffers()))
+    else:
+        other = condensed(data, 4_000, labels, teacher=second, **options)
+        assert not memory.soft_labels().equal(other.soft_labels())
+    with pytest.raises(CheckpointError, match="other teacher"):
+        condensed(data, 4_000, labels, teacher=second, checkpoint=path, **options)
+
+
+def _network(shape: tuple[int, ...], name: str = "convnet", **own: Any) -> Any:
+    network = build_network(name, shape, 3, width=own.get("width", 4))
+    network.classes.copy_(torch.tensor(own.get("classes", (-3, 7, 1000))))
+    with torch.no_grad():
+        next(network.parameters()).mul_(own.get("factor", 1.0))
+    return network
+
+
+@pytest.mark.parametrize(
+    ("labels", "make_teacher", "error", "message"),
+    [
+        ("hard", _network, ConfigError, "hard labels need no teacher"),
+        (
+            "soft",
+            partial(_network, classes=(1, 2, 3)),
+            ConfigError,
+            r"the teacher has the classes \[1, 2, 3\]",
+        ),
+        ("soft", lambda _: nn.Identity(), ConfigError, "teacher is a network such as train_teach"),
+        ("soft", partial(_network, factor=float("nan")), TrainingError, "weights that are not fin"),
+        ("labeller", partial(_network, width=3), ConfigError, "3 channels, .* labeller_width=3"),
+        ("labeller", partial(_network, name="resnet18"), ConfigError, "a labeller is a ConvNet"),
+    ],
+)
+def test_a_teacher_of_no_use_is_refused_before_any_work(
+    labels: str, make_teacher: Callable[..., Any], error: type[Exception], message: str
+) -> None:
+    data = LabelledImages(*stripes(30))
+    teacher = make_teacher(data.image_shape)
+    with pytest.raises(error, match=message):
+        condensed(data, 4_000, labels, teacher=teacher, warm_start_steps=10**9)
+    config = LabelConfig(labels=labels, **SMALL)
+    for make in MAKERS.values():
+        with pytest.raises(error, match=message):
+            make(data, 4_000, labels=config, teacher=teacher, device="cpu")
 
 
 def test_labels_are_means_over_augmentations_of_all_that_an_image_is() -> None:

@@ -70,7 +70,17 @@ def test_all_kinds_of_rows_are_within_their_budgets(
     assert (tmp_path / "table.md").read_text() == table
 
 
-def test_kinds_of_labels_are_columns_of_their_own(cifar10: Path, tmp_path: Path) -> None:
+def test_kinds_of_labels_are_columns_of_their_own(
+    cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: list[str] = []
+
+    def train_teacher(source: Any, labels: Any, **options: Any) -> Any:
+        taught.append(labels.labels)
+        return make_teacher(source, labels, **options)
+
+    make_teacher = hmn_replay.train_teacher
+    monkeypatch.setattr(hmn_replay, "train_teacher", train_teacher)
     settings = ["teacher_passes=20", "teacher_width=2", "labeller_width=2"]
     arguments = [f"--set={setting}" for setting in settings]
     arguments += ["--labels", "hard,soft,labeller", "--budgets", "4000", "--seeds", "0"]
@@ -78,6 +88,7 @@ def test_kinds_of_labels_are_columns_of_their_own(cifar10: Path, tmp_path: Path)
     report = json.loads((tmp_path / "results.json").read_text())
     found = {(row["row"], row["labels"]): row for row in report["rows"]}
     assert len(found) == 9
+    assert taught == ["soft", "labeller"], "once for all memories, learned ones as well"
     for (_, labels), row in found.items():
         assert row["bytes"] <= 4_000
         assert (row["label_bytes"] > 0) == (labels != "hard")
