@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any, Generic, TypeVar
 
 from hmn_replay.errors import ConfigError
@@ -202,7 +203,8 @@ def fingerprint(entry: object) -> str:
 
     They are of its code, of its defaults and of what it closes over: numbers, texts, tuples and
     functions by what they are, anything else, such as a list that it counts in, by its type. Those
-    of a class are of its methods, and those of any other callable of its class and attributes.
+    of a class are of its methods, those of a method of its object's class and attributes, too, and
+    those of any other callable of its class and attributes.
     Another version of Python compiles other code.
     """
     digest = hashlib.blake2b(digest_size=8)
@@ -230,11 +232,15 @@ def fingerprint(entry: object) -> str:
         code = getattr(value, "__code__", None)
         if isinstance(value, partial):
             feed((value.func, value.args, tuple(sorted(value.keywords.items()))))
+        elif isinstance(value, MethodType):
+            owner = value.__self__
+            feed((value.__func__, type(owner), *getattr(owner, "__dict__", {}).items()))
         elif isinstance(code, CodeType):
             feed_code(code)
             feed((value.__defaults__, tuple(sorted((value.__kwdefaults__ or {}).items()))))
             for cell in getattr(value, "__closure__", None) or ():
-                feed(cell.cell_contents)
+                with contextlib.suppress(ValueError):  # nothing has been put there yet
+                    feed(cell.cell_contents)
         elif isinstance(value, tuple):
             for each in value:
                 feed(each)

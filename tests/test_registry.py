@@ -70,6 +70,9 @@ def test_a_fingerprint_is_of_the_code_and_of_what_it_closes_over() -> None:
         def __call__(self, x: float) -> float:
             return self.factor * x if x in {"a", "b", 1.0} else x
 
+        def halve(self, x: float) -> float:
+            return x / self.factor
+
     calls: list[float] = []
 
     def counted(x: float) -> Any:
@@ -84,6 +87,7 @@ def test_a_fingerprint_is_of_the_code_and_of_what_it_closes_over() -> None:
     different = [power(2.0), power(3.0), power(2.0, named=True), power(3.0, named=True)]
     different += [adding, subtracting, partial(adding, more=2.0), partial(adding, more=3.0)]
     different += [Doubling(2.0), Doubling(3.0), Doubling, len]
+    different += [Doubling(2.0).halve, Doubling(3.0).halve, Doubling.halve]
     assert len({fingerprint(each) for each in different}) == len(different)
     assert re.fullmatch("[0-9a-f]{16}", fingerprint(len))
 
@@ -93,6 +97,15 @@ def test_what_an_entry_refers_to_itself_by_ends() -> None:
         return counting(n - 1) if n else 0
 
     assert fingerprint(counting) == fingerprint(counting)
+
+
+def test_what_is_not_there_yet_is_closed_over_all_the_same() -> None:
+    def using_a_later_one(x: float) -> float:
+        return later * x
+
+    before = fingerprint(using_a_later_one)
+    later = 2.0
+    assert fingerprint(using_a_later_one) != before
 
 
 def test_what_is_ones_own_has_no_fingerprint(colours: Registry[int]) -> None:
