@@ -31,7 +31,7 @@ demo: $(STAMP)  ## Learn the digits two by two, with memories of as many bytes: 
 	    --strategies fred,hmn,jpeg,raw,naive,joint --model convnet --width 32 --epochs 10 --out $(OUT)
 
 test: $(STAMP)  ## Run the tests, a process for each core
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 fuzz: $(STAMP)  ## Read mutated memory files for SECONDS=600
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)

@@ -101,6 +101,8 @@ _MOVING = ("crop", "scale", "rotate")
 class TrainingConfig(Settings):
     """How a network is trained; the defaults are IDC's evaluation (Kim et al. 2022).
 
+    But for the learning rate, which IDC's code divides by 5 after 2/3 and 5/6 of the epochs.
+
     Raises:
         UnknownOptionError: A keyword that is no field.
         ConfigError: A value of another type, or outside its range.
