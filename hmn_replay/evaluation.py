@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn_replay.data.features import LabelledFeatures
@@ -99,12 +100,7 @@ def evaluate(
     if config.label_weight is None and isinstance(source, Memory):
         config = config.replace(label_weight=source.label_weight)
     test_images, test_labels, test_names = _images_and_labels(test_set)
-    if images.shape[1:] != test_images.shape[1:]:
-        raise DataError(
-            f"the source has images of {tuple(images.shape[1:])} and the test set of "
-            f"{tuple(test_images.shape[1:])}; both must have the same (C, H, W)"
-            + ("; extract_features() makes features of images" if holds_features else "")
-        )
+    _check_shapes(images.shape[1:], test_images.shape[1:], "the source", holds_features)
     for name, given in {"source": own_labels, "test set": test_labels}.items():
         if not len(given):
             raise DataError(f"expected a {name} of one image or more; it has none")
@@ -112,13 +108,7 @@ def evaluate(
     classes, class_indices = torch.unique(own_labels, return_inverse=True)
     targets = _targets(source, labels, classes)
     test_indices = _positions(test_labels, classes, "the source")
-    if num_unknown := int((test_indices < 0).sum()):
-        warnings.warn(
-            f"{num_unknown:,} of {len(test_indices):,} test images are of classes that the source "
-            "has no image of, and count as misclassified",
-            HMNReplayWarning,
-            stacklevel=2,
-        )
+    _warn_of_unknown(test_indices, "the source has no image of")
     target = resolve_device(device)
     with without_autocast(target):
         trained = train_network(
@@ -181,14 +171,43 @@ def labeller_accuracy(memory: Memory, test_set: Decodable | ImageSource) -> floa
     Raises:
         ConfigError: The memory has no labeller.
         DataError: As in :func:`evaluate`.
+
+    Images of classes that the memory does not have count as misclassified, with a warning.
     """
     labeller = memory.labeller
     if labeller is None:
         raise ConfigError("the memory has no labeller; make it with labels='labeller'")
     images, labels, names = _images_and_labels(test_set)
     check_same_names(memory.class_names, names, "the memory", "the test set")
+    _check_shapes(memory.image_shape, images.shape[1:], "the memory")
     indices = _positions(labels, memory.classes.cpu(), "the memory")
-    return score(labeller, images, indices, device=memory.classes.device)
+    _warn_of_unknown(indices, "the memory does not have")
+    device = memory.classes.device
+    with without_autocast(device):
+        return score(labeller, images, indices, device=device)
+
+
+def _check_shapes(
+    own: Sequence[int], tested: Sequence[int], owner: str, holds_features: bool = False
+) -> None:
+    """Refuse a test set of images of another shape ``(C, H, W)``."""
+    if tuple(own) != tuple(tested):
+        raise DataError(
+            f"{owner} has images of {tuple(own)} and the test set of {tuple(tested)}; both must "
+            "have the same (C, H, W)"
+            + ("; extract_features() makes features of images" if holds_features else "")
+        )
+
+
+def _warn_of_unknown(test_indices: Tensor, whose: str) -> None:
+    """Warn of test images whose class is not there, for a caller's caller."""
+    if num_unknown := int((test_indices < 0).sum()):
+        warnings.warn(
+            f"{num_unknown:,} of {len(test_indices):,} test images are of classes that {whose}, "
+            "and count as misclassified",
+            HMNReplayWarning,
+            stacklevel=3,
+        )
 
 
 def _positions(labels: Tensor, classes: Tensor, owner: str) -> Tensor:
@@ -226,9 +245,11 @@ def _targets(
     if wanted == "soft":
         if not source.has_soft_labels:
             raise ConfigError("the memory has no soft labels; make it with labels='soft'")
-        # A class without images may have a part of the others' labels.
+        # A class without images may have a part of the others' labels, or all of one.
         rows = source.soft_labels()[:, columns.to(source.classes.device)]
-        return rows / rows.sum(dim=1, keepdim=True)
+        total = rows.sum(dim=1, keepdim=True)
+        own = torch.searchsorted(classes, source.labels.cpu()).to(rows.device)
+        return torch.where(total > 0, rows / total, F.one_hot(own, len(classes)))
     if wanted == "labeller":
         labeller = source.labeller
         if labeller is None:

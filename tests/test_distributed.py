@@ -165,7 +165,8 @@ def test_processes_that_were_given_different_things_are_told(outcomes: Outcomes)
     for rank in (0, 1):
         outcome = outcomes("different", rank)
         assert outcome["error"] == "DistributedError"
-        assert "different data, budget, seed, settings or device: [1]" in outcome["message"]
+        what = "data, budget, seed, settings, networks or device"
+        assert f"different {what}: [1]" in outcome["message"]
 
 
 # The command.

@@ -257,3 +257,15 @@ def test_class_keys_of_tasks_are_not_compared_with_plain_labels() -> None:
             compare(memory, (images, labels))
     # Those of the first task alone are the same.
     assert len(psnr_by_class(memory, (images[labels < 2], labels[labels < 2]))) == 2
+
+
+def test_a_label_of_classes_without_images_counts_as_the_hard_one() -> None:
+    images = torch.randint(256, (15, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    memory = RawMemory((3, 8, 8))
+    memory.extend((images.to(torch.uint8), torch.arange(15) % 3))
+    memory.set_soft_labels(torch.eye(3)[torch.zeros(15, dtype=torch.int64)])
+    memory.keep(torch.arange(5, 15))
+    assert memory.images_per_class == [0, 5, 5]
+    for labels in ("hard", "soft"):
+        network, _ = evaluate(memory, memory, labels=labels, config=TINY, device="cpu")
+        assert network.classes.tolist() == [1, 2]

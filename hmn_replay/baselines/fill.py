@@ -94,7 +94,8 @@ def raw_images(
 
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
-        ConfigError: The selection is not as said above, or the teacher has other classes.
+        ConfigError: The selection or the labels are not as said above, or the teacher has other
+            classes, or is for other images.
         DataError: Images or labels that cannot be used.
     """
     return _fill(RawMemory, {}, data, budget, selection, labels, teacher, seed, device)
@@ -129,10 +130,12 @@ def jpeg_images(
 
     Raises:
         BudgetError: Not one image fits; the message gives the smallest budget that does.
-        ConfigError: ``quality``, ``subsampling`` or ``selection`` is not as said above.
+        ConfigError: ``quality``, ``subsampling``, ``selection`` or ``labels`` is not as said above,
+            or the teacher is not, as in :func:`raw_images`.
         DataError: As :func:`raw_images`.
     """
     data = as_labelled_images(data)
+    config = _label_config(JPEGMemory, data, labels, teacher)
     order = _order(data, selection, None, seed, device)
     if quality is None:
         quality, _ = choose_quality(
@@ -145,7 +148,7 @@ def jpeg_images(
         real_images(JPEGMemory, data, budget, selection=order, quality=quality, subsampling=name)
         for name in subsamplings
     ]
-    return _labelled(max(candidates, key=len), data, order, labels, teacher, seed, device)
+    return _labelled(max(candidates, key=len), data, order, config, teacher, seed, device)
 
 
 def lossless_images(
@@ -266,13 +269,14 @@ def _fill(
 ) -> AnyReal:
     """Fill a memory of any kind; arguments as for :func:`real_images`."""
     data = read_data(source, holds_features=memory_type.holds_features)
+    config = _label_config(memory_type, data, labels, teacher)
     memory = memory_type(data.image_shape, budget=budget, **settings)
     most = None
     if not memory.sizes_differ:
         most = max(1, Budget.parse(budget).num_bytes // memory.payload_bytes)
     order = _order(data, selection, most, seed, device)
     memory.extend(data, order=order)
-    return _labelled(memory, data, order, labels, teacher, seed, device)
+    return _labelled(memory, data, order, config, teacher, seed, device)
 
 
 def choose_quality(
@@ -453,19 +457,31 @@ def pq_features(
     return memory
 
 
+def _label_config(
+    memory_type: type[RealMemory],
+    data: LabelledImages,
+    labels: LabelConfig | str,
+    teacher: Network | None,
+) -> LabelConfig:
+    """Return the settings of labels, if a memory of the data may have these, by that teacher."""
+    config = as_label_config(labels)
+    if config.labels != "hard":
+        memory_type.check_takes_labels()
+    if teacher is not None:
+        check_teacher(teacher, config, data.classes, data.image_shape)
+    return config
+
+
 def _labelled(
     memory: AnyReal,
     data: LabelledImages,
     order: Tensor,
-    labels: LabelConfig | str,
+    config: LabelConfig,
     teacher: Network | None,
     seed: int,
     device: str | torch.device,
 ) -> AnyReal:
     """Give a memory labels, and drop the images that these leave no room for."""
-    config = as_label_config(labels)
-    if teacher is not None:
-        check_teacher(teacher, config, memory.classes, memory.image_shape)
     if config.labels == "hard":
         return memory
     _check_label_room(memory, data, config)

@@ -236,7 +236,7 @@ def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[st
     """Return, for each name whose texts differ, what was found in place of what was wanted."""
     differing = []
     for name in dict.fromkeys([*wanted, *found]):
-        was, now = found.get(name, "none"), wanted.get(name, "none")
+        was, now = found.get(name) or "none", wanted.get(name) or "none"
         if was != now:
             are_digests = name in ("data", "memory", "networks", "teacher", "functions")
             long = max(len(was), len(now)) > _SHOWN_CHARACTERS or are_digests

@@ -124,17 +124,19 @@ def condense(
             ``features(images)`` where the objective matches features. They are copied, and run in
             evaluation mode. Default: none.
         teacher: The network that labels are made from, such as :func:`hmn_replay.train_teacher`
-            returns, with a logit for each of the memory's classes, in their order. For
-            ``labels="labeller"`` a ConvNet of ``labeller_width``. Default: one is trained on the
-            images that the memory is made of.
+            returns, whose buffer ``classes`` has all classes that the memory will have. For
+            ``labels="labeller"`` a ConvNet of ``labeller_width``. It is copied, and run in
+            evaluation mode; ``teacher_width`` and ``teacher_passes`` are not read. Default: one is
+            trained on the images that the memory is made of.
         **options: Fields of :class:`~hmn_replay.CondenseConfig`, to replace the effort's.
 
     Returns:
         The memory, on ``device``. ``memory.report`` is a dict of JSON values: the settings (the
         precision as it was resolved, ``compile`` False in place of "auto" where nothing can be
-        compiled, and ``image_bytes`` as planned), ``seconds``, and for each phase that there is
-        (``experts``, ``selection``, ``warm_start``, ``matching``, ``labels`` and ``pruning``)
-        ``seconds``, ``images``, ``images_per_second`` and ``peak_memory_bytes`` (so far);
+        compiled, and ``image_bytes`` as planned); ``teacher_given``, whether a teacher was;
+        ``seconds``, and for each phase that there is (``experts``, ``selection``, ``warm_start``,
+        ``matching``, ``labels`` and ``pruning``) ``seconds``, ``images``, ``images_per_second`` and
+        ``peak_memory_bytes`` (so far);
         ``warm_start_psnr`` in dB (None without a warm start); ``beta`` (None where nothing was
         pruned) and ``beta_accuracies``, in [0, 1] on held-out real images (empty without a search);
         ``student_rate``, the learning rate that ``"mtt"`` ended with (None for other objectives);
@@ -264,6 +266,7 @@ def condense(
     condensed.report = {
         **settings,
         **config.model_dump(),
+        "teacher_given": teacher is not None,
         "image_bytes": _planned_bytes(layout),
         "labels": "hard" if condensed.richest_labels == "hard" else config.labels,
         **measured,

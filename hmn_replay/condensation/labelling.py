@@ -17,16 +17,27 @@ from torch import Tensor, nn
 
 from hmn_replay.budget import as_int
 from hmn_replay.data.augment import STRATEGIES, draw_augmentation
-from hmn_replay.data.images import ImageSource, as_labelled_images, channel_stats
+from hmn_replay.data.images import (
+    ImageSource,
+    as_labelled_images,
+    channel_stats,
+    show_label,
+)
 from hmn_replay.data.lookup import Images, as_floats, images_at_once
 from hmn_replay.distributed import ALONE, Team
 from hmn_replay.errors import ConfigError, DataError, TrainingError
 from hmn_replay.memory.base import Memory
 from hmn_replay.memory.labels import LABELS, NO_LABELS, LabelBytes, Labeller, expected_bytes
-from hmn_replay.runtime import derive_seed, make_generator, resolve_device
+from hmn_replay.runtime import derive_seed, make_generator, resolve_device, without_autocast
 from hmn_replay.settings import Settings, one_of
-from hmn_replay.training.networks import Network, default_depth, device_of
-from hmn_replay.training.train import Compile, TrainingConfig, train_network
+from hmn_replay.training.networks import (
+    Network,
+    default_depth,
+    device_of,
+    evaluating,
+    tensors_of,
+)
+from hmn_replay.training.train import Compile, TrainingConfig, train_network, try_network
 
 __all__ = [
     "LABEL_AUGMENTATIONS",
@@ -150,8 +161,7 @@ def train_teacher(
         TrainingError: The training diverged.
     """
     config, data = as_label_config(labels), as_labelled_images(source)
-    if config.labels == "hard":
-        raise ConfigError("hard labels need no teacher; pass labels='soft' or 'labeller'")
+    _check_wanted(config)
     network = train_network(
         data.images,
         data.class_indices,
@@ -168,33 +178,38 @@ def train_teacher(
 def check_teacher(
     teacher: Network, labels: LabelConfig, classes: Tensor, image_shape: Sequence[int]
 ) -> None:
-    """Refuse a network that labels cannot be made from.
+    """Refuse a network that labels cannot be made from, before any work.
 
     Args:
         teacher: What is given.
         labels: Which labels are to be made.
-        classes: int64 ``(K,)``, those of the memory, in its order.
+        classes: int64 ``(K,)``, those of the memory.
         image_shape: ``(C, H, W)`` of its images.
 
     Raises:
-        ConfigError: Labels are hard, or the network has other classes, or is no labeller of that
-            width.
+        ConfigError: Labels are hard; or the network has other classes, does not take such images,
+            or is no labeller of that width.
         TrainingError: It has diverged.
     """
-    if labels.labels == "hard":
-        raise ConfigError("hard labels need no teacher; pass labels='soft' or 'labeller'")
+    _check_wanted(labels)
     if not isinstance(teacher, Network):
         raise ConfigError(
             "teacher is a network such as train_teacher() or evaluate() returns; "
             f"got {teacher!r:.60}"
         )
-    if not teacher.classes.cpu().equal(classes.cpu()):
+    own, wanted = {*teacher.classes.tolist()}, {*classes.tolist()}
+    if own != wanted:
+        differing = ", ".join(map(show_label, sorted(own ^ wanted)[:6]))
         raise ConfigError(
-            f"the teacher has the classes {teacher.classes.tolist()[:5]} ..., the memory "
-            f"{classes.tolist()[:5]} ...: train it on the same data"
+            f"the teacher has {len(own)} classes and the memory {len(wanted)}, and these are not "
+            f"in both: {differing}; train it on images of all classes that the memory will have"
         )
-    if not all(bool(each.isfinite().all()) for each in teacher.parameters()):
-        raise TrainingError("the teacher has weights that are not finite: its training diverged")
+    device = device_of(teacher)
+    images = torch.rand((2, *image_shape), generator=make_generator(0, "teacher")).to(device)
+    with without_autocast(device):
+        logits = try_network(teacher, images, len(classes))
+    if not bool(logits.isfinite().all()):
+        raise TrainingError("the teacher's logits are not finite: its training diverged")
     if labels.labels == "labeller":
         width = Labeller.of(teacher, image_shape).width
         if width != labels.labeller_width:
@@ -202,6 +217,11 @@ def check_teacher(
                 f"the teacher, which is to be the labeller, has {width} channels, and room is "
                 f"planned for {labels.labeller_width}: set labeller_width={width}"
             )
+
+
+def _check_wanted(labels: LabelConfig) -> None:
+    if labels.labels == "hard":
+        raise ConfigError("hard labels need no teacher; pass labels='soft' or 'labeller'")
 
 
 @torch.no_grad()
@@ -284,7 +304,8 @@ def add_labels(
 
     Args:
         memory: The memory.
-        network: The teacher, with a logit for each of the memory's classes, in their order.
+        network: The teacher, whose buffer ``classes`` says which of the memory's classes each
+            logit stands for; shown in evaluation mode, and without the caller's autocast.
         config: What to make.
         sources: uint8 ``(B, C, H, W)``: the real images that the memory's come from, where that is
             known.
@@ -293,20 +314,23 @@ def add_labels(
         team: The processes that make the memory together.
     """
     # Processes may differ in last bits.
-    team.copy_first(network.state_dict().values())
+    team.copy_first(tensors_of(network).values())
+    classes = memory.classes.cpu()
+    order = (network.classes.cpu() == classes[:, None]).int().argmax(dim=1)
     if config.labels == "labeller":
-        memory.set_labeller(Labeller.of(network, memory.image_shape))
+        memory.set_labeller(Labeller.of(network, memory.image_shape).of_classes(order))
     elif config.makes_soft:
         positions = torch.arange(memory.num_images) if indices is None else indices
         decoded = memory.decoded(torch.uint8)
         own = decoded[positions] if isinstance(decoded, Tensor) else decoded.take(positions)
         parts = [own] if sources is None else [own, sources]
-        rows = label_images(
-            network,
-            parts,
-            views=config.label_views,
-            augmentations=config.label_augmentations,
-            seed=seed,
-        )
+        with evaluating(network), without_autocast(device_of(network)):
+            rows = label_images(
+                network,
+                parts,
+                views=config.label_views,
+                augmentations=config.label_augmentations,
+                seed=seed,
+            )[:, order]
         team.copy_first([rows])
         memory.set_soft_labels(rows, positions)

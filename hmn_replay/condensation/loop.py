@@ -127,7 +127,7 @@ class Run:
         # A function may know in which process it is.
         shared = {name: text for name, text in self.identity.items() if name != "functions"}
         same = json.dumps({**shared, "device": device.type})
-        team.check_same(same, "data, budget, seed, settings or device")
+        team.check_same(same, "data, budget, seed, settings, networks or device")
         self.state: dict[str, Any] = {
             "phase": self.phases[0],
             "step": 0,
@@ -365,7 +365,9 @@ class Condensation(Run):
         if teacher is not None:
             own = self.growth.memory
             check_teacher(teacher, config, own.classes, own.image_shape)
-        self.teacher = None if teacher is None else copy.deepcopy(teacher).to(device).eval()
+            teacher = copy.deepcopy(teacher).to(device)
+            team.copy_first(tensors_of(teacher).values())  # they may differ in last bits
+        self.teacher = teacher
         self.first_class = self.growth.first_class
         self.num_begun = self.growth.memory.images_per_class
         self.by_order = config.pruning == "order"
@@ -740,6 +742,7 @@ class Condensation(Run):
                 progress=self._follow(bar),
                 team=self.team,
             )
+        teacher.classes.copy_(self.memory.classes)
         self._count(training.num_passes)
         return teacher
 

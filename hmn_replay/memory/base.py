@@ -380,7 +380,7 @@ class Memory(abc.ABC):
         if probabilities is None:
             self._soft = None
             return
-        self._check_takes_labels()
+        self.check_takes_labels()
         probabilities = torch.as_tensor(probabilities)
         indices = torch.arange(self.num_images) if indices is None else indices
         positions = check_indices(indices, self.num_images, once=True)
@@ -416,7 +416,7 @@ class Memory(abc.ABC):
                 features.
         """
         if labeller is not None:
-            self._check_takes_labels()
+            self.check_takes_labels()
             got = (labeller.num_classes, labeller.image_shape)
             if got != (self.num_classes, self.image_shape):
                 raise ConfigError(
@@ -426,8 +426,10 @@ class Memory(abc.ABC):
         # Not by name: a learned memory is a module, which would take it for a part of its own.
         self.__dict__["_labeller"] = labeller
 
-    def _check_takes_labels(self) -> None:
-        if self.holds_features:
+    @classmethod
+    def check_takes_labels(cls) -> None:
+        """Raise a :class:`ConfigError` where the memory holds features: these have hard labels."""
+        if cls.holds_features:
             raise ConfigError(
                 "labels are what a network says of augmented images; leave them out for features"
             )

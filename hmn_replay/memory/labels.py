@@ -364,6 +364,11 @@ class Labeller(nn.Module):
         values = (value for name, value in labeller.named_buffers() if "integers" not in name)
         if not all(bool(value.isfinite().all()) for value in values):
             raise ConfigError("a labeller's values are float16, finite; the network's are beyond")
+        if not bool((labeller._buffer("plain", 1) > 0).all()):
+            raise ConfigError(
+                "a labeller divides by its standard deviations, in float16; one of the network's "
+                "is 0 there"
+            )
         return labeller
 
     @property

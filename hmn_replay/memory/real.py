@@ -312,6 +312,8 @@ class RealMemory(Memory):
         tried = copy.deepcopy(self)
         tried.budget_bytes = None
         if images is not None:
+            if {*images.classes.tolist()} - {*tried.classes.tolist()}:
+                tried.set_labeller(None)  # it goes where classes come, with a warning then
             tried.extend(images)
         counts = torch.tensor([count for count in tried.images_per_class if count])
         tried.keep(counts.cumsum(0) - counts)

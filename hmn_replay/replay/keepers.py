@@ -170,8 +170,8 @@ class LearnedKeeper(Keeper):
         kind: A learned memory kind: ``"hmn"``, or ``"fred"``, ``"pixels"``, ``"idc"``, ``"haba"``,
             ``"linba"``; ``"features"`` for a frozen network's features.
         expected_classes: How many classes there will be in all, if that is known: the memory's
-            tensors are shaped for so many. Default: None, ten times those that come first, or as
-            many of them as the budget can be shaped for.
+            tensors are shaped for so many. Default: None, ten times those that come in an update,
+            or as many of them as the budget can be shaped for.
         config: Settings of the condensation, in place of ``effort`` and ``options``. Default: None,
             those of ``effort``.
         effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``. The default is made for

@@ -52,7 +52,7 @@ from hmn_replay.runtime import (
     resolve_device,
     without_autocast,
 )
-from hmn_replay.training.networks import device_of, evaluating
+from hmn_replay.training.networks import Network, device_of, evaluating
 
 __all__ = ["STATE_VERSION", "DecodedImages", "ReplayMemory", "digest_memory", "digest_state"]
 
@@ -477,8 +477,9 @@ class ReplayMemory:
         Args:
             network: From float images ``(B, C, H, W)`` in [0, 1] to logits ``(B, L)``; shown
                 without gradients, and in evaluation mode if it is a module.
-            classes: The L labels that the logits stand for, in any order. Default: None, 0 to
-                L - 1.
+            classes: The L labels that the logits stand for, in any order. Default: None, those of
+                the network's buffer ``classes`` for one of :func:`hmn_replay.build_network` or
+                :func:`hmn_replay.evaluate`, and 0 to L - 1 for any other.
             views: How many augmentations a label is a mean over.
             augmentations: Their names; see :func:`hmn_replay.data.augment.draw_augmentation`.
                 Without ``"flip"`` where a mirrored image is of no class, as digits are.
@@ -501,6 +502,8 @@ class ReplayMemory:
         if not len(chosen):
             return 0
         wanted = memory.classes.tolist()
+        if classes is None and isinstance(network, Network):
+            classes = network.classes
         given = None if classes is None else [int(label) for label in classes]
         if given is not None and len(set(given)) < len(given):
             raise ConfigError("classes are the labels of the logits; some occur twice or more")

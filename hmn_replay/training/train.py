@@ -71,6 +71,7 @@ __all__ = [
     "mixes_images",
     "resolve_compile",
     "train_network",
+    "try_network",
     "wants_compiling",
 ]
 
@@ -362,24 +363,34 @@ def make_network(
         seed=seed,
     ).cpu()
     if not is_built_in(config.network):
-        _try_network(network, as_floats(images[:2]).cpu(), num_classes)
+        try_network(network, as_floats(images[:2]).cpu(), num_classes)
     return network
 
 
-def _try_network(network: Network, images: Tensor, num_classes: int) -> None:
-    """Refuse a network that cannot be trained on such images, before any work."""
+def try_network(network: Network, images: Tensor, num_classes: int) -> Tensor:
+    """Return the logits of a few images, and refuse a network that gives none for them.
+
+    Args:
+        network: It is in evaluation mode here, and as it was afterwards.
+        images: float ``(N, C, H, W)`` in [0, 1], where the network is.
+        num_classes: How many logits it is to give.
+
+    Raises:
+        ConfigError: It does not take such images, or gives something else.
+    """
     name = type(network.body).__name__
     try:
         with torch.no_grad(), evaluating(network):
-            shape = tuple(network(images).shape)
+            logits: Tensor = network(images)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ConfigError(f"{name} does not take images {tuple(images.shape)}: {error}") from error
-    if shape != (len(images), num_classes):
+    if logits.shape != (len(images), num_classes):
         raise ConfigError(
-            f"{name} gives {shape} for {len(images)} images of {num_classes} classes; expected "
-            f"logits {(len(images), num_classes)}: make its last layer by the number of classes "
-            "that the function is given"
+            f"{name} gives {tuple(logits.shape)} for {len(images)} images of {num_classes} "
+            f"classes; expected logits {(len(images), num_classes)}: make its last layer by the "
+            "number of classes that the function is given"
         )
+    return logits
 
 
 def wants_compiling(

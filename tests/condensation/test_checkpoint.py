@@ -125,6 +125,12 @@ def test_a_group_is_what_begins_with_its_name_and_a_slash() -> None:
     assert checkpoint.group("scores") == {}
 
 
+def test_a_name_that_is_missing_is_as_one_that_says_nothing(path: Path) -> None:
+    write_checkpoint(path, MINE, STATE, some_tensors())
+    found = read_checkpoint(path, {**MINE, "teacher": ""})
+    assert found is not None and found.state == STATE
+
+
 def test_the_checkpoint_of_another_run_is_refused_and_left(path: Path) -> None:
     write_checkpoint(path, THEIRS, STATE, some_tensors())
     before = path.read_bytes()

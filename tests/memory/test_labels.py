@@ -393,6 +393,9 @@ def test_only_a_labeller_of_the_memory_s_classes_is_kept() -> None:
         large.get_parameter("body.head.1.bias").fill_(1e6)
     with pytest.raises(ConfigError, match="values are float16, finite; the network's are beyond"):
         Labeller.of(large, (3, 16, 16))
+    flat = build_network("convnet", (3, 8, 8), 2, width=3, std=[1e-9] * 3)
+    with pytest.raises(ConfigError, match="divides by its standard deviations, in float16; one"):
+        Labeller.of(flat, (3, 8, 8))
     with pytest.raises(ConfigError, match="a labeller is a ConvNet; got Linear"):
         Labeller.of(torch.nn.Linear(2, 2), (3, 8, 8))
     with pytest.raises(ConfigError, match="1 to 512 channels and 1 to 8 blocks"):

@@ -424,6 +424,30 @@ def test_real_images_that_are_added_do_not_lose_a_labeller_silently() -> None:
         memory.update(batch(1))
 
 
+def test_a_network_of_this_package_says_itself_what_its_logits_stand_for() -> None:
+    network = build_network("convnet", (3, 8, 8), 3, width=4)
+    found = []
+    for classes in ([5, 3, 4], None):
+        memory = make("raw")
+        memory.update(batch(3, 5))
+        if classes is None:
+            network.classes.copy_(torch.tensor([5, 3, 4]))
+        memory.label(network, classes=classes)
+        assert memory.memory is not None
+        found.append(memory.memory.soft_labels())
+    assert found[0].equal(found[1])
+
+
+def test_a_check_of_room_does_not_warn_of_what_an_update_would_do() -> None:
+    memory = make("raw")
+    memory.update(batch(0))
+    assert memory.memory is not None
+    network = build_network("convnet", (3, 8, 8), 1, width=4)
+    memory.memory.set_labeller(Labeller.of(network, (3, 8, 8)))
+    memory.check_room(batch(1))
+    assert memory.memory.labeller is not None
+
+
 def test_a_network_that_labels_has_a_logit_for_each_class_of_the_memory() -> None:
     memory = make("raw")
     memory.update(batch(3, 5))
