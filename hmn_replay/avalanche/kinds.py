@@ -84,8 +84,8 @@ class HMNReplay(MemoryReplay):
             (see the results in the documentation); ``"pixels"``, ``"idc"``, ``"haba"`` or
             ``"linba"``; or ``"features"`` for a model with a frozen backbone.
         expected_classes: How many classes the stream will have in all, if that is known: the
-            memory's tensors are shaped for so many. Default: None, ten times those of the experience
-            that comes, or as many of them as the budget can be shaped for.
+            memory's tensors are shaped for so many. Default: None, ten times those of the
+            experience that comes, or as many of them as the budget can be shaped for.
         config: Settings of the condensation, in place of ``effort`` and ``options``. Default: None,
             those of ``effort``.
         effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``. The default is made for

@@ -54,6 +54,7 @@ LABEL_AUGMENTATIONS = ("flip", "crop")
 
 # To plan with: bits of a labeller's weight, and bytes of a tensor's name and place in the header.
 _WEIGHT_BITS, _HEADER_BYTES = 4.2, 80
+_TEACHER_PASSES, _LABELLER_PASSES = 160_000, 1_000_000
 # A teacher is not shown a few images more often than that: it knows them by heart.
 _MOST_TEACHER_EPOCHS = 200
 
@@ -74,8 +75,10 @@ class LabelConfig(Settings):
     teacher_width: Annotated[int, Field(ge=1)] = 64
     """Channels of the blocks of the ConvNet that makes soft labels."""
 
-    teacher_passes: Annotated[int, Field(ge=1)] = 160_000
-    """Real images that the teacher or the labeller is shown in all, each 200 times at most."""
+    teacher_passes: Annotated[int, Field(ge=1)] | None = None
+    """Real images that the teacher or the labeller is shown in all, each 200 times at most; None
+    for 160,000 for a teacher and 1,000,000 for a labeller, which gains by them and takes no byte
+    more."""
 
     labeller_width: Annotated[int, Field(ge=1, le=512)] = 16
     """Channels of the blocks of the ConvNet in the file."""
@@ -101,7 +104,8 @@ class LabelConfig(Settings):
             precision: As in :class:`TrainingConfig`.
             compile: As in :class:`TrainingConfig`.
         """
-        num_passes = min(self.teacher_passes, _MOST_TEACHER_EPOCHS * num_images)
+        most = _LABELLER_PASSES if self.labels == "labeller" else _TEACHER_PASSES
+        num_passes = min(self.teacher_passes or most, _MOST_TEACHER_EPOCHS * num_images)
         return TrainingConfig(
             width=self.labeller_width if self.labels == "labeller" else self.teacher_width,
             num_passes=num_passes,

@@ -365,9 +365,14 @@ def test_columns_follow_the_classes_of_a_memory_in_any_order() -> None:
 
 
 def test_a_teacher_of_few_images_is_shown_each_200_times() -> None:
-    config = LabelConfig(labels="soft")
-    passes = [config.teacher_training(n, "float32", False).num_passes for n in (5, 799, 800, 9999)]
-    assert passes == [1000, 159_800, 160_000, 160_000]
+    def passes(**options: Any) -> list[int]:
+        config = LabelConfig(**options)
+        sizes = (5, 799, 800, 9999)
+        return [config.teacher_training(n, "float32", False).num_passes for n in sizes]
+
+    assert passes(labels="soft") == [1000, 159_800, 160_000, 160_000]
+    assert passes(labels="labeller") == [1000, 159_800, 160_000, 1_000_000]
+    assert passes(labels="labeller", teacher_passes=2_000) == [1000, 2_000, 2_000, 2_000]
 
 
 def test_a_labeller_teaches_and_is_scored() -> None:
