@@ -196,11 +196,12 @@ class FeatureMemory(LearnedMemory):
         layout: FeatureLayout,
         budget_bytes: int,
         num_classes: int,
+        num_groups: int,
         label_bytes: LabelBytes = NO_LABELS,
         real_images_per_class: int | None = None,
     ) -> bool:
         """Return whether enough is left for images: it is where all real ones fit."""
-        if super().leaves_room(layout, budget_bytes, num_classes, label_bytes):
+        if super().leaves_room(layout, budget_bytes, num_classes, num_groups, label_bytes):
             return True
         if real_images_per_class is None:
             return False

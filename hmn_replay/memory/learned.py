@@ -67,6 +67,8 @@ _MAX_MAGNITUDE = 1e4
 _MAX_SUM_LOADED, _MAX_SUM_SAVED = 1e37, 1e36
 # Below that, better images teach less than more of them: less than planned is then spent on each.
 _LEAST_IMAGES_PER_CLASS = 5
+# A better decoder may take the place of the other images, where a class has few of them.
+_SHARE_OF_MOST = 0.95
 
 AnyLearned = TypeVar("AnyLearned", bound="LearnedMemory")
 
@@ -176,7 +178,8 @@ class LearnedMemory(Memory, nn.Module):
         """Return the layout for a budget: the first of :meth:`layouts` that leaves enough of it.
 
         By it, what all images share takes :attr:`most_shared` of the budget at most, and
-        :attr:`planned_images` of each class fit; where there is none such, it is the last one.
+        :attr:`planned_images` of each class fit, or 19 in 20 of the images that the last layout
+        has room for, where these are fewer; where there is none such, it is the last one.
         Images that have no fixed size then take less than it plans where 5 of each class would not
         fit, and up to :attr:`largest_image` times as much where there is room for more images than
         there are real ones.
@@ -204,14 +207,19 @@ class LearnedMemory(Memory, nn.Module):
         limit = Budget.parse(budget).num_bytes
         layouts = cls._layouts(limit, shape, number_format, image_bytes)
         cls.check_layout(layouts[0])
-        room = (limit, num_classes, label_bytes, real_images_per_class)
+
+        def room_of(tried: Any) -> int:
+            with contextlib.suppress(BudgetError):
+                return cls.max_images(tried, limit, num_classes, label_bytes=label_bytes)
+            return 0
+
+        most_groups = room_of(layouts[-1]) // layouts[-1].group_size
+        planned = min(cls.planned_images * num_classes, int(_SHARE_OF_MOST * most_groups))
+        room = (limit, num_classes, max(num_classes, planned), label_bytes, real_images_per_class)
         layout = next((one for one in layouts if cls.leaves_room(one, *room)), layouts[-1])
 
         def num_images(size: int) -> int:
-            with contextlib.suppress(BudgetError):
-                tried = layout.with_images_of(size)
-                return cls.max_images(tried, limit, num_classes, label_bytes=label_bytes)
-            return 0
+            return room_of(layout.with_images_of(size))
 
         if layout.image_field is not None:
             size = getattr(layout, layout.image_field)
@@ -232,12 +240,13 @@ class LearnedMemory(Memory, nn.Module):
         layout: Any,
         budget_bytes: int,
         num_classes: int,
+        num_groups: int,
         label_bytes: LabelBytes = NO_LABELS,
         real_images_per_class: int | None = None,
     ) -> bool:
-        """Return whether a layout leaves enough for images; see :meth:`choose_layout`."""
+        """Return whether a layout leaves room for so many groups; see :meth:`choose_layout`."""
         del real_images_per_class
-        num_images = cls.planned_images * num_classes * layout.group_size
+        num_images = num_groups * layout.group_size
         shared, takes = (
             cls.file_bytes_of(layout, num_classes, count, budget_bytes) for count in (0, num_images)
         )

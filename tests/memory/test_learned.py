@@ -15,12 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hmn_replay.budget import Budget
 from hmn_replay.errors import BudgetError, ConfigError, DataError, TrainingError
 from hmn_replay.memory import (
     NUMBER_FORMATS,
     FrequencyLayout,
     HaBaLayout,
     HaBaMemory,
+    HierarchicalMemory,
     HMNLayout,
     IDCLayout,
     LearnedMemory,
@@ -949,6 +951,18 @@ def test_the_first_layout_that_fits_is_taken() -> None:
     assert chosen(needed(1)) == 1
     with pytest.raises(BudgetError, match=f"the smallest that does is {needed(1):,} bytes"):
         chosen(needed(1) - 1)
+
+
+@pytest.mark.parametrize("kib", [45, 60, 80, 90, 99, 100, 110])
+def test_images_are_not_made_poor_for_the_sake_of_a_few_more(kib: int) -> None:
+    # 10 of a class, as are planned, fit from 100 KiB on, and all layouts have images of 96 bytes.
+    budget = Budget(1024 * kib)
+    layout: HMNLayout = HierarchicalMemory.choose_layout(budget, (3, 32, 32), 100)
+    smallest = HierarchicalMemory.layouts(budget.num_bytes, (3, 32, 32), "entropy")[-1]
+    assert smallest.instance_channels == 1 and layout.instance_channels >= 4
+    least = smallest.with_images_of(layout.image_bytes)
+    most = HierarchicalMemory.max_images(least, budget, 100)
+    assert HierarchicalMemory.max_images(layout, budget, 100) > min(999, 0.94 * most)
 
 
 # The file.
