@@ -382,13 +382,14 @@ def try_network(network: Network, images: Tensor, num_classes: int) -> Tensor:
     try:
         with torch.no_grad(), evaluating(network):
             logits: Tensor = network(images)
+            shape = tuple(logits.shape)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ConfigError(f"{name} does not take images {tuple(images.shape)}: {error}") from error
-    if logits.shape != (len(images), num_classes):
+    if shape != (len(images), num_classes):
         raise ConfigError(
-            f"{name} gives {tuple(logits.shape)} for {len(images)} images of {num_classes} "
-            f"classes; expected logits {(len(images), num_classes)}: make its last layer by the "
-            "number of classes that the function is given"
+            f"{name} gives {shape} for {len(images)} images of {num_classes} classes; expected "
+            f"logits {(len(images), num_classes)}: make its last layer by the number of classes "
+            "that the function is given"
         )
     return logits
 
