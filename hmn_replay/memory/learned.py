@@ -179,7 +179,8 @@ class LearnedMemory(Memory, nn.Module):
 
         By it, what all images share takes :attr:`most_shared` of the budget at most, and
         :attr:`planned_images` of each class fit, or 19 in 20 of the images that the last layout
-        has room for, where these are fewer; where there is none such, it is the last one.
+        has room for, where these are fewer, but five of every other class at least; where there is
+        none such, it is the last one.
         Images that have no fixed size then take less than it plans where 5 of each class would not
         fit, and up to :attr:`largest_image` times as much where there is room for more images than
         there are real ones.
@@ -213,9 +214,11 @@ class LearnedMemory(Memory, nn.Module):
                 return cls.max_images(tried, limit, num_classes, label_bytes=label_bytes)
             return 0
 
+        planned = cls.planned_images * num_classes
         most_groups = room_of(layouts[-1]) // layouts[-1].group_size
-        planned = min(cls.planned_images * num_classes, int(_SHARE_OF_MOST * most_groups))
-        room = (limit, num_classes, max(num_classes, planned), label_bytes, real_images_per_class)
+        if 2 * most_groups >= _LEAST_IMAGES_PER_CLASS * num_classes:
+            planned = max(num_classes, min(planned, int(_SHARE_OF_MOST * most_groups)))
+        room = (limit, num_classes, planned, label_bytes, real_images_per_class)
         layout = next((one for one in layouts if cls.leaves_room(one, *room)), layouts[-1])
 
         def num_images(size: int) -> int:
@@ -486,11 +489,13 @@ class LearnedMemory(Memory, nn.Module):
                 f"a budget of {limit:,} bytes does not hold {what} of each of {num_classes} "
                 f"classes; with this layout the smallest that does is {smallest:,} bytes"
             )
-        # The header grows by a digit now and then, so the quotient is a start, not the answer.
+        # The header has more digits now and then, and is padded: the quotient is a start.
         each = cls.group_bytes(layout) + size * label_bytes.each
         num_groups = num_classes + math.floor((limit - smallest) / each)
         while takes(num_groups) > limit:
             num_groups -= 1
+        while takes(num_groups + 1) <= limit:
+            num_groups += 1
         return size * num_groups
 
     @classmethod

@@ -27,6 +27,7 @@ from hmn_replay.memory import (
     IDCLayout,
     LearnedMemory,
     LinBaLayout,
+    LinBaMemory,
     MemoryLayout,
     PixelLayout,
     StoredTensor,
@@ -951,6 +952,13 @@ def test_the_first_layout_that_fits_is_taken() -> None:
     assert chosen(needed(1)) == 1
     with pytest.raises(BudgetError, match=f"the smallest that does is {needed(1):,} bytes"):
         chosen(needed(1) - 1)
+
+
+def test_padding_of_the_header_costs_no_image() -> None:
+    layout = LinBaLayout((3, 17, 22), "int8", num_bases=9, downsampling=1)
+    needed = LinBaMemory.file_bytes_of(layout, 1, 392, 14_013)
+    assert needed == 14_013
+    assert LinBaMemory.max_images(layout, needed, 1) == 392
 
 
 @pytest.mark.parametrize("kib", [45, 60, 80, 90, 99, 100, 110])
