@@ -164,6 +164,8 @@ def score(
 def labeller_accuracy(memory: Memory, test_set: Decodable | ImageSource) -> float:
     """Return the accuracy of a memory's labeller on real images, in [0, 1].
 
+    Images of classes that the memory does not have count as misclassified, with a warning.
+
     Args:
         memory: A memory with a labeller in its file.
         test_set: As in :func:`evaluate`.
@@ -171,8 +173,6 @@ def labeller_accuracy(memory: Memory, test_set: Decodable | ImageSource) -> floa
     Raises:
         ConfigError: The memory has no labeller.
         DataError: As in :func:`evaluate`.
-
-    Images of classes that the memory does not have count as misclassified, with a warning.
     """
     labeller = memory.labeller
     if labeller is None:

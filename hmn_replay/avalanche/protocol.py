@@ -25,6 +25,7 @@ from hmn_replay.avalanche.losses import (
 from hmn_replay.avalanche.streams import Strategy, is_piece, normalises
 from hmn_replay.budget import as_int, as_number
 from hmn_replay.errors import ConfigError
+from hmn_replay.memory.labels import check_takes_labels
 from hmn_replay.registry import check_name
 
 __all__ = [
@@ -209,10 +210,8 @@ def check_asked(
 
 def check_labels(mode: str, labels: str, label_weight: float, *, holds_features: bool) -> None:
     """Raise a ConfigError for settings of the labels outside their ranges."""
-    if labels != "hard" and holds_features:
-        raise ConfigError(
-            "labels are what a network says of augmented images; leave them out for features"
-        )
+    if labels != "hard":
+        check_takes_labels(holds_features=holds_features)
     if labels not in ("hard", "soft") or not _is_within(label_weight, 0):
         raise ConfigError(
             f"labels must be hard or soft, and label_weight 0 or more; got {labels!r} and "

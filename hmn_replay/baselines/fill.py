@@ -26,6 +26,7 @@ from hmn_replay.data.images import ImageSource, LabelledImages, as_labelled_imag
 from hmn_replay.errors import BudgetError, ConfigError
 from hmn_replay.evaluation import evaluate
 from hmn_replay.memory.jpeg import SUBSAMPLINGS
+from hmn_replay.memory.labels import check_takes_labels
 from hmn_replay.memory.real import (
     AnyReal,
     JPEGMemory,
@@ -466,7 +467,7 @@ def _label_config(
     """Return the settings of labels, if a memory of the data may have these, by that teacher."""
     config = as_label_config(labels)
     if config.labels != "hard":
-        memory_type.check_takes_labels()
+        check_takes_labels(holds_features=memory_type.holds_features)
     if teacher is not None:
         check_teacher(teacher, config, data.classes, data.image_shape)
     return config

@@ -44,7 +44,7 @@ from hmn_replay.memory.file import (
     specs_of,
     unpack,
 )
-from hmn_replay.memory.labels import Labeller, SoftLabels
+from hmn_replay.memory.labels import Labeller, SoftLabels, check_takes_labels
 from hmn_replay.memory.names import read_names, stored_names, stored_names_bytes
 from hmn_replay.registry import Registry, name_of
 from hmn_replay.runtime import resolve_device, without_autocast
@@ -380,7 +380,7 @@ class Memory(abc.ABC):
         if probabilities is None:
             self._soft = None
             return
-        self.check_takes_labels()
+        check_takes_labels(holds_features=self.holds_features)
         probabilities = torch.as_tensor(probabilities)
         indices = torch.arange(self.num_images) if indices is None else indices
         positions = check_indices(indices, self.num_images, once=True)
@@ -416,7 +416,7 @@ class Memory(abc.ABC):
                 features.
         """
         if labeller is not None:
-            self.check_takes_labels()
+            check_takes_labels(holds_features=self.holds_features)
             got = (labeller.num_classes, labeller.image_shape)
             if got != (self.num_classes, self.image_shape):
                 raise ConfigError(
@@ -425,14 +425,6 @@ class Memory(abc.ABC):
                 )
         # Not by name: a learned memory is a module, which would take it for a part of its own.
         self.__dict__["_labeller"] = labeller
-
-    @classmethod
-    def check_takes_labels(cls) -> None:
-        """Raise a :class:`ConfigError` where the memory holds features: these have hard labels."""
-        if cls.holds_features:
-            raise ConfigError(
-                "labels are what a network says of augmented images; leave them out for features"
-            )
 
     def stored_labels(self) -> dict[str, Tensor]:
         """Return what the file stores of soft labels and of the labeller: name to tensor."""

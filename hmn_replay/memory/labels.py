@@ -31,7 +31,15 @@ from hmn_replay.errors import ConfigError, MemoryFileError
 from hmn_replay.memory import entropy
 from hmn_replay.memory.file import as_bytes, check_claims
 
-__all__ = ["LABELS", "NO_LABELS", "LabelBytes", "Labeller", "SoftLabels", "expected_bytes"]
+__all__ = [
+    "LABELS",
+    "NO_LABELS",
+    "LabelBytes",
+    "Labeller",
+    "SoftLabels",
+    "check_takes_labels",
+    "expected_bytes",
+]
 
 LABELS = ("hard", "soft", "labeller")
 """What a network may learn from: classes, soft labels in the file, or a labeller in the file."""
@@ -68,6 +76,14 @@ class LabelBytes(NamedTuple):
 
 NO_LABELS = LabelBytes()
 """Those of hard labels, which a file has in any case."""
+
+
+def check_takes_labels(*, holds_features: bool) -> None:
+    """Raise a :class:`ConfigError` for a memory of features: these have hard labels alone."""
+    if holds_features:
+        raise ConfigError(
+            "labels are what a network says of augmented images; leave them out for features"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -217,7 +217,7 @@ class LearnedMemory(Memory, nn.Module):
         planned = cls.planned_images * num_classes
         most_groups = room_of(layouts[-1]) // layouts[-1].group_size
         if 2 * most_groups >= _LEAST_IMAGES_PER_CLASS * num_classes:
-            planned = max(num_classes, min(planned, int(_SHARE_OF_MOST * most_groups)))
+            planned = min(planned, int(_SHARE_OF_MOST * most_groups))
         room = (limit, num_classes, planned, label_bytes, real_images_per_class)
         layout = next((one for one in layouts if cls.leaves_room(one, *room)), layouts[-1])
 

@@ -414,12 +414,17 @@ def test_a_setting_with_the_name_of_an_argument_is_refused(name: str) -> None:
         ReplayMemory(6000, kind, **{name: 5})  # type: ignore[arg-type]
 
 
-def test_real_images_that_are_added_do_not_lose_a_labeller_silently() -> None:
+def with_a_labeller() -> ReplayMemory:
     memory = make("raw")
     memory.update(batch(0))
     assert memory.memory is not None
     network = build_network("convnet", (3, 8, 8), 1, width=4)
     memory.memory.set_labeller(Labeller.of(network, (3, 8, 8)))
+    return memory
+
+
+def test_real_images_that_are_added_do_not_lose_a_labeller_silently() -> None:
+    memory = with_a_labeller()
     with pytest.warns(HMNReplayWarning, match="labeller does not know the classes"):
         memory.update(batch(1))
 
@@ -439,13 +444,9 @@ def test_a_network_of_this_package_says_itself_what_its_logits_stand_for() -> No
 
 
 def test_a_check_of_room_does_not_warn_of_what_an_update_would_do() -> None:
-    memory = make("raw")
-    memory.update(batch(0))
-    assert memory.memory is not None
-    network = build_network("convnet", (3, 8, 8), 1, width=4)
-    memory.memory.set_labeller(Labeller.of(network, (3, 8, 8)))
+    memory = with_a_labeller()
     memory.check_room(batch(1))
-    assert memory.memory.labeller is not None
+    assert memory.memory is not None and memory.memory.labeller is not None
 
 
 def test_a_network_that_labels_has_a_logit_for_each_class_of_the_memory() -> None:
