@@ -24,8 +24,8 @@ bytes, and trains on it by these labels alone: a column each, never mixed. Besid
 its own accuracy on the test set. Settings such as --set teacher_passes=50000 are those of all rows.
 
 Written to OUT: results.json, after every memory and every training; table.md; a figure of accuracy
-against bytes; and memory files. Stop it at any time: the same command goes on. More rows, budgets
-and seeds may be added by later runs; other settings need another --out.
+against bytes; memory files; and each seed's teachers. Stop it at any time: the same command goes
+on. More rows, budgets and seeds may be added by later runs; other settings need another --out.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ from hmn_replay.memory.formats import NUMBER_FORMATS
 from hmn_replay.memory.labels import LABELS
 from hmn_replay.objectives.trajectories import delete_checkpoint
 from hmn_replay.runtime import PRECISIONS, resolve_device
-from hmn_replay.training.train import TrainingConfig
+from hmn_replay.training.networks import Network
+from hmn_replay.training.train import TrainingConfig, make_network
 
 REAL, WARM = ("raw", "jpeg", "lossless", "subsampled"), "-warm"
 OTHER_KINDS = [kind for kind in KINDS if kind != "hmn"]
@@ -91,14 +93,14 @@ class Study:
     """What all rows are made of and learned from by, and where what is found goes.
 
     Attributes:
-        teachers: The teacher of each seed and its settings, and the seconds that it took.
+        teachers: The teacher of each kind of labels and seed, and the seconds that it took.
     """
 
     train: LabelledImages
     test: LabelledImages
     args: argparse.Namespace
     store: Store
-    teachers: dict[Any, tuple[Any, float]] = dataclasses.field(default_factory=dict)
+    teachers: dict[tuple[str, int], tuple[Network, float]] = dataclasses.field(default_factory=dict)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -269,13 +271,24 @@ def label_config(labels: str, args: argparse.Namespace) -> hmn_replay.LabelConfi
     return hmn_replay.LabelConfig(**{**own, "labels": labels})
 
 
-def teacher_of(study: Study, config: hmn_replay.LabelConfig, seed: int) -> tuple[Any, float]:
-    """Return the teacher of a seed, trained once for all memories, and the seconds that it took."""
-    key = (config, seed)
+def teacher_of(study: Study, config: hmn_replay.LabelConfig, seed: int) -> tuple[Network, float]:
+    """Return the teacher of a seed and the seconds that it took: one for all memories and runs.
+
+    A condensation goes on with the very network that it began with, so that one is kept in OUT.
+    """
+    args, data, key = study.args, study.train, (config.labels, seed)
     if key not in study.teachers:
-        started = time.monotonic()
-        teacher = hmn_replay.train_teacher(study.train, config, seed=seed, device=study.args.device)
-        study.teachers[key] = teacher, time.monotonic() - started
+        path = args.out / f"teacher-{config.labels}-{seed}.pt"
+        if not path.exists():
+            started = time.monotonic()
+            made = hmn_replay.train_teacher(data, config, seed=seed, device=args.device)
+            kept = {"network": made.state_dict(), "seconds": time.monotonic() - started}
+            write_atomically(path, partial(torch.save, kept))
+        kept = torch.load(path, map_location=args.device, weights_only=True)
+        training = config.teacher_training(len(data), "auto", "auto")
+        teacher = make_network(data.images, data.num_classes, training)
+        teacher.load_state_dict(kept["network"])
+        study.teachers[key] = teacher.to(args.device).eval(), kept["seconds"]
     return study.teachers[key]
 
 

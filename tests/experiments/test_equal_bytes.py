@@ -103,6 +103,15 @@ def test_kinds_of_labels_are_columns_of_their_own(
     assert columns.count("labeller itself %") == 1
     assert columns.count("images") == 3
 
+    # What a later run adds learns from the same teachers.
+    made = {path: path.read_bytes() for path in tmp_path.glob("raw-*.hmn")}
+    for path in made:
+        path.unlink()
+    (tmp_path / "results.json").unlink()
+    assert run(cifar10, tmp_path, "raw", *arguments) == 0
+    assert taught == ["soft", "labeller"]
+    assert {path: path.read_bytes() for path in made} == made
+
 
 def test_jpeg_is_shown_at_its_best_quality(
     cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
