@@ -157,5 +157,5 @@ def digest_tensors(text: str, tensors: Mapping[str, Any]) -> str:
         rows = tensor[None] if isinstance(tensor, Tensor) and not tensor.ndim else tensor
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows[start : start + _ROWS_AT_ONCE]
-            digest.update(part.reshape(-1).view(torch.uint8).cpu().numpy().data)
+            digest.update(part.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()

@@ -145,11 +145,17 @@ def test_a_target_is_checked_without_a_write(path: Path) -> None:
 
 def test_a_digest_is_of_the_values_however_they_are_held() -> None:
     images = torch.arange(7 * 3 * 8 * 9, dtype=torch.int16).view(7, 8, 9, 3)
-    values: dict[str, Images] = {"images": images.permute(0, 3, 1, 2), "one": torch.tensor(3.0)}
+    values: dict[str, Images] = {
+        "images": images.permute(0, 3, 1, 2),
+        "one": torch.tensor(3.0),
+        "column": images[:, 0, 0, :1],
+    }
     digest = digest_tensors("text", values)
     contiguous = images.permute(0, 3, 1, 2).contiguous()
     for same_images in (contiguous, join_images([contiguous[:4], contiguous[4:]])):
-        assert digest_tensors("text", {**values, "images": same_images}) == digest
+        column = images[:, 0, 0, :1].contiguous()
+        same = {**values, "images": same_images, "column": column}
+        assert digest_tensors("text", same) == digest
     assert digest_tensors("text", {**values, "images": images}) != digest
     assert digest_tensors("test", values) != digest
     assert digest_tensors("text", {**values, "one": torch.tensor(4.0)}) != digest

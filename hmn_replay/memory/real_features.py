@@ -35,6 +35,17 @@ class _RealFeatures(RealMemory):
         """Return a shape that features can have, or raise :class:`ConfigError`."""
         return check_feature_shape(image_shape)
 
+    @staticmethod
+    def _check_range(features: Tensor) -> None:
+        """Raise a DataError where float16 holds no value like the largest one."""
+        limits = torch.finfo(torch.float16)
+        largest = float(features.abs().max()) if features.numel() else 0.0
+        if largest and not limits.tiny <= largest <= limits.max:
+            raise DataError(
+                f"features up to {largest:.3g} cannot be kept in float16: scale all of them by one "
+                f"number, so that the largest is between {limits.tiny:.0e} and {limits.max:,.0f}"
+            )
+
     def _rows(self, payloads: Sequence[bytes]) -> Tensor:
         """Return payloads as uint8 ``(N, payload_bytes)``."""
         return as_bytes(b"".join(payloads)).view(len(payloads), self.payload_bytes)
@@ -51,9 +62,8 @@ class RawFeatureMemory(_RealFeatures):
 
     def encode(self, images: Tensor) -> list[bytes]:
         """Return the values of each image's features, in float16."""
-        limit = torch.finfo(torch.float16).max
-        halves = images.clamp(-limit, limit).half().contiguous()
-        return [own.numpy().tobytes() for own in halves]
+        self._check_range(images)
+        return [own.numpy().tobytes() for own in images.half().contiguous()]
 
     def _read(self, payloads: Sequence[bytes]) -> Tensor:
         features = self._rows(payloads).view(torch.float16).float()
@@ -137,6 +147,7 @@ class PQMemory(_RealFeatures):
         data = as_labelled_features(data)
         empty = cls(data.image_shape, num_parts=num_parts, bits=bits, budget=budget)
         faiss = import_extra("faiss", "pq")
+        cls._check_range(data.images)
         rows = _positions(data.images).numpy()
         if len(rows) < 2**bits:
             raise ConfigError(
@@ -148,8 +159,7 @@ class PQMemory(_RealFeatures):
         quantiser.cp.min_points_per_centroid = 1
         quantiser.train(np.ascontiguousarray(rows))
         centroids = faiss.vector_to_array(quantiser.centroids).reshape(empty.codebook.shape)
-        limit = torch.finfo(torch.float16).max
-        codebook = torch.from_numpy(centroids).clamp(-limit, limit)
+        codebook = torch.from_numpy(centroids)
         return cls(
             data.image_shape, num_parts=num_parts, bits=bits, codebook=codebook, budget=budget
         )
@@ -162,6 +172,7 @@ class PQMemory(_RealFeatures):
 
     def encode(self, images: Tensor) -> list[bytes]:
         """Return the numbers of the centroids that are nearest to each image's parts."""
+        self._check_range(images)
         rows = _positions(images)
         codes = torch.empty((len(rows), self.num_parts), dtype=torch.uint8)
         at_once = max(1, _SUBSPACES_AT_ONCE // self.codebook[0].numel())

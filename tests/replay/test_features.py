@@ -107,3 +107,26 @@ def test_keepers_know_what_they_hold() -> None:
 def test_settings_of_quantisation_are_checked_when_given(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         ReplayMemory("4 KiB", "pq", device="cpu", **options)
+
+
+@every_kind
+@pytest.mark.parametrize("columns", [slice(None, None, 2), slice(0, 3)])
+def test_features_may_be_columns_of_a_table(kind: str, columns: slice) -> None:
+    data = batch((0, 1))
+    table = data.images.flatten(1)[:, columns]
+    options = {**OPTIONS[kind], **({"num_parts": 3} if kind == "pq" else {})}
+    memories = []
+    for features in (table, table.contiguous()):
+        memory = ReplayMemory(BUDGETS[kind], kind, device="cpu", **options)
+        memories.append(memory.update((features, data.labels)).to_bytes())
+    assert memories[0] == memories[1]
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("scale", [1e5, 1e20, 1e-9])
+def test_features_that_float16_cannot_hold_are_refused(kind: str, scale: float) -> None:
+    memory, data = make(kind), batch((0, 1))
+    with pytest.raises(DataError, match=r"features up to .* cannot be kept in float16: scale"):
+        memory.update(LabelledFeatures(scale * data.images, data.labels))
+    assert memory.memory is None
+    memory.update(LabelledFeatures(0 * data.images, data.labels))
