@@ -23,7 +23,7 @@ from hmn_replay.errors import CheckpointError, ConfigError, HMNReplayError
 from hmn_replay.memory import Memory, loads
 from hmn_replay.replay.store import DecodedImages, ReplayMemory, digest_memory
 from hmn_replay.runtime import make_generator
-from hmn_replay.training.networks import evaluating
+from hmn_replay.training.networks import device_of, evaluating
 
 __all__ = ["MammothBuffer"]
 
@@ -191,10 +191,10 @@ class MammothBuffer:
         """Make what was gathered into the memory; a model's ``end_task`` calls it.
 
         Args:
-            network: From float images ``(n, C, H, W)`` in [0, 1] on the buffer's device to logits,
-                for methods that replay these (DER++); a module is in evaluation mode meanwhile, and
-                what a function calls is to be brought there by the caller. Default: None, no
-                logits.
+            network: From float images ``(n, C, H, W)`` in [0, 1] to logits, for methods that replay
+                these (DER++). A module is given them where it is, in evaluation mode; a function on
+                the buffer's device, and what it calls is to be brought to that mode by the caller.
+                Default: None, no logits.
         """
         self.memory.finish(model=network if isinstance(network, nn.Module) else None)
         self._begin_task()
@@ -202,8 +202,9 @@ class MammothBuffer:
         kept = self.memory.memory
         if network is not None and kept is not None and not self.is_empty():
             parts = torch.arange(len(self)).split(images_at_once(kept.image_shape))
+            target = device_of(network) if isinstance(network, nn.Module) else self.device
             with torch.no_grad(), evaluating(network):
-                found = [network(self._images(part).to(self.device)).cpu() for part in parts]
+                found = [network(self._images(part).to(target)).cpu() for part in parts]
             self._set_logits(torch.cat(found))
 
     def get_data(

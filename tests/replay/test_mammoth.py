@@ -215,6 +215,15 @@ def test_logits_are_the_networks_own() -> None:
         torch.testing.assert_close(network(images), logits)
 
 
+def test_a_network_says_its_logits_where_it_is() -> None:
+    buffer, network = filled((0, 1)), nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    buffer.to("meta")  # as a GPU is, not where the network is
+    buffer.end_task(network)
+    buffer.to("cpu")
+    with torch.no_grad():
+        assert network(buffer.examples).equal(buffer.get_all_data()[2])
+
+
 def test_logits_of_another_memory_are_not_returned() -> None:
     buffer, network = filled((0, 1)), nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     buffer.end_task(network)
