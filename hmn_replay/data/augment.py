@@ -181,7 +181,9 @@ def augment_training(
 
     By a hook before its forward pass, in training mode alone, so that it does not matter where a
     method adds its replayed images to the batch. Give the benchmark no augmentation then. A
-    previous network that is distilled sees the same augmented images.
+    previous network that is distilled sees the same augmented images. A second call for the same
+    network takes the place of the first. Draws go on where the network is saved whole, and begin
+    anew where its ``state_dict()`` is loaded into another.
 
     Args:
         model: The network; its first input is images, float ``(N, C, H, W)``.
@@ -200,6 +202,9 @@ def augment_training(
     """
     augmentation = RandomAugmentation(names, fill=fill, std=std)
     generator = make_generator(seed, "augment")
+    for number, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _AugmentTraining):
+            del model._forward_pre_hooks[number]
     return model.register_forward_pre_hook(_AugmentTraining(augmentation, generator))
 
 

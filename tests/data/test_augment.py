@@ -307,6 +307,8 @@ def test_training_is_augmented_and_nothing_else(untouched_random_state: None) ->
     assert not first.equal(images.flatten(1)) and not first.equal(second)
     augment_training(again := nn.Flatten(), ("crop", "flip"), seed=0)
     assert again(images).equal(first)
+    augment_training(again, ("crop", "flip"), seed=0)
+    assert again(images).equal(first), "the second takes the place of the first"
     handle.remove()
     assert model(images).equal(images.flatten(1))
 
