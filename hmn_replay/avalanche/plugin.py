@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from avalanche.core import SupervisedPlugin
-from avalanche.models import MultiTaskModule
 from avalanche.training.plugins.lwf import LwFPlugin
 from torch import Tensor, nn
 
@@ -41,6 +40,7 @@ from hmn_replay.avalanche.protocol import (
     check_tuning,
     has_plain_criterion,
     needs_all_classes,
+    owner_of_loss,
 )
 from hmn_replay.avalanche.recoding import Recoder, no_codec
 from hmn_replay.avalanche.streams import (
@@ -54,9 +54,11 @@ from hmn_replay.avalanche.streams import (
     find_normalization,
     first_images,
     first_of_each_class,
+    heads_of_tasks,
     is_piece,
     read_experiences,
     split_class_keys,
+    with_their_streams,
 )
 from hmn_replay.avalanche.tuning import Tuner, by_class, draw_balanced
 from hmn_replay.avalanche.weights import is_same_network, on_cpu, weights_of
@@ -310,6 +312,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         # Of the network, by name, on the CPU; where subclasses match on points from there on.
         self._first_weights: dict[str, Tensor] | None = None
         self._tuner = Tuner()
+        self._gathered: Any = None  # the last piece of an online stream that was
         # Since the experience, or the piece of one, began.
         self._num_augmented = 0
         self._teacher: Teacher | None = None
@@ -446,7 +449,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 "a strategy has two plugins that replay from a memory, each of which takes the "
                 "images at the end of a mini-batch, and the loss, for its own: give it one"
             )
-        multi = [m for m in strategy.model.modules() if isinstance(m, MultiTaskModule)]
+        multi = heads_of_tasks(strategy.model)
         asked = [name for name in self._for_one_head() if name != "distill"]
         if multi and asked:
             raise ConfigError(
@@ -490,12 +493,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             self._refuse_tasks()
         if not has_plain_criterion(strategy) and (wanted := self._for_one_head()):
             raise ConfigError(
-                f"{wanted[0]} is not for {type(strategy).__name__}, which has a loss of its own"
-            )
-        if not self._tuner.undo(strategy.model):
-            self._warn(
-                "the network was changed after it was tuned, and goes on as it is; otherwise it "
-                "would go on from its weights before the tuning"
+                f"{wanted[0]} is not for {owner_of_loss(strategy)}, which has a loss of its own"
             )
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
         self._old_classes = old.cpu().clone()
@@ -503,9 +501,15 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def after_train_dataset_adaptation(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Renew the memory, if it is before training; in ``"memory_only"``, train from it alone."""
-        if self.renew_used != "before":
-            return
-        images = self._learn(strategy, strategy.experience)
+        with self._tuner.undone(strategy.model) as is_undone:
+            if not is_undone:
+                self._warn(
+                    "the network was changed after it was tuned, and goes on as it is; otherwise "
+                    "it would go on from its weights before the tuning"
+                )
+            if self.renew_used != "before":
+                return
+            images = self._learn(strategy, strategy.experience)
         self._is_renewed = True
         if self.mode == "replay":
             self._own_counts.update([] if images is None else images.labels.tolist())
@@ -683,6 +687,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         try:
             own = dict(state)
             kept = {name: own.pop(name) for name in learned if name in own}
+            if "digest" in own and "training_digest" not in own:
+                raise CheckpointError("it is that of a ReplayMemory, which knows of no training")
             # That a state is of another version, the store says.
             if own.pop("training_digest") != digest_state(kept) and own["version"] == STATE_VERSION:
                 raise CheckpointError("it or its network was altered")
@@ -715,7 +721,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no network, and no decoded image."""
-        return {**self.__dict__, "_model": None, "_teacher": None, "_head": None}
+        absent = dict.fromkeys(("_model", "_teacher", "_head", "_gathered"))
+        return {**self.__dict__, **absent}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become what :meth:`__getstate__` described."""
@@ -899,9 +906,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def _gather(self, piece: Any) -> None:
         """Take the first piece of an experience for the end of the one before it, and add it."""
+        if piece is self._gathered:  # it is trained on again, as after an interruption
+            return
         if piece.access_task_boundaries and piece.is_first_subexp:
             self.finish()
         self.store.gather(self._read([piece]))
+        self._gathered = piece
 
     def _end_piece(self, piece: Any) -> None:
         """Make what was gathered into the memory, if its end is known, or enough has come."""
@@ -926,7 +936,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._loss_now, self.loss_used, self.renew_used = settled
 
     def _has_tasks(self, experiences: Sequence[Any]) -> bool:
-        """Return whether experiences or the memory have task labels above 0."""
+        """Return whether experiences or the memory have task labels above 0.
+
+        Of a network with a head for each task, those of the experiences to come count, too: the
+        first task is trained on as the others are.
+        """
+        if self._model is not None and heads_of_tasks(self._model):
+            experiences = with_their_streams(experiences)
         keys = torch.empty(0) if self.memory is None else self.memory.classes
         has_tasks = any(any(getattr(each, "task_labels", ())) for each in experiences)
         return has_tasks or bool(split_class_keys(keys.long())[1].any())

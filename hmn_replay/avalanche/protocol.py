@@ -37,6 +37,7 @@ __all__ = [
     "check_tuning",
     "has_plain_criterion",
     "needs_all_classes",
+    "owner_of_loss",
 ]
 
 MODES = ("replay", "memory_only")
@@ -107,7 +108,7 @@ class ReplayProtocol:
                 warn(f"replayed images are trained with the plain loss: {reason}")
             name, loss = "plain", plain
         if not has_plain_criterion(strategy):
-            name = type(strategy).__name__
+            name = owner_of_loss(strategy)
         return Settled(loss, name, renew)
 
     def _why_plain(self, strategy: Strategy, name: str, loss: ReplayLoss, has_tasks: bool) -> str:
@@ -116,7 +117,7 @@ class ReplayProtocol:
         if self.mode == "memory_only":
             return ""
         if not has_plain_criterion(strategy):
-            reason = f"{type(strategy).__name__} has a loss of its own"
+            reason = f"{owner_of_loss(strategy)} has a loss of its own"
             if self.replay_weight is not None or self.loss not in ("auto", "plain"):
                 raise ConfigError(
                     f"{reason}, which replay_weight and loss cannot replace; leave them out, and "
@@ -132,7 +133,10 @@ class ReplayProtocol:
                 raise ConfigError(f"loss={name!r} changes the logits of a softmax: {reason}")
             return reason
         if changes_logits and has_tasks:
-            return "task labels above 0 tell classes apart"
+            reason = "task labels above 0 tell classes apart"
+            if self.loss != "auto":
+                raise ConfigError(f"loss={name!r} balances all classes, but {reason}: leave it out")
+            return reason
         return ""
 
 
@@ -144,6 +148,12 @@ def has_plain_criterion(strategy: Strategy) -> bool:
         and kind.criterion is SupervisedTemplate.criterion
         and not isinstance(strategy._criterion, BasePlugin)
     )
+
+
+def owner_of_loss(strategy: Strategy) -> str:
+    """Return the name of what has a loss of its own: the strategy, or a plugin as its criterion."""
+    criterion = strategy._criterion
+    return type(criterion if isinstance(criterion, BasePlugin) else strategy).__name__
 
 
 def needs_all_classes(loss: ReplayLoss) -> bool:

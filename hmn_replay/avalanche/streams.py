@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from avalanche.benchmarks import OnlineCLExperience
+from avalanche.models import MultiTaskModule
 from avalanche.training.supervised import JointTraining
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset
@@ -38,10 +39,12 @@ __all__ = [
     "find_normalization",
     "first_images",
     "first_of_each_class",
+    "heads_of_tasks",
     "images_of",
     "is_piece",
     "read_experiences",
     "split_class_keys",
+    "with_their_streams",
 ]
 
 Strategy: TypeAlias = Any
@@ -370,6 +373,19 @@ def is_piece(strategy: Strategy, experience: Any) -> bool:
 def experiences_of(strategy: Strategy, experience: Any) -> Sequence[Any]:
     """Return all experiences whose data a training has: of joint training several."""
     return strategy._experiences if isinstance(strategy, JointTraining) else [experience]
+
+
+def with_their_streams(experiences: Sequence[Any]) -> list[Any]:
+    """Return experiences and all others of their streams, where these can be listed."""
+    wholes = [getattr(each, "origin_experience", each) for each in experiences]  # of pieces
+    streams = [getattr(each, "origin_stream", None) for each in wholes]
+    others = [each for stream in streams if isinstance(stream, Sequence) for each in stream]
+    return [*experiences, *others]
+
+
+def heads_of_tasks(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a network that have a part for each task."""
+    return [module for module in model.modules() if isinstance(module, MultiTaskModule)]
 
 
 def _eval_data(experiences: Sequence[Any]) -> ConcatDataset[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -73,21 +74,28 @@ class Tuner:
                 parameter.grad = before
             self.digests = digests_like(self.untuned, model)
 
-    def undo(self, model: nn.Module) -> bool:
+    @contextlib.contextmanager
+    def undone(self, model: nn.Module) -> Iterator[bool]:
         """Give a network its weights from before the tuning, unless it was changed since.
 
-        Returns:
+        Where the block raises, it has the tuned ones again, and they can be undone once more.
+
+        Yields:
             False where it was changed, and so goes on as it is.
         """
         untuned, self.untuned = self.untuned, None
-        if untuned is None:
-            return True
         # A head that has grown since is as it was tuned; it has no weights from before.
-        now = digests_like(untuned, model)
+        now = digests_like(untuned or {}, model)
         is_same = all(self.digests.get(name) == digest for name, digest in now.items())
+        tuned = on_cpu({name: each for name, each in model.named_parameters() if name in now})
         if is_same:
-            take_weights(model, untuned)
-        return is_same
+            take_weights(model, untuned or {})
+        try:
+            yield is_same
+        except BaseException:
+            take_weights(model, tuned)
+            self.untuned = untuned
+            raise
 
 
 def by_class(labels: Tensor) -> list[Tensor]:

@@ -568,6 +568,8 @@ class ReplayMemory:
         """
         gatherer = Gatherer(self.max_raw_images, self.seed)
         try:
+            if "training_digest" in state:
+                raise CheckpointError("it is that of a plugin, such as HMNReplay")
             version, digest = state["version"], state["digest"]
             if version != STATE_VERSION:
                 raise CheckpointError(f"version {version!r}, expected {STATE_VERSION}")
@@ -718,7 +720,7 @@ def digest_state(state: dict[str, Any]) -> str:
         if isinstance(value, Tensor):
             digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
             # numpy has no bfloat16.
-            digest.update(value.reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+            digest.update(value.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes())
         else:
             digest.update(repr((name, value)).encode())
     return digest.hexdigest()

@@ -197,6 +197,24 @@ def test_pieces_of_an_online_stream_are_labelled_when_they_are_kept() -> None:
     assert bool(plugin.memory.is_soft.all())
 
 
+def test_a_piece_that_is_trained_on_again_is_gathered_once() -> None:
+    stream = in_pieces(streams().train_stream, 5, access_task_boundaries=True)
+    found = []
+    for again in (False, True):
+        plugin = replay()
+        strategy = make_strategy([plugin])
+        pending = []
+        for piece in stream:
+            for _ in range(1 + again):
+                strategy.train(piece)
+            pending.append(plugin.num_pending)
+        plugin.finish()
+        assert plugin.memory is not None
+        found.append((pending, plugin.memory.decode()[0], len(plugin.report)))
+    assert found[0][0] == found[1][0] and found[0][2] == found[1][2]
+    assert found[0][1].equal(found[1][1])
+
+
 def test_what_cannot_be_had_is_refused() -> None:
     with pytest.raises(ConfigError, match="labels must be hard or soft, and label_weight 0 or"):
         RawReplay(9_000, labels="labeller")  # type: ignore[arg-type]

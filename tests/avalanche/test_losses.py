@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from avalanche.core import SupervisedPlugin
+from avalanche.models import MTSimpleMLP
 from avalanche.training.plugins.lwf import LwFPlugin
 from avalanche.training.supervised.er_ace import ER_ACE
 from torch import Tensor, nn
@@ -580,10 +581,25 @@ def test_a_loss_that_was_asked_for_and_cannot_be_had_is_refused() -> None:
 
 def test_task_labels_leave_nothing_to_balance() -> None:
     for loss in ("balanced", "asymmetric"):
-        with pytest.warns(HMNReplayWarning, match="task labels above 0"):
-            found, replay = trained(loss, kind="nc_tasks")
-        assert replay.loss_used == "plain"
-        assert torch.equal(found, trained("plain", kind="nc_tasks")[0])
+        with pytest.raises(ConfigError, match=f"loss='{loss}' .* task labels above 0 .*: leave it"):
+            trained(loss, kind="nc_tasks")
+
+
+def test_a_network_of_heads_is_trained_alike_from_the_first_task_on() -> None:
+    def heads() -> nn.Module:
+        torch.manual_seed(0)
+        return MTSimpleMLP(input_size=192)
+
+    with pytest.warns(HMNReplayWarning, match="task labels above 0"):
+        found, replay = trained("auto", kind="nc_tasks", model=heads(), distill=None)
+    assert {(r["loss_used"], r["renew_used"]) for r in replay.report} == {("plain", "after")}
+    assert torch.equal(found, trained("plain", kind="nc_tasks", model=heads())[0])
+    for options in ({"loss": "separated"}, {"loss": "plain", "distill": 1.0}):
+        model = heads()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ConfigError, match="leave it out"):
+            trained(kind="nc_tasks", model=model, **options)
+        assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.fixture

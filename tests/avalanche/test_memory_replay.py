@@ -864,6 +864,10 @@ def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
         if name != "class_names"
     ]
     broken += [{**state, "pending": {**state["pending"], "class_names": {0: "cat"}}}]
+    with pytest.raises(CheckpointError, match="it is that of a ReplayMemory"):
+        replay.load_state_dict(replay.store.state_dict())
+    with pytest.raises(CheckpointError, match="it is that of a plugin, such as HMNReplay"):
+        replay.store.load_state_dict(state)
     for wrong in broken:
         with pytest.raises(CheckpointError, match="not a whole state of a replay memory"):
             replay.load_state_dict(wrong)

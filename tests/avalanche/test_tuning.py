@@ -190,6 +190,29 @@ def test_a_run_that_goes_on_tunes_alike(tmp_path: Path) -> None:
     assert weights(resumed).equal(weights(whole))
 
 
+@pytest.mark.parametrize("tune", ["head", "all"])
+def test_an_update_that_fails_leaves_the_tuned_network(
+    tune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = streams(num_experiences=4).train_stream
+    whole, broken = (make_strategy([KeepFirst(batch_size_mem=4, tune=tune)]) for _ in range(2))
+    for strategy in (whole, broken):
+        for number in (0, 1):
+            train(strategy, stream[number : number + 1], seed=number)
+    tuned = weights(broken)
+
+    def update(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(broken.plugins[0].store, "update", update)
+        train(broken, stream[2:3], seed=2)
+    assert weights(broken).equal(tuned)
+    for strategy in (whole, broken):
+        train(strategy, stream[2:3], seed=2)
+    assert weights(broken).equal(weights(whole))
+
+
 class BodyNoted(SupervisedPlugin[Any]):
     """Notes the first layer's weights that an experience begins with."""
 
