@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn_replay.data.images import ImageSource, as_labelled_images, check_same_keys, mean_psnr
+from hmn_replay.data.images import (
+    ImageSource,
+    LabelledImages,
+    as_labelled_images,
+    check_same_keys,
+    check_same_names,
+    mean_psnr,
+)
 from hmn_replay.errors import ConfigError, DataError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.base import Memory
@@ -63,14 +70,11 @@ def psnr_by_class(memory: Memory, sources: ImageSource) -> dict[int, float]:
         image that is the real one.
 
     Raises:
-        DataError: Images of another shape, or that cannot be used.
+        DataError: Images of another shape, of classes that are named or numbered otherwise, or that
+            cannot be used.
     """
     sources = as_labelled_images(sources)
-    if sources.image_shape != memory.image_shape:
-        raise DataError(
-            f"expected images of {memory.image_shape}, as the memory has; got {sources.image_shape}"
-        )
-    check_same_keys(sources.classes, memory.classes.cpu(), "the real images")
+    _check_sources(sources, memory)
     known, found = set(sources.classes.tolist()), {}
     labels = memory.labels.cpu()
     for label in memory.classes.tolist():
@@ -82,6 +86,18 @@ def psnr_by_class(memory: Memory, sources: ImageSource) -> dict[int, float]:
         errors = (images.float() - nearest.float()).div(255).square().mean(dim=(1, 2, 3))
         found[label] = mean_psnr(errors)
     return found
+
+
+def _check_sources(sources: LabelledImages, memory: Memory) -> None:
+    """Raise a DataError unless real images are of a memory's shape, and of its classes."""
+    if sources.image_shape != memory.image_shape:
+        raise DataError(
+            f"expected real images of {memory.image_shape}, as the memory has; got "
+            f"{sources.image_shape}"
+        )
+    check_same_keys(sources.classes, memory.classes.cpu(), "the real images")
+    names = sources.class_names or {}
+    check_same_names(memory.class_names, names, "the memory", "the real images")
 
 
 @dataclass(frozen=True)
@@ -155,16 +171,14 @@ class Gallery:
             title: Its name on the page. Default: none, or its number where there are several.
 
         Raises:
-            DataError: The memory holds no image, or images of another shape than the sources.
+            DataError: The memory holds no image, or images of another shape than the sources, or
+                classes that these name or number otherwise.
         """
         images, labels = (part.cpu() for part in memory.decode(dtype=torch.uint8))
         if not len(images):
             raise DataError("there is nothing to show: the memory holds no image")
-        if self.sources is not None and self.sources.image_shape != memory.image_shape:
-            raise DataError(
-                f"expected sources of {memory.image_shape}, as the memory has; got "
-                f"{self.sources.image_shape}"
-            )
+        if self.sources is not None:
+            _check_sources(self.sources, memory)
         own = (self.sources.class_names if self.sources else None) or {}
         self._names.update({**own, **memory.class_names})
         strips = {

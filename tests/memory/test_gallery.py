@@ -119,7 +119,7 @@ def test_what_cannot_be_shown_is_refused() -> None:
         empty = real("raw")
         empty.keep([])
         Gallery().add(empty)
-    with pytest.raises(DataError, match=r"expected sources of \(3, 8, 8\)"):
+    with pytest.raises(DataError, match=r"expected real images of \(3, 8, 8\)"):
         Gallery(sources=real_set((1, 8, 8))).add(real("raw"))
 
 
@@ -168,5 +168,13 @@ def test_the_psnr_of_a_class_is_that_to_its_nearest_real_images(make_set: Any) -
     assert set(psnr_by_class(raw_images(data, "100 KiB"), data).values()) == {100.0}
     one = data.take(data.of_class(int(data.classes[0])))
     assert list(psnr_by_class(memory, one)) == one.classes.tolist()
-    with pytest.raises(DataError, match="expected images of"):
+    with pytest.raises(DataError, match="expected real images of"):
         psnr_by_class(memory, make_set(image_shape=(3, 8, 8)))
+    named = dict.fromkeys(data.classes.tolist(), "")
+    named = {label: f"class {label}" for label in named}
+    others = dict(zip(named, reversed(list(named.values())), strict=True))
+    memory.class_names = named
+    numbered = LabelledImages(data.images, data.labels, others)
+    for compare in (psnr_by_class, lambda own, real: Gallery(sources=real).add(own)):
+        with pytest.raises(DataError, match="number the classes of both alike"):
+            compare(memory, numbered)
