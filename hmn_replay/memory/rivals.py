@@ -404,7 +404,8 @@ class LinBaMemory(LearnedMemory):
             components *= _BASIS_STD * math.sqrt(components.shape[1])
             found = components[: self.layout.num_bases].view(-1, *self.layout.basis_shape)
             self.basis[: len(found)] = found.to(device)
-        basis = self.basis.flatten(1).cpu().double()
+            self.update_scales()  # images are decoded with what it is rounded to
+        basis = self.value("basis").flatten(1).cpu().double()
         inverse = basis.T @ torch.linalg.pinv(basis @ basis.T, hermitian=True)
         for chunk in positions.split(self.chunk_size):
             coordinates = self._reduced(real_images(chunk)).double() @ inverse

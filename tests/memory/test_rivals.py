@@ -23,6 +23,7 @@ from hmn_replay.memory import (
     LinBaMemory,
     PixelLayout,
     PixelMemory,
+    loads,
 )
 from hmn_replay.memory.formats import clamp_inwards
 from tests.support import PLAIN_FORMATS, rounded_by_hand, same_bits, trained, upsampled_by_hand
@@ -476,6 +477,20 @@ def test_new_images_are_fitted_to_the_old_basis() -> None:
     reduced = torch.nn.functional.avg_pool2d(real[3:] - 0.5, 2).flatten(1).double().numpy()
     solution, *_ = np.linalg.lstsq(basis.flatten(1).double().numpy().T, reduced.T, rcond=None)
     np.testing.assert_allclose(memory.coefficients[3:].detach().numpy(), solution.T, atol=1e-5)
+
+
+@every_format
+def test_images_are_fitted_to_the_basis_that_they_are_decoded_with(number_format: str) -> None:
+    real = smooth_images(60, (3, 8, 8))
+    memory = LinBaMemory(LinBaLayout((3, 8, 8), number_format, 4), [0], 20)
+    memory.fit(0, lambda positions: real[positions])
+    loaded = loads(memory.to_bytes())
+    assert isinstance(loaded, LinBaMemory)
+    for each in (memory, loaded):
+        each.add_classes([1], [40])
+        each.fit(20, lambda positions: real[positions])
+        each.update_scales(1)
+    assert loaded.to_bytes() == memory.to_bytes()
 
 
 @every_format
