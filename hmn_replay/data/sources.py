@@ -360,11 +360,11 @@ def _list_annotated(annotations: Path, labels: dict[str, int]) -> list[tuple[str
 
 
 def _open_picture(path: str) -> Image:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as picture:
-            return picture.copy()
+            return ImageOps.exif_transpose(picture)  # a camera's photographs stand upright
     except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{path} cannot be read as a picture ({error}); repair or remove it"

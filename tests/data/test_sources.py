@@ -420,6 +420,16 @@ def test_pictures_of_many_sizes_need_a_size(tmp_path: Path) -> None:
     assert load_dataset(tmp_path, size=4).image_shape == (3, 4, 4)
 
 
+def test_a_photograph_stands_upright(tmp_path: Path) -> None:
+    pixels = some_pixels(6, 8, 3)
+    path = save_picture(tmp_path / "cat/a.png", pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: the camera was turned by a quarter
+    Image.fromarray(pixels).save(path, exif=exif)
+    upright = torch.from_numpy(pixels).permute(2, 0, 1).rot90(-1, (1, 2))
+    assert load_dataset(tmp_path).images[0].equal(upright)
+
+
 def test_a_folder_that_lacks_something_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no folder of pictures for each class"):
         load_dataset(tmp_path)
