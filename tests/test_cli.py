@@ -308,6 +308,18 @@ def test_baseline_of_raw_images(run: Console, monkeypatch: pytest.MonkeyPatch) -
     assert "best" not in text
 
 
+def test_baseline_trains_no_teacher_where_its_labels_have_no_room(
+    run: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(hmn_replay, "train_teacher", never)
+    for kind in (["raw"], ["jpeg", "--qualities", "30"]):
+        run("baseline", "--kind", *kind, "--budget", "2KiB", "--labels", "labeller", code=2)
+        assert re.search(r"one image of each of 10 classes beside labels='labeller'", run.err)
+
+
 @pytest.mark.parametrize("kind", REAL_KINDS)
 def test_baseline_chooses_once_a_seed(
     kind: str, run: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -399,7 +411,7 @@ def test_export_writes_what_is_asked(run: Console, memory_file: Path, tmp_path: 
     [
         ("--contact-sheet sheet.jpg", "a contact sheet is a .png file; got 'sheet.jpg'"),
         ("--npz absent/x.npz", "the folder of 'absent/x.npz' does not exist; make it first"),
-        ("--dd-ranking ranking", "DD-Ranking knows no data set of 3 classes"),
+        ("--dd-ranking ranking", "(1, 8, 8); all of its have 3 channels"),
         ("--dd-ranking pictures", "DIR must be empty when pictures are written; got 'pictures'"),
         ("--dd-ranking pictures/x", "--dd-ranking 'pictures/x' in it: name a folder beside it"),
         ("--dd-ranking absent/x", "the folder of 'absent/x' does not exist; make it first"),
@@ -673,6 +685,8 @@ def test_data_that_do_not_fit_are_said_not_to_have_been_named(
         assert run.err.count("\n") == 1 or "--scores" in command
     run("evaluate", path, "--data", "digits", code=1)
     assert "(1, 8, 8)" in run.err and "--data" not in run.err
+    run("condense", "--size", "4", "--out", tmp_path / "small.hmn", "--budget", "4KiB", code=1)
+    assert "4 x 4" in run.err and "--data" not in run.err
     assert "(default: digits)" in " ".join(run("evaluate", "--help").split())
     assert "(default: digits)" not in " ".join(run("gallery", "--help").split())
 

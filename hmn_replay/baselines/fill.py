@@ -43,6 +43,7 @@ from hmn_replay.training.train import TrainingConfig
 
 __all__ = [
     "QUALITIES",
+    "check_label_room",
     "choose_quality",
     "jpeg_images",
     "lossless_images",
@@ -458,6 +459,25 @@ def pq_features(
     return memory
 
 
+def check_label_room(memory: RealMemory, data: LabelledImages, config: LabelConfig) -> None:
+    """Raise a BudgetError where one image of each class does not fit beside labels.
+
+    Args:
+        memory: Filled from the data, without labels.
+        data: What it was filled from.
+        config: Which labels it is to have.
+    """
+    needed = memory.bytes_of_one_each(data.num_classes, memory.budget_bytes)
+    needed += config.planned_bytes(memory.image_shape, data.num_classes).of(data.num_classes)
+    is_short = memory.num_classes < data.num_classes
+    if memory.budget_bytes is not None and (is_short or needed > memory.budget_bytes):
+        raise BudgetError(
+            f"a budget of {memory.budget_bytes:,} bytes does not hold one image of each of "
+            f"{data.num_classes} classes beside labels={config.labels!r}; about "
+            f"{needed:,} bytes would"
+        )
+
+
 def _label_config(
     memory_type: type[RealMemory],
     data: LabelledImages,
@@ -485,7 +505,7 @@ def _labelled(
     """Give a memory labels, and drop the images that these leave no room for."""
     if config.labels == "hard":
         return memory
-    _check_label_room(memory, data, config)
+    check_label_room(memory, data, config)
     if teacher is None:
         teacher = train_teacher(data, config, seed=seed, device=device)
     own = data.labels[order]
@@ -496,19 +516,6 @@ def _labelled(
     add_labels(memory, teacher, config, sources=data.images[torch.cat(sources)], seed=seed)
     memory.shrink()
     return memory
-
-
-def _check_label_room(memory: RealMemory, data: LabelledImages, config: LabelConfig) -> None:
-    """Raise a BudgetError where one image of each class does not fit beside labels."""
-    needed = memory.bytes_of_one_each(data.num_classes, memory.budget_bytes)
-    needed += config.planned_bytes(memory.image_shape, data.num_classes).of(data.num_classes)
-    is_short = memory.num_classes < data.num_classes
-    if memory.budget_bytes is not None and (is_short or needed > memory.budget_bytes):
-        raise BudgetError(
-            f"a budget of {memory.budget_bytes:,} bytes does not hold one image of each of "
-            f"{data.num_classes} classes beside labels={config.labels!r}; about "
-            f"{needed:,} bytes would"
-        )
 
 
 def _order(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from inspect import cleandoc
 from pathlib import Path
+from typing import Any
 
 import hmn_replay
 from hmn_replay.cli.arguments import (
@@ -32,6 +34,7 @@ from hmn_replay.errors import (
     DataError,
     DistributedError,
     HMNReplayError,
+    HMNReplayWarning,
     UnknownOptionError,
 )
 
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = make_parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _warnings_in_a_line():
             # Whether a large picture is too large is said in the one line of the error.
             warnings.filterwarnings("ignore", "Image size .* exceeds limit")
             return _run(args, argv)
@@ -102,10 +105,29 @@ def _run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print warnings of this package as the command's other messages, without a line of code."""
+    usual = warnings.formatwarning
+
+    def in_a_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        if issubclass(category, HMNReplayWarning):
+            return f"hmn-replay: warning: {message}\n"
+        return usual(message, category, *where, **line)
+
+    warnings.formatwarning = in_a_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def _default_data(args: argparse.Namespace, error: Exception) -> str:
     """Return what to say of data that do not fit, and that nobody named."""
     default: str | None = vars(args).get("default_data")
-    if not isinstance(error, DataError) or default is None or args.data is not None:
+    if not isinstance(error, DataError) or default is None:
+        return ""
+    if args.data is not None or args.size is not None:  # a size that may not fit
         return ""
     return f"; --data was not given, so the data set is {default}: name yours"
 

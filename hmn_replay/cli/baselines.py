@@ -10,7 +10,12 @@ from typing import Any
 from torch import Tensor
 
 import hmn_replay
-from hmn_replay.baselines.fill import QUALITIES, real_images, search_qualities
+from hmn_replay.baselines.fill import (
+    QUALITIES,
+    check_label_room,
+    real_images,
+    search_qualities,
+)
 from hmn_replay.cli.arguments import label_settings
 from hmn_replay.cli.shared import (
     Result,
@@ -145,24 +150,20 @@ def _filling(
 
     @cache
     def teacher(seed: int) -> Any:
-        if args.labels == "hard":
-            return None
         return hmn_replay.train_teacher(
             train, labels, seed=seed, device=args.device, progress=not args.quiet
         )
 
     @cache
     def fill(seed: int, **codec: Any) -> hmn_replay.RealMemory:
-        memory: hmn_replay.RealMemory = make(
-            train,
-            budget,
-            selection=order(seed),
-            labels=labels,
-            teacher=teacher(seed),
-            seed=seed,
-            device=args.device,
-            **codec,
+        options = {"selection": order(seed), "seed": seed, "device": args.device, **codec}
+        memory: hmn_replay.RealMemory = make(train, budget, **options)
+        if args.labels == "hard":
+            return memory
+        check_label_room(memory, train, labels)  # before a teacher is trained
+        labelled: hmn_replay.RealMemory = make(
+            train, budget, labels=labels, teacher=teacher(seed), **options
         )
-        return memory
+        return labelled
 
     return fill

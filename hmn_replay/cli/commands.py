@@ -219,7 +219,7 @@ def inspect(args: argparse.Namespace) -> Result:
     rows: list[Sequence[str]] = [("stored", "shape", "type", "bytes")]
     for name, tensor in stored.items():
         rows.append((name, show_shape(tensor["shape"]), tensor["dtype"], f"{tensor['bytes']:,}"))
-    rows.append(("header, labels and counts", "", "", f"{rest:,}"))
+    rows.append(("header, labels, counts and names", "", "", f"{rest:,}"))
     shapes = {}
     if isinstance(memory, hmn_replay.LearnedMemory):
         num_groups = memory.num_images // memory.layout.group_size

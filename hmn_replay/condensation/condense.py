@@ -25,6 +25,7 @@ from hmn_replay.data.features import LabelledFeatures, read_data
 from hmn_replay.data.images import ImageSource
 from hmn_replay.distributed import Team, join
 from hmn_replay.errors import BudgetError, ConfigError, HMNReplayWarning
+from hmn_replay.files import check_target
 from hmn_replay.memory.base import MEMORIES, Memory, warn_of_lost_labeller
 from hmn_replay.memory.checks import check_num_classes
 from hmn_replay.memory.layout import MemoryLayout
@@ -150,6 +151,7 @@ def condense(
         UnknownOptionError: An option that is no field; also a TypeError.
         DataError: Images or labels that cannot be used.
         CheckpointError: The checkpoint belongs to another run, or cannot be read.
+        OSError: Nothing can be written where the checkpoint is to be.
         DistributedError: A process of the team was lost, or was given something else; the message
             names the checkpoint, from which any number of processes may go on.
         ExpertError: The folder ``experts`` has those of other images or settings, or a damaged one.
@@ -167,6 +169,7 @@ def condense(
         is_path = isinstance(checkpoint, str | os.PathLike)
         if not is_path or "\0" in os.fspath(checkpoint):
             raise ConfigError(f"checkpoint is the path of a file; got {checkpoint!r:.60}")
+        check_target(checkpoint)
     if kind is None:
         kind = "features" if isinstance(source, LabelledFeatures) else "hmn"
     memory_type = MEMORIES[kind] if memory is None else type(memory)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from hmn_replay.budget import as_int
 from hmn_replay.data.lookup import Images, as_floats
-from hmn_replay.errors import ConfigError, DataError
+from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
 from hmn_replay.runtime import make_generator
 
 __all__ = [
@@ -277,6 +278,9 @@ def as_labelled_images(source: ImageSource, *, size: int | None = None) -> Label
 def joined_names(names: Mapping[int, str], more: Mapping[int, str] | None) -> dict[int, str]:
     """Return the names of both, of which neither contradicts the other.
 
+    A name that stands for other labels in one than in the other is warned of: there will be two
+    classes of that name.
+
     Args:
         names: Label to name, of a memory.
         more: The same of images that are added; None for no names.
@@ -292,6 +296,17 @@ def joined_names(names: Mapping[int, str], more: Mapping[int, str] | None) -> di
                 "added: give a class the same label and name in both, or leave the names out, as "
                 "LabelledImages(images, labels) does"
             )
+    own, other = (_labels_of_names(each) for each in (names, more or {}))
+    for name in own.keys() & other.keys():
+        labels = min(own[name]), min(other[name])
+        if own[name] & other[name] or max(labels) >= 2**32:  # of tasks, each has its own
+            continue
+        warnings.warn(
+            f"{name!r} is label {labels[0]} in the memory and {labels[1]} in the images that are "
+            "added, which makes two classes of it: give it one label if it is one",
+            HMNReplayWarning,
+            stacklevel=3,
+        )
     return {**names, **(more or {})}
 
 

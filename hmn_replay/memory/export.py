@@ -221,9 +221,10 @@ def export_dd_ranking(memory: Memory, folder: str | Path, *, dataset: str | None
     if dataset is None:
         fitting = [name for name, own in DD_RANKING.items() if own[:2] == (shape, num_classes)]
         if not fitting:
+            usable = [name for name, own in DD_RANKING.items() if own[0][0] == shape[0]]
             raise ConfigError(
-                f"DD-Ranking knows no data set of {num_classes} classes of images of {shape}; name "
-                f"one of {', '.join(DD_RANKING)}"
+                f"DD-Ranking knows no data set of {num_classes} classes of images of {shape}; "
+                + (f"name one of {', '.join(usable)}" if usable else "all of its have 3 channels")
             )
         dataset = fitting[0]
     check_name("data set of DD-Ranking", dataset, DD_RANKING)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from hmn_replay.errors import ConfigError
 from hmn_replay.extras import import_extra
@@ -47,7 +48,13 @@ def push(
         FILE_NAME: memory.checked_bytes(),
         **({} if memory.holds_features else {SHEET_NAME: contact_sheet_png(memory)}),
         "README.md": make_card(
-            memory, repo_id, source=source, accuracy=accuracy, license=license, tags=tags
+            memory,
+            repo_id,
+            source=source,
+            accuracy=accuracy,
+            license=license,
+            tags=tags,
+            revision=revision,
         ).encode(),
     }
     api = hub.HfApi(token=token, library_name="hmn_replay")
@@ -67,7 +74,8 @@ def download(address: str, *, token: str | None = None) -> Path:
     """Fetch a memory's file from the Hub into the Hub's own cache, and return where it is.
 
     Args:
-        address: ``hf://OWNER/NAME``, which may go on with ``@REVISION`` and ``/FILE``.
+        address: ``hf://OWNER/NAME``, which may go on with ``@REVISION``, whose slashes are written
+            ``%2F``, and ``/FILE``.
         token: Default: that of ``hf auth login``.
 
     Raises:
@@ -88,7 +96,7 @@ def download(address: str, *, token: str | None = None) -> Path:
             match["repo"],
             name,
             repo_type="dataset",
-            revision=match["revision"],
+            revision=match["revision"] and unquote(match["revision"]),
             library_name="hmn_replay",
             token=token,
         )
@@ -113,6 +121,7 @@ def make_card(
     accuracy: float | None = None,
     license: str | None = None,
     tags: Sequence[str] = (),
+    revision: str | None = None,
 ) -> str:
     """Return the card of a memory: a README with metadata that the Hub reads.
 
@@ -123,7 +132,9 @@ def make_card(
         accuracy: Test accuracy of a network that was trained on the memory, in [0, 1].
         license: An identifier that the Hub knows, such as ``"mit"``.
         tags: Further tags.
+        revision: The branch that it is on. Default: None, the main one.
     """
+    address = repo_id + ("" if revision is None else f"@{quote(revision, safe='')}")
     hub = import_extra("huggingface_hub", "hub")
     own = ["hmn_replay", "dataset-distillation", "dataset-condensation", memory.kind]
     data = hub.DatasetCardData(
@@ -164,7 +175,7 @@ def make_card(
         f"""```python
 import hmn_replay  # pip install 'hmn-replay[hub]'
 
-memory = hmn_replay.load("hf://{repo_id}")
+memory = hmn_replay.load("hf://{address}")
 images, labels = memory.decode()
 network, accuracy = hmn_replay.evaluate(memory, test_set)
 ```""",

@@ -699,6 +699,14 @@ def test_nothing_is_condensed_in_a_kind_of_real_images(kind: str, make_set: Make
         condense(make_set(), "9 KiB", kind=kind, **TINY)
 
 
+def test_a_checkpoint_in_a_folder_that_is_not_there_is_refused(
+    make_set: MakeSet, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match="No such folder"):
+        condense(make_set(), "9 KiB", checkpoint=tmp_path / "absent/run", **TINY)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_kind_is_refused(make_set: MakeSet) -> None:
     with pytest.raises(ConfigError, match=r"must be one of .*; did you mean 'pixels'"):
         condense(make_set(), "9 KiB", kind="pixel", **TINY)

@@ -46,10 +46,15 @@ def test_a_revision_and_a_file_can_be_named(hub: Hub) -> None:
     memory = any_memory("raw")
     memory.push_to_hub(NAME, revision="trial")
     assert hub.revisions == ["trial"]
+    assert f'load("hf://{NAME}@trial")' in hub.repositories[NAME]["README.md"].decode()
     hub.repositories[NAME]["more/other.hmn"] = b""
     hub.repositories[NAME]["other.hmn"] = b"no memory"
     hmn_replay.load(f"hf://{NAME}@v1.0")
     assert "v1.0" in hub.revisions
+    memory.push_to_hub(NAME, revision="refs/pr/1")
+    assert f'load("hf://{NAME}@refs%2Fpr%2F1")' in hub.repositories[NAME]["README.md"].decode()
+    hmn_replay.load(f"hf://{NAME}@refs%2Fpr%2F1")
+    assert hub.revisions[-1] == "refs%2Fpr%2F1", "quoted once, in the URL"
     with pytest.raises(MemoryFileError, match=r"other\.hmn"):
         hmn_replay.load(f"hf://{NAME}/other.hmn")
 

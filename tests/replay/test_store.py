@@ -297,6 +297,14 @@ def test_gathered_images_keep_their_names(untouched_random_state: None) -> None:
     memory.gather(named)
     with pytest.raises(DataError, match="label 0 is 'cat'"):
         memory.gather(LabelledImages(named.images, named.labels, {0: "cow"}))
+    with pytest.warns(HMNReplayWarning, match="'cat' is label 0 in the memory and 5 in the images"):
+        memory.gather(LabelledImages(batch(5).images, batch(5).labels, {5: "cat"}))
+    memory.gatherer.clear()
+    memory.gather(named)
+    key = 2**32 + 1  # of another task, whose classes may be called the same
+    memory.gather(LabelledImages(batch(5).images, batch(5).labels - 5 + key, {key: "cat"}))
+    memory.gatherer.clear()
+    memory.gather(named)
     again = pickle.loads(pickle.dumps(memory))
     for each in (memory, again):
         assert each.finish()
