@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hmn_replay.budget import as_int
 from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import (
     ImageSource,
@@ -149,8 +150,11 @@ def score(
 
     Raises:
         DataError: No image, or tensors of other shapes or dtypes.
+        ConfigError: ``batch_size`` is below 1.
     """
     check_labelled(images, class_indices)
+    if batch_size is not None and (as_int(batch_size) or 0) < 1:
+        raise ConfigError(f"batch_size must be a whole number of 1 or more; got {batch_size!r}")
     batch_size = images_at_once(images.shape[1:]) if batch_size is None else batch_size
     with lent_to(network, device) as target, torch.no_grad():
         num_right = torch.zeros((), dtype=torch.int64, device=target)

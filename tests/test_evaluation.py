@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hmn_replay.baselines.scores import scores
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.lookup import ImageLookup, Images
-from hmn_replay.errors import DataError, HMNReplayWarning
+from hmn_replay.errors import ConfigError, DataError, HMNReplayWarning
 from hmn_replay.evaluation import evaluate, score
 from hmn_replay.memory import HierarchicalMemory, HMNLayout, RawMemory
 from hmn_replay.memory.gallery import psnr_by_class
@@ -169,6 +169,9 @@ def test_score_counts_right_answers() -> None:
     for batch_size in (1, 3, 512):
         assert score(network, images, labels, batch_size=batch_size) == 3 / 7
         assert score(network, images.double(), labels, batch_size=batch_size) == 3 / 7
+    for wrong in (0, -4):
+        with pytest.raises(ConfigError, match="batch_size must be a whole number of 1 or more"):
+            score(network, images, labels, batch_size=wrong)
     assert network.training
     assert not network.dropout.training
 

@@ -139,7 +139,8 @@ def condense(
         ``matching``, ``labels`` and ``pruning``) ``seconds``, ``images``, ``images_per_second`` and
         ``peak_memory_bytes`` (so far);
         ``warm_start_psnr`` in dB (None without a warm start); ``beta`` (None where nothing was
-        pruned) and ``beta_accuracies``, in [0, 1] on held-out real images (empty without a search);
+        pruned by AUM or a function) and ``beta_accuracies``, in [0, 1] on held-out real images
+        (empty without a search);
         ``student_rate``, the learning rate that ``"mtt"`` ended with (None for other objectives);
         ``images_per_class``, ``file_bytes``, ``unused_bytes`` of the budget and ``fill``, the share
         that is used, with ``unused_reason``, why that is below 0.97, else None.

@@ -84,7 +84,8 @@ class LabelConfig(Settings):
     """Channels of the blocks of the ConvNet in the file."""
 
     label_views: Annotated[int, Field(ge=1)] = 8
-    """How many augmentations of an image its soft label is a mean over."""
+    """How many augmentations of an image its soft label is a mean over; half of them, rounded down
+    but one at least, are of its real source where that is known, and as many of the decoded one."""
 
     label_augmentations: tuple[Annotated[str, one_of("augmentation", STRATEGIES)], ...] = (
         LABEL_AUGMENTATIONS

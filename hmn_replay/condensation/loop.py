@@ -43,7 +43,7 @@ from hmn_replay.condensation.checkpoint import (
 from hmn_replay.condensation.config import CondenseConfig
 from hmn_replay.condensation.growth import fill, make_room
 from hmn_replay.condensation.labelling import add_labels, check_teacher
-from hmn_replay.condensation.matchers import Stateful, make_matcher
+from hmn_replay.condensation.matchers import Stateful, make_matcher, train_missing
 from hmn_replay.condensation.pruning import MarginRecorder, double_ended_prune, score_by
 from hmn_replay.condensation.rate import RateControl, fit_code, most_that_fit
 from hmn_replay.condensation.selection import embedding
@@ -510,6 +510,8 @@ class Condensation(Run):
         return steps.warm_start_targets(self.memory, self.orders, self.first_class)
 
     def _select(self) -> None:
+        if self.experts is not None:
+            train_missing(self.experts, self.device, self.team)
         with isolated_if(self.config.draws_globally, self.device, self.seed, "selection"):
             self.order = self.team.agree(self._chosen_order)
         self._count(len(self.order))

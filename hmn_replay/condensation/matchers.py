@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hmn_replay.condensation import steps
 from hmn_replay.condensation.checkpoint import Checkpoint, load_state
+from hmn_replay.distributed import Team
 from hmn_replay.errors import ConfigError, TrainingError
 from hmn_replay.objectives import ObjectiveFunction, get_objective
 from hmn_replay.objectives.trajectories import Experts
@@ -36,6 +37,7 @@ __all__ = [
     "check_given_networks",
     "given_networks",
     "make_matcher",
+    "train_missing",
     "trained_networks",
 ]
 
@@ -387,16 +389,17 @@ def check_given_networks(
     return networks
 
 
+def train_missing(experts: Experts, device: torch.device, team: Team) -> None:
+    """Train the experts that are not there, as where a run goes on without their folder."""
+    for number in team.agree(experts.missing):
+        experts.record(number, device, team=team)
+
+
 def _reader(
     experts: Experts, context: steps.StepContext
 ) -> Callable[[int, int, int], Sequence[State]]:
-    """Return what reads an expert's parameters at two epochs, in process 0 alone and for all.
-
-    None are missing after the phase that trains them. But some may be where a run goes on without
-    their folder, and are trained here.
-    """
-    for number in context.team.agree(experts.missing):
-        experts.record(number, context.device, team=context.team)
+    """Return what reads an expert's parameters at two epochs, in process 0 alone and for all."""
+    train_missing(experts, context.device, context.team)
 
     # All processes draw the same ones, and so keep the same ones.
     @lru_cache(_NUM_PAIRS_KEPT)

@@ -90,7 +90,7 @@ class RateControl:
         Args:
             indices: int64 ``(B,)``, positions of the images in the distance, the same in every
                 process of a team.
-            distance: A scalar, above 0 and without a graph: of this process's share.
+            distance: A scalar, 0 or more and without a graph: of this process's share.
             team: The processes that share the distance, whose gradients are summed already.
         """
         team.add_up(distance)
@@ -104,7 +104,7 @@ class RateControl:
         error = (smoothed / target).log().clamp(-_MAX_ERROR, _MAX_ERROR)
         integral = (integral + _INTEGRAL * error).clamp(-_MAX_INTEGRAL, _MAX_INTEGRAL)
         self.state = torch.stack([integral, smoothed, count + 1, bits])
-        weight = (integral + _PROPORTIONAL * error).exp() * distance / target
+        weight = (integral + _PROPORTIONAL * error).exp() * distance.clamp_min(0) / target
         torch.autograd.backward(weight * (image_bits + shared_bits / self.kept_new))
 
 

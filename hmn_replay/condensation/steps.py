@@ -41,6 +41,7 @@ from hmn_replay.training.train import (
     draw_batch,
     draw_epoch,
     mixes_images,
+    names_of_batch,
     wants_compiling,
 )
 
@@ -64,6 +65,12 @@ __all__ = [
 # Decoded at once while matching: 256 images of 32 x 32, 5 of 224 x 224, and one class at least. A
 # GPU takes eight times as many, and waits less between them.
 _PIXELS_PER_GROUP, _PIXELS_PER_GPU_GROUP = 2**18, 2**21
+# A real image is shown without a graph, which takes about so much of what a decoded one takes.
+_REAL_SHARE = 0.25
+# How far below 0 the distance of equal images may be.
+_ROUNDING = 1e-4
+# Of images that hardly differ from their sources, the mean squared error that counts.
+_LEAST_ERROR = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +244,10 @@ class StepContext:
     def draw_augmentation(
         self, generator: torch.Generator, batch: int | None = None
     ) -> Augmentation:
-        """Return an augmentation for real and decoded images: one draw, or one for each image."""
-        names = self.config.augmentations if self.objective.augments else ()
+        """Return an augmentation: a draw for all images, or one for each of a training's batch."""
+        names: Sequence[str] = self.config.augmentations if self.objective.augments else ()
+        if batch is not None:
+            names = names_of_batch(names, generator)
         size = self.memory.image_shape[1:]
         mean, std = self.real.mean, self.real.std
         return draw_augmentation(names, size, generator, batch=batch, fill=mean, std=std)
@@ -389,10 +398,13 @@ def match_step(
     context.optimizer.zero_grad()
     distance = torch.zeros((), dtype=torch.float32, device=device)
     shared = context.team.share(drawn)
-    pixels = config.decoded_batch * math.prod(memory.image_shape[1:])
-    group_size = max(1, _pixels_per_group(device) // pixels)
     # What a network that normalises by the batch gives is not to depend on how classes are grouped.
     together = objective.several_classes and not (network.training and mixes_images(network))
+    num_images = config.decoded_batch
+    if together:  # the real images of a group are shown at once, too
+        num_images = max(num_images, math.ceil(_REAL_SHARE * config.real_batch))
+    pixels = num_images * math.prod(memory.image_shape[1:])
+    group_size = max(1, _pixels_per_group(device) // pixels)
     waiting: list[tuple[Tensor, Tensor]] = []
     offsets: list[Tensor] = []
     for first in range(0, len(shared), group_size):
@@ -444,12 +456,14 @@ def _add_fidelity(
     error = torch.zeros((), dtype=torch.float32, device=context.device)
     for of_group in offsets:
         error += of_group.square().sum()
-    totals = torch.stack([distance, error])
+    num_values = torch.full_like(error, float(sum(map(torch.numel, offsets))))
+    totals = torch.stack([distance, error, num_values])
     if shared:
         context.team.add_up(totals)
-    whole, error = totals.unbind()
-    weight = 2 * (context.config.fidelity or 0.0)
-    scale = weight * whole / error.clamp_min(torch.finfo(error.dtype).tiny)
+    whole, error, num_values = totals.unbind()
+    # Images that are their sources but for rounding are taken to be a little off.
+    error = error.maximum(_LEAST_ERROR * num_values * context.memory.unit**2)
+    scale = 2 * (context.config.fidelity or 0.0) * whole.clamp_min(0) / error
     for gradient, of_group in zip(gradients, offsets, strict=True):
         gradient += scale * of_group
 
@@ -516,10 +530,11 @@ def try_matching(
         raise ConfigError(
             f"the loss of objective {objective.name} does not depend on decoded_images"
         )
-    if not (bool(loss.isfinite()) or OBJECTIVES.is_built_in(config.objective)):
+    value = float(loss.detach())
+    if not (-_ROUNDING < value < math.inf or OBJECTIVES.is_built_in(config.objective)):
         raise ConfigError(
-            f"the loss of objective {objective.name} is {float(loss.detach())} for real images "
-            "that are matched with themselves; return a finite one"
+            f"the loss of objective {objective.name} is {value} for real images that are matched "
+            "with themselves; return a distance: finite, and 0 or more"
         )
 
 
@@ -534,9 +549,10 @@ def trajectory_step(
     """Let a student follow an expert on decoded images, and move the memory once.
 
     Its batches go through the images that are condensed in a random order, then in another; each
-    image is augmented by a draw of its own, anew for each batch, as an expert's are. Every image
-    that they have is decoded twice, a bounded number at a time: to be shown, and, when its gradient
-    is known, to send that on. So what is kept does not grow with the number of images.
+    image is augmented by a draw of its own, anew for each batch, as an expert's are; of crop, scale
+    and rotate, a batch has one. Every image that they have is decoded twice, a bounded number at a
+    time: to be shown, and, when its gradient is known, to send that on. So what is kept does not
+    grow with the number of images.
 
     A student's steps follow each other, and are not shared: every process of a team takes them all.
 

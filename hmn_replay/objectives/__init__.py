@@ -54,8 +54,8 @@ class Objective:
 
     Attributes:
         loss: The objective as a function of network, real images, real labels, decoded images and
-            decoded labels, which returns a scalar. None for an objective that compares whole
-            trainings, as :func:`trajectory_matching` does.
+            decoded labels, which returns a scalar, 0 or more. None for an objective that compares
+            whole trainings, as :func:`trajectory_matching` does.
         augments: Whether real and decoded batches are augmented, both by the same draw.
         learns_from: What the network is trained on after each step: ``"real"`` images,
             ``"decoded"`` images, or ``"nothing"``.

@@ -56,7 +56,7 @@ EXPERT_TRAINING = TrainingConfig(
     cutmix_probability=0.0,
     augmentations=("color", "crop", "cutout", "flip", "scale", "rotate"),
 )
-"""How MTT's code trains experts (Cazenavette et al. 2022): plain SGD, which students can follow."""
+"""Experts of plain SGD, which students can follow, as in MTT (Cazenavette et al. 2022)."""
 
 
 def trajectory_matching(

@@ -69,6 +69,7 @@ __all__ = [
     "make_network",
     "mixed_loss",
     "mixes_images",
+    "names_of_batch",
     "resolve_compile",
     "train_network",
     "try_network",
@@ -132,7 +133,7 @@ class TrainingConfig(Settings):
 
     batch_size: Annotated[int, Field(ge=2)] = 64
     """Images in a step, at most. Batches of an epoch are of equal size, to within one image, and
-    never of one image, which batch normalisation cannot take."""
+    never of one image, which batch normalisation cannot take: three images at 2 are one batch."""
 
     learning_rate: Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)] = 0.01
     """Learning rate of the first step."""
@@ -299,7 +300,7 @@ def train_network(
                     cutmix_probability=config.cutmix_probability,
                 )
                 optimizer.zero_grad()
-                soft = _soft_targets(targets, batch, first, second, lam, config)
+                soft = _soft_targets(targets, batch, first, second, lam, num_classes, config)
                 with isolated_if(draws_globally, device, seed, "training", epoch, number):
                     total_loss += add_gradients(
                         network,
@@ -425,7 +426,8 @@ def draw_epoch(
 
     Args:
         num_images: How many images there are, 1 or more.
-        batch_size: Images of a batch at most, 2 or more.
+        batch_size: Images of a batch at most, 2 or more; of fewer than twice as many images, one
+            batch may have one more.
         generator: Generator of their order.
         epoch_images: How many images the epoch shows. Default: all.
 
@@ -438,6 +440,15 @@ def draw_epoch(
     num_batches = max(1, min(math.ceil(size / batch_size), size // 2))
     order = torch.randperm(max(2, num_images), generator=generator)[:size] % num_images
     return order.tensor_split(num_batches)
+
+
+def names_of_batch(augmentations: Collection[str], generator: torch.Generator) -> list[str]:
+    """Return the augmentations of one training batch: of those that move images, one is drawn."""
+    names = [name for name in augmentations if name not in _MOVING]
+    moving = [name for name in augmentations if name in _MOVING]
+    if moving:
+        names.append(moving[int(torch.randint(len(moving), (), generator=generator))])
+    return names
 
 
 def draw_batch(
@@ -466,10 +477,7 @@ def draw_batch(
         The images, two labels of each, int64 ``(N,)``, and the share of the loss that the first
         labels have; see :func:`hmn_replay.data.augment.cutmix`.
     """
-    names = [name for name in augmentations if name not in _MOVING]
-    moving = [name for name in augmentations if name in _MOVING]
-    if moving:
-        names.append(moving[int(torch.randint(len(moving), (), generator=generator))])
+    names = names_of_batch(augmentations, generator)
     height, width = images.shape[2:]
     augment = draw_augmentation(
         names, (height, width), generator, batch=len(images), fill=mean, std=std
@@ -710,6 +718,7 @@ def _soft_targets(
     first: Tensor,
     second: Tensor,
     lam: float,
+    num_classes: int,
     config: TrainingConfig,
 ) -> SoftTargets | None:
     """Return the soft targets of a mixed batch, from those at the temperature or a labeller.
@@ -720,6 +729,7 @@ def _soft_targets(
         first: int64 ``(N,)``, the positions of the images.
         second: int64 ``(N,)``, the positions of those pasted into them.
         lam: The share that the first ones have.
+        num_classes: How many logits the network has that learns.
         config: Weight and temperature are read.
     """
     if targets is None:
@@ -728,6 +738,12 @@ def _soft_targets(
         rows = targets[first] if lam == 1.0 else targets[first].lerp(targets[second], 1.0 - lam)
     else:
         with torch.no_grad():
-            rows = (targets(batch).float() / config.temperature).softmax(1)
+            logits = targets(batch)
+        if logits.shape != (len(batch), num_classes):
+            raise ConfigError(
+                f"targets is a network that gives logits {(len(batch), num_classes)} for "
+                f"{len(batch)} images of {num_classes} classes; it gives {tuple(logits.shape)}"
+            )
+        rows = (logits.float() / config.temperature).softmax(1)
     weight = LABEL_WEIGHT if config.label_weight is None else config.label_weight
     return SoftTargets(rows, weight, config.temperature)

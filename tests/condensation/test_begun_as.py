@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hmn_replay.data.features import LabelledFeatures
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import CheckpointError, ConfigError
 from hmn_replay.memory import LearnedMemory
+from hmn_replay.objectives.trajectories import experts_beside
 from tests.support import LAYOUTS, Observer, at_call, room_for, tiny
 
 MakeSet = Callable[..., LabelledImages]
@@ -166,6 +168,22 @@ def test_interrupted_it_goes_on_in_the_same_order(
 
     with pytest.raises(KeyboardInterrupt):
         tiny(data, PIXELS, checkpoint=path, team=Observer(sum=at_call(moment, stop)), **options)
+    assert tiny(data, PIXELS, checkpoint=path, **options).to_bytes() == expected
+
+
+def test_it_goes_on_where_the_folder_of_experts_is_lost(make_set: MakeSet, tmp_path: Path) -> None:
+    data, path = make_set(60, labels=(0, 1, 2)), tmp_path / "run.checkpoint"
+    options = {"budget": BUDGET, "selection": "herding", "checkpoint_seconds": 0, **UNMATCHED}
+    options |= {"trained_passes": 60, "network_batch": 20}
+    expected = tiny(data, PIXELS, **options).to_bytes()
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "embedding", stop)
+        tiny(data, PIXELS, checkpoint=path, **options)
+    shutil.rmtree(experts_beside(path))
     assert tiny(data, PIXELS, checkpoint=path, **options).to_bytes() == expected
 
 

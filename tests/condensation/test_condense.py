@@ -879,6 +879,10 @@ def test_scores_of_ones_own_may_be_drawn_at_random(
             {"objective": lambda network, *_: next(network.parameters()).sum()},
             "does not depend on decoded_images",
         ),
+        (
+            {"objective": lambda _, real, __, own, ___: -(real.mean() * own.mean())},
+            r"is -0\.\d+ for real images .* return a distance: finite, and 0 or more",
+        ),
         ({"experts": "file", "trained_networks": 1}, "A file stands where the folder"),
     ],
 )

@@ -331,6 +331,35 @@ def test_with_fidelity_the_gradient_is_that_of_both_logarithms(
     assert_close(gradients_of(memory), expected)
 
 
+def test_with_fidelity_images_that_are_their_sources_have_small_gradients(
+    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = [make_scene(fidelity=fidelity) for fidelity in (0.0, 1000.0)]
+    for scene in scenes:
+        monkeypatch.setattr(steps.StepContext, "offsets", lambda *given: 1e-8 * given[2].detach())
+        scene.match()
+    without, with_it = (gradients_of(scene.memory) for scene in scenes)
+    for one, other in zip(without, with_it, strict=True):
+        assert bool(other.isfinite().all())
+        torch.testing.assert_close(one, other, rtol=0.1, atol=0.1 * float(one.abs().max()) + 1e-12)
+
+
+def test_real_images_of_several_classes_are_shown_in_bounded_groups(
+    make_scene: Callable[..., Scene],
+) -> None:
+    found, shown = [], list[int]()
+    for real_batch in (16, 10**6):  # of those that there are
+        scene = make_scene(objective="distribution", decoded_batch=9, real_batch=real_batch)
+        first = next(m for m in scene.network.modules() if isinstance(m, nn.Conv2d))
+        first.register_forward_pre_hook(lambda _, given: shown.append(len(given[0])))
+        scene.match()
+        found.append((max(shown), gradients_of(scene.memory)))
+        shown.clear()
+    (together, once), (apart, one_by_one) = found
+    assert (together, apart) == (16, 6)
+    assert_close(once, one_by_one)
+
+
 @pytest.mark.parametrize("first_class", [0, 1])
 def test_with_fidelity_images_that_match_nothing_come_nearer_to_their_sources(
     make_scene: Callable[..., Scene], first_class: int

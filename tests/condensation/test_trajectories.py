@@ -28,6 +28,7 @@ from hmn_replay.condensation.steps import (
     trajectory_step,
     warm_start_targets,
 )
+from hmn_replay.data.augment import STRATEGIES, draw_augmentation
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ExpertError, TrainingError
 from hmn_replay.memory import HierarchicalMemory, HMNLayout, LearnedMemory
@@ -218,6 +219,23 @@ def test_each_image_is_augmented_by_a_draw_of_its_own(make_scene: Callable[..., 
         assert bool(cut.flatten(1).any(dim=1).all())
         holes |= {hole.numpy().tobytes() for hole in cut}
     assert len(holes) > 6  # of 18 images that were shown
+
+
+def test_a_batch_is_moved_as_an_experts_is(
+    make_scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene, drawn = make_scene(student_steps=40), list[set[str]]()
+
+    def note(names: Any, *args: Any, **options: Any) -> Any:
+        drawn.append(set(names))
+        return draw_augmentation(names, *args, **options)
+
+    monkeypatch.setattr("hmn_replay.condensation.steps.draw_augmentation", note)
+    scene.config = scene.config.replace(augmentations=STRATEGIES)
+    scene.follow()
+    moving = {"crop", "scale", "rotate"}
+    assert {len(names & moving) for names in drawn} == {1}
+    assert set().union(*drawn) == set(STRATEGIES)
 
 
 def test_large_images_are_decoded_in_groups(make_set: MakeSet) -> None:

@@ -157,6 +157,18 @@ def test_a_labeller_is_shown_the_augmented_images() -> None:
     assert not any((batch[i] == plain).flatten(1).all(1).any() for batch in shown for i in range(4))
 
 
+@pytest.mark.parametrize("num_logits", [1, 2])
+def test_a_labeller_of_other_classes_is_refused(num_logits: int) -> None:
+    images, labels = stripes(12)
+    _, index = labels.unique(return_inverse=True)
+
+    def labeller(batch: Tensor) -> Tensor:
+        return batch.mean(dim=(2, 3))[:, :num_logits]
+
+    with pytest.raises(ConfigError, match=rf"targets is a network .* gives \(\d+, {num_logits}\)"):
+        train_network(images, index, 3, targets=labeller, config=TINY, device="cpu")
+
+
 def test_what_are_no_targets_is_refused() -> None:
     images, labels = stripes(6)
     _, index = labels.unique(return_inverse=True)
