@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import hmn_replay
+from experiments.tables.published import dataset_name
 from hmn_replay.cli import HelpFormatter, check_settings
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.data.sources import Split
@@ -42,6 +43,11 @@ def load(args: argparse.Namespace, split: Split, data: str | None = None) -> Lab
         download=args.download,
         size=args.size,
     )
+
+
+def is_digits(data: str) -> bool:
+    """Return whether data are of digits, which must not be mirrored, by name or file."""
+    return dataset_name(data) in DIGITS
 
 
 def add_settings(parser: argparse.ArgumentParser, *default: str) -> None:

@@ -138,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = parse_names("--labels", args.labels, LABELS)
     parse_settings(args, {"labels": columns}, "--labels")
     qualities = parse_numbers("--qualities", args.qualities)
+    for number in qualities:
+        hmn_replay.JPEGMemory.check_settings(quality=number)
     TrainingConfig(
         network=args.network,
         width=args.width,
@@ -348,15 +350,11 @@ def markdown(rows: list[dict[str, Any]], store: Store) -> str:
             by_name.setdefault(row["row"], {})[row["labels"]] = row
         head, lines = ["memory"], [[name] for name in by_name]
         for labels in columns:
-            # Each column has its own memories: images, bytes and the quality of JPEG are theirs.
-            head += [f"{labels} labels: accuracy %", "images", "bytes"]
+            # Each column has its own memories: seeds and the quality of JPEG, too, are theirs.
+            head += [f"{labels} labels: accuracy %", "images", "bytes", "seeds", "seconds to make"]
             head += ["labeller itself %"] * (labels == "labeller")
             for line, made in zip(lines, by_name.values(), strict=True):
                 line += cells(made.get(labels), labels)
-        first = [next(iter(made.values())) for made in by_name.values()]
-        head += ["seeds", "seconds to make"]
-        for line, row in zip(lines, first, strict=True):
-            line += [str(len(row["accuracies"])), f"{row['seconds']:,.0f}"]
         parts += [f"## {budget:,} bytes", markdown_table([head, *lines])]
     found = [f"{label} {error}" for label, error in failures(store)]
     return "\n\n".join([*parts, *found]) + "\n"
@@ -365,9 +363,10 @@ def markdown(rows: list[dict[str, Any]], store: Store) -> str:
 def cells(row: dict[str, Any] | None, labels: str) -> list[str]:
     """Return what a table says of a memory in the column of its labels."""
     if row is None:
-        return ["-"] * (4 if labels == "labeller" else 3)
+        return ["-"] * (6 if labels == "labeller" else 5)
     quality = f" (quality {row['quality']})" if row["row"] == "jpeg" else ""
     shown = [percent(row["accuracies"]) + quality, f"{row['images']:,.0f}", f"{row['bytes']:,.0f}"]
+    shown += [str(len(row["accuracies"])), f"{row['seconds']:,.0f}"]
     return shown + [percent(row["labeller_accuracies"])] * (labels == "labeller")
 
 
@@ -416,5 +415,5 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except HMNReplayError as error:
+    except (HMNReplayError, OSError) as error:
         sys.exit(f"equal_bytes.py: error: {error}")

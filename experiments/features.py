@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     budgets = [Budget.parse(text).num_bytes for text in args.budgets.split(",")]
     modes, seeds = parse_names("--mode", args.mode, MODES), parse_numbers("--seeds", args.seeds)
     rows = {row: parse_row(row) for row in args.rows.split(",")}
+    for passes in (args.backbone_passes, args.head_passes):
+        TrainingConfig(num_passes=passes)  # a wrong number is told before the backbone is trained
     train, test = load(args, "train"), load(args, "test")
     names = ("data", "size", "backbone_passes", "head_passes", "device")
     store = Store(args.out, {name: getattr(args, name) for name in names})
@@ -284,5 +286,5 @@ def markdown(store: Store) -> str:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except HMNReplayError as error:
+    except (HMNReplayError, OSError) as error:
         sys.exit(f"features.py: error: {error}")

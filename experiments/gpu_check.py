@@ -267,5 +267,5 @@ def answer(name: str, entry: dict[str, Any]) -> list[str]:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except HMNReplayError as error:
+    except (HMNReplayError, OSError) as error:
         sys.exit(f"gpu_check.py: error: {error}")

@@ -149,7 +149,8 @@ def make_settings(args: argparse.Namespace) -> Settings:
     if settings.trainings < 1:
         raise ConfigError(f"--trainings is 1 or more; got {settings.trainings}")
     make_config(**settings.condensation("hmn"))
-    TrainingConfig(width=settings.width, num_passes=settings.passes or 1)
+    passes = 1 if settings.passes is None else settings.passes
+    TrainingConfig(width=settings.width, num_passes=passes)
     return settings
 
 
@@ -191,5 +192,5 @@ def headline(args: argparse.Namespace, settings: Settings) -> str:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except HMNReplayError as error:
+    except (HMNReplayError, OSError) as error:
         sys.exit(f"paper_tables.py: error: {error}")

@@ -55,7 +55,7 @@ from experiments.tables.store import Store
 from hmn_replay.condensation.config import make_config
 from hmn_replay.condensation.steps import RealImages, drawn_orders, warm_start_targets
 from hmn_replay.data.images import LabelledImages, mean_psnr
-from hmn_replay.errors import HMNReplayError
+from hmn_replay.errors import ConfigError, HMNReplayError
 from hmn_replay.files import write_atomically
 from hmn_replay.memory.hierarchical import HierarchicalMemory, HMNLayout
 from hmn_replay.memory.jpeg import SUBSAMPLINGS
@@ -89,6 +89,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     rates = parse_numbers("--image-bytes", args.image_bytes)
+    if min(rates) < 1:
+        raise ConfigError(f"--image-bytes are 1 or more; got {args.image_bytes}")
     args.device = str(resolve_device(args.device))
     make_config(**condensation(args))
     train = load(args, "train")
@@ -268,5 +270,5 @@ def draw(store: Store, path: Path) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except HMNReplayError as error:
+    except (HMNReplayError, OSError) as error:
         sys.exit(f"reconstruction.py: error: {error}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ import torch
 
 import hmn_replay
 from hmn_replay.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def summarise(matrix: list[list[float | None]], num_test: list[int]) -> dict[str, Any]:
@@ -55,6 +61,42 @@ def versions(*packages: str) -> dict[str, str]:
     """Return what results are compared by: versions of packages, of Python and of our own."""
     found = {name: version(name) for name in packages}
     return found | {"python": platform.python_version(), "hmn_replay": hmn_replay.__version__}
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder of results to this run inside the block; see :func:`hold`."""
+    descriptor = hold(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def hold(folder: Path) -> int:
+    """Make a folder of results, and keep it to this run until a file is closed.
+
+    Each run writes ``results.json`` whole: of two at a time, one would lose the other's cells.
+
+    Returns:
+        The file's descriptor.
+
+    Raises:
+        ConfigError: Another run has the folder.
+        OSError: It cannot be made, or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
+    with contextlib.suppress(OSError):  # a file system without locks
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ConfigError(
+                f"another run writes to {folder}: wait for its end, or give another --out"
+            ) from error
+    return descriptor
 
 
 def resumed(
@@ -136,6 +178,8 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
         if all(run.get("untuned") for run in runs):
             untuned = percent([run["untuned"]["final_accuracy"] for run in runs])
             final += f" (untuned {untuned})"
+        # Joint training is measured once: the mean over all experiences is not known.
+        is_whole = all(None not in run["accuracy_seen"] for run in runs)
         has_forgetting = all(run["forgetting"] is not None for run in runs)
         rows.append(
             [
@@ -145,7 +189,7 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
                 f"{mean_of(runs, 'memory_bytes'):,.0f}",
                 f"{mean_of(runs, 'memory_images'):,.0f}",
                 final,
-                f"{100 * mean_of(runs, 'average_accuracy'):.1f}",
+                f"{100 * mean_of(runs, 'average_accuracy'):.1f}" if is_whole else "-",
                 f"{100 * mean_of(runs, 'forgetting'):.1f}" if has_forgetting else "-",
                 _shortcut_cell([run["shortcut"] for run in runs]),
                 str(len(runs)),

@@ -50,14 +50,14 @@ if __name__ == "__main__":
 import hmn_replay
 from experiments import arguments
 from experiments.arguments import (
-    DIGITS,
     add_data,
+    is_digits,
     make_parser,
     parse_names,
     parse_numbers,
     parse_settings,
 )
-from experiments.results import make_table, reset_peak_memory, resumed, summarise, versions
+from experiments.results import held, make_table, reset_peak_memory, resumed, summarise, versions
 from hmn_replay.avalanche.losses import LOSSES, RENEWALS, TUNED
 from hmn_replay.avalanche.plugin import replay_of
 from hmn_replay.budget import Budget
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--width must be 1 or more; got {args.width}")
     formats = parse_names("--formats", args.formats, ("png", "pdf", "svg"))
     args.options = dict[str, Any](SMOKE_OPTIONS if args.smoke else {})
-    if args.data in DIGITS:
+    if is_digits(args.data):
         args.options |= DIGITS_OPTIONS
     args.options |= parse_settings(args, unknown=hmn_replay.LabelConfig.model_fields)
     make_config(args.effort, **args.options)
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     training: dict[str, Any] = {"width": 32, "num_passes": passes}
     if args.smoke:
         training = {"width": 4, "num_passes": 100}
-    if args.data in DIGITS:
+    if is_digits(args.data):
         training |= {"augmentations": DIGITS_AUGMENTATIONS, "cutmix_probability": 0.0}
     args.small_training = training
 
@@ -258,28 +258,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     report |= {"threads": torch.get_num_threads(), "seeds": [], "class_order": {}, "results": {}}
     report = json.loads(json.dumps(report))  # as it would come back from the file
-    args.out.mkdir(parents=True, exist_ok=True)
     results_path = args.out / "results.json"
-    if results_path.exists():
-        report = resumed(report, results_path, resume=args.resume)
-    results = report["results"]
+    with held(args.out):
+        if results_path.exists():
+            report = resumed(report, results_path, resume=args.resume)
+        results = report["results"]
 
-    # ----------------------------------------------------------- every strategy, once for a seed
-    for seed in seeds:
-        order = torch.randperm(num_classes, generator=make_generator(seed, "classes")).tolist()
-        report["seeds"] = sorted({*report["seeds"], seed})
-        report["class_order"][str(seed)] = [int(train.classes[index]) for index in order]
-        for name in names:
-            runs = results.setdefault(name, {})
-            if "final_accuracy" in runs.get(str(seed), {}):
-                print(f"{name}, seed {seed}: kept", flush=True)
-                continue
-            try:
-                runs[str(seed)] = run(name, seed, order, sizes, train, test, args)
-            except Exception as error:  # one strategy's failure must not cost the others' results
-                traceback.print_exc()
-                runs[str(seed)] = {"error": f"{type(error).__name__}: {error}"}
-            write_atomically(results_path, json.dumps(report, indent=1).encode())
+        # ------------------------------------------------------- every strategy, once for a seed
+        for seed in seeds:
+            order = torch.randperm(num_classes, generator=make_generator(seed, "classes")).tolist()
+            report["seeds"] = sorted({*report["seeds"], seed})
+            report["class_order"][str(seed)] = [int(train.classes[index]) for index in order]
+            for name in names:
+                runs = results.setdefault(name, {})
+                if "final_accuracy" in runs.get(str(seed), {}):
+                    print(f"{name}, seed {seed}: kept", flush=True)
+                    continue
+                try:
+                    runs[str(seed)] = run(name, seed, order, sizes, train, test, args)
+                except Exception as error:  # the others' results are worth having
+                    traceback.print_exc()
+                    runs[str(seed)] = {"error": f"{type(error).__name__}: {error}"}
+                write_atomically(results_path, json.dumps(report, indent=1).encode())
 
     # ------------------------------------------------------------------------ figures and a table
     from experiments.figures import draw_accuracy, draw_memories, draw_shortcut
@@ -305,7 +305,7 @@ def make_strategy(name: str, seed: int, train: LabelledImages, args: argparse.Na
         model.compile(dynamic=True)
     if args.precision != "float32":
         model = MixedPrecision(model, args.precision, args.device)
-    names = ("crop",) if args.data in DIGITS else ("crop", "flip")
+    names = ("crop",) if is_digits(args.data) else ("crop", "flip")
     fill = channel_stats(train.images)[0] if args.crop_fill == "mean" else 0.0
     hmn_replay.augment_training(model, names, fill=fill, seed=seed)
     condensed = {
@@ -507,5 +507,5 @@ class MixedPrecision(nn.Module):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except HMNReplayError as error:
+    except (HMNReplayError, OSError) as error:
         sys.exit(f"split_cifar100.py: error: {error}")

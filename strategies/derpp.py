@@ -8,11 +8,12 @@ augment in the model, as a forward pre-hook.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from avalanche.training.supervised.der import DER, ClassBalancedBufferWithLogits
 
-from hmn_replay.errors import DataError
+from hmn_replay.errors import ConfigError, DataError
 from strategies.buffers import MeasuredBuffer
 from strategies.settings import Settings, Strategy
 
@@ -28,11 +29,14 @@ def build(settings: Settings) -> Strategy:
     the replayed labels' cross-entropy (default: 0.5).
 
     Raises:
-        ConfigError: ``mode`` is ``"memory_only"``, which it does not have.
+        ConfigError: ``mode`` is ``"memory_only"``, which it does not have; or a weight is below 0.
         BudgetError: The budget does not hold one image and its logits.
     """
     weights = settings.choose(alpha=0.1, beta=0.5)
     settings.refuse_memory_only()
+    for name, weight in weights.items():
+        if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
+            raise ConfigError(f"{name} must be a number of 0 or more; got {weight!r}")
     num_images = settings.num_images(_LOGIT_BYTES * settings.num_classes)
     batch_size_mem = settings.batch_size_mem
     strategy = DER(

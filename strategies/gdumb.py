@@ -1,6 +1,7 @@
 """GDumb (Prabhu et al. 2020): a balanced memory, and a network trained afresh on it alone.
 
-It is given as many image passes as a replaying rival: see :class:`strategies.settings.EqualPasses`.
+It is given about as many image passes as a replaying rival: see
+:class:`strategies.settings.EqualPasses`.
 """
 
 from __future__ import annotations

@@ -63,6 +63,9 @@ class Settings:
                 raise ConfigError(f"{name} must be 1 or more; got {getattr(self, name)!r}")
         if not self.lr > 0:
             raise ConfigError(f"lr must be above 0; got {self.lr!r}")
+        for name in ("momentum", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be 0 or more; got {getattr(self, name)!r}")
 
     def common(self, *plugins: SupervisedPlugin[Any]) -> dict[str, Any]:
         """Return what all of Avalanche's strategies take, the given plugins before the caller's."""
@@ -133,12 +136,14 @@ class Settings:
 
 
 class EqualPasses(SupervisedPlugin[Any], supports_distributed=False):
-    """Lets a strategy that trains on a memory alone see as many images as a replaying rival.
+    """Lets a strategy that trains on a memory alone see about as many images as a replaying rival.
 
     ``epochs`` over a small memory would be next to nothing. So it is trained on for as many epochs
     as make up ``epochs`` over the experience, and from the second experience on over as many
-    replayed images beside them as ``batch_size_mem`` brings. It comes after the plugin that puts
-    the memory in the place of the data.
+    replayed images beside them as ``batch_size_mem`` brings: as many as a rival sees whose memory
+    has so many images. (One whose memory is renewed before training replays in the first
+    experience, too; one with fewer images replays fewer.) It comes after the plugin that puts the
+    memory in the place of the data.
     """
 
     def __init__(self, settings: Settings) -> None:

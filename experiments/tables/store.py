@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.results import resumed, versions
+from experiments.results import hold, resumed, versions
 from hmn_replay.errors import BudgetError, ConfigError, HMNReplayError
 from hmn_replay.files import write_atomically
 
@@ -29,27 +31,39 @@ class Store:
         folder: Made where it is absent. What cells keep beside their numbers goes there too.
         configuration: JSON values that all cells depend on.
 
+    Attributes:
+        release: Lets another run have the folder; called when the store is no longer used.
+
     Raises:
-        ConfigError: The folder holds cells of another configuration, or of other versions.
+        ConfigError: The folder holds cells of another configuration, or of other versions; or
+            another run writes to it.
     """
 
     def __init__(self, folder: Path, configuration: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.path = folder, folder / "results.json"
+        self.release = weakref.finalize(self, os.close, hold(folder))
         report = {"configuration": configuration, "versions": versions("torch", "torchvision")}
         # As it would come back from the file.
         self.report: dict[str, Any] = json.loads(json.dumps({**report, "cells": [], "rows": []}))
-        if self.path.exists():
-            self.report = resumed(self.report, self.path, resume=True)
+        try:
+            if self.path.exists():
+                self.report = resumed(self.report, self.path, resume=True)
+        except ConfigError:
+            self.release()
+            raise
         self.failed: list[str] = []
 
     def agree(self, name: str, value: Any) -> None:
-        """Remember what cells depend on that is known later, or refuse another value of it."""
+        """Remember what cells depend on that is known later, or refuse another value of it.
+
+        Written at once: what a script keeps beside its cells, such as a network, is of it, too.
+        """
         known = self.report["configuration"].setdefault(name, value)
         if known != value:
             raise ConfigError(
                 f"{self.path} is of {name} = {known!r}, and now it is {value!r}; give another --out"
             )
+        self.write()
 
     def find(self, what: str, **identity: Any) -> list[dict[str, Any]]:
         """Return the cells of that kind and identity, or part of one, that are no errors."""

@@ -83,6 +83,11 @@ def load_study(args: argparse.Namespace, data: str, settings: Settings, store: S
     return Study(name, train, test, settings, store)
 
 
+def bytes_beside(number_format: str, num_classes: int) -> int:
+    """Return the room for what a budget by the paper's rule does not count: header and labels."""
+    return HEADER_BYTES + CLASS_BYTES * num_classes if number_format == "float32" else 0
+
+
 def fit(
     kind: str,
     ipc: int,
@@ -100,13 +105,12 @@ def fit(
         BudgetError: The budget does not hold one image a class.
     """
     budget = Budget.ipc(ipc, image_shape, num_classes)
-    paper_rule = number_format == "float32"
-    beside = HEADER_BYTES + CLASS_BYTES * num_classes if paper_rule else 0
+    beside = bytes_beside(number_format, num_classes)
     memory_type = KINDS[kind]
     layout: MemoryLayout = memory_type.choose_layout(
         budget.num_bytes + beside, image_shape, num_classes, number_format, real_images_per_class
     )
-    if not paper_rule:
+    if not beside:
         return layout, budget
     without, with_one = (
         memory_type.num_floats_of(layout, num_classes, n) for n in (0, layout.group_size)
@@ -199,6 +203,8 @@ def select_once(study: Study, method: str, identity: dict[str, Any]) -> Path | N
     def compute() -> dict[str, Any]:
         started = time.monotonic()
         train, budget = study.train, study.budget(identity["ipc"])
+        # As for learned memories, a file's header comes on top by the paper's rule.
+        beside = bytes_beside(study.settings.number_format, train.num_classes)
         values_per_image = math.prod(train.image_shape)
         passes = study.settings.selection_epochs * len(train)
         order = hmn_replay.select_images(
@@ -210,7 +216,7 @@ def select_once(study: Study, method: str, identity: dict[str, Any]) -> Path | N
             device=study.settings.device,
             progress=sys.stderr.isatty(),
         )
-        images = hmn_replay.raw_images(train, budget, selection=order)
+        images = hmn_replay.raw_images(train, budget.num_bytes + beside, selection=order)
         images.save(path)
         return {
             "images": images.num_images,

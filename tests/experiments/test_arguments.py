@@ -7,6 +7,7 @@ import pytest
 from experiments.arguments import (
     add_data,
     add_settings,
+    is_digits,
     make_parser,
     parse_names,
     parse_numbers,
@@ -24,6 +25,12 @@ def test_the_help_is_a_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "What it does." in text and "\n    a command\n\nMore of it.\n" in text
     assert make_parser(None).parse_args([]) is not None
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist.npz", "sets/SVHN"])
+def test_digits_are_known_by_name_and_file(data: str) -> None:
+    assert is_digits(data)
+    assert not is_digits("cifar10.npz")
 
 
 def test_numbers_names_and_options_are_read() -> None:

@@ -101,7 +101,7 @@ def test_kinds_of_labels_are_columns_of_their_own(
     for labels in ("hard", "soft", "labeller"):
         assert f"{labels} labels: accuracy %" in columns
     assert columns.count("labeller itself %") == 1
-    assert columns.count("images") == 3
+    assert columns.count("images") == columns.count("seeds") == 3
 
     # What a later run adds learns from the same teachers.
     made = {path: path.read_bytes() for path in tmp_path.glob("raw-*.hmn")}
@@ -170,6 +170,8 @@ def test_what_is_wrong_is_told_before_anything_is_made(cifar10: Path, tmp_path: 
             run(cifar10, tmp_path, "raw,float16", "--set", setting)
     with pytest.raises(ConfigError, match="--labels sets labels itself"):
         run(cifar10, tmp_path, "raw,draft", "--set", "labels=soft")
+    with pytest.raises(ConfigError, match="quality"):
+        run(cifar10, tmp_path, "jpeg", "--qualities", "10,500")
     with pytest.raises(ConfigError, match="--seeds is a number"):
         run(cifar10, tmp_path, "raw", "--seeds", "one")
     assert not list(tmp_path.iterdir())

@@ -49,3 +49,12 @@ def test_every_row_has_an_accuracy_within_its_budget_and_a_run_goes_on(
 def test_a_row_that_there_is_not_is_refused(row: str) -> None:
     with pytest.raises(ConfigError, match="--rows has features, raw-features, pq-MxB and jpeg-Q"):
         parse_row(row)
+
+
+@pytest.mark.parametrize("option", ["--backbone-passes", "--head-passes"])
+def test_a_wrong_number_of_passes_is_told_before_the_backbone_is_trained(
+    tmp_path: Path, option: str
+) -> None:
+    with pytest.raises(ConfigError, match="num_passes must be"):
+        main(["--data", "digits", option, "0", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -87,6 +87,12 @@ def test_what_a_warm_start_settles_is_not_for_set(data: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_a_rate_below_a_byte_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--image-bytes are 1 or more; got 0"):
+        run(data, tmp_path, "--image-bytes", "0")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_failed_is_told_in_the_table(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def run_of(final: float, *, forgetting: float | None = 0.25) -> dict[str, Any]:
         "memory_images": 30,
         "final_accuracy": final,
         "average_accuracy": 0.75,
+        "accuracy_seen": [None if forgetting is None else 0.8, final],
         "forgetting": forgetting,
         "shortcut": {"clean": {"called_new": 0.448}, "codec": {"called_new": 0.006}},
         "train_seconds": 12.0,
@@ -98,7 +99,8 @@ def test_table_ranks_by_mean_and_leaves_failures_out() -> None:
         "12",
         "1,234",
     ]
-    assert [cell.strip() for cell in lines[2].split("|")][8] == "-"
+    joint = [cell.strip() for cell in lines[2].split("|")]
+    assert joint[7:9] == ["-", "-"], "one measurement has neither a mean nor a forgetting"
     assert len({len(line) for line in lines}) == 1
 
 

@@ -194,7 +194,7 @@ def test_experiences_may_differ_by_a_class(tmp_path: Path, fake_strategies: dict
     assert report["configuration"]["classes_per_experience"] == [3, 3, 2, 2]
     matrix = report["results"]["naive"]["0"]["accuracy_matrix"]
     assert [sum(value is not None for value in row) for row in matrix] == [1, 2, 3, 4]
-    assert {path.name for path in tmp_path.glob("*.*")} == {
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {
         "results.json", "accuracy.svg", "accuracy.pdf", "memory.svg", "memory.pdf",
         "shortcut.svg", "shortcut.pdf",
         "memory-naive-seed0.png",

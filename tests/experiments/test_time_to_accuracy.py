@@ -215,6 +215,11 @@ def test_speedup_is_of_the_fastest_run_that_is_as_accurate() -> None:
     assert missed["speedup"] is None and missed["ours_seconds"] is None
 
 
+def test_what_a_stopped_run_has_not_evaluated_is_left_out() -> None:
+    rows = make_rows(s10=[0.1], s60=[])
+    assert list(time_to_accuracy.evaluated(rows).values()) == [rows["s10"]]
+
+
 def test_table_and_figure_tell_the_same(tmp_path: Path) -> None:
     results: dict[str, Any] = {
         "ours": make_rows(s120=[0.4, 0.42], s90=[0.3]),

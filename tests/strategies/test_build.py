@@ -167,6 +167,12 @@ def test_an_unknown_option_is_refused(name: str) -> None:
         build(name, zeta=1)
 
 
+@pytest.mark.parametrize("option", ["momentum", "weight_decay"])
+def test_a_training_below_its_range_is_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option} must be 0 or more; got -1"):
+        build("naive", **{option: -1})
+
+
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"mode must be one of .*; got 'both'"):
         build("raw", mode="both")

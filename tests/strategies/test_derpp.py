@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import strategies
-from hmn_replay.errors import DataError
+from hmn_replay.errors import ConfigError, DataError
 from tests.strategies.support import (
     BUDGET,
     IMAGE_BYTES,
@@ -31,6 +33,12 @@ def test_a_buffer_below_one_batch_is_replayed_all_the_same() -> None:
     assert strategy.batch_size_mem == 16
     strategy.train(second)
     assert strategy.batch_logits.shape == (16, 6)
+
+
+@pytest.mark.parametrize("weights", [{"alpha": -1}, {"alpha": float("nan")}, {"beta": "x"}])
+def test_a_weight_is_a_number_of_0_or_more(weights: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must be a number of 0 or more; got"):
+        build("derpp", **weights)
 
 
 def test_samples_without_a_task_label_are_refused() -> None:

@@ -22,6 +22,9 @@ def test_a_cell_is_computed_once_and_kept(tmp_path: Path) -> None:
     store = Store(tmp_path / "new" / "folder", {"width": (1, 2)})
     first = store.once("memory", {"ipc": 1}, lambda: {"images": 3})
     assert first == {"what": "memory", "ipc": 1, "images": 3}
+    with pytest.raises(ConfigError, match="another run writes to"):
+        Store(store.folder, {"width": (1, 2)})
+    store.release()
     again = Store(store.folder, {"width": (1, 2)})
     assert again.once("memory", {"ipc": 1}, lambda: fail_with(ValueError())) == first
     assert again.once("training", {"ipc": 1}, lambda: {"accuracy": 0.5})["accuracy"] == 0.5
@@ -32,8 +35,8 @@ def test_a_cell_is_computed_once_and_kept(tmp_path: Path) -> None:
 
 def test_other_configurations_are_refused(tmp_path: Path) -> None:
     store = Store(tmp_path, {"width": 1})
-    store.agree("images", [3, 4])
-    store.write()
+    store.agree("images", [3, 4])  # before there is a cell
+    store.release()
     with pytest.raises(ConfigError, match="is of width = 1, and now it is 2; give another --out"):
         Store(tmp_path, {"width": 2})
     again = Store(tmp_path, {"width": 1})
@@ -47,6 +50,7 @@ def test_other_versions_are_refused(tmp_path: Path, name: str) -> None:
     store = Store(tmp_path, {})
     store.report["versions"][name] = "0"
     store.write()
+    store.release()
     with pytest.raises(ConfigError, match=f"is of {name} = '0'"):
         Store(tmp_path, {})
 
