@@ -941,10 +941,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         Of a network with a head for each task, those of the experiences to come count, too: the
         first task is trained on as the others are.
         """
-        if self._model is not None and heads_of_tasks(self._model):
-            experiences = with_their_streams(experiences)
+        has_heads = self._model is not None and heads_of_tasks(self._model)
+        known = with_their_streams(experiences) if has_heads else experiences
         keys = torch.empty(0) if self.memory is None else self.memory.classes
-        has_tasks = any(any(getattr(each, "task_labels", ())) for each in experiences)
+        has_tasks = any(any(getattr(each, "task_labels", ())) for each in known)
         return has_tasks or bool(split_class_keys(keys.long())[1].any())
 
     def _finished(self, images: Tensor) -> Tensor:

@@ -375,12 +375,14 @@ def experiences_of(strategy: Strategy, experience: Any) -> Sequence[Any]:
     return strategy._experiences if isinstance(strategy, JointTraining) else [experience]
 
 
-def with_their_streams(experiences: Sequence[Any]) -> list[Any]:
-    """Return experiences and all others of their streams, where these can be listed."""
-    wholes = [getattr(each, "origin_experience", each) for each in experiences]  # of pieces
-    streams = [getattr(each, "origin_stream", None) for each in wholes]
-    others = [each for stream in streams if isinstance(stream, Sequence) for each in stream]
-    return [*experiences, *others]
+def with_their_streams(experiences: Sequence[Any]) -> Iterator[Any]:
+    """Yield experiences and all others of their streams, where these can be listed."""
+    yield from experiences
+    for each in experiences:
+        whole = getattr(each, "origin_experience", each)  # of a piece
+        stream = getattr(whole, "origin_stream", None)
+        if isinstance(stream, Sequence):
+            yield from stream
 
 
 def heads_of_tasks(model: nn.Module) -> list[nn.Module]:
