@@ -8,8 +8,10 @@
 The classes of a data set come in experiences, a few new ones in each, and one network learns them
 one experience after the other (class-incremental: one head, no task label at test time). Every
 strategy gets the same network, epochs, augmentation, class order and budget of bytes for its
-memory, and is scored after each experience on the test images of all classes seen so far. The
-memories of this package are replayed under the same loss and renewed at the same time; results.json
+memory, and is scored after each experience on the test images of all classes seen so far. They take
+as many steps over current images; beside these, memories of this package that are renewed before
+training replay in the first experience, too, and a memory of fewer images than a batch replays
+fewer. They are replayed under the same loss and renewed at the same time; results.json
 names these, and the losses of the other strategies, as loss_used, renew_used and distill_used, the
 weight of a distillation from the previous network. The older protocol is --renew after --loss
 balanced.
