@@ -45,6 +45,7 @@ def test_mammoths_model_gets_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None
     class Er:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.buffer: Any = None
+            self.device = torch.device("cpu")
 
     models: Any = ModuleType("models.er")
     models.Er = Er
