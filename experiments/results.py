@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
 import platform
 import statistics
 from collections.abc import Iterator, Sequence
@@ -17,11 +16,7 @@ import torch
 
 import hmn_replay
 from hmn_replay.errors import ConfigError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from hmn_replay.files import try_lock
 
 
 def summarise(matrix: list[list[float | None]], num_test: list[int]) -> dict[str, Any]:
@@ -64,39 +59,22 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep a folder of results to this run inside the block; see :func:`hold`."""
-    descriptor = hold(folder)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def hold(folder: Path) -> int:
-    """Make a folder of results, and keep it to this run until a file is closed.
+def hold(folder: Path) -> Iterator[None]:
+    """Make a folder of results, and keep it to this run inside the block.
 
     Each run writes ``results.json`` whole: of two at a time, one would lose the other's cells.
-
-    Returns:
-        The file's descriptor.
 
     Raises:
         ConfigError: Another run has the folder.
         OSError: It cannot be made, or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
-    with contextlib.suppress(OSError):  # a file system without locks
-        try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
+    with (folder / ".lock").open("w") as file:
+        if try_lock(file.fileno()) is False:
             raise ConfigError(
                 f"another run writes to {folder}: wait for its end, or give another --out"
-            ) from error
-    return descriptor
+            )
+        yield
 
 
 def resumed(

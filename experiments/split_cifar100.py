@@ -59,7 +59,7 @@ from experiments.arguments import (
     parse_numbers,
     parse_settings,
 )
-from experiments.results import held, make_table, reset_peak_memory, resumed, summarise, versions
+from experiments.results import hold, make_table, reset_peak_memory, resumed, summarise, versions
 from hmn_replay.avalanche.losses import LOSSES, RENEWALS, TUNED
 from hmn_replay.avalanche.plugin import replay_of
 from hmn_replay.budget import Budget
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report |= {"threads": torch.get_num_threads(), "seeds": [], "class_order": {}, "results": {}}
     report = json.loads(json.dumps(report))  # as it would come back from the file
     results_path = args.out / "results.json"
-    with held(args.out):
+    with hold(args.out):
         if results_path.exists():
             report = resumed(report, results_path, resume=args.resume)
         results = report["results"]

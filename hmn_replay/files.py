@@ -21,7 +21,15 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["check_target", "clear_stale", "digest_tensors", "open_at_once", "write_atomically"]
+__all__ = [
+    "check_target",
+    "clear_stale",
+    "digest_tensors",
+    "open_at_once",
+    "tensor_bytes",
+    "try_lock",
+    "write_atomically",
+]
 
 # Bytes of a name that a temporary file has of the file it is for: names have up to 255.
 _MOST_STEM = 200
@@ -102,7 +110,7 @@ def clear_stale(path: str | Path) -> None:
     with contextlib.suppress(OSError):
         for name in filter(ours.fullmatch, os.listdir(path.parent)):
             with contextlib.suppress(OSError), open(path.with_name(name), "rb+") as file:
-                if _try_lock(file.fileno()):
+                if try_lock(file.fileno()):
                     os.unlink(path.with_name(name))
 
 
@@ -115,7 +123,7 @@ def _new_temporary(path: Path) -> tuple[str, int | None]:
         if fcntl is None:  # such a system may not replace a file that is open
             os.close(descriptor)
             return temporary, None
-        _try_lock(descriptor)
+        try_lock(descriptor)
         # Another process may have taken it for stale before it was locked.
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
@@ -127,14 +135,16 @@ def _stem(path: Path) -> str:
     return f".{os.fsencode(path.name)[:_MOST_STEM].decode(errors='ignore')}."
 
 
-def _try_lock(descriptor: int) -> bool:
-    """Lock a file if nobody else has; False where it is locked, or cannot be."""
+def try_lock(descriptor: int) -> bool | None:
+    """Lock a file if nobody else has; False where it is locked, None where there are no locks."""
     if fcntl is None:
-        return False
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
@@ -157,5 +167,11 @@ def digest_tensors(text: str, tensors: Mapping[str, Any]) -> str:
         rows = tensor[None] if isinstance(tensor, Tensor) and not tensor.ndim else tensor
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows[start : start + _ROWS_AT_ONCE]
-            digest.update(part.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+            digest.update(tensor_bytes(part))
     return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor's values, row by row, however and wherever they are held."""
+    # numpy has no bfloat16.
+    return tensor.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data

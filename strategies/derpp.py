@@ -8,11 +8,11 @@ augment in the model, as a forward pre-hook.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from avalanche.training.supervised.der import DER, ClassBalancedBufferWithLogits
 
+from hmn_replay.budget import as_number
 from hmn_replay.errors import ConfigError, DataError
 from strategies.buffers import MeasuredBuffer
 from strategies.settings import Settings, Strategy
@@ -35,7 +35,7 @@ def build(settings: Settings) -> Strategy:
     weights = settings.choose(alpha=0.1, beta=0.5)
     settings.refuse_memory_only()
     for name, weight in weights.items():
-        if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
+        if (number := as_number(weight)) is None or number < 0:
             raise ConfigError(f"{name} must be a number of 0 or more; got {weight!r}")
     num_images = settings.num_images(_LOGIT_BYTES * settings.num_classes)
     batch_size_mem = settings.batch_size_mem

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 import traceback
 import weakref
@@ -41,7 +41,9 @@ class Store:
 
     def __init__(self, folder: Path, configuration: dict[str, Any]) -> None:
         self.folder, self.path = folder, folder / "results.json"
-        self.release = weakref.finalize(self, os.close, hold(folder))
+        holding = contextlib.ExitStack()
+        holding.enter_context(hold(folder))
+        self.release = weakref.finalize(self, holding.close)
         report = {"configuration": configuration, "versions": versions("torch", "torchvision")}
         # As it would come back from the file.
         self.report: dict[str, Any] = json.loads(json.dumps({**report, "cells": [], "rows": []}))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from hmn_replay.training.train import TrainingConfig
 
 __all__ = [
     "QUALITIES",
-    "check_label_room",
+    "add_real_labels",
     "choose_quality",
     "jpeg_images",
     "lossless_images",
@@ -150,7 +151,8 @@ def jpeg_images(
         real_images(JPEGMemory, data, budget, selection=order, quality=quality, subsampling=name)
         for name in subsamplings
     ]
-    return _labelled(max(candidates, key=len), data, order, config, teacher, seed, device)
+    make = _teacher_for(data, config, teacher, seed, device)
+    return add_real_labels(max(candidates, key=len), data, order, config, make, seed)
 
 
 def lossless_images(
@@ -278,7 +280,8 @@ def _fill(
         most = max(1, Budget.parse(budget).num_bytes // memory.payload_bytes)
     order = _order(data, selection, most, seed, device)
     memory.extend(data, order=order)
-    return _labelled(memory, data, order, config, teacher, seed, device)
+    make = _teacher_for(data, config, teacher, seed, device)
+    return add_real_labels(memory, data, order, config, make, seed)
 
 
 def choose_quality(
@@ -459,23 +462,38 @@ def pq_features(
     return memory
 
 
-def check_label_room(memory: RealMemory, data: LabelledImages, config: LabelConfig) -> None:
-    """Raise a BudgetError where one image of each class does not fit beside labels.
+def add_real_labels(
+    memory: AnyReal,
+    data: LabelledImages,
+    order: Tensor,
+    config: LabelConfig,
+    teacher: Callable[[], Network],
+    seed: int = 0,
+) -> AnyReal:
+    """Give a memory labels, and drop the images that these leave no room for.
 
     Args:
-        memory: Filled from the data, without labels.
+        memory: Filled from the data, without labels; returned.
         data: What it was filled from.
-        config: Which labels it is to have.
+        order: int64, the order in which it took the images.
+        config: Which labels; with hard ones nothing is done.
+        teacher: Gives the teacher; called once it is known that labels have room.
+        seed: Seed of augmentations.
+
+    Raises:
+        BudgetError: One image of each class does not fit beside labels.
     """
-    needed = memory.bytes_of_one_each(data.num_classes, memory.budget_bytes)
-    needed += config.planned_bytes(memory.image_shape, data.num_classes).of(data.num_classes)
-    is_short = memory.num_classes < data.num_classes
-    if memory.budget_bytes is not None and (is_short or needed > memory.budget_bytes):
-        raise BudgetError(
-            f"a budget of {memory.budget_bytes:,} bytes does not hold one image of each of "
-            f"{data.num_classes} classes beside labels={config.labels!r}; about "
-            f"{needed:,} bytes would"
-        )
+    if config.labels == "hard":
+        return memory
+    _check_label_room(memory, data, config)
+    own = data.labels[order]
+    sources = [
+        order[own == label][:count]
+        for label, count in zip(memory.classes.tolist(), memory.images_per_class, strict=True)
+    ]
+    add_labels(memory, teacher(), config, sources=data.images[torch.cat(sources)], seed=seed)
+    memory.shrink()
+    return memory
 
 
 def _label_config(
@@ -493,29 +511,30 @@ def _label_config(
     return config
 
 
-def _labelled(
-    memory: AnyReal,
+def _teacher_for(
     data: LabelledImages,
-    order: Tensor,
     config: LabelConfig,
     teacher: Network | None,
     seed: int,
     device: str | torch.device,
-) -> AnyReal:
-    """Give a memory labels, and drop the images that these leave no room for."""
-    if config.labels == "hard":
-        return memory
-    check_label_room(memory, data, config)
-    if teacher is None:
-        teacher = train_teacher(data, config, seed=seed, device=device)
-    own = data.labels[order]
-    sources = [
-        order[own == label][:count]
-        for label, count in zip(memory.classes.tolist(), memory.images_per_class, strict=True)
-    ]
-    add_labels(memory, teacher, config, sources=data.images[torch.cat(sources)], seed=seed)
-    memory.shrink()
-    return memory
+) -> Callable[[], Network]:
+    """Return what gives the teacher: that of the caller, or one that is trained when called."""
+    if teacher is not None:
+        return lambda: teacher
+    return partial(train_teacher, data, config, seed=seed, device=device)
+
+
+def _check_label_room(memory: RealMemory, data: LabelledImages, config: LabelConfig) -> None:
+    """Raise a BudgetError where one image of each class does not fit beside labels."""
+    needed = memory.bytes_of_one_each(data.num_classes, memory.budget_bytes)
+    needed += config.planned_bytes(memory.image_shape, data.num_classes).of(data.num_classes)
+    is_short = memory.num_classes < data.num_classes
+    if memory.budget_bytes is not None and (is_short or needed > memory.budget_bytes):
+        raise BudgetError(
+            f"a budget of {memory.budget_bytes:,} bytes does not hold one image of each of "
+            f"{data.num_classes} classes beside labels={config.labels!r}; about "
+            f"{needed:,} bytes would"
+        )
 
 
 def _order(

@@ -12,7 +12,7 @@ from torch import Tensor
 import hmn_replay
 from hmn_replay.baselines.fill import (
     QUALITIES,
-    check_label_room,
+    add_real_labels,
     real_images,
     search_qualities,
 )
@@ -158,12 +158,6 @@ def _filling(
     def fill(seed: int, **codec: Any) -> hmn_replay.RealMemory:
         options = {"selection": order(seed), "seed": seed, "device": args.device, **codec}
         memory: hmn_replay.RealMemory = make(train, budget, **options)
-        if args.labels == "hard":
-            return memory
-        check_label_room(memory, train, labels)  # before a teacher is trained
-        labelled: hmn_replay.RealMemory = make(
-            train, budget, labels=labels, teacher=teacher(seed), **options
-        )
-        return labelled
+        return add_real_labels(memory, train, order(seed), labels, partial(teacher, seed), seed)
 
     return fill

@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
@@ -296,17 +296,14 @@ def joined_names(names: Mapping[int, str], more: Mapping[int, str] | None) -> di
                 "added: give a class the same label and name in both, or leave the names out, as "
                 "LabelledImages(images, labels) does"
             )
-    own, other = (_labels_of_names(each) for each in (names, more or {}))
-    for name in own.keys() & other.keys():
-        labels = min(own[name]), min(other[name])
-        if own[name] & other[name] or max(labels) >= 2**32:  # of tasks, each has its own
-            continue
-        warnings.warn(
-            f"{name!r} is label {labels[0]} in the memory and {labels[1]} in the images that are "
-            "added, which makes two classes of it: give it one label if it is one",
-            HMNReplayWarning,
-            stacklevel=3,
-        )
+    for name, label, added in _numbered_otherwise(names, more or {}):
+        if max(label, added) < 2**32:  # of tasks, each has its own
+            warnings.warn(
+                f"{name!r} is label {label} in the memory and {added} in the images that are "
+                "added, which makes two classes of it: give it one label if it is one",
+                HMNReplayWarning,
+                stacklevel=3,
+            )
     return {**names, **(more or {})}
 
 
@@ -328,15 +325,12 @@ def check_same_names(
         DataError: A name has other labels in both, or two labels or more are named in both, each
             differently.
     """
-    own, other = (_labels_of_names(each) for each in (names, others))
-    for name in sorted(own.keys() & other.keys()):
-        if not own[name] & other[name]:
-            raise DataError(
-                f"{name!r} is label {min(own[name])} in {where} and {min(other[name])} in "
-                f"{elsewhere}: number the classes of both alike (those of a folder are numbered in "
-                "the order of their names), or leave the names of one out, as "
-                "LabelledImages(images, labels) does"
-            )
+    for name, label, other in _numbered_otherwise(names, others):
+        raise DataError(
+            f"{name!r} is label {label} in {where} and {other} in {elsewhere}: number the classes "
+            "of both alike (those of a folder are numbered in the order of their names), or leave "
+            "the names of one out, as LabelledImages(images, labels) does"
+        )
     common = sorted(names.keys() & others.keys())
     if len(common) > 1 and all(names[label] != others[label] for label in common):
         first = common[0]
@@ -360,6 +354,16 @@ def _check_class_names(names: object) -> None:
                 "class_names maps labels, which are integers, to names, which are texts; got "
                 f"{label!r}: {name!r:.60}"
             )
+
+
+def _numbered_otherwise(
+    names: Mapping[int, str], others: Mapping[int, str]
+) -> Iterator[tuple[str, int, int]]:
+    """Yield each name that has other labels in both, and the least of them in either."""
+    own, other = (_labels_of_names(each) for each in (names, others))
+    for name in sorted(own.keys() & other.keys()):
+        if not own[name] & other[name]:
+            yield name, min(own[name]), min(other[name])
 
 
 def _labels_of_names(names: Mapping[int, str]) -> dict[str, set[int]]:

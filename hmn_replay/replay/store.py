@@ -34,6 +34,7 @@ from hmn_replay.errors import (
     HMNReplayError,
     HMNReplayWarning,
 )
+from hmn_replay.files import tensor_bytes
 from hmn_replay.memory import Memory, loads
 from hmn_replay.memory.file import as_bytes
 from hmn_replay.replay.gatherer import Gatherer
@@ -719,8 +720,7 @@ def digest_state(state: dict[str, Any]) -> str:
             value = digest_state(value)
         if isinstance(value, Tensor):
             digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
-            # numpy has no bfloat16.
-            digest.update(value.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            digest.update(tensor_bytes(value))
         else:
             digest.update(repr((name, value)).encode())
     return digest.hexdigest()

@@ -28,7 +28,7 @@ from hmn_replay.condensation.steps import (
     trajectory_step,
     warm_start_targets,
 )
-from hmn_replay.data.augment import STRATEGIES, draw_augmentation
+from hmn_replay.data.augment import STRATEGIES
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ExpertError, TrainingError
 from hmn_replay.memory import HierarchicalMemory, HMNLayout, LearnedMemory
@@ -226,11 +226,14 @@ def test_a_batch_is_moved_as_an_experts_is(
 ) -> None:
     scene, drawn = make_scene(student_steps=40), list[set[str]]()
 
-    def note(names: Any, *args: Any, **options: Any) -> Any:
-        drawn.append(set(names))
-        return draw_augmentation(names, *args, **options)
+    usual = StepContext.draw_augmentation
 
-    monkeypatch.setattr("hmn_replay.condensation.steps.draw_augmentation", note)
+    def note(*args: Any, **options: Any) -> Any:
+        augmentation = usual(*args, **options)
+        drawn.append(set(augmentation.names))
+        return augmentation
+
+    monkeypatch.setattr(StepContext, "draw_augmentation", note)
     scene.config = scene.config.replace(augmentations=STRATEGIES)
     scene.follow()
     moving = {"crop", "scale", "rotate"}
