@@ -258,7 +258,9 @@ def fill(
     first_class: int,
     more: Sequence[Tensor],
     real_images: Callable[[Tensor], Tensor],
+    *,
     planned_labels: Callable[[int], dict[str, TensorSpec]] | None = None,
+    label: Callable[[LearnedMemory, Tensor, Tensor], None] | None = None,
 ) -> LearnedMemory:
     """Return a memory with further images for the bytes that a budget has left.
 
@@ -274,6 +276,8 @@ def fill(
         real_images: From these to the images, float32 ``(B, C, H, W)`` in [0, 1], on the CPU.
         planned_labels: From a number of images to what the file will have of their labels; see
             :meth:`Growth.planned_labels`. Default: None, what it has of them.
+        label: Gives images of a memory soft labels, in place: from the memory, their positions and
+            the real images that they come from. Default: None, added images have hard labels.
 
     Returns:
         The given memory where it is full, where there are no more real images, or where its kind
@@ -303,6 +307,8 @@ def fill(
     sources[added] = torch.cat(parts)
     if not len(added) or not tried.set_images(added, lambda chosen: real_images(sources[chosen])):
         return memory
+    if label is not None:
+        label(tried, added, sources[added])
     is_added = torch.zeros(tried.num_images, dtype=torch.bool).index_fill(0, added, True)
     places = rank_in_class(tried.class_index.cpu())[added]
     turns = added[(places // size).argsort(stable=True)]

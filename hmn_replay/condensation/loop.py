@@ -722,13 +722,30 @@ class Condensation(Run):
     def _label(self) -> None:
         config, memory, num_old = self.config, self.memory, self.growth.num_old
         self.team.copy_first(memory.state_dict().values())
-        teacher = self._train_teacher() if self.teacher is None else self.teacher
+        if self.teacher is None:
+            self.teacher = self._train_teacher()
         new, sources = torch.arange(num_old, memory.num_images), None
         if config.warm_start_steps:
             sources = self.real.data.images.take(self.targets)
         seed = derive_seed(self.seed, "labels")
-        add_labels(memory, teacher, config, sources=sources, indices=new, seed=seed, team=self.team)
+        add_labels(
+            memory, self.teacher, config, sources=sources, indices=new, seed=seed, team=self.team
+        )
         self._next_phase()
+
+    def _label_added(self, memory: LearnedMemory, added: Tensor, sources: Tensor) -> None:
+        """Give images that a memory is filled with soft labels; they come from real ones."""
+        if self.teacher is None:  # the run goes on from a checkpoint, which has none
+            self.teacher = self._train_teacher()
+        add_labels(
+            memory,
+            self.teacher,
+            self.config,
+            sources=self.real.data.images.take(sources),
+            indices=added,
+            seed=derive_seed(self.seed, "labels", "added"),
+            team=self.team,
+        )
 
     def _train_teacher(self) -> Network:
         config, num_images = self.config, len(self.real.data)
@@ -770,8 +787,7 @@ class Condensation(Run):
                 fit_code(self.memory, self.budget.num_bytes, num_old)
             except BudgetError:  # old images, and what all share, take more than was planned
                 self._shrink()
-            if self.config.labels != "soft" or not self.memory.has_soft_labels:
-                self._fill()
+            self._fill()
         else:
             self._shrink()
         self.memory.requires_grad_(True)
@@ -801,14 +817,20 @@ class Condensation(Run):
         """
         begun = self.num_begun[self.first_class :]
         more = [order[count:] for order, count in zip(self.orders, begun, strict=True)]
-        planned = self.growth.planned_labels if self.memory.has_soft_labels else None
+        planned, label = None, None
+        if self.memory.has_soft_labels:
+            if self.config.makes_soft:
+                label = self._label_added
+            else:  # which are made later
+                planned = self.growth.planned_labels
         self.memory = fill(
             self.memory,
             self.budget.num_bytes,
             self.first_class,
             more,
             self.real.data.floats,
-            planned,
+            planned_labels=planned,
+            label=label,
         )
 
     def _check_kept(self, name: str, like: Tensor) -> None:

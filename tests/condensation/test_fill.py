@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hmn_replay import condense, load_dataset
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import ConfigError, HMNReplayWarning
 from hmn_replay.memory import HierarchicalMemory, LearnedMemory
-from tests.support import TINY, hmn_layout, made
+from tests.support import TINY, Observer, at_call, hmn_layout, made
 
 DIGITS = load_dataset("digits", "train")
 
@@ -91,10 +92,34 @@ def test_added_classes_fill_it_and_leave_old_images_alone() -> None:
     assert max(second.images_per_class) <= 150
 
 
-def test_images_that_would_want_for_labels_are_not_added_and_it_is_said() -> None:
-    with pytest.warns(HMNReplayWarning, match="fewer bytes than were planned"):
-        memory = short(digits(0, 1), 2048, labels="soft", teacher_passes=20, teacher_width=4)
-    assert memory.report["unused_reason"].startswith("the images take fewer bytes")
+SOFT: dict[str, Any] = {"labels": "soft", "teacher_passes": 400, "teacher_width": 8}
+
+
+def test_images_that_are_added_have_soft_labels_like_the_others() -> None:
+    memory = short(digits(0, 1), 2048, **{**SOFT, "teacher_passes": 6000})
+    assert memory.report["fill"] >= 0.97 and memory.report["unused_reason"] is None
+    assert memory.is_soft.all()
+    # What the teacher says of them is of their own class, as of those that were matched.
+    rows, index = memory.soft_labels(), memory.class_index
+    own = rows[torch.arange(len(rows)), index]
+    last = torch.cat([(index == k).nonzero().flatten()[-5:] for k in range(2)])
+    assert own[last].mean() > 0.6
+
+
+def test_a_run_that_goes_on_after_its_labels_fills_its_file_alike(tmp_path: Path) -> None:
+    data, checkpoint, team = digits(0, 1), tmp_path / "run", Observer()
+    expected = short(data, 2048, team=team, **SOFT)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # in the training of the pruning
+        late = Observer(sum_gradients=at_call(team.calls["sum_gradients"], stop))
+        short(data, 2048, checkpoint=checkpoint, team=late, **SOFT)
+    again = Observer()
+    memory = short(data, 2048, checkpoint=checkpoint, team=again, **SOFT)
+    assert memory.to_bytes() == expected.to_bytes()
+    assert again.calls["sum_gradients"] < team.calls["sum_gradients"]
 
 
 @pytest.mark.parametrize("kind", ["hmn", "fred", "pixels", "idc", "haba", "linba"])
