@@ -94,12 +94,11 @@ class Team:
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors, of the same shapes in every process, by those of process 0."""
 
-    def check_same(self, value: str, what: str) -> None:
-        """Raise a :class:`DistributedError` in every process if their values differ.
+    def check_same(self, identity: str) -> None:
+        """Raise a :class:`DistributedError` in every process if their condensations differ.
 
         Args:
-            value: The value that must be the same in every process.
-            what: What it is, for the message.
+            identity: Text of data, budget, seed, settings, networks and device.
         """
 
 
@@ -142,7 +141,7 @@ def launched(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Team]:
         with join(timeout_seconds) as team:
             yield team
         return
-    with _explaining_losses("this process did not meet another one", timeout_seconds):
+    with _explaining_lost_process("this process did not meet another one", timeout_seconds):
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
     try:
         if (device := resolve_device("auto")).index is not None:
@@ -185,11 +184,11 @@ class _Processes(Team):
 
     def add_up(self, values: Tensor) -> None:
         if values.is_cuda and dist.is_nccl_available():
-            with self._explaining_losses():
+            with self._explaining_lost_process():
                 dist.all_reduce(values, group=self._group("nccl"))
             return
         on_cpu = values.cpu()
-        with self._explaining_losses():
+        with self._explaining_lost_process():
             dist.all_reduce(on_cpu, group=self._group("gloo"))
         if on_cpu is not values:
             values.copy_(on_cpu)
@@ -202,7 +201,7 @@ class _Processes(Team):
 
     def agree(self, decide: Callable[[], _T]) -> _T:
         decided = [decide() if self.first else None]
-        with self._explaining_losses():
+        with self._explaining_lost_process():
             dist.broadcast_object_list(decided, group=self._group("gloo"))
         return decided[0]  # type: ignore[return-value]
 
@@ -212,36 +211,37 @@ class _Processes(Team):
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             values = tensor.detach().cpu().contiguous()
-            with self._explaining_losses():
+            with self._explaining_lost_process():
                 dist.broadcast(values, 0, group=self._group("gloo"))
             tensor.detach().copy_(values)
 
-    def check_same(self, value: str, what: str) -> None:
+    def check_same(self, identity: str) -> None:
         values: list[Any] = [None] * self.size
-        with self._explaining_losses():
-            dist.all_gather_object(values, value, group=self._group("gloo"))
+        with self._explaining_lost_process():
+            dist.all_gather_object(values, identity, group=self._group("gloo"))
         if others := [rank for rank, other in enumerate(values) if other != values[0]]:
             raise DistributedError(
-                f"the processes were given different {what}: {others} not what process 0 was; give "
-                "all of them the same, or let each condense by itself: condense(team=ALONE)"
+                f"processes {others} were given other data, budget, seed, settings, networks or "
+                "device than process 0; give all of them the same, or let each condense by itself: "
+                "condense(team=ALONE)"
             )
 
     def _group(self, backend: str) -> dist.ProcessGroup:
         if backend not in self._groups:
             timeout = datetime.timedelta(seconds=self.timeout_seconds)
-            with self._explaining_losses():
+            with self._explaining_lost_process():
                 group = dist.new_group(backend=backend, timeout=timeout)
             assert isinstance(group, dist.ProcessGroup)
             self._groups[backend] = group
         return self._groups[backend]
 
-    def _explaining_losses(self) -> contextlib.AbstractContextManager[None]:
+    def _explaining_lost_process(self) -> contextlib.AbstractContextManager[None]:
         what = f"process {self.rank} of {self.size} lost another one"
-        return _explaining_losses(what, self.timeout_seconds)
+        return _explaining_lost_process(what, self.timeout_seconds)
 
 
 @contextlib.contextmanager
-def _explaining_losses(what: str, timeout_seconds: float) -> Iterator[None]:
+def _explaining_lost_process(what: str, timeout_seconds: float) -> Iterator[None]:
     """Turn torch's error about a process that is gone into one that says what it means."""
     try:
         yield

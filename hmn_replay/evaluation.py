@@ -283,7 +283,7 @@ def _images_and_labels(
             images, labels = source.decode()
         return images.detach().cpu(), labels.cpu(), getattr(source, "class_names", None) or {}
     labelled = as_labelled_images(source)
-    names = labelled.class_names or {}
+    names = labelled.class_names
     if isinstance(labelled, LabelledFeatures):
         return join_images([labelled.images]), labelled.labels, names
     return labelled.images, labelled.labels, names

@@ -122,12 +122,15 @@ def without_autocast(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic_cudnn() -> Iterator[None]:
-    """Make cuDNN use the same algorithm every time inside the block; nothing changes on a CPU.
+def deterministic_cudnn(device: torch.device) -> Iterator[None]:
+    """Make cuDNN use the same algorithm every time inside the block, for work on a CUDA device.
 
     The flags are the process's: they are set while any thread is inside such a block, and restored
-    when the last one leaves.
+    when the last one leaves. For another device nothing changes.
     """
+    if device.type != "cuda":
+        yield
+        return
     cudnn = torch.backends.cudnn
     with _LOCK:
         current = cudnn.deterministic, cudnn.benchmark

@@ -213,10 +213,13 @@ def test_cudnn_is_deterministic_inside_and_as_it_was_afterwards(
     cudnn = torch.backends.cudnn
     monkeypatch.setattr(cudnn, "deterministic", flags[0])
     monkeypatch.setattr(cudnn, "benchmark", flags[1])
-    with deterministic_cudnn():
+    cuda = torch.device("cuda")
+    with deterministic_cudnn(torch.device("cpu")):
+        assert (cudnn.deterministic, cudnn.benchmark) == flags
+    with deterministic_cudnn(cuda):
         assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
     assert (cudnn.deterministic, cudnn.benchmark) == flags
-    with pytest.raises(KeyError), deterministic_cudnn():
+    with pytest.raises(KeyError), deterministic_cudnn(cuda):
         raise KeyError
     assert (cudnn.deterministic, cudnn.benchmark) == flags
 
@@ -226,7 +229,7 @@ def test_cudnn_is_restored_when_the_last_of_several_threads_is_done(
 ) -> None:
     cudnn = torch.backends.cudnn
     monkeypatch.setattr(cudnn, "deterministic", False)
-    one, two = deterministic_cudnn(), deterministic_cudnn()
+    one, two = (deterministic_cudnn(torch.device("cuda")) for _ in range(2))
     one.__enter__()
     two.__enter__()
     one.__exit__(None, None, None)

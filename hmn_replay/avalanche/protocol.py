@@ -183,9 +183,9 @@ def check_asked(
     """Raise a ConfigError for settings of a plugin outside their ranges."""
     check_name("mode", mode, MODES)
     check_name("renew", renew, RENEWALS)
-    if distill not in (None, "adaptive") and not _is_within(distill, 0):
+    if distill not in (None, "adaptive") and not _is_within(distill):
         raise ConfigError(f"distill must be None, 'adaptive', or 0 or more; got {distill!r}")
-    if not _is_within(recode_share, 0, 1):
+    if not _is_within(recode_share, 1):
         raise ConfigError(f"recode_share must be in [0, 1]; got {recode_share!r}")
     name, function = find_loss(loss)
     if renew == "after" and loss != "auto" and needs_all_classes(function):
@@ -207,7 +207,7 @@ def check_asked(
             "replay_transform takes images in [0, 1], which are normalised afterwards as the "
             "benchmark does: leave Normalize out of it"
         )
-    if replay_weight is not None and not _is_within(replay_weight, 0, 1):
+    if replay_weight is not None and not _is_within(replay_weight, 1):
         raise ConfigError(f"replay_weight must be None, or in [0, 1]; got {replay_weight!r}")
     is_given = replay_weight is not None or loss not in ("auto", "plain") or renew != "auto"
     is_given = is_given or bool(distill) or bool(recode_share)
@@ -222,7 +222,7 @@ def check_labels(mode: str, labels: str, label_weight: float, *, holds_features:
     """Raise a ConfigError for settings of the labels outside their ranges."""
     if labels != "hard":
         check_takes_labels(holds_features=holds_features)
-    if labels not in ("hard", "soft") or not _is_within(label_weight, 0):
+    if labels not in ("hard", "soft") or not _is_within(label_weight):
         raise ConfigError(
             f"labels must be hard or soft, and label_weight 0 or more; got {labels!r} and "
             f"{label_weight!r}"
@@ -242,7 +242,7 @@ def check_tuning(mode: str, tune: str, tune_steps: int, tune_rate: float) -> Non
         raise ConfigError('tune is for mode="replay"; leave it out')
 
 
-def _is_within(value: object, low: float, high: float = math.inf) -> bool:
-    """Return whether a value is a finite number in [low, high]."""
+def _is_within(value: object, most: float = math.inf) -> bool:
+    """Return whether a value is a finite number in [0, most]."""
     number = as_number(value)
-    return number is not None and low <= number <= high
+    return number is not None and 0 <= number <= most

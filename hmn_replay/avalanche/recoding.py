@@ -44,7 +44,7 @@ class Recoder:
         Raises:
             ConfigError: The memory has no codec.
         """
-        draws = torch.rand(len(images), generator=generator)
+        draws = torch.rand(len(images), generator=generator, dtype=torch.float32)
         chosen = (draws < share).nonzero().flatten().to(images.device)
         codec = self._codec_of(memory)
         if not len(chosen):

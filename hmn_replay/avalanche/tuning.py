@@ -107,7 +107,7 @@ def by_class(labels: Tensor) -> list[Tensor]:
 def draw_balanced(by_class: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
     """Draw positions of images, of each class as many or one more, in random order: ``(n,)``."""
     order = torch.randperm(len(by_class), generator=generator).repeat(count // len(by_class) + 1)
-    drawn = torch.rand(count, generator=generator)
+    drawn = torch.rand(count, generator=generator, dtype=torch.float32)
     chosen = [
         by_class[index][int(share * len(by_class[index]))]
         for index, share in zip(order[:count].tolist(), drawn.tolist(), strict=True)

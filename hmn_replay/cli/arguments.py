@@ -135,9 +135,9 @@ def add_condense(parser: Parser) -> None:
     add(
         "--labels",
         choices=tuple(hmn_replay.LABELS),
-        help="what networks that learn from the memory are told of an image, in the same bytes: "
-        "its class; what a teacher said of it; or what a small network in the file says of it "
-        f"each time that it is augmented (default: {quick.labels})",
+        help="labels that networks learn with from the memory, in the same bytes: an image's "
+        "class; what a teacher predicted of it; or what a small network in the file predicts of "
+        f"it each time that it is augmented (default: {quick.labels})",
     )
     _add_set(
         parser,

@@ -44,11 +44,11 @@ def describe_memory(file: Path, summary: Mapping[str, Any]) -> list[tuple[str, s
         (what, f"{summary['num_images']:,} of {show_shape(summary['image_shape'])}"),
         ("classes", f"{summary['num_classes']:,}, {each} images each"),
     ]
-    told = {"kind", "budget_bytes", "file_bytes", "num_images", "num_classes"}
+    shown = {"kind", "budget_bytes", "file_bytes", "num_images", "num_classes"}
     return lines + [
         (name.replace("_", " "), show_value(value))
         for name, value in summary.items()
-        if name not in told and isinstance(value, (int, float, str))
+        if name not in shown and isinstance(value, (int, float, str))
     ]
 
 

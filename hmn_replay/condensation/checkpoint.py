@@ -32,7 +32,7 @@ __all__ = [
 _KEY, _DIGEST_KEY = "hmn_replay_checkpoint", "digest"
 # Longer texts, such as those of layouts, are named in messages but not shown.
 _SHOWN_CHARACTERS = 60
-# Once a parameter has been moved: what an optimizer keeps of it.
+# Once a parameter has been updated: what an optimizer keeps of it.
 _OPTIMIZER_STATE = {
     torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.SGD: ("momentum_buffer",),
@@ -77,7 +77,7 @@ def write_checkpoint(
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"identity": dict(identity), "state": state})
     metadata = {_KEY: text, _DIGEST_KEY: digest_tensors(text, stored)}
-    # Its own writing would rename another file over the one that is locked.
+    # Not safetensors' save_file, which renames another file over the one that is locked here.
     write_atomically(path, safetensors.torch.save(stored, metadata))
 
 

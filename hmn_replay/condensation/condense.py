@@ -7,7 +7,6 @@ the over-budget to the budget.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
 from collections.abc import Iterable
@@ -240,7 +239,7 @@ def condense(
     with (
         torch.enable_grad(),
         without_autocast(target),
-        deterministic_cudnn() if target.type == "cuda" else contextlib.nullcontext(),
+        deterministic_cudnn(target),
         join() if team is None else team as team,
     ):
         run = Condensation(
@@ -258,7 +257,7 @@ def condense(
             networks=networks,
             teacher=teacher,
         )
-        is_told = _warn_of_unused_bytes(run, limit)
+        has_warned = _warn_of_unused_bytes(run, limit)
         if checkpoint is not None:
             run.resume(Path(checkpoint))
         condensed = run.finish()
@@ -276,7 +275,7 @@ def condense(
         **measured,
         "unused_bytes": limit.num_bytes - file_bytes,
         "fill": file_bytes / limit.num_bytes,
-        "unused_reason": _why_unused(run, limit, file_bytes, is_told),
+        "unused_reason": _why_unused(run, limit, file_bytes, has_warned),
     }
     return condensed
 
@@ -286,11 +285,11 @@ def _planned_bytes(layout: MemoryLayout) -> int | None:
     return getattr(layout, "image_bytes", 0) or None
 
 
-def _why_unused(run: Condensation, budget: Budget, file_bytes: int, is_told: bool) -> str | None:
+def _why_unused(run: Condensation, budget: Budget, file_bytes: int, has_warned: bool) -> str | None:
     """Return why a file is less full than it should be, or None.
 
     Warn where more could be had, and where it is nearly empty for want of real images, unless that
-    was told before.
+    was warned of before.
     """
     memory, size = run.memory, run.memory.layout.group_size
     labels = run.growth.planned_labels(memory.num_images)
@@ -303,8 +302,8 @@ def _why_unused(run: Condensation, budget: Budget, file_bytes: int, is_told: boo
     counts = memory.images_per_class[run.first_class :]
     if all(count + size > len(own) for count, own in zip(counts, run.orders, strict=True)):
         reason = "the memory has an image for every real one of its new classes"
-        may_be_told = not (is_told or run.first_class or run.expects_more)
-        if memory.layout.is_coded and may_be_told and share < _LEAST_SHARE:
+        may_warn = not (has_warned or run.first_class or run.expects_more)
+        if memory.layout.is_coded and may_warn and share < _LEAST_SHARE:
             _warn_of_fill(
                 share,
                 budget,
@@ -344,8 +343,9 @@ def check_config(config: CondenseConfig, memory_type: type[Memory]) -> None:
             )
     if not config.warm_start_steps and not config.num_steps:
         raise ConfigError(
-            "without a warm start and without matching nothing is learned: warm_start_steps or "
-            "outer_steps is 1 or more; got 0 for both"
+            "without a warm start and without matching nothing is learned: set warm_start_steps, "
+            "or outer_steps and inner_steps, to 1 or more; got "
+            f"{config.warm_start_steps}, {config.outer_steps} and {config.inner_steps}"
         )
     by_networks = config.num_steps or config.labels != "hard" or config.pruning != "order"
     if memory_type.holds_features and by_networks:

@@ -39,10 +39,10 @@ _Augmentation = Annotated[str, one_of("augmentation", STRATEGIES)]
 class CondenseConfig(LabelConfig):
     """How a memory is condensed; the defaults are those of ``effort="quick"``.
 
-    A *step* draws some classes, matches a batch of each, and moves the memory once. With ``"mtt"``,
-    it lets a student follow an expert, and moves the memory once. Learning rates are those of what
-    all images share (in the hierarchical memory: dataset memory, extractors and decoder); each
-    memory kind says by which factor its other tensors learn faster, see
+    A *step* draws some classes, matches a batch of each, and updates the memory once. With
+    ``"mtt"``, it lets a student follow an expert, and updates the memory once. Learning rates are
+    those of what all images share (in the hierarchical memory: dataset memory, extractors and
+    decoder); each memory kind says by which factor its other tensors learn faster, see
     :meth:`hmn_replay.LearnedMemory.parameter_groups`.
 
     Raises:

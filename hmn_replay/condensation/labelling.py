@@ -68,9 +68,9 @@ class LabelConfig(Settings):
     """
 
     labels: Annotated[str, one_of("labels", LABELS)] = "hard"
-    """What networks that learn from the memory are told of an image, in the same bytes: hard, its
-    class; soft, what a teacher said of it; labeller, what a small network in the file says of it
-    each time that it is augmented."""
+    """Which labels networks that learn from the memory are trained with, in the same bytes: hard,
+    an image's class; soft, what a teacher predicted of it; labeller, what a small network in the
+    file predicts of it each time that it is augmented."""
 
     teacher_width: Annotated[int, Field(ge=1)] = 64
     """Channels of the blocks of the ConvNet that makes soft labels."""
@@ -210,7 +210,8 @@ def check_teacher(
             f"in both: {differing}; train it on images of all classes that the memory will have"
         )
     device = device_of(teacher)
-    images = torch.rand((2, *image_shape), generator=make_generator(0, "teacher")).to(device)
+    generator = make_generator(0, "teacher")
+    images = torch.rand((2, *image_shape), generator=generator, dtype=torch.float32).to(device)
     with without_autocast(device):
         logits = try_network(teacher, images, len(classes))
     if not bool(logits.isfinite().all()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import logging
@@ -20,7 +21,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,9 @@ class Run:
 
     Args:
         memory: What is trained.
-        identity: What tells this run from every other one, by name; see
-            :func:`~hmn_replay.condensation.checkpoint.read_checkpoint`.
+        identify: Returns what tells this run from every other one, by name; see
+            :func:`~hmn_replay.condensation.checkpoint.read_checkpoint`. Called once at most, and
+            only for a checkpoint or several processes: it reads all images.
         phases: Names of the phases, in their order.
         measured: JSON values by name, which the phases overwrite, for :meth:`report`.
         device: The device of the memory.
@@ -113,7 +114,7 @@ class Run:
     def __init__(
         self,
         memory: LearnedMemory,
-        identity: Mapping[str, str],
+        identify: Callable[[], Mapping[str, str]],
         phases: Sequence[str],
         measured: Mapping[str, Any],
         device: torch.device,
@@ -121,13 +122,13 @@ class Run:
         team: Team = ALONE,
         checkpoint_seconds: float = 60.0,
     ) -> None:
-        self.memory, self.identity, self.team = memory, dict(identity), team
+        self.memory, self._identify, self.team = memory, identify, team
         self.phases, self.device, self.progress = tuple(phases), device, progress and team.first
         self.checkpoint_seconds = checkpoint_seconds
-        # A function may know in which process it is.
-        shared = {name: text for name, text in self.identity.items() if name != "functions"}
-        same = json.dumps({**shared, "device": device.type})
-        team.check_same(same, "data, budget, seed, settings, networks or device")
+        if team.size > 1:
+            # A function may know in which process it is.
+            shared = {name: text for name, text in self.identity.items() if name != "functions"}
+            team.check_same(json.dumps({**shared, "device": device.type}))
         self.state: dict[str, Any] = {
             "phase": self.phases[0],
             "step": 0,
@@ -140,6 +141,11 @@ class Run:
         self.checkpoint: Path | None = None
         self.interrupted = False
         self.saved_at = self.clock = time.monotonic()
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What tells this run from every other one, by name."""
+        return dict(self._identify())
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint where there is one, and write to it from now on."""
@@ -172,7 +178,7 @@ class Run:
         """Go through the phases that are left, in their order."""
         if self.resumed is None:
             self._save()  # whether that can be done is known before any work
-        with self._interruptible(), self._advising_after_a_loss():
+        with self._interruptible(), self._advising_after_lost_process():
             for phase in self.phases:
                 if self.state["phase"] == phase:
                     self.clock = time.monotonic()
@@ -220,7 +226,7 @@ class Run:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextlib.contextmanager
-    def _advising_after_a_loss(self) -> Iterator[None]:
+    def _advising_after_lost_process(self) -> Iterator[None]:
         try:
             yield
         except DistributedError as error:
@@ -392,8 +398,8 @@ class Condensation(Run):
         self.experts: Experts | None = None
         self.networks = networks
         selects = config.selection != "random"
-        looks = selects and not memory_type.holds_features
-        self.trained_before = _trained_before(config, are_given=bool(networks), looks=looks)
+        by_network = selects and not memory_type.holds_features
+        self.trained_before = _trained_before(config, are_given=bool(networks), selects=by_network)
         phases = {
             "experts": self.trained_before is not None,
             "selection": selects,
@@ -404,7 +410,8 @@ class Condensation(Run):
         }
         super().__init__(
             self.growth.memory,
-            _identity(
+            functools.partial(
+                _identity,
                 data,
                 budget,
                 memory_type,
@@ -519,7 +526,7 @@ class Condensation(Run):
 
     def _chosen_order(self) -> Tensor:
         images, method, chosen = self.real.images_on(self.device), self.config.selection, []
-        embed = embedding(images, self._judge())
+        embed = embedding(images, self._selection_network())
         with self._bar("selection", 1, len(self.order)) as bar:
             for order, begun in zip(self.orders, self.num_begun[self.first_class :], strict=True):
                 # Beyond what the memory begins as, it is filled up with a few at most.
@@ -527,7 +534,7 @@ class Condensation(Run):
                 bar.update(len(order))
         return torch.cat(chosen)
 
-    def _judge(self) -> nn.Module | None:
+    def _selection_network(self) -> nn.Module | None:
         """Return the network whose features images are chosen by; None for features."""
         if self.experts is None:
             return None
@@ -752,13 +759,14 @@ class Condensation(Run):
         training = config.teacher_training(num_images, config.precision, config.compile)
         with self._bar("teacher", 1, training.num_passes) as bar:
             teacher = train_network(
-                self.real.data.images,
+                self.real.images_on(self.device),
                 self.real.class_indices,
                 self.memory.num_classes,
                 config=training,
                 seed=derive_seed(self.seed, "teacher"),
                 device=self.device,
                 progress=self._follow(bar),
+                stats=(self.real.mean, self.real.std),
                 team=self.team,
             )
         teacher.classes.copy_(self.memory.classes)
@@ -868,7 +876,7 @@ class Condensation(Run):
                     take_images(images, stays), class_index[stays], f"beta {beta:g}"
                 )
                 accuracies[str(beta)] = self.team.agree(
-                    partial(score, network, held_out.data.images, held_out.class_indices)
+                    functools.partial(score, network, held_out.data.images, held_out.class_indices)
                 )
                 self._stepped(self.config.pruning_passes, {"scores": scores}, save=True)
         best = max(self.betas, key=lambda beta: accuracies.get(str(beta), 0.0))
@@ -923,8 +931,8 @@ def _reconstruction_psnr(
 
     Of features, it is the ratio of their variance to the error.
     """
-    # Not a list of the parts' errors: each, kept where large tensors come and go, would keep the
-    # hole before it from being used again, and the process would grow by a tensor each time.
+    # Preallocated: small tensors kept between large temporaries fragment the heap, and the process
+    # would grow.
     errors = torch.empty(len(positions), dtype=torch.float32)
     parts = images_at_once(memory.image_shape)
     for own, part in zip(errors.split(parts), positions.split(parts), strict=True):
@@ -967,14 +975,14 @@ class _TrainedBefore:
 
 
 def _trained_before(
-    config: CondenseConfig, *, are_given: bool, looks: bool
+    config: CondenseConfig, *, are_given: bool, selects: bool
 ) -> _TrainedBefore | None:
     """Return which networks are trained before; None for none.
 
     Args:
         config: The settings.
         are_given: Whether networks to match on are there already.
-        looks: Whether real images are chosen by a network.
+        selects: Whether real images are chosen by a network.
 
     Raises:
         ConfigError: Some architecture would have no trained network of its own.
@@ -987,7 +995,7 @@ def _trained_before(
     elif matches and objective.matches_trained and config.trained_networks and not are_given:
         option = "trained_networks"
         found = _TrainedBefore(config.trained_networks, config.pool_training)
-    elif looks:
+    elif selects:
         return _TrainedBefore(1, config.pool_training, are_matched=False)
     else:
         return None

@@ -147,7 +147,7 @@ class RandomNetworks:
             steps.train_step(self.context, self.network, self.learner, generator)
 
     def kept(self) -> dict[str, _Owner]:
-        """Return the network, and what it learns by."""
+        """Return the network and its optimizer."""
         return {"network": self.network, "learner": self.learner}
 
 
@@ -338,7 +338,7 @@ class TrajectoryMatcher:
         return num_decoded
 
     def kept(self) -> dict[str, Stateful]:
-        """Return the student's learning rate, and what it is learned by."""
+        """Return the student's learning rate and its optimizer."""
         return {"rate": self.lr, "learner": self.learner}
 
     def resume(self, checkpoint: Checkpoint, number: int) -> None:

@@ -252,8 +252,8 @@ class StepContext:
         mean, std = self.real.mean, self.real.std
         return draw_augmentation(names, size, generator, batch=batch, fill=mean, std=std)
 
-    def move(self, indices: Tensor, loss: Tensor, *, shared: bool = True) -> None:
-        """Move the memory once, when the gradients of a loss have been added up.
+    def update(self, indices: Tensor, loss: Tensor, *, shared: bool = True) -> None:
+        """Update the memory once, when the gradients of a loss have been added up.
 
         Args:
             indices: int64 ``(B,)``, positions of the images in the loss, the same in every process.
@@ -336,7 +336,7 @@ def warm_start_targets(
 
 
 def warm_start_step(context: StepContext, indices: Tensor, wanted: Tensor) -> None:
-    """Move the memory so that some of its images come nearer to real ones, by squared error.
+    """Update the memory so that some of its images come nearer to real ones, by squared error.
 
     Images are decoded in parts, so that peak memory does not grow with their number.
 
@@ -357,7 +357,7 @@ def warm_start_step(context: StepContext, indices: Tensor, wanted: Tensor) -> No
         loss = loss * (len(some) / len(indices) / context.memory.unit**2)
         torch.autograd.backward(loss)
         error += loss.detach()
-    context.move(indices, error)
+    context.update(indices, error)
 
 
 def match_step(
@@ -366,12 +366,12 @@ def match_step(
     generator: torch.Generator,
     logits: Sequence[int] | None = None,
 ) -> int:
-    """Match batches of some classes, and move the memory once.
+    """Match batches of some classes, and update the memory once.
 
     Classes are decoded in groups, so that peak memory grows with the batch of a group and not with
     the number of classes. A group is matched at once where the objective takes several classes and
     the network does not normalise by the batch, else class by class. A step that draws no class
-    with images moves nothing. Where the context has sources, images are kept near to them, by
+    with images changes nothing. Where the context has sources, images are kept near to them, by
     ``config.fidelity``; they are then decoded twice, and two values of each of their pixels are
     held for all classes of the step.
 
@@ -431,7 +431,7 @@ def match_step(
         for group_indices, gradient in waiting:
             torch.autograd.backward(context.decode(group_indices), gradient)
     indices = torch.cat([match.decoded for match in drawn])
-    context.move(indices, distance)
+    context.update(indices, distance)
     return len(indices)
 
 
@@ -451,7 +451,7 @@ def _add_fidelity(
         offsets: How far these images are from their sources; see :meth:`StepContext.offsets`.
         context: What the step's parts share.
         distance: d, a scalar without a graph: that of this process's share.
-        shared: Whether each process has its share only, as in :meth:`StepContext.move`.
+        shared: Whether each process has its share only, as in :meth:`StepContext.update`.
     """
     error = torch.zeros((), dtype=torch.float32, device=context.device)
     for of_group in offsets:
@@ -546,7 +546,7 @@ def trajectory_step(
     lr: Tensor,
     generator: torch.Generator,
 ) -> tuple[int, Tensor]:
-    """Let a student follow an expert on decoded images, and move the memory once.
+    """Let a student follow an expert on decoded images, and update the memory once.
 
     Its batches go through the images that are condensed in a random order, then in another; each
     image is augmented by a draw of its own, anew for each batch, as an expert's are; of crop, scale
@@ -605,14 +605,14 @@ def trajectory_step(
         )
     for group, of_group in zip(groups, gradient.split([len(g) for g in groups]), strict=True):
         torch.autograd.backward(context.decode(group), of_group)
-    context.move(seen, loss.detach(), shared=False)
+    context.update(seen, loss.detach(), shared=False)
     return sum(sizes), of_lr
 
 
 def fresh_network(
     context: StepContext, seed: int, number: int = 0
 ) -> tuple[Network, torch.optim.SGD]:
-    """Return a random network to match with, on the memory's device, and what it learns by.
+    """Return a random network to match with, on the memory's device, and its optimizer.
 
     Args:
         context: What the phase's steps share.

@@ -275,7 +275,7 @@ def as_labelled_images(source: ImageSource, *, size: int | None = None) -> Label
     return _from_dataset(source, size)
 
 
-def joined_names(names: Mapping[int, str], more: Mapping[int, str] | None) -> dict[int, str]:
+def joined_names(names: Mapping[int, str], more: Mapping[int, str]) -> dict[int, str]:
     """Return the names of both, of which neither contradicts the other.
 
     A name that stands for other labels in one than in the other is warned of: there will be two
@@ -283,20 +283,20 @@ def joined_names(names: Mapping[int, str], more: Mapping[int, str] | None) -> di
 
     Args:
         names: Label to name, of a memory.
-        more: The same of images that are added; None for no names.
+        more: The same of images that are added.
 
     Raises:
         DataError: A label has two names, as where the classes of two folders were numbered each by
             itself.
     """
-    for label, name in (more or {}).items():
+    for label, name in more.items():
         if (known := names.get(label, name)) != name:
             raise DataError(
                 f"label {label} is {known!r} in the memory and {name!r} in the images that are "
                 "added: give a class the same label and name in both, or leave the names out, as "
                 "LabelledImages(images, labels) does"
             )
-    for name, label, added in _numbered_otherwise(names, more or {}):
+    for name, label, added in _numbered_otherwise(names, more):
         if max(label, added) < 2**32:  # of tasks, each has its own
             warnings.warn(
                 f"{name!r} is label {label} in the memory and {added} in the images that are "
@@ -304,7 +304,7 @@ def joined_names(names: Mapping[int, str], more: Mapping[int, str] | None) -> di
                 HMNReplayWarning,
                 stacklevel=3,
             )
-    return {**names, **(more or {})}
+    return {**names, **more}
 
 
 def check_same_names(

@@ -248,7 +248,8 @@ class Memory(abc.ABC):
         if indices is None:
             indices = torch.arange(self.num_images)
         indices = check_indices(indices, self.num_images)
-        return self._decode(indices, dtype), self.labels[indices.to(self.classes.device)]
+        labels = self.classes[self.class_index[indices.to(self.class_index.device)]]
+        return self._decode(indices, dtype), labels
 
     def codec(self) -> Codec | None:
         """Return a function that shows any images as the memory would give them back.

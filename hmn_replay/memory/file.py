@@ -114,8 +114,9 @@ class Record:
 
 def as_bytes(data: bytes) -> Tensor:
     """Return bytes as a tensor, uint8 ``(n,)``."""
-    # torch.frombuffer refuses a buffer of no bytes.
-    return torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8)[:-1]
+    if not data:  # torch.frombuffer refuses it
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def pack(record: Record) -> bytes:

@@ -203,7 +203,7 @@ class FrequencyMemory(LearnedMemory):
         step = self.value("log_step").clamp(*_LOG_STEPS).exp()
         if self.layout.lowest_units == 1:
             return step
-        units = torch.ones(self.layout.num_frequencies // _GROUP, 1, device=step.device)
+        units = torch.ones_like(step).repeat(self.layout.num_frequencies // _GROUP, 1)
         units[0] = self.layout.lowest_units
         return step * units
 

@@ -83,9 +83,13 @@ def psnr_by_class(memory: Memory, sources: ImageSource) -> dict[int, float]:
             continue
         images = memory.decode(positions, dtype=torch.uint8)[0].cpu()
         nearest = _nearest(images, sources.images[sources.of_class(label)])
-        errors = (images.float() - nearest.float()).div(255).square().mean(dim=(1, 2, 3))
-        found[label] = mean_psnr(errors)
+        found[label] = _psnr(images, nearest)
     return found
+
+
+def _psnr(images: Tensor, others: Tensor) -> float:
+    """Return the mean PSNR in dB of uint8 images to others."""
+    return mean_psnr((images.float() - others.float()).div(255).square().mean(dim=(1, 2, 3)))
 
 
 def _check_sources(sources: LabelledImages, memory: Memory) -> None:
@@ -96,8 +100,7 @@ def _check_sources(sources: LabelledImages, memory: Memory) -> None:
             f"{sources.image_shape}"
         )
     check_same_keys(sources.classes, memory.classes.cpu(), "the real images")
-    names = sources.class_names or {}
-    check_same_names(memory.class_names, names, "the memory", "the real images")
+    check_same_names(memory.class_names, sources.class_names, "the memory", "the real images")
 
 
 @dataclass(frozen=True)
@@ -270,11 +273,11 @@ class Gallery:
             stage = self._stages[0]
             sizes = {name: bits / 8 for name, bits in stage.bits.items()}
             sizes["file header and labels"] = stage.file_bytes - sum(sizes.values())
-            told = {name: f"{name}, {sizes[name]:,.0f} bytes" for name in keys}
+            captions = {name: f"{name}, {sizes[name]:,.0f} bytes" for name in keys}
         else:
-            told = {name: name for name in keys}
+            captions = {name: name for name in keys}
         key = "".join(
-            f'<span><i style="background:{colour}"></i>{escape(told[name])}</span>'
+            f'<span><i style="background:{colour}"></i>{escape(captions[name])}</span>'
             for name, colour in keys.items()
         )
         return f'<div class="scroll"><table>{"".join(rows)}</table></div><p class="key">{key}</p>'
@@ -314,8 +317,7 @@ class Gallery:
             own = self.sources.of_class(label) if label in self.sources.classes.tolist() else None
             if own is not None:
                 nearest = _nearest(shown, self.sources.images[own])
-                errors = (shown.float() - nearest.float()).div(255).square()
-                psnr = mean_psnr(errors.mean(dim=(1, 2, 3)))
+                psnr = _psnr(shown, nearest)
                 rows = [shown, nearest]
         if not len(shown):
             return _Strip(b"", (0, 0), 0, 0, None)

@@ -18,8 +18,8 @@ from hmn_replay.memory.formats import NUMBER_FORMATS, NumberFormat
 __all__ = ["PRIVATE_RATE", "MemoryLayout", "StoredTensor"]
 
 PRIVATE_RATE = 10.0
-"""How many times faster class and instance memories learn, which few images share. Coded ones learn
-by a tenth of a step where others learn by a tenth."""
+"""How many times faster class and instance memories learn, which few images share. Entropy-coded
+tensors multiply it by their step, so that an update is the same fraction of a step."""
 
 Init = Callable[[torch.Generator, tuple[int, ...]], Tensor]
 

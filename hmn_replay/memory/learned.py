@@ -177,10 +177,10 @@ class LearnedMemory(Memory, nn.Module):
     ) -> Any:
         """Return the layout for a budget: the first of :meth:`layouts` that leaves enough of it.
 
-        By it, what all images share takes :attr:`most_shared` of the budget at most, and
-        :attr:`planned_images` of each class fit, or 19 in 20 of the images that the last layout
-        has room for, where these are fewer, but five of every other class at least; where there is
-        none such, it is the last one.
+        By it, what all images share takes :attr:`most_shared` of the budget at most, and so many
+        images fit: :attr:`planned_images` of each class, or 95 % of what the last layout holds
+        where that is fewer and the last layout holds 2.5 groups of images a class or more. Where no
+        layout does so, it is the last one.
         Images that have no fixed size then take less than it plans where 5 of each class would not
         fit, and up to :attr:`largest_image` times as much where there is room for more images than
         there are real ones.
@@ -663,9 +663,9 @@ class LearnedMemory(Memory, nn.Module):
 
     # Bits, where values are entropy-coded.
 
-    def _levels(self, tensor: StoredTensor) -> Tensor:
-        """Return the best entropy models for a tensor's values as they are."""
-        sizes = self._quantised(tensor).abs().float()
+    def _levels(self, tensor: StoredTensor, quantised: Tensor) -> Tensor:
+        """Return the best entropy models for what the file stores of a tensor."""
+        sizes = quantised.abs().float()
         shape = tensor.model_shape
         alike = [axis for axis, size in enumerate(shape) if size == 1]
         if not sizes.numel():
@@ -674,7 +674,10 @@ class LearnedMemory(Memory, nn.Module):
 
     def _coded(self) -> list[tuple[Tensor, Tensor]]:
         """Return the integers that the file has in its code, int8, and their models, in order."""
-        coded = [(self._quantised(tensor), self._levels(tensor)) for tensor in self._values()]
+        coded = []
+        for tensor in self._values():
+            stored = self._quantised(tensor)
+            coded.append((stored, self._levels(tensor, stored)))
         if sum(own.numel() for own, _ in coded) > FREE_VALUES:
             num_bits = sum(total_bits(own, levels) for own, levels in coded)
             if MAX_VALUES_PER_BYTE * num_bits / 8 < sum(own.numel() for own, _ in coded):
@@ -693,7 +696,7 @@ class LearnedMemory(Memory, nn.Module):
         for name, tensor in self.tensors.items():
             stored = self._quantised(tensor)
             if self.layout.is_coded and not tensor.is_bias:
-                found[name] = total_bits(stored, self._levels(tensor))
+                found[name] = total_bits(stored, self._levels(tensor, stored))
             else:
                 found[name] = 8.0 * stored.numel() * stored.element_size()
         return found | self.label_bits()
@@ -720,7 +723,7 @@ class LearnedMemory(Memory, nn.Module):
             elif tensor.rows == "class":
                 latent = torch.cat([latent[:first_class].detach(), latent[first_class:]])
             integers = round_to_format(latent, self.layout.format, tensor.step) / tensor.step
-            length = bits(integers, self._levels(tensor)).sum()
+            length = bits(integers, self._levels(tensor, self._quantised(tensor))).sum()
             if tensor.rows == "image":
                 own = own + length
             else:
@@ -929,11 +932,7 @@ class LearnedMemory(Memory, nn.Module):
         num_images, num_repeats = len(indices), -len(indices) % chunk_size
         padded = torch.cat([indices, indices[-1:].expand(num_repeats)]).to(device)
         images = torch.empty((num_images, *self.image_shape), dtype=dtype, device=device)
-        is_cuda = device.type == "cuda"
-        with (
-            torch.autocast(device.type, enabled=False),
-            deterministic_cudnn() if is_cuda else contextlib.nullcontext(),
-        ):
+        with torch.autocast(device.type, enabled=False), deterministic_cudnn(device):
             for start in range(0, num_images, chunk_size):
                 decoded = self._decode_chunk(padded[start : start + chunk_size])
                 if not self.holds_features:  # a kind of the user's may leave its range
@@ -960,7 +959,7 @@ class LearnedMemory(Memory, nn.Module):
         """Raise a TrainingError for values that no file can hold, as after a training diverged."""
         for name, tensor in self.tensors.items():
             # What is loaded is the rounded value; it is to be as good as the latent one.
-            if not (_is_tame(self.get_parameter(name)) and _is_tame(self._rounded(tensor))):
+            if not (_is_bounded(self.get_parameter(name)) and _is_bounded(self._rounded(tensor))):
                 raise TrainingError(
                     f"the memory's {name} has values that are not finite or beyond "
                     f"{_MAX_MAGNITUDE:,.0f}: its training diverged; lower the learning rate"
@@ -1004,7 +1003,7 @@ class LearnedMemory(Memory, nn.Module):
         code_bytes = None if code is None else len(code)
         check_tensors(tensors, cls.specs(layout, classes, num_images, code_bytes))
         for name, content in tensors.items():
-            if content.is_floating_point() and not _is_tame(content):
+            if content.is_floating_point() and not _is_bounded(content):
                 raise MemoryFileError(f"its {name} are not finite, or far too large")
         counts = check_counts(counts, len(classes), layout.group_size)
         cls._check_claims(layout, len(classes), num_images, tensors)
@@ -1034,7 +1033,7 @@ class LearnedMemory(Memory, nn.Module):
         for tensor, own in zip(values, found, strict=True):
             scale = memory._scale(tensor, memory._row_classes(tensor))
             latent = layout.format.dequantise(own, scale)
-            if not _is_tame(latent):
+            if not _is_bounded(latent):
                 raise MemoryFileError(f"its {tensor.name} has values that are far too large")
             memory._replace(tensor.name, latent if layout.format.is_integer else latent.clone())
         biases = [tensor for tensor in memory.tensors.values() if tensor.is_bias]
@@ -1102,11 +1101,11 @@ def _split(flat: Tensor | None, shapes: Sequence[Sequence[int]]) -> list[Tensor]
     return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _is_tame(values: Tensor) -> bool:
+def _is_bounded(values: Tensor) -> bool:
     if not values.numel():
         return True
     low, high = map(float, values.aminmax())
-    # A comparison with NaN is false, so NaN is not tame either.
+    # A comparison with NaN is false, so NaN is not bounded either.
     return low >= -_MAX_MAGNITUDE and high <= _MAX_MAGNITUDE
 
 

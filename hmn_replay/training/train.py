@@ -269,7 +269,7 @@ def train_network(
     total_loss, next_check = torch.zeros((), dtype=torch.float32, device=device), 1
     draws_globally = not is_built_in(config.network)
     with (
-        deterministic_cudnn(),
+        deterministic_cudnn(device),
         torch.enable_grad(),
         tqdm(
             total=num_passes,

@@ -22,6 +22,7 @@ from hmn_replay import build_network
 from hmn_replay.condensation import steps
 from hmn_replay.condensation.condense import condense
 from hmn_replay.condensation.config import CondenseConfig, make_config
+from hmn_replay.condensation.labelling import LabelConfig, train_teacher
 from hmn_replay.data.images import LabelledImages
 from hmn_replay.errors import (
     BudgetError,
@@ -605,10 +606,15 @@ def test_condensation_is_the_same_inside_other_modes(
     assert grown.num_classes == 5
     options = {"trained_networks": 1, "trained_passes": 20}
     trained = tiny(data, make_layout(), **options)
+    labels = LabelConfig(labels="soft", teacher_width=4, teacher_passes=20)
+    teacher = train_teacher(data, labels, device="cpu")
+    given = {**labels.model_dump(), "teacher": teacher, "budget": 1_720}
+    labelled = tiny(data, make_layout(), **given)
     torch.set_default_dtype(torch.float64)
     try:
         assert tiny(data, make_layout()).to_bytes() == wanted.to_bytes()
         assert tiny(data, make_layout(), **options).to_bytes() == trained.to_bytes()
+        assert tiny(data, make_layout(), **given).to_bytes() == labelled.to_bytes()
     finally:
         torch.set_default_dtype(torch.float32)
 
