@@ -166,7 +166,7 @@ def test_processes_that_were_given_different_things_are_told(outcomes: Outcomes)
         outcome = outcomes("different", rank)
         assert outcome["error"] == "DistributedError"
         what = "data, budget, seed, settings, networks or device"
-        assert f"different {what}: [1]" in outcome["message"]
+        assert f"processes [1] were given other {what}" in outcome["message"]
 
 
 # The command.

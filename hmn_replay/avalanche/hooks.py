@@ -52,8 +52,16 @@ class Teacher(_Watcher):
     """
 
     def __init__(self, model: nn.Module, classes: Tensor) -> None:
-        frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
-        self.network, self.classes = copy.deepcopy(model, frozen).eval(), classes
+        frozen: dict[int, Any] = {
+            id(each): each for each in model.parameters() if not each.requires_grad
+        }
+        self.network, self.classes = copy.deepcopy(model, dict(frozen)).eval(), classes
+        self._shared = [
+            (module, name, each)
+            for module in self.network.modules()
+            for name, each in module.named_parameters(recurse=False)
+            if id(each) in frozen
+        ]
         # A copy of what Module.compile() has compiled is not compiled.
         for module, copied in zip(model.modules(), self.network.modules(), strict=True):
             if module._compiled_call_impl is not None:
@@ -74,6 +82,10 @@ class Teacher(_Watcher):
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Return its logits for what was marked."""
+        for module, name, shared in self._shared:
+            if shared.requires_grad:  # it will learn from the step that follows on
+                setattr(module, name, nn.Parameter(shared.detach().clone(), requires_grad=False))
+        self._shared = [part for part in self._shared if not part[2].requires_grad]
         inputs, options = self._marked
         logits: Tensor = self.network(*inputs, **options)
         return logits
@@ -99,6 +111,12 @@ class Head(_Watcher):
             logits = self.head.forward(features.to(self.head.weight.dtype))
             if logits.shape == like.shape:
                 return logits
+        if features is None:
+            raise ConfigError(
+                'loss="grouped" lets the head alone learn, and the head was not seen at work: code '
+                "that torch.compile made before the training does not show it; call "
+                'torch.compiler.reset() before, or take loss="separated"'
+            )
         raise ConfigError(
             'loss="grouped" lets the head alone learn, and its logits are of another shape than '
             f'{tuple(like.shape)}, that of the strategy\'s; take loss="separated"'

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins.from_scratch_training import FromScratchTrainingPlugin
 from avalanche.training.plugins.lwf import LwFPlugin
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ from hmn_replay.avalanche.streams import (
     NormalisingNetwork,
     Normalization,
     Strategy,
+    adapt_heads,
     check_experiences,
     check_is_normalised,
     class_counts,
@@ -56,12 +58,19 @@ from hmn_replay.avalanche.streams import (
     first_of_each_class,
     heads_of_tasks,
     is_piece,
+    name_of_experience,
     read_experiences,
     split_class_keys,
     with_their_streams,
 )
 from hmn_replay.avalanche.tuning import Tuner, by_class, draw_balanced
-from hmn_replay.avalanche.weights import is_same_network, on_cpu, weights_of
+from hmn_replay.avalanche.weights import (
+    digest_of,
+    is_same_network,
+    on_cpu,
+    weight_digests,
+    weights_of,
+)
 from hmn_replay.budget import as_int
 from hmn_replay.condensation.labelling import LABEL_AUGMENTATIONS
 from hmn_replay.data.augment import RandomAugmentation
@@ -88,6 +97,8 @@ from hmn_replay.training.train import checked_loss
 
 __all__ = ["MemoryReplay", "replay_of"]
 
+# A loss that is a smaller share of the criterion than that was scaled; autocast rounds it by less.
+_LEAST_SHARE = 0.9
 _FIRST_WEIGHTS, _UNTUNED_WEIGHTS = "first_weights", "untuned_weights"
 
 
@@ -276,6 +287,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self.labels, self.label_weight = labels, label_weight
         self.label_augmentations = RandomAugmentation(label_augmentations).names
         self._soft: Tensor | None = None
+        self._replayed_labels = torch.empty(0, dtype=torch.int64)
+        # The highest label of the memory; -1 where the network's output need be no logits.
+        self._most_label = -1
         self.batch_size_mem, self.mode = batch_size_mem, mode
         self.replay_transform = replay_transform
         self.replay_weight, self.loss, self.renew = replay_weight, loss, renew
@@ -295,6 +309,9 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._num_replayed = self._num_before = self._num_views = 0
         self._device = torch.device("cpu")
         self._model: nn.Module | None = None
+        # A digest of the network that was trained before the plugin was loaded.
+        self._network_before: str | None = None
+        self._is_other = False  # than the one that was trained before
         self._found = self.normalization
         self._item_length = 0
         self._image_shape: tuple[int, ...] = ()
@@ -307,14 +324,19 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._checked: set[int] = set()
         self._old_classes = torch.empty(0, dtype=torch.int64)
         self._has_learned = False
+        # Of the network's weights as the experience began, by name and shape.
+        self._digests: dict[Any, str] = {}
         # How many updates there were before those of the network that is trained.
         self._num_updates_before = 0
         # Of the network, by name, on the CPU; where subclasses match on points from there on.
         self._first_weights: dict[str, Tensor] | None = None
         self._tuner = Tuner()
         self._gathered: Any = None  # the last piece of an online stream that was
+        # Names of the experiences that were made into the memory, and are being trained on.
+        self._begun: list[Any] = []
         # Since the experience, or the piece of one, began.
         self._num_augmented = 0
+        self._is_loss_checked = False
         self._teacher: Teacher | None = None
         self._head: Head | None = None
         self._recoder = Recoder()
@@ -328,6 +350,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     @memory.setter
     def memory(self, memory: Memory | None) -> None:
         self.store.memory = memory
+        self._begun = []
 
     @property
     def report(self) -> list[dict[str, Any]]:
@@ -439,7 +462,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             self._gather(experience)
             self._end_piece(experience)
         else:
-            self._learn(strategy, experience)
+            self._learn(experiences_of(strategy, experience))
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Note the device, and check that the loss can be had."""
@@ -497,19 +520,32 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             )
         old = torch.empty(0).long() if self.memory is None else self.memory.classes
         self._old_classes = old.cpu().clone()
+        if self._is_other and self._checked.intersection(old.tolist()):
+            self._warn(
+                "another network is trained on classes that the memory has from before: a new run "
+                "takes a new plugin, or begins with plugin.memory = None"
+            )
         self._has_learned = self.store.num_updates > self._num_updates_before
 
     def after_train_dataset_adaptation(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Renew the memory, if it is before training; in ``"memory_only"``, train from it alone."""
+        labels, tasks = split_class_keys(self._old_classes)
+        if len(labels) and not tasks.any():
+            adapt_heads(strategy.model, labels.tolist())
         with self._tuner.undone(strategy.model) as is_undone:
             if not is_undone:
                 self._warn(
                     "the network was changed after it was tuned, and goes on as it is; otherwise "
                     "it would go on from its weights before the tuning"
                 )
+            self._digests = weight_digests(strategy.model) if self._may_distill() else {}
             if self.renew_used != "before":
                 return
-            images = self._learn(strategy, strategy.experience)
+            experiences = experiences_of(strategy, strategy.experience)
+            begun = [name_of_experience(each) for each in experiences]
+            # Of an interrupted training that is begun again, the memory has the experience.
+            images = self._learn(experiences, is_known=begun == self._begun)
+            self._begun = begun
         self._is_renewed = True
         if self.mode == "replay":
             self._own_counts.update([] if images is None else images.labels.tolist())
@@ -524,6 +560,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         """Gather a piece of an online stream; decode the memory."""
         experience = strategy.experience
         self._current_counts, self._num_augmented = None, 0
+        self._is_loss_checked = False
         if is_piece(strategy, experience):
             self._num_pieces += 1
             self._gather(experience)
@@ -531,6 +568,10 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         experiences = experiences_of(strategy, experience)
         self._settle(strategy, experiences)
         self._drop_hooks()
+        self._most_label = -1
+        if self.memory is not None and has_plain_criterion(strategy):
+            labels, _ = split_class_keys(self.memory.classes.cpu())
+            self._most_label = max(labels.tolist(), default=-1)
         # Data sets that do not list their labels are not checked, and may have been counted.
         own = self._checked | set(self._own_counts)
         distilled = [c for c in self._old_classes.tolist() if c not in own]
@@ -538,6 +579,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if distilled:
             numbers = len(distilled), max(1, len(own))
             self.distill_used = self._weigh_distillation(strategy, experiences, *numbers)
+        now = weight_digests(strategy.model) if self.distill_used else {}
+        if any(now.get(name, digest) != digest for name, digest in self._digests.items()):
+            self._warn(
+                "the network that is distilled is not the one that the experience began with: a "
+                f"plugin before {type(self).__name__} has changed it; name "
+                f"{type(self).__name__} first among the plugins, or pass distill=0"
+            )
         self._teacher = self._make_teacher(strategy.model, torch.tensor(distilled))
         needs_head = getattr(self._loss_now, "needs_head", False)
         if self.tune == "head" or needs_head:
@@ -581,23 +629,38 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         )
         self._note_replayed(len(mbatch[0]), len(images))
         images = self._finished(images)
-        add_to_minibatch(mbatch, images, *split_class_keys(keys))
+        labels, tasks = split_class_keys(keys)
+        add_to_minibatch(mbatch, images, labels, tasks)
+        self._replayed_labels = labels
         if self._head is None and getattr(self._loss_now, "needs_head", False):
             self._head = Head(self._find_head(strategy.model, mbatch[0]))
 
     def after_forward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Count what others have put before the mini-batch since, and how often it is shown."""
-        num_labels = len(strategy.mb_y)
-        self._note_replayed(
-            num_labels - self._num_replayed,
-            self._num_replayed,
-            len(strategy.mbatch[0]) // max(1, num_labels),
-        )
+        num_labels, num_replayed = len(strategy.mb_y), self._num_replayed
+        num_others = num_labels - num_replayed
+        is_replay = self.mode == "replay" and num_replayed > 0
+        if is_replay and num_others != self._num_before:
+            last = strategy.mb_y[num_others:]
+            if num_others < 0 or not last.equal(self._replayed_labels.to(last)):
+                raise ConfigError(
+                    "another plugin has added images behind the replayed ones, which are expected "
+                    f"at the end of a mini-batch: name {type(self).__name__} last among the plugins"
+                )
+        if is_replay and self._most_label >= 0:
+            shape = tuple(getattr(strategy.mb_output, "shape", ()))
+            if len(shape) == 2 and shape[1] <= self._most_label:
+                raise ConfigError(
+                    f"the memory has a class of label {self._most_label}, and the network "
+                    f"{shape[1]} logits: give it one for each label from 0 on"
+                )
+        self._note_replayed(num_others, num_replayed, len(strategy.mbatch[0]) // max(1, num_labels))
         if self._teacher is not None:
             self._teacher.mark()
 
     def before_backward(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Put the replay loss in the place of the criterion, and add the distillation's."""
+        given = strategy.loss.detach()
         if self._teacher is not None:
             term = distillation(strategy.mb_output, self._teacher.logits(), self._teacher.classes)
             strategy.loss = strategy.loss + self.distill_used * term
@@ -617,6 +680,15 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         decoded = self._decode()
         assert decoded is not None
         logits, labels = strategy.mb_output, strategy.mb_y
+        criterion = strategy.criterion()
+        if not self._is_loss_checked:
+            self._is_loss_checked = True
+            if bool(given < _LEAST_SHARE * criterion.detach()):
+                self._warn(
+                    "the strategy's loss is less than its criterion: where another plugin scales "
+                    "it, as to accumulate gradients, the replay loss cannot take the criterion's "
+                    f"place; name {type(self).__name__} before that plugin"
+                )
         step = ReplayStep(
             logits=logits,
             labels=labels,
@@ -631,17 +703,18 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         # Another plugin may have added a term of its own before: only the criterion's is replaced.
         name, wanted = self.loss_used or "loss", "loss returns a scalar tensor"
         loss = checked_loss(self._loss_now(step), name, wanted, logits, "the logits")
-        strategy.loss = strategy.loss - strategy.criterion() + loss
+        strategy.loss = strategy.loss - criterion + loss
 
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Make the experience into the memory, if that was not done before."""
         self._drop_hooks()
+        self._begun = []
         experience = strategy.experience
         if is_piece(strategy, experience):
             self._end_piece(experience)
         else:
             if not self._is_renewed:
-                self._learn(strategy, experience)
+                self._learn(experiences_of(strategy, experience))
             self._tune(strategy)
             self._label()
 
@@ -672,6 +745,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             "renew_used": self.renew_used,
             "num_updates_before": self._num_updates_before,
             "tuned_digests": self._tuner.digests,
+            "network": self._network_digest(),
         }
         kept = {_FIRST_WEIGHTS: self._first_weights, _UNTUNED_WEIGHTS: self._tuner.untuned}
         learned = {"training": settled, **{k: v for k, v in kept.items() if v is not None}}
@@ -700,6 +774,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             if not all(name is None or isinstance(name, str) for name in names):
                 raise CheckpointError(f"{names} are no names")
             num_before, tuned = as_int(settled["num_updates_before"]), settled["tuned_digests"]
+            network = settled.get("network")
             if num_before is None or num_before < 0 or not isinstance(tuned, dict):
                 raise CheckpointError("it counts updates otherwise than from 0 on")
         except (HMNReplayError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -708,6 +783,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 f"read ({error}); take an earlier one"
             ) from error
         self.store.load_state_dict(own)
+        self._begun = []
         self._found = self.normalization or found
         self.loss_used, self.renew_used = names
         self._num_updates_before = num_before
@@ -717,12 +793,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         )
         self._tuner = Tuner(untuned, dict(tuned))
         # What is trained next need not be the network of before.
-        self._model = self._soft = None
+        self._model, self._soft, self._network_before = None, None, network
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Avalanche's ``save_checkpoint`` keeps: no network, and no decoded image."""
         absent = dict.fromkeys(("_model", "_teacher", "_head", "_gathered"))
-        return {**self.__dict__, **absent}
+        return {**self.__dict__, **absent, "_network_before": self._network_digest()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become what :meth:`__getstate__` described."""
@@ -731,13 +807,23 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
 
     def _attend(self, device: str | torch.device, model: nn.Module | None) -> None:
         """Note what is trained, and where."""
-        known = self._model
-        if known is not None and model is not None and not is_same_network(known, model):
-            # What is known of one network does not hold for another.
-            self._first_weights, self._tuner = None, Tuner()
-            self._num_updates_before = self.store.num_updates
+        known, before = self._model, self._network_before
+        if model is not None:
+            if known is not None:
+                self._is_other = not is_same_network(known, model)
+            else:
+                self._is_other = before is not None and digest_of(model) != before
+            self._network_before = None
+            if self._is_other:
+                # What is known of one network does not hold for another.
+                self._first_weights, self._tuner = None, Tuner()
+                self._num_updates_before = self.store.num_updates
         self._device, self._model = torch.device(device), known if model is None else model
         self.store.device = self.compute_device
+
+    def _network_digest(self) -> str | None:
+        """Return a digest of the network that was trained last, where it is known."""
+        return self._network_before if self._model is None else digest_of(self._model)
 
     def _note(self) -> dict[str, Any]:
         """Return what the report says of the training, beside what it says of the memory."""
@@ -774,7 +860,12 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         if any(isinstance(plugin, LwFPlugin) for plugin in strategy.plugins):
             self._warn("LwFPlugin distils the previous network: going on as with distill=0")
             return 0.0
+        if any(isinstance(plugin, FromScratchTrainingPlugin) for plugin in strategy.plugins):
+            return 0.0  # each experience begins with a network that has learned nothing
         return 1.0
+
+    def _may_distill(self) -> bool:
+        return self._has_learned and self.distill != 0 and len(self._old_classes) > 0
 
     def _make_teacher(self, model: nn.Module, classes: Tensor) -> Teacher | None:
         """Return a copy of the network to distil, or None where none is wanted."""
@@ -797,14 +888,17 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 check_is_normalised(experiences, self.normalization)
             self._item_length, self._image_shape = check_experiences(experiences, self._found)
 
-    def _learn(self, strategy: Strategy, experience: Any) -> LabelledImages | None:
-        experiences = experiences_of(strategy, experience)
+    def _learn(
+        self, experiences: Sequence[Any], *, is_known: bool = False
+    ) -> LabelledImages | None:
+        """Make experiences into the memory, unless it has them; return their images."""
         if not any(len(each.dataset) for each in experiences):
             return None
         images = self._read(experiences)
-        self.store.update(
-            images, model=self._model_of_images(), networks=self._networks(), note=self._note()
-        )
+        if not is_known:
+            self.store.update(
+                images, model=self._model_of_images(), networks=self._networks(), note=self._note()
+            )
         return images
 
     def _taking_images(self, network: nn.Module) -> nn.Module:

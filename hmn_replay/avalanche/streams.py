@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from avalanche.benchmarks import OnlineCLExperience
-from avalanche.models import MultiTaskModule
+from avalanche.models import IncrementalClassifier, MultiTaskModule
 from avalanche.training.supervised import JointTraining
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset
@@ -31,6 +32,7 @@ __all__ = [
     "NormalisingNetwork",
     "Normalization",
     "Strategy",
+    "adapt_heads",
     "check_experiences",
     "check_is_normalised",
     "class_counts",
@@ -42,6 +44,7 @@ __all__ = [
     "heads_of_tasks",
     "images_of",
     "is_piece",
+    "name_of_experience",
     "read_experiences",
     "split_class_keys",
     "with_their_streams",
@@ -199,11 +202,21 @@ def check_experiences(
         image. 0 and ``()`` where there is no item.
 
     Raises:
-        DataError: As :func:`read_experiences`.
+        DataError: As :func:`read_experiences`; or the third part of items is no task label.
     """
     dataset = _eval_data(experiences)
     if not len(dataset):
         return 0, ()
+    for experience in experiences:
+        data = _eval_data([experience])
+        last: Any = data[len(data) - 1] if len(data) else ()
+        if len(last) == 3:
+            tasks = {*getattr(experience.dataset, "targets_task_labels", ())}
+            if to_label(last[2], "task label of the last image") not in tasks:
+                raise DataError(
+                    "items are (image, label) or (image, label, task label); got a third part of "
+                    f"{last[2]}, and the data set's task labels are {sorted(tasks)[:6]}"
+                )
     image, _ = _fetch(dataset, 0, normalization)
     shape = tuple(to_image(image, "image 0 of the experience").shape)
     return len(dataset[0]), shape
@@ -388,6 +401,29 @@ def with_their_streams(experiences: Sequence[Any]) -> Iterator[Any]:
 def heads_of_tasks(model: nn.Module) -> list[nn.Module]:
     """Return the modules of a network that have a part for each task."""
     return [module for module in model.modules() if isinstance(module, MultiTaskModule)]
+
+
+def adapt_heads(model: nn.Module, labels: Collection[int]) -> None:
+    """Let heads that grow with the stream, IncrementalClassifier, have a unit for each label.
+
+    Avalanche gives them those of the current experience, and masks all that were none's: of a
+    memory that comes from elsewhere, the classes would be learned by no unit.
+    """
+    for module in model.modules():
+        if isinstance(module, IncrementalClassifier):
+            was_training, module.training = module.training, True
+            try:
+                adapt: Any = module.adaptation
+                adapt(SimpleNamespace(classes_in_this_experience=labels))
+            finally:
+                module.training = was_training
+
+
+def name_of_experience(experience: Any) -> tuple[object, ...]:
+    """Return what tells an experience from the others: its place in its stream, and its size."""
+    stream = getattr(getattr(experience, "origin_stream", None), "name", None)
+    place = getattr(experience, "current_experience", id(experience))
+    return stream, place, len(experience.dataset)
 
 
 def _eval_data(experiences: Sequence[Any]) -> ConcatDataset[Any]:

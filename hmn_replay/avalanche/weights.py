@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from hmn_replay.files import digest_tensors
 
-__all__ = ["digests_like", "is_same_network", "on_cpu", "take_weights", "weights_of"]
+__all__ = [
+    "digest_of",
+    "digests_like",
+    "is_same_network",
+    "on_cpu",
+    "take_weights",
+    "weight_digests",
+    "weights_of",
+]
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -33,6 +41,20 @@ def digests_like(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, s
         for name, each in model.named_parameters()
         if name in weights and weights[name].shape == each.shape
     }
+
+
+def weight_digests(model: nn.Module) -> dict[tuple[str, tuple[int, ...]], str]:
+    """Return a digest of each of a network's weights, by its name and shape."""
+    return {
+        (name, tuple(each.shape)): digest_tensors("", {name: each.detach()})
+        for name, each in model.named_parameters()
+    }
+
+
+def digest_of(model: nn.Module) -> str:
+    """Return a digest of a network's state: that of copies with the same weights is the same."""
+    state = getattr(model, "_orig_mod", model).state_dict()  # compiled or not
+    return digest_tensors("", {k: v for k, v in state.items() if isinstance(v, Tensor)})
 
 
 def is_same_network(one: nn.Module, other: nn.Module) -> bool:

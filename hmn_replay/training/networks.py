@@ -361,7 +361,8 @@ def find_head(network: nn.Module, *inputs: Tensor) -> nn.Linear:
     elif isinstance(logits, Tensor):
         problem = (
             f"none of the {len(layers)} linear layers of {name} makes its logits "
-            f"{tuple(logits.shape)}"
+            f"{tuple(logits.shape)} (a mask behind one, such as IncrementalClassifier's, hides it: "
+            "masking=False)"
         )
     else:
         problem = f"{name} returns {type(logits).__name__}"
