@@ -91,6 +91,8 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
             delete_checkpoint(checkpoint)
         elif checkpoint.exists():
             note(args, f"resuming from {checkpoint}")
+        if out.exists():
+            note(args, f"{out} is there, and will be replaced in the end")
     try:
         memory = hmn_replay.condense(
             data,
@@ -122,6 +124,8 @@ def _condense(args: argparse.Namespace, team: Team) -> Result | None:
         "report": report,
     }
     lines = describe_memory(out, summary)
+    if reason := report.get("unused_reason"):
+        lines.append(("not full", reason))
     lines.append(("time", f"{report['seconds']:,.1f} s"))
     for name, phase in report["phases"].items():
         speed = f", {phase['images_per_second']:,.0f} images/s" if phase["images"] else ""

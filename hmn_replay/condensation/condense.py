@@ -81,7 +81,8 @@ def condense(
             features :class:`LabelledFeatures`; see :func:`hmn_replay.extract_features`.
         budget: Bytes that the saved file may take, header and all: a number, a text such as
             ``"120 KiB"``, or a :class:`Budget`. A memory has no more images of a class than there
-            are real ones: where the budget is for more, a :class:`HMNReplayWarning` says so.
+            are real ones: where the budget is for many more, a :class:`HMNReplayWarning` says
+            so, and ``memory.report["unused_reason"]`` says why a file is not full.
             Default: that of ``memory``, where one is given that has a budget.
         config: The settings, in place of ``effort`` and ``options``. Default: those of ``effort``.
         effort: ``"draft"``, ``"quick"``, ``"standard"`` or ``"paper"``: a set of
@@ -92,7 +93,7 @@ def condense(
         device: Where to compute; ``"auto"`` is CUDA where it is present, else the CPU.
         kind: The memory kind: ``"hmn"``, or one that it is compared with: ``"fred"``,
             ``"pixels"``, ``"idc"``, ``"haba"`` or ``"linba"``; or ``"features"``, which is fitted
-            by the warm start and not matched. Not read with ``memory``, which has one. Default:
+            by the warm start and not matched. Default: that of ``memory``; without one
             ``"features"`` for features, else ``"hmn"``.
         layout: The shapes of the memory's tensors, and the number format. Default: what the kind
             chooses for the budget, by ``choose_layout``.
@@ -172,12 +173,18 @@ def condense(
         check_target(checkpoint)
     if kind is None:
         kind = "features" if isinstance(source, LabelledFeatures) else "hmn"
+        kind = kind if memory is None else memory.kind
+    elif memory is not None and kind != memory.kind:
+        raise ConfigError(
+            f"a memory that is added to keeps its kind, {memory.kind!r}; got kind={kind!r}: leave "
+            "it out"
+        )
     memory_type = MEMORIES[kind] if memory is None else type(memory)
     if not issubclass(memory_type, LearnedMemory):
         raise ConfigError(
             f"memory kind {memory_type.kind!r} holds real images or features, and nothing is "
-            "condensed in it: fill one by ReplayMemory(budget, kind).update(data), or name a "
-            "learned kind, such as hmn"
+            "condensed in it: fill one by jpeg_images(data, budget), raw_images(data, budget) or "
+            "ReplayMemory(budget, kind).update(data), or name a learned kind, such as hmn"
         )
     if memory is not None:
         if layout not in (None, memory.layout):

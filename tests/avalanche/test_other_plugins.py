@@ -122,7 +122,8 @@ def test_a_network_that_begins_anew_has_none_before_it_to_distil() -> None:
 
 
 def test_a_frozen_part_that_is_unfrozen_later_stays_as_it_was_in_what_is_distilled() -> None:
-    model, noted = make_model(), []
+    model: Any = make_model()
+    noted: list[tuple[Tensor, Tensor]] = []
     replay = KeepFirst(distill=1.0)
 
     def begin(strategy: Any, **_: Any) -> None:
@@ -133,7 +134,7 @@ def test_a_frozen_part_that_is_unfrozen_later_stays_as_it_was_in_what_is_distill
             model[1].requires_grad_(True)
 
     def note(strategy: Any, **_: Any) -> None:
-        teacher = replay._teacher
+        teacher: Any = replay._teacher
         if teacher is not None:
             noted.append((teacher.network[1].weight.clone(), model[1].weight.detach().clone()))
 
@@ -188,7 +189,7 @@ def test_an_interrupted_experience_that_is_begun_again_is_in_the_memory_once() -
     replay, other = KeepFirst(), Doing()
     strategy = make_strategy([replay, other])
     strategy.train(stream[0])
-    other.after_training_iteration = stop
+    other.after_training_iteration = stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         strategy.train(stream[1])
     del other.after_training_iteration
@@ -205,11 +206,15 @@ def test_what_was_interrupted_is_made_into_another_memory() -> None:
     strategy = make_strategy([replay, other])
     strategy.train(stream[0])
     state = replay.state_dict()
-    other.after_training_iteration = stop
-    for take_back in (
-        lambda: replay.load_state_dict(state),
-        lambda: setattr(replay, "memory", None),
-    ):
+    other.after_training_iteration = stop  # type: ignore[method-assign]
+
+    def load() -> None:
+        replay.load_state_dict(state)
+
+    def forget() -> None:
+        replay.memory = None
+
+    for take_back in (load, forget):
         with pytest.raises(KeyboardInterrupt):
             strategy.train(stream[1])
         before = len(replay.given)
@@ -222,13 +227,13 @@ def test_what_was_interrupted_is_made_into_another_memory() -> None:
 def test_a_learned_memory_has_no_image_of_an_interrupted_experience_twice() -> None:
     stream = streams(data=Images(each=30)).train_stream
     options = {**TINY, "device": "cpu", "kind": "fred", "outer_steps": 0, "over_budget": 0.0}
-    memories = []
+    memories: list[Any] = []
     for is_interrupted in (False, True):
         replay, other = HMNReplay("4 KiB", progress=False, **options), Doing()
         strategy = make_strategy([replay, other])
         strategy.train(stream[0])
         if is_interrupted:
-            other.after_training_iteration = stop
+            other.after_training_iteration = stop  # type: ignore[method-assign]
             with pytest.raises(KeyboardInterrupt):
                 strategy.train(stream[1])
             del other.after_training_iteration
@@ -283,6 +288,8 @@ class Numbered(Dataset[Any]):
 
 
 def test_a_position_in_the_place_of_a_task_label_is_refused() -> None:
-    data: Any = as_classification_dataset(Numbered())  # type: ignore[no-untyped-call]
+    data: Any = as_classification_dataset(Numbered())
+    benchmark: Any = benchmark_from_datasets(train=[data])
+    stream = benchmark.train_stream
     with pytest.raises(DataError, match=r"a third part of 119, and the data set.s task labels are"):
-        train(make_strategy([KeepFirst()]), benchmark_from_datasets(train=[data]).train_stream)
+        train(make_strategy([KeepFirst()]), stream)
