@@ -58,7 +58,6 @@ from hmn_replay.avalanche.streams import (
     first_of_each_class,
     heads_of_tasks,
     is_piece,
-    name_of_experience,
     read_experiences,
     split_class_keys,
     with_their_streams,
@@ -83,6 +82,7 @@ from hmn_replay.errors import (
     HMNReplayError,
     HMNReplayWarning,
 )
+from hmn_replay.files import digest_tensors
 from hmn_replay.memory import Memory
 from hmn_replay.replay import (
     DecodedImages,
@@ -332,8 +332,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
         self._first_weights: dict[str, Tensor] | None = None
         self._tuner = Tuner()
         self._gathered: Any = None  # the last piece of an online stream that was
-        # Names of the experiences that were made into the memory, and are being trained on.
-        self._begun: list[Any] = []
+        # A digest of the images that were made into the memory, and are being trained on.
+        self._begun = ""
         # Since the experience, or the piece of one, began.
         self._num_augmented = 0
         self._is_loss_checked = False
@@ -350,7 +350,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     @memory.setter
     def memory(self, memory: Memory | None) -> None:
         self.store.memory = memory
-        self._begun = []
+        self._begun = ""
 
     @property
     def report(self) -> list[dict[str, Any]]:
@@ -463,6 +463,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             self._end_piece(experience)
         else:
             self._learn(experiences_of(strategy, experience))
+            self._begun = ""
 
     def before_training(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Note the device, and check that the loss can be had."""
@@ -541,11 +542,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
             self._digests = weight_digests(strategy.model) if self._may_distill() else {}
             if self.renew_used != "before":
                 return
-            experiences = experiences_of(strategy, strategy.experience)
-            begun = [name_of_experience(each) for each in experiences]
-            # Of an interrupted training that is begun again, the memory has the experience.
-            images = self._learn(experiences, is_known=begun == self._begun)
-            self._begun = begun
+            images = self._learn(experiences_of(strategy, strategy.experience))
         self._is_renewed = True
         if self.mode == "replay":
             self._own_counts.update([] if images is None else images.labels.tolist())
@@ -708,13 +705,13 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
     def after_training_exp(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         """Make the experience into the memory, if that was not done before."""
         self._drop_hooks()
-        self._begun = []
         experience = strategy.experience
         if is_piece(strategy, experience):
             self._end_piece(experience)
         else:
             if not self._is_renewed:
                 self._learn(experiences_of(strategy, experience))
+            self._begun = ""
             self._tune(strategy)
             self._label()
 
@@ -775,6 +772,8 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 raise CheckpointError(f"{names} are no names")
             num_before, tuned = as_int(settled["num_updates_before"]), settled["tuned_digests"]
             network = settled.get("network")
+            if not isinstance(network, str | None):
+                raise CheckpointError(f"{network!r:.60} is no digest of a network")
             if num_before is None or num_before < 0 or not isinstance(tuned, dict):
                 raise CheckpointError("it counts updates otherwise than from 0 on")
         except (HMNReplayError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -783,7 +782,7 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 f"read ({error}); take an earlier one"
             ) from error
         self.store.load_state_dict(own)
-        self._begun = []
+        self._begun = ""
         self._found = self.normalization or found
         self.loss_used, self.renew_used = names
         self._num_updates_before = num_before
@@ -888,17 +887,20 @@ class MemoryReplay(SupervisedPlugin[Any], supports_distributed=False):
                 check_is_normalised(experiences, self.normalization)
             self._item_length, self._image_shape = check_experiences(experiences, self._found)
 
-    def _learn(
-        self, experiences: Sequence[Any], *, is_known: bool = False
-    ) -> LabelledImages | None:
-        """Make experiences into the memory, unless it has them; return their images."""
+    def _learn(self, experiences: Sequence[Any]) -> LabelledImages | None:
+        """Make experiences into the memory; return their images.
+
+        Where a training was interrupted, and is begun again, the memory has them.
+        """
         if not any(len(each.dataset) for each in experiences):
             return None
         images = self._read(experiences)
-        if not is_known:
+        digest = digest_tensors("", {"images": images.images, "labels": images.labels})
+        if digest != self._begun:
             self.store.update(
                 images, model=self._model_of_images(), networks=self._networks(), note=self._note()
             )
+        self._begun = digest
         return images
 
     def _taking_images(self, network: nn.Module) -> nn.Module:

@@ -44,7 +44,6 @@ __all__ = [
     "heads_of_tasks",
     "images_of",
     "is_piece",
-    "name_of_experience",
     "read_experiences",
     "split_class_keys",
     "with_their_streams",
@@ -417,13 +416,6 @@ def adapt_heads(model: nn.Module, labels: Collection[int]) -> None:
                 adapt(SimpleNamespace(classes_in_this_experience=labels))
             finally:
                 module.training = was_training
-
-
-def name_of_experience(experience: Any) -> tuple[object, ...]:
-    """Return what tells an experience from the others: its place in its stream, and its size."""
-    stream = getattr(getattr(experience, "origin_stream", None), "name", None)
-    place = getattr(experience, "current_experience", id(experience))
-    return stream, place, len(experience.dataset)
 
 
 def _eval_data(experiences: Sequence[Any]) -> ConcatDataset[Any]:
