@@ -206,19 +206,25 @@ def check_experiences(
     dataset = _eval_data(experiences)
     if not len(dataset):
         return 0, ()
-    for experience in experiences:
-        data = _eval_data([experience])
-        last: Any = data[len(data) - 1] if len(data) else ()
-        if len(last) == 3:
-            tasks = {*getattr(experience.dataset, "targets_task_labels", ())}
-            if to_label(last[2], "task label of the last image") not in tasks:
-                raise DataError(
-                    "items are (image, label) or (image, label, task label); got a third part of "
-                    f"{last[2]}, and the data set's task labels are {sorted(tasks)[:6]}"
-                )
     image, _ = _fetch(dataset, 0, normalization)
+    for experience in experiences:
+        _check_task_labels(experience)
     shape = tuple(to_image(image, "image 0 of the experience").shape)
     return len(dataset[0]), shape
+
+
+def _check_task_labels(experience: Any) -> None:
+    """Refuse items whose third part is no task label, but the image's position, or the like."""
+    data, known = _eval_data([experience]), getattr(experience.dataset, "targets_task_labels", None)
+    items = [data[at] for at in (0, len(data) // 2, len(data) - 1)] if len(data) > 2 else []
+    found = [to_label(each[2], "task label of an image") for each in items if len(each) == 3]
+    are_tasks = len({*found}) < 3 if known is None else {*found} <= {*known}
+    if found and not are_tasks:
+        raise DataError(
+            "items are (image, label) or (image, label, task label); got images with "
+            f"{', '.join(map(str, found))} for a third part, which are no task labels of the data "
+            "set: leave it out"
+        )
 
 
 def check_is_normalised(experiences: Sequence[Any], normalization: Normalization) -> None:

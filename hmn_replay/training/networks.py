@@ -361,14 +361,14 @@ def find_head(network: nn.Module, *inputs: Tensor) -> nn.Linear:
     elif isinstance(logits, Tensor):
         problem = (
             f"none of the {len(layers)} linear layers of {name} makes its logits "
-            f"{tuple(logits.shape)} (a mask behind one, such as IncrementalClassifier's, hides it: "
-            "masking=False)"
+            f"{tuple(logits.shape)}"
         )
     else:
         problem = f"{name} returns {type(logits).__name__}"
     raise ConfigError(
         f"{problem}, and a network is needed whose logits (N, K) are the output of an nn.Linear: "
-        "return that output as it is"
+        "return that output as it is, without a mask behind it (IncrementalClassifier: "
+        "masking=False)"
     )
 
 

@@ -238,7 +238,9 @@ def test_images_decoded_when_asked_for_are_pruned_alike(
     budget = room_for(layout, 5, 20)
     for kind in ("hmn", lazy):
         memory = tiny(make_set(60), layout, budget=budget, kind=kind)
-        grown = tiny(make_set(60, labels=(2, 3, 4)), layout, budget=budget, memory=memory)
+        grown = tiny(
+            make_set(60, labels=(2, 3, 4)), layout, budget=budget, memory=memory, kind=kind
+        )
         made.append((memory.decode()[0], grown.decode()[0], grown.report["beta_accuracies"]))
     assert made[0][0].equal(made[1][0])
     assert made[0][1].equal(made[1][1])
