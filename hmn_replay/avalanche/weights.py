@@ -37,7 +37,7 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def digests_like(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
     """Return a digest of each of a network's weights whose name and shape are given."""
     return {
-        name: digest_tensors("", {name: each.detach()})
+        name: _digest(name, each)
         for name, each in model.named_parameters()
         if name in weights and weights[name].shape == each.shape
     }
@@ -46,9 +46,12 @@ def digests_like(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, s
 def weight_digests(model: nn.Module) -> dict[tuple[str, tuple[int, ...]], str]:
     """Return a digest of each of a network's weights, by its name and shape."""
     return {
-        (name, tuple(each.shape)): digest_tensors("", {name: each.detach()})
-        for name, each in model.named_parameters()
+        (name, tuple(each.shape)): _digest(name, each) for name, each in model.named_parameters()
     }
+
+
+def _digest(name: str, weight: Tensor) -> str:
+    return digest_tensors("", {name: weight.detach()})
 
 
 def digest_of(model: nn.Module) -> str:

@@ -171,15 +171,16 @@ def condense(
         if not is_path or "\0" in os.fspath(checkpoint):
             raise ConfigError(f"checkpoint is the path of a file; got {checkpoint!r:.60}")
         check_target(checkpoint)
-    if kind is None:
-        kind = "features" if isinstance(source, LabelledFeatures) else "hmn"
-        kind = kind if memory is None else memory.kind
-    elif memory is not None and kind != memory.kind:
+    if memory is None:
+        default = "features" if isinstance(source, LabelledFeatures) else "hmn"
+        memory_type = MEMORIES[default if kind is None else kind]
+    elif kind in (None, memory.kind):
+        memory_type = type(memory)
+    else:
         raise ConfigError(
             f"a memory that is added to keeps its kind, {memory.kind!r}; got kind={kind!r}: leave "
             "it out"
         )
-    memory_type = MEMORIES[kind] if memory is None else type(memory)
     if not issubclass(memory_type, LearnedMemory):
         raise ConfigError(
             f"memory kind {memory_type.kind!r} holds real images or features, and nothing is "

@@ -727,30 +727,26 @@ class Condensation(Run):
     # Labels.
 
     def _label(self) -> None:
-        config, memory, num_old = self.config, self.memory, self.growth.num_old
+        memory = self.memory
         self.team.copy_first(memory.state_dict().values())
-        if self.teacher is None:
-            self.teacher = self._train_teacher()
-        new, sources = torch.arange(num_old, memory.num_images), None
-        if config.warm_start_steps:
-            sources = self.real.data.images.take(self.targets)
-        seed = derive_seed(self.seed, "labels")
-        add_labels(
-            memory, self.teacher, config, sources=sources, indices=new, seed=seed, team=self.team
-        )
+        new = torch.arange(self.growth.num_old, memory.num_images)
+        sources = self.targets if self.config.warm_start_steps else None
+        self._add_labels(memory, new, sources, seed=derive_seed(self.seed, "labels"))
         self._next_phase()
 
-    def _label_added(self, memory: LearnedMemory, added: Tensor, sources: Tensor) -> None:
-        """Give images that a memory is filled with soft labels; they come from real ones."""
-        if self.teacher is None:  # the run goes on from a checkpoint, which has none
+    def _add_labels(
+        self, memory: LearnedMemory, indices: Tensor, sources: Tensor | None, *, seed: int
+    ) -> None:
+        """Give images of a memory the teacher's labels, by the real ones that they come from."""
+        if self.teacher is None:  # neither given, nor trained since the run began or was resumed
             self.teacher = self._train_teacher()
         add_labels(
             memory,
             self.teacher,
             self.config,
-            sources=self.real.data.images.take(sources),
-            indices=added,
-            seed=derive_seed(self.seed, "labels", "added"),
+            sources=None if sources is None else self.real.data.images.take(sources),
+            indices=indices,
+            seed=seed,
             team=self.team,
         )
 
@@ -828,7 +824,8 @@ class Condensation(Run):
         planned, label = None, None
         if self.memory.has_soft_labels:
             if self.config.makes_soft:
-                label = self._label_added
+                seed = derive_seed(self.seed, "labels", "added")
+                label = functools.partial(self._add_labels, seed=seed)
             else:  # which are made later
                 planned = self.growth.planned_labels
         self.memory = fill(

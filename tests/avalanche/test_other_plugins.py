@@ -56,6 +56,14 @@ def stop(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
+def warned(plugins: list[Any]) -> list[str]:
+    """Train with plugins, and return this package's warnings."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        train(make_strategy(plugins), streams().train_stream)
+    return [str(each.message) for each in found if each.category is HMNReplayWarning]
+
+
 # Heads.
 
 
@@ -105,12 +113,11 @@ def test_a_plugin_that_changes_the_network_before_it_is_distilled_is_warned_of(
             strategy.model[-1].weight.zero_()
 
     replay, other = KeepFirst(distill=1.0), Doing(before_training_exp=change)
-    strategy = make_strategy([replay, other] if is_first else [other, replay])
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        train(strategy, streams().train_stream)
-    told = [str(each.message) for each in found if each.category is HMNReplayWarning]
-    assert any("name KeepFirst first among the plugins" in each for each in told) != is_first
+    plugins = [replay, other] if is_first else [other, replay]
+    assert (
+        any("name KeepFirst first among the plugins" in each for each in warned(plugins))
+        != is_first
+    )
 
 
 def test_a_network_that_begins_anew_has_none_before_it_to_distil() -> None:
@@ -155,12 +162,8 @@ def test_a_loss_that_another_plugin_has_scaled_is_warned_of(is_first: bool) -> N
         strategy.loss = strategy.loss / 4
 
     replay, other = KeepFirst(distill=0), Doing(before_backward=scale)
-    strategy = make_strategy([replay, other] if is_first else [other, replay])
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        train(strategy, streams().train_stream)
-    told = [str(each.message) for each in found if each.category is HMNReplayWarning]
-    assert any("name KeepFirst before that plugin" in each for each in told) != is_first
+    plugins = [replay, other] if is_first else [other, replay]
+    assert any("name KeepFirst before that plugin" in each for each in warned(plugins)) != is_first
 
 
 @pytest.mark.parametrize("is_first", [True, False])
